@@ -1,0 +1,34 @@
+# Two environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
+# only the tests whose outcome depends on the torch release).
+PYTHON ?= python3
+export OMP_WAIT_POLICY = passive
+export OMP_NUM_THREADS = 1
+export HAL_STRICT = 1
+
+.PHONY: test test-fast lint clean
+
+.venv/.made: pyproject.toml constraints/venv.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q -c constraints/venv.txt -e '.[test,lint]'
+	touch $@
+
+.venv-xla/.made: pyproject.toml constraints/venv-xla.txt
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt -e '.[test,tpu,ipex]'
+	touch $@
+
+test: lint .venv-xla/.made
+	.venv/bin/python -m pytest tests
+	.venv-xla/bin/python -m pytest tests -m torch_release
+
+test-fast: .venv/.made
+	.venv/bin/python -m pytest -q tests -m "not slow"
+
+lint: .venv/.made
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/python tests/line_budget.py
+
+clean:
+	rm -rf .venv .venv-xla

@@ -1,0 +1,104 @@
+"""One error tree. Every message says what happened, what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class HalError(Exception):
+    """Root of every error this library raises on purpose.
+
+    Args:
+        what: what happened, one sentence.
+        got: the offending value, already readable.
+        expected: what would have been right.
+        hint: what the reader can do now.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None) -> None:
+        self.what, self.got, self.expected, self.hint = what, got, expected, hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        if self.got is not None:
+            parts.append(f"got: {self.got}")
+        if self.expected is not None:
+            parts.append(f"expected: {self.expected}")
+        if self.hint is not None:
+            parts.append(f"to do: {self.hint}")
+        return "\n  ".join(parts)
+
+
+class ConfigError(HalError, ValueError):
+    """An option, a configuration file or a combination of them is not usable."""
+
+
+class RequestError(HalError, ValueError):
+    """A user's request (prompt, sampling parameters) is refused; other requests are unaffected."""
+
+
+class ModelLoadError(HalError):
+    """A checkpoint directory is missing, damaged, or of an unsupported architecture."""
+
+
+class CapacityError(HalError):
+    """Memory (weights, KV cache, buffers) cannot hold what was asked for."""
+
+
+class BackendError(HalError):
+    """A backend is unknown, unavailable, or lacks a capability that was asked for."""
+
+
+class SchemaError(HalError):
+    """A declaration of typed inputs is itself wrong (raised when the class is defined)."""
+
+
+class InputError(HalError, ValueError):
+    """A typed input breaks its declaration.
+
+    Attributes:
+        field: the field at fault; when two fields disagree and either may be wrong, the first of `fields`.
+        fields: every field that takes part in the disagreement.
+    """
+
+    def __init__(self, what: str, *, fields: tuple[str, ...], got: object = None, expected: object = None,
+                 hint: str | None = None) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint)
+        self.fields = fields
+
+    @property
+    def field(self) -> str:
+        return self.fields[0]
+
+
+class WireError(HalError):
+    """A message is truncated, corrupt, foreign, or of another schema version."""
+
+
+class GuardError(HalError):
+    """Communication was attempted in a phase of the step that forbids it.
+
+    Attributes:
+        phase, operation, site: the phase's name, the operation refused, and the caller's "file:line".
+    """
+
+    def __init__(self, what: str, *, phase: str, operation: str, site: str, hint: str | None = None) -> None:
+        super().__init__(what, got=f"{operation} at {site}", hint=hint)
+        self.phase, self.operation, self.site = phase, operation, site
+
+
+class WorkerError(HalError):
+    """A rank failed. Carries what the driver needs to say which one, where and why.
+
+    Attributes:
+        rank: the rank that failed first, or -1 when unknown.
+        cause: type name of the original exception, or "died" when the process ended without a word.
+        remote_traceback: the failing rank's traceback as text, or "".
+    """
+
+    def __init__(self, what: str, *, rank: int, cause: str, remote_traceback: str = "", hint: str | None = None) -> None:
+        super().__init__(what, got=cause, hint=hint)
+        self.rank, self.cause, self.remote_traceback = rank, cause, remote_traceback
+
+
+class StateError(HalError, RuntimeError):
+    """Ranks or calls are out of order: a step that was skipped, an epoch that does not match, use after shutdown."""

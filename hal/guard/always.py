@@ -1,0 +1,84 @@
+"""The always-on tier: everything of torch.distributed that ends in a method of a process group, backend or store.
+
+Patching methods, not functions, is what makes references saved before install() harmless, leaves the identity of
+torch.distributed.* alone (P2POp and torch.compile compare by identity), and needs no list of collectives.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Final
+
+from hal.guard.patch import Patches
+
+# A public method that is not known to be local is guarded, so that a collective added by a new torch is caught.
+# abort is local on purpose: it is how a failing rank frees its peers.
+_LOCAL: Final = frozenset({
+    "rank", "size", "name", "getBackendName", "abort", "set_timeout", "get_group_store", "boxed", "unbox",
+    "allocate_tensor", "memory_stats", "use_pg_for_symm_mem_rendezvous", "setUsePgForSymmMemRendezvous", "clone",
+    "has_extended_api",
+})  # fmt: skip
+_PRIVATE: Final = frozenset({"_allgather_base", "_reduce_scatter_base", "_start_coalescing"})
+# Where the public methods are mostly local, by name.
+_ONLY: Final = {"_SymmetricMemory": ("rendezvous", "barrier", "put_signal", "wait_signal", "stream_write_value32")}
+_ROOTS: Final = ("ProcessGroup", "Backend", "Store", "_ControlCollectives", "_SymmetricMemory")
+# Groups are made and ended by functions. Saved references to them end in the helper, in TCPStore() or in shutdown().
+_GROUP_FUNCTIONS: Final = (
+    "init_process_group", "destroy_process_group", "new_group", "new_subgroups", "new_subgroups_by_enumeration",
+    "split_group", "shrink_group", "_new_process_group_helper",
+)  # fmt: skip
+
+
+def patch_torch(patches: Patches) -> None:
+    """Does nothing where torch, or its distributed package, is absent."""
+    try:
+        import torch.distributed as dist
+    except ImportError:
+        return
+    if not dist.is_available():
+        return
+    from torch._C import _distributed_c10d as c10d
+    from torch.distributed import distributed_c10d
+
+    for root_name in _ROOTS:
+        root = getattr(c10d, root_name, None)
+        if root is not None:
+            _guard_tree(patches, root, guarded_names(root))
+    patches.guard(c10d.TCPStore, ("__init__",), "TCPStore")
+    modules: tuple[ModuleType, ...] = (distributed_c10d, dist)
+    for module in modules:
+        patches.guard(module, [name for name in _GROUP_FUNCTIONS if name in vars(module)], "torch.distributed")
+
+
+def guarded_names(root: type) -> tuple[str, ...]:
+    """The methods of a root class that communicate."""
+    if root.__name__ in _ONLY:
+        return _ONLY[root.__name__]
+    return tuple(name for name, member in vars(root).items() if _communicates(root, name, member))
+
+
+def _communicates(root: type, name: str, member: object) -> bool:
+    if name in _LOCAL or name.startswith("supports_") or (name.startswith("_") and name not in _PRIVATE):
+        return False
+    return not isinstance(member, (type, property)) and callable(getattr(root, name))
+
+
+def _guard_tree(patches: Patches, root: Any, names: tuple[str, ...]) -> None:
+    """Guard `root`, its subclasses, and the subclasses that Python code will define (a plug-in's ProcessGroup)."""
+
+    def visit(cls: type) -> None:
+        patches.guard(cls, [name for name in names if name in vars(cls)], cls.__name__)
+
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
+        super(root, cls).__init_subclass__(**kwargs)
+        visit(cls)
+
+    pending: list[type] = [root]
+    seen: set[type] = set()
+    while pending:
+        cls = pending.pop()
+        if cls not in seen:
+            seen.add(cls)
+            visit(cls)
+            pending.extend(type.__subclasses__(cls))
+    patches.replace(root, "__init_subclass__", classmethod(init_subclass))

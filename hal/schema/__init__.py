@@ -1,0 +1,7 @@
+"""Declare a step's inputs once; validation, wire codec, staging, padding and documentation follow."""
+
+from hal.schema.declared import Declared
+from hal.schema.fields import DTYPES, Array, Doc, Field, Scope
+from hal.schema.schema import Packed, Schema
+
+__all__ = ["DTYPES", "Array", "Declared", "Doc", "Field", "Packed", "Schema", "Scope"]

@@ -1,0 +1,104 @@
+"""Base class of everything that is declared once: typed, packed, validated, padded, documented from its annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, ClassVar
+
+from typing_extensions import dataclass_transform
+
+from hal.errors import SchemaError
+from hal.schema.fields import Array, Field, resolve
+from hal.schema.schema import Buffer, Packed, Schema
+from hal.schema.validate import validate
+
+Self = typing.TypeVar("Self", bound="Declared")
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False)
+class Declared:
+    """Subclass it and annotate fields; the class becomes a keyword-only dataclass and gains what its schema derives.
+
+        class Step(Declared):
+            input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens")]
+            seq_lens: Annotated[torch.Tensor, Array("int32", "num_seqs")]
+            max_seq_len: int = 0
+
+    Raises:
+        SchemaError: at class definition, when an annotation cannot be declared.
+    """
+
+    schema: ClassVar[Schema[Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
+        hints = typing.get_type_hints(cls, include_extras=True)
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        cls.schema = Schema(cls, tuple(resolve(cls.__name__, n, hints[n]) for n in names))
+
+    @classmethod
+    def declare(cls: type[Self], name: str, **arrays: Array) -> type[Self]:
+        """A subclass made at run time, for shapes and dtypes that only a model's configuration knows.
+
+        Raises:
+            SchemaError: a declaration is wrong, or there is none.
+        """
+        import torch
+
+        if not arrays:
+            raise SchemaError(f"{name} declares no field")
+        hints = {n: typing.Annotated[torch.Tensor, a] for n, a in arrays.items()}
+        return type(name, (cls,), {"__annotations__": hints, "__module__": cls.__module__})
+
+    def encode(self) -> Buffer:
+        """The instance as one wire message (uint8): copied once. The shapes must be valid (see `validate`)."""
+        return type(self).schema.pack(self).wire
+
+    @classmethod
+    def decode(cls: type[Self], buffer: Any, device: Any = None) -> Self:
+        """The instance in a message, as views of `buffer` on the host, or moved to `device` with one copy.
+
+        Raises:
+            WireError: the message is truncated, corrupt, foreign or of another schema.
+        """
+        result: Self = cls.schema.unpack(buffer).to(device)
+        return result
+
+    def validate(self, device: Any = None) -> None:
+        """Structural check: dtypes, ranks, symbols that agree, contiguity, and the device where given.
+
+        Raises:
+            InputError: naming the field at fault.
+        """
+        validate(self, device)
+
+    def check(self) -> None:
+        """Semantic check, run under HAL_STRICT=1 after `validate`: values within each field's declared bounds.
+        Subclasses extend it. Raises InputError."""
+        from hal.schema.validate import check_bounds
+
+        check_bounds(self)
+
+    def padded(self: Self, **bucket: int) -> Self:
+        """A copy with the named symbols grown to the sizes of a bucket (see `Packed.padded`), on the host."""
+        result: Self = type(self).schema.pack(self).padded(**bucket).to()
+        return result
+
+    def __getitem__(self, name: str) -> Any:
+        field: Field | None = type(self).schema.by_name.get(name)
+        if field is None:
+            raise KeyError(name)
+        return self.__dict__[name]
+
+    def __repr__(self) -> str:
+        shown = []
+        for f in type(self).schema.fields:
+            value = self.__dict__.get(f.name)
+            if value is not None:
+                shown.append(f"{f.name}={f.array.dtype}{list(value.shape)}" if f.array else f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+__all__ = ["Declared", "Packed"]

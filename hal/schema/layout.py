@@ -1,0 +1,105 @@
+"""Where each field of an instance lies in one packed buffer, and the header in front of it.
+
+    [ header | symbol values | scalars | pad ][ replicated arrays, each at a multiple of 64 bytes ][ texts ][ local arrays ]
+
+Everything up to and including the texts is the wire message; local arrays (scope "driver" or "rank") lie behind it.
+Offsets follow from the symbol values and the presence bits alone, so no per-field metadata travels.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hal.errors import WireError
+from hal.schema.fields import Field
+
+ALIGN = 64
+MAGIC = b"HAL1"
+_HEADER = struct.Struct("<4sIQQQQ")  # magic, crc32 of the rest of the head, fingerprint, message size, presence, texts size
+HEAD_SIZE = _HEADER.size
+_CRC_FROM = 8
+# numpy has no bfloat16: on the host its bits are held as uint16.
+NP_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in
+             ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")}
+
+View = tuple[str, tuple[int, ...], "np.dtype[Any]", int]  # name, shape, dtype, byte offset
+
+
+def align(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Byte offsets for one combination of symbol values and present fields.
+
+    Attributes:
+        replicated, local: the views of either part.
+        texts_at: offset of the texts, and so the message size of an instance without any.
+        local_size: bytes of the local part, whose offsets count from its own start.
+    """
+
+    replicated: tuple[View, ...]
+    local: tuple[View, ...]
+    texts_at: int
+    local_size: int
+
+
+def place(fields: Sequence[Field], start: int, dims: dict[str, int]) -> tuple[tuple[View, ...], int]:
+    views: list[View] = []
+    end = start
+    for field in fields:
+        assert field.array is not None
+        shape = tuple(dim.size(dims) for dim in field.array.dims)
+        dtype = NP_DTYPES[field.array.dtype]
+        at = align(end)
+        count = 1
+        for size in shape:
+            count *= size
+        end = at + count * dtype.itemsize
+        views.append((field.name, shape, dtype, at))
+    return tuple(views), end
+
+
+def aligned_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An uninitialised uint8 array whose first byte lies at a multiple of 64."""
+    raw = np.empty(size + ALIGN, np.uint8)
+    skip = -raw.__array_interface__["data"][0] % ALIGN
+    return raw[skip:skip + size]
+
+
+def write_head(buffer: Any, head: struct.Struct, fingerprint: int, size: int, present: int, texts_size: int,
+               values: Sequence[int | float]) -> None:
+    """Write header, symbol values and scalars; `head` is the schema's struct for the latter two."""
+    head.pack_into(buffer, HEAD_SIZE, *values)
+    _HEADER.pack_into(buffer, 0, MAGIC, 0, fingerprint, size, present, texts_size)
+    struct.pack_into("<I", buffer, 4, zlib.crc32(memoryview(buffer)[_CRC_FROM:HEAD_SIZE + head.size]))
+
+
+def read_head(buffer: Any, head: struct.Struct, fingerprint: int, name: str) -> tuple[int, int, int, tuple[Any, ...]]:
+    """Check a message's head and return (message size, presence bits, texts size, symbol values and scalars).
+
+    Raises:
+        WireError: the message is too short, foreign, of another schema, or its head is damaged.
+    """
+    view = memoryview(buffer)
+    if view.nbytes < HEAD_SIZE + head.size:
+        raise WireError(f"a {name} message is truncated in its head", got=f"{view.nbytes} bytes",
+                        expected=f"at least {HEAD_SIZE + head.size}")
+    magic, crc, theirs, size, present, texts_size = _HEADER.unpack_from(view)
+    if magic != MAGIC:
+        raise WireError(f"not a {name} message", got=bytes(magic), expected=MAGIC)
+    if theirs != fingerprint:
+        raise WireError(f"a message of another schema arrived where {name} was expected", got=f"fingerprint {theirs:016x}",
+                        expected=f"{fingerprint:016x}", hint="run the same release and configuration on every rank")
+    if crc != zlib.crc32(view[_CRC_FROM:HEAD_SIZE + head.size]):
+        raise WireError(f"the head of a {name} message is corrupt", hint="report it, with the control plane in use")
+    if view.nbytes < size:
+        raise WireError(f"a {name} message is truncated", got=f"{view.nbytes} bytes", expected=f"{size} bytes")
+    return size, present, texts_size, head.unpack_from(view, HEAD_SIZE)

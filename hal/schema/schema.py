@@ -1,0 +1,311 @@
+"""A schema: what is derived from one class's declaration. Validator, codec, staging, padding, documentation."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from hal.errors import InputError, SchemaError, WireError
+from hal.schema.fields import Field
+from hal.schema.layout import (
+    HEAD_SIZE,
+    NP_DTYPES,
+    Layout,
+    align,
+    aligned_bytes,
+    place,
+    read_head,
+    write_head,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.schema.declared import Declared
+
+T = TypeVar("T", bound="Declared")
+Buffer = np.ndarray[Any, np.dtype[np.uint8]]
+_CODES = {"int": "q", "float": "d", "bool": "?"}
+_LAYOUTS_KEPT = 4096
+
+
+class Schema(Generic[T]):
+    """Attributes: cls, name, fields (in order of declaration), symbols (in order of first use), fingerprint (64 bits)."""
+
+    def __init__(self, cls: type[T], fields: tuple[Field, ...]) -> None:
+        self.cls, self.name, self.fields = cls, cls.__name__, fields
+        self.by_name = {f.name: f for f in fields}
+        arrays = [f for f in fields if f.array]
+        self.kind = arrays[0].kind if arrays else "ndarray"
+        if any(f.kind != self.kind for f in arrays):
+            raise SchemaError(f"{self.name} mixes torch.Tensor and numpy.ndarray fields", expected="one of the two")
+        self.symbols = tuple(dict.fromkeys(d.symbol for f in arrays if f.array for d in f.array.dims if d.symbol))
+        self.replicated = tuple(f for f in arrays if f.scope == "replicated")
+        self.local = tuple(f for f in arrays if f.scope != "replicated")
+        self.scalars = tuple(f for f in fields if f.kind in _CODES and f.scope == "replicated")
+        self.texts = tuple(f for f in fields if f.kind in ("str", "texts") and f.scope == "replicated")
+        travelling = (*self.replicated, *self.scalars, *self.texts)
+        # Bits for every field that may be absent; local arrays need one too, though only the sender reads it.
+        self.bits = {f.name: 1 << i for i, f in enumerate(f for f in (*travelling, *self.local) if f.optional)}
+        if len(self.bits) > 64:
+            raise SchemaError(f"{self.name} has {len(self.bits)} optional fields", expected="at most 64")
+        self.head = struct.Struct("<" + "Q" * len(self.symbols) + "".join(_CODES[f.kind] for f in self.scalars))
+        self.arrays_at = align(HEAD_SIZE + self.head.size)
+        text = self.name + "\n" + "\n".join(f.describe for f in travelling)
+        self.fingerprint = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._plan: list[tuple[Any, ...]] | None = None
+
+    def layout(self, sizes: tuple[int, ...], present: int) -> Layout:
+        """The layout for symbol sizes (in the order of `symbols`) and presence bits; kept, since decode steps repeat."""
+        key = (present, *sizes)
+        layout = self._layouts.get(key)
+        if layout is None:
+            if len(self._layouts) >= _LAYOUTS_KEPT:
+                self._layouts.clear()
+            dims = dict(zip(self.symbols, sizes, strict=True))
+            here = [f for f in self.replicated if not f.optional or present & self.bits[f.name]]
+            local = [f for f in self.local if present & self.bits[f.name]]
+            views, end = place(here, self.arrays_at, dims)
+            local_views, local_end = place(local, 0, dims)
+            layout = self._layouts[key] = Layout(views, local_views, end, local_end)
+        return layout
+
+    def allocate(self, dims: Mapping[str, int], present: Iterable[str] = (), **values: Any) -> Packed[T]:
+        """A packed instance whose arrays are uninitialised views, to be filled in place.
+
+        Args:
+            dims: the size of each symbol; a symbol that is left out is 0.
+            present: the optional arrays that exist.
+            values: every scalar and text field (optional ones may be left out).
+
+        Raises:
+            SchemaError: an unknown symbol or field, or a required value left out.
+            InputError: a text that cannot travel (it contains NUL).
+        """
+        bits = 0
+        for name in present:
+            if name not in self.bits:
+                raise SchemaError(f"{self.name} has no optional array {name!r}", expected=", ".join(self.bits))
+            bits |= self.bits[name]
+        for unknown in (set(dims) - set(self.symbols)) | (set(values) - set(self.by_name)):
+            raise SchemaError(f"{self.name} declares no symbol or field {unknown!r}")
+        head: list[int | float] = [dims.get(s, 0) for s in self.symbols]
+        sizes = tuple(head)
+        for f in self.scalars:
+            value = values.get(f.name)
+            if value is None:
+                if not f.optional and f.name not in values:
+                    raise SchemaError(f"{self.name}.{f.name} is required")
+                head.append(0)
+            else:
+                head.append(value)
+                bits |= self.bits.get(f.name, 0)
+        texts = b""
+        for f in self.texts:
+            value = values.get(f.name)
+            if value is not None:
+                bits |= self.bits.get(f.name, 0)
+                texts += _pack_text(f, value)
+        layout = self.layout(sizes, bits)  # type: ignore[arg-type]
+        size = layout.texts_at + len(texts)
+        local_at = align(size)
+        buffer = aligned_bytes(local_at + layout.local_size)
+        try:
+            write_head(buffer, self.head, self.fingerprint, size, bits, len(texts), head)
+        except struct.error as error:
+            raise InputError(f"a scalar of {self.name} is out of range: {error}", got=values,
+                             fields=tuple(f.name for f in self.scalars)) from None
+        if texts:
+            buffer[layout.texts_at:size] = np.frombuffer(texts, np.uint8)
+        arrays = {n: np.ndarray(s, d, buffer, at) for n, s, d, at in layout.replicated}
+        for n, s, d, at in layout.local:
+            arrays[n] = np.ndarray(s, d, buffer, local_at + at)
+        return Packed(self, buffer, size, sizes, arrays, values)  # type: ignore[arg-type]
+
+    def pack(self, instance: T) -> Packed[T]:
+        """Copy an instance into one new buffer. Its shapes must already be valid."""
+        state = instance.__dict__
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        dims: dict[str, int] = {}
+        present: list[str] = []
+        for f in (*self.replicated, *self.local):
+            value = state[f.name]
+            if value is None:
+                continue
+            if f.optional:
+                present.append(f.name)
+            a = f.array
+            assert a is not None
+            array = value if self.kind == "ndarray" else _host_view(value, a.dtype)
+            arrays[f.name] = array
+            for dim, size in zip(a.dims, array.shape, strict=True):
+                if dim.symbol and dim.symbol not in dims:
+                    dims[dim.symbol] = (size - dim.offset) // dim.scale
+        values = {f.name: state[f.name] for f in (*self.scalars, *self.texts)}
+        packed = self.allocate(dims, present, **values)
+        for name, array in arrays.items():
+            packed.arrays[name][...] = array
+        return packed
+
+    def unpack(self, buffer: Any) -> Packed[T]:
+        """Read a message in place: every array is a view of `buffer`, which must outlive it.
+
+        Raises:
+            WireError: the message is truncated, corrupt, foreign or of another schema.
+        """
+        size, present, texts_size, head = read_head(buffer, self.head, self.fingerprint, self.name)
+        n = len(self.symbols)
+        sizes = head[:n]
+        layout = self.layout(sizes, present)
+        if layout.texts_at + texts_size != size:
+            raise WireError(f"the size of a {self.name} message contradicts its dimensions", got=size,
+                            expected=layout.texts_at + texts_size)
+        values: dict[str, Any] = {}
+        for f, value in zip(self.scalars, head[n:], strict=True):
+            values[f.name] = value if not f.optional or present & self.bits[f.name] else None
+        if self.texts:
+            self._read_texts(bytes(memoryview(buffer)[layout.texts_at:size]), present, values)
+        arrays = {name: np.ndarray(s, d, buffer, at) for name, s, d, at in layout.replicated}
+        raw = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
+        return Packed(self, raw[:size], size, sizes, arrays, values)
+
+    def _read_texts(self, raw: bytes, present: int, values: dict[str, Any]) -> None:
+        at = 0
+        for f in self.texts:
+            if f.optional and not present & self.bits[f.name]:
+                values[f.name] = None
+                continue
+            try:
+                count, length = struct.unpack_from("<II", raw, at)
+                at += 8
+                body = raw[at:at + length].decode()
+            except (struct.error, UnicodeDecodeError) as error:
+                raise WireError(f"the texts of a {self.name} message are corrupt: {error}") from None
+            at += length
+            parts = tuple(body.split("\0")) if count else ()
+            if len(parts) != count or (f.kind == "str" and count != 1):
+                raise WireError(f"{self.name}.{f.name} is corrupt", got=f"{len(parts)} texts", expected=count)
+            values[f.name] = parts if f.kind == "texts" else parts[0]
+
+    def markdown(self) -> str:
+        """The documentation table of this type."""
+        rows = ["| field | type | shape | padding | scope | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+        for f in self.fields:
+            a = f.array
+            kind = (a.dtype if a else f.kind) + (", optional" if f.optional else "")
+            rows.append(f"| `{f.name}` | {kind} | {a.shape_text if a else ''} | {a.pad if a else ''} | {f.scope} | {f.doc} |")
+        return "\n".join(rows) + "\n"
+
+
+class Packed(Generic[T]):
+    """One instance in one buffer.
+
+    Attributes:
+        buffer: uint8; `wire` is the part that travels.
+        arrays: numpy views by field (bfloat16 as uint16 bits).
+        dims: the size of each symbol.
+    """
+
+    __slots__ = ("arrays", "buffer", "schema", "size", "sizes", "values")
+
+    def __init__(self, schema: Schema[T], buffer: Buffer, size: int, sizes: tuple[int, ...],
+                 arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
+        self.schema, self.buffer, self.size, self.sizes, self.arrays, self.values = schema, buffer, size, sizes, arrays, values
+
+    @property
+    def wire(self) -> Buffer:
+        return self.buffer[:self.size]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return dict(zip(self.schema.symbols, self.sizes, strict=True))
+
+    def to(self, device: torch.device | str | None = None) -> T:
+        """The typed instance. On the host its tensors are views of the buffer; for another device the whole buffer is
+        moved by one copy and the tensors are views of that."""
+        schema = self.schema
+        state = dict.fromkeys(schema.by_name)
+        state.update(self.values)
+        if schema.kind == "ndarray":
+            state.update(self.arrays)
+        else:
+            import torch
+
+            if device is None or torch.device(device).type == "cpu":
+                for name, array in self.arrays.items():
+                    tensor = torch.from_numpy(array)
+                    dtype = schema.by_name[name].array.dtype  # type: ignore[union-attr]
+                    state[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+            else:
+                self._stage(device, state)
+        instance = schema.cls.__new__(schema.cls)
+        instance.__dict__.update(state)
+        return instance
+
+    def _stage(self, device: Any, state: dict[str, Any]) -> None:
+        import torch
+
+        base = self.buffer.__array_interface__["data"][0]
+        staged = torch.from_numpy(self.buffer).to(device)
+        for name, array in self.arrays.items():
+            at = array.__array_interface__["data"][0] - base
+            dtype = getattr(torch, self.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
+            state[name] = staged[at:at + array.nbytes].view(dtype).view(array.shape)
+
+    def padded(self, **bucket: int) -> Packed[T]:
+        """A copy in which the named symbols have a larger size; each array's new rows hold its declared padding.
+
+        Raises:
+            InputError: a size in `bucket` is smaller than the real one, or "edge" padding has no row to repeat.
+        """
+        dims = self.dims
+        for symbol, size in bucket.items():
+            if symbol not in dims or size < dims[symbol]:
+                raise InputError(f"{self.schema.name} does not fit the bucket in {symbol!r}", got=dims.get(symbol, "no such symbol"),
+                                 expected=f"at most {size}", fields=(symbol,))
+        present = [n for n in self.arrays if n in self.schema.bits]
+        out = self.schema.allocate({**dims, **bucket}, present, **self.values)
+        for name, array in self.arrays.items():
+            spec, into = self.schema.by_name[name].array, out.arrays[name]
+            assert spec is not None
+            if spec.pad == "edge":
+                if into.shape[0] > array.shape[0] == 0:
+                    raise InputError(f"{self.schema.name}.{name} has no row to repeat as padding", fields=(name,))
+                into[array.shape[0]:] = array[-1:]
+            elif into.shape != array.shape:
+                into[...] = _bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
+            into[tuple(slice(s) for s in array.shape)] = array
+        return out
+
+
+def _bits(value: float) -> int:
+    """The bfloat16 bits of a padding value, which every sensible one has exactly."""
+    return int(np.float32(value).view(np.uint32)) >> 16
+
+
+def _host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    if dtype == "bfloat16":
+        import torch
+
+        tensor = tensor.view(torch.uint16)
+    array: np.ndarray[Any, Any] = tensor.numpy()
+    return array
+
+
+def _pack_text(field: Field, value: Any) -> bytes:
+    parts = value if field.kind == "texts" else (value,)
+    body = "\0".join(parts).encode()
+    if body.count(b"\0") != max(len(parts) - 1, 0):
+        raise InputError(f"{field.name} contains a NUL character", got=repr(value), expected="text without NUL",
+                         fields=(field.name,))
+    return struct.pack("<II", len(parts), len(body)) + body
+
+
+__all__ = ["NP_DTYPES", "Packed", "Schema"]

@@ -1,0 +1,167 @@
+"""Structural validation, on every step: a fast pass that only compares, and a slow one that finds whom to blame."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from hal.errors import InputError
+from hal.schema.fields import Dim, Field
+from hal.schema.layout import NP_DTYPES
+
+_PYTHON = {"int": int, "float": float, "bool": bool, "str": str, "texts": tuple}
+
+
+def _plan(schema: Any) -> list[tuple[Any, ...]]:
+    plan: list[tuple[Any, ...]] = []
+    for f in schema.fields:
+        if f.array is not None:
+            dtype: Any = NP_DTYPES[f.array.dtype]
+            if f.kind == "tensor":
+                import torch
+
+                dtype = getattr(torch, f.array.dtype)
+            index = {s: i for i, s in enumerate(schema.symbols)}
+            dims = tuple((index.get(d.symbol, -1), d.scale, d.offset) for d in f.array.dims)
+            plan.append((f.name, dtype, len(dims), dims))
+    return plan
+
+
+def validate(instance: Any, device: Any = None) -> None:
+    """See `Declared.validate`."""
+    schema = type(instance).schema
+    if schema._plan is None:
+        schema._plan = _plan(schema)
+    state = instance.__dict__
+    sizes = [-1] * len(schema.symbols)
+    tensors = schema.kind == "tensor"
+    if tensors and device is not None and type(device) is str:
+        import torch
+
+        device = torch.device(device)
+    try:
+        for name, dtype, rank, dims in schema._plan:
+            value = state[name]
+            if value is None:
+                if not schema.by_name[name].optional:
+                    break
+                continue
+            shape = value.shape
+            if value.dtype != dtype or len(shape) != rank:
+                break
+            for (symbol, scale, offset), size in zip(dims, shape, strict=True):
+                if symbol < 0:
+                    if size != offset:
+                        break
+                else:
+                    bound = sizes[symbol]
+                    if bound < 0:
+                        if (size - offset) % scale or size < offset:
+                            break
+                        sizes[symbol] = (size - offset) // scale
+                    elif scale * bound + offset != size:
+                        break
+            else:
+                if tensors:
+                    if not value.is_contiguous() or (device is not None and value.device != device):
+                        break
+                elif not value.flags.c_contiguous:
+                    break
+                continue
+            break
+        else:
+            for f in schema.fields:
+                if f.array is None and not _scalar_ok(f, state[f.name]):
+                    break
+            else:
+                return
+    except (AttributeError, TypeError, KeyError):
+        pass
+    _blame(instance, device)
+
+
+def _scalar_ok(field: Field, value: Any) -> bool:
+    if value is None:
+        return field.optional
+    return type(value) is _PYTHON[field.kind]
+
+
+def _fail(name: str, field: str, got: object, expected: object) -> None:
+    raise InputError(f"{name}.{field} breaks its declaration", got=got, expected=expected, fields=(field,),
+                     hint="see the type's documentation table (`hal.schema` markdown)")
+
+
+def _blame(instance: Any, device: Any) -> None:
+    schema = type(instance).schema
+    name, state = schema.name, instance.__dict__
+    votes: dict[str, list[tuple[str, int]]] = {s: [] for s in schema.symbols}
+    for f in schema.fields:
+        value = state.get(f.name)
+        if f.array is None:
+            if not _scalar_ok(f, value):
+                _fail(name, f.name, repr(value), f.kind)
+            continue
+        if value is None:
+            if not f.optional:
+                _fail(name, f.name, None, f"{f.array.dtype}{f.array.shape_text}")
+            continue
+        _blame_array(name, f, value, device)
+        for d, size in zip(f.array.dims, value.shape, strict=True):
+            if d.symbol:
+                votes[d.symbol].append((f.name, (size - d.offset) // d.scale))
+    for symbol, cast in votes.items():
+        counts = Counter(size for _, size in cast).most_common()
+        if len(counts) > 1:
+            majority, n = counts[0]
+            # Without a majority nobody knows who is wrong: every field that takes part is named.
+            tie = counts[1][1] == n
+            odd = tuple(dict.fromkeys(f for f, size in cast if tie or size != majority))
+            raise InputError(f"{name}: fields disagree about {symbol!r}", got=", ".join(f"{f}: {s}" for f, s in cast),
+                             expected="one size" if tie else majority, fields=odd)
+
+
+def _blame_array(name: str, f: Field, value: Any, device: Any) -> None:
+    assert f.array is not None
+    wanted: Any = NP_DTYPES[f.array.dtype]
+    if f.kind == "tensor":
+        import torch
+
+        if not isinstance(value, torch.Tensor):
+            _fail(name, f.name, type(value).__name__, "torch.Tensor")
+        wanted = getattr(torch, f.array.dtype)
+    elif not isinstance(value, np.ndarray):
+        _fail(name, f.name, type(value).__name__, "numpy.ndarray")
+    if value.dtype != wanted:
+        _fail(name, f.name, value.dtype, wanted)
+    if len(value.shape) != len(f.array.dims):
+        _fail(name, f.name, f"shape {list(value.shape)}", f.array.shape_text)
+    for d, size in zip(f.array.dims, value.shape, strict=True):
+        if not _fits(d, size):
+            _fail(name, f.name, f"shape {list(value.shape)}", f.array.shape_text)
+    contiguous = value.is_contiguous() if f.kind == "tensor" else value.flags.c_contiguous
+    if not contiguous:
+        _fail(name, f.name, "strided", "contiguous")
+    if f.kind == "tensor" and device is not None and value.device != device:
+        _fail(name, f.name, value.device, device)
+
+
+def _fits(dim: Dim, size: int) -> bool:
+    if not dim.symbol:
+        return size == dim.offset
+    return size >= dim.offset and (size - dim.offset) % dim.scale == 0
+
+
+def check_bounds(instance: Any) -> None:
+    """Every value of a field lies within its declared `low` and `high`. Raises InputError."""
+    schema = type(instance).schema
+    for f in schema.fields:
+        value = instance.__dict__[f.name]
+        if f.array is None or value is None or 0 in value.shape:
+            continue
+        low, high = f.array.low, f.array.high
+        if low is not None and bool((value < low).any()):
+            _fail(schema.name, f.name, f"minimum {value.min()}", f">= {low}")
+        if high is not None and bool((value > high).any()):
+            _fail(schema.name, f.name, f"maximum {value.max()}", f"<= {high}")
