@@ -95,7 +95,8 @@ class WorkerError(HalError):
         remote_traceback: the failing rank's traceback as text, or "".
     """
 
-    def __init__(self, what: str, *, rank: int, cause: str, remote_traceback: str = "", hint: str | None = None) -> None:
+    def __init__(self, what: str, *, rank: int, cause: str, remote_traceback: str = "",
+                 hint: str | None = None) -> None:
         super().__init__(what, got=cause, hint=hint)
         self.rank, self.cause, self.remote_traceback = rank, cause, remote_traceback
 

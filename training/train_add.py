@@ -241,14 +241,14 @@ def train(args: argparse.Namespace, heldout: np.ndarray, validation: list[Proble
         optimizer.zero_grad()
         if (step + 1) % args.log_every == 0 or step + 1 == args.steps:
             accuracy = teacher_forced_accuracy(model, validation)
-            elapsed = time.perf_counter() - started
-            print(f"step {step + 1} loss {loss.item():.5f} held-out {accuracy:.4f} lr {lr:.2e} {elapsed:.0f}s", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"step {step + 1} loss {loss.item():.5f} held-out {accuracy:.4f} {seconds:.0f}s", flush=True)
     return model
 
 
 def export(model: LlamaForCausalLM, heldout: list[Problem], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    model = model.to(torch.bfloat16)
+    model = model.bfloat16()
     model.generation_config = GenerationConfig(
         do_sample=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=8
     )
@@ -301,7 +301,7 @@ class Report:
 @torch.no_grad()
 def evaluate(directory: Path, dtype: torch.dtype, problems: list[Problem]) -> Report:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = LlamaForCausalLM.from_pretrained(directory).to(dtype).eval()
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     report = Report(str(dtype).removeprefix("torch."), defaultdict(int), defaultdict(int), math.inf, [])
     by_length: dict[int, list[Problem]] = defaultdict(list)
     for problem in problems:

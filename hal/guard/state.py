@@ -163,7 +163,7 @@ def refuse(operation: str) -> None:
 
 
 def _wakes_event_loop(frame: FrameType) -> bool:
-    """Whether asyncio is poking its own loop through its self-pipe, which carries no data; refusing it hangs the loop."""
+    """Whether asyncio wakes its own loop through its self-pipe, which carries no data; refusing it hangs the loop."""
     own = frame.f_code.co_name in ("_write_to_self", "_read_from_self")
     return own and frame.f_globals.get("__name__") == "asyncio.selector_events"
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from hal.errors import SchemaError
 
 Scope = Literal["replicated", "driver", "rank"]
-DTYPES: dict[str, int] = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2,
-                          "float32": 4, "float64": 8}
+DTYPES: dict[str, int] = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float16": 2,
+                          "bfloat16": 2, "float32": 4, "float64": 8}
 _DIM = re.compile(r"^(?:(\d+)\s*\*\s*)?([a-z_][a-z0-9_]*)(?:\s*\+\s*(\d+))?$")
 
 
@@ -33,7 +33,8 @@ class Dim:
             return cls("", 0, text)
         match = _DIM.match(text.strip())
         if match is None:
-            raise SchemaError("cannot read a dimension", got=repr(text), expected="'sym', 'sym + 1', '2 * sym' or an int")
+            raise SchemaError("cannot read a dimension", got=repr(text),
+                              expected="'sym', 'sym + 1', '2 * sym' or an int")
         return cls(match[2], int(match[1] or 1), int(match[3] or 0))
 
     def size(self, dims: dict[str, int]) -> int:
@@ -143,7 +144,8 @@ def resolve(owner: str, name: str, hint: Any) -> Field:
         field = Field(name, "texts", optional, doc.scope, None, doc.doc)
     else:
         raise SchemaError(f"{owner}.{name} has a type that cannot be declared", got=hint,
-                          expected="Annotated[torch.Tensor | numpy.ndarray, Array(...)], int, float, bool, str, tuple[str, ...]")
+                          expected="Annotated[torch.Tensor or numpy.ndarray, Array(...)], int, float, bool, str "
+                                   "or tuple[str, ...]")
     if field.scope != "replicated" and not optional:
         raise SchemaError(f"{owner}.{name} never travels (scope={field.scope!r}) but is required",
                           expected="a type that admits None", hint="add `| None = None`")

@@ -1,6 +1,6 @@
 """Where each field of an instance lies in one packed buffer, and the header in front of it.
 
-    [ header | symbol values | scalars | pad ][ replicated arrays, each at a multiple of 64 bytes ][ texts ][ local arrays ]
+    [ header | symbol values | scalars | pad ][ replicated arrays, each 64-byte aligned ][ texts ][ local arrays ]
 
 Everything up to and including the texts is the wire message; local arrays (scope "driver" or "rank") lie behind it.
 Offsets follow from the symbol values and the presence bits alone, so no per-field metadata travels.
@@ -21,7 +21,7 @@ from hal.schema.fields import Field
 
 ALIGN = 64
 MAGIC = b"HAL1"
-_HEADER = struct.Struct("<4sIQQQQ")  # magic, crc32 of the rest of the head, fingerprint, message size, presence, texts size
+_HEADER = struct.Struct("<4sIQQQQ")  # magic, crc32, fingerprint, message size, presence, texts size
 HEAD_SIZE = _HEADER.size
 _CRC_FROM = 8
 # numpy has no bfloat16: on the host its bits are held as uint16.
@@ -96,8 +96,9 @@ def read_head(buffer: Any, head: struct.Struct, fingerprint: int, name: str) -> 
     if magic != MAGIC:
         raise WireError(f"not a {name} message", got=bytes(magic), expected=MAGIC)
     if theirs != fingerprint:
-        raise WireError(f"a message of another schema arrived where {name} was expected", got=f"fingerprint {theirs:016x}",
-                        expected=f"{fingerprint:016x}", hint="run the same release and configuration on every rank")
+        raise WireError(f"a message of another schema arrived where {name} was expected",
+                        got=f"fingerprint {theirs:016x}", expected=f"{fingerprint:016x}",
+                        hint="run the same release and configuration on every rank")
     if crc != zlib.crc32(view[_CRC_FROM:HEAD_SIZE + head.size]):
         raise WireError(f"the head of a {name} message is corrupt", hint="report it, with the control plane in use")
     if view.nbytes < size:

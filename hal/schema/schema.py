@@ -34,7 +34,7 @@ _LAYOUTS_KEPT = 4096
 
 
 class Schema(Generic[T]):
-    """Attributes: cls, name, fields (in order of declaration), symbols (in order of first use), fingerprint (64 bits)."""
+    """Attributes: cls, name, fields (as declared), symbols (in order of first use), fingerprint (64 bits)."""
 
     def __init__(self, cls: type[T], fields: tuple[Field, ...]) -> None:
         self.cls, self.name, self.fields = cls, cls.__name__, fields
@@ -44,6 +44,7 @@ class Schema(Generic[T]):
         if any(f.kind != self.kind for f in arrays):
             raise SchemaError(f"{self.name} mixes torch.Tensor and numpy.ndarray fields", expected="one of the two")
         self.symbols = tuple(dict.fromkeys(d.symbol for f in arrays if f.array for d in f.array.dims if d.symbol))
+        self.symbol_set = frozenset(self.symbols)
         self.replicated = tuple(f for f in arrays if f.scope == "replicated")
         self.local = tuple(f for f in arrays if f.scope != "replicated")
         self.scalars = tuple(f for f in fields if f.kind in _CODES and f.scope == "replicated")
@@ -53,6 +54,8 @@ class Schema(Generic[T]):
         self.bits = {f.name: 1 << i for i, f in enumerate(f for f in (*travelling, *self.local) if f.optional)}
         if len(self.bits) > 64:
             raise SchemaError(f"{self.name} has {len(self.bits)} optional fields", expected="at most 64")
+        self.binds = {f.name: tuple((d.symbol, d.scale, d.offset, i) for i, d in enumerate(f.array.dims) if d.symbol)
+                      for f in arrays if f.array}
         self.head = struct.Struct("<" + "Q" * len(self.symbols) + "".join(_CODES[f.kind] for f in self.scalars))
         self.arrays_at = align(HEAD_SIZE + self.head.size)
         text = self.name + "\n" + "\n".join(f.describe for f in travelling)
@@ -61,7 +64,7 @@ class Schema(Generic[T]):
         self._plan: list[tuple[Any, ...]] | None = None
 
     def layout(self, sizes: tuple[int, ...], present: int) -> Layout:
-        """The layout for symbol sizes (in the order of `symbols`) and presence bits; kept, since decode steps repeat."""
+        """The layout for symbol sizes (ordered as `symbols`) and presence bits; kept, since decode steps repeat."""
         key = (present, *sizes)
         layout = self._layouts.get(key)
         if layout is None:
@@ -92,8 +95,9 @@ class Schema(Generic[T]):
             if name not in self.bits:
                 raise SchemaError(f"{self.name} has no optional array {name!r}", expected=", ".join(self.bits))
             bits |= self.bits[name]
-        for unknown in (set(dims) - set(self.symbols)) | (set(values) - set(self.by_name)):
-            raise SchemaError(f"{self.name} declares no symbol or field {unknown!r}")
+        if not (dims.keys() <= self.symbol_set and values.keys() <= self.by_name.keys()):
+            unknown = sorted((dims.keys() - self.symbol_set) | (values.keys() - self.by_name.keys()))
+            raise SchemaError(f"{self.name} declares no symbol or field {', '.join(unknown)}")
         head: list[int | float] = [dims.get(s, 0) for s in self.symbols]
         sizes = tuple(head)
         for f in self.scalars:
@@ -143,9 +147,8 @@ class Schema(Generic[T]):
             assert a is not None
             array = value if self.kind == "ndarray" else _host_view(value, a.dtype)
             arrays[f.name] = array
-            for dim, size in zip(a.dims, array.shape, strict=True):
-                if dim.symbol and dim.symbol not in dims:
-                    dims[dim.symbol] = (size - dim.offset) // dim.scale
+            for symbol, scale, offset, axis in self.binds[f.name]:
+                dims[symbol] = (array.shape[axis] - offset) // scale
         values = {f.name: state[f.name] for f in (*self.scalars, *self.texts)}
         packed = self.allocate(dims, present, **values)
         for name, array in arrays.items():
@@ -198,7 +201,8 @@ class Schema(Generic[T]):
         for f in self.fields:
             a = f.array
             kind = (a.dtype if a else f.kind) + (", optional" if f.optional else "")
-            rows.append(f"| `{f.name}` | {kind} | {a.shape_text if a else ''} | {a.pad if a else ''} | {f.scope} | {f.doc} |")
+            shape, pad = (a.shape_text, a.pad) if a else ("", "")
+            rows.append(f"| `{f.name}` | {kind} | {shape} | {pad} | {f.scope} | {f.doc} |")
         return "\n".join(rows) + "\n"
 
 
@@ -215,7 +219,8 @@ class Packed(Generic[T]):
 
     def __init__(self, schema: Schema[T], buffer: Buffer, size: int, sizes: tuple[int, ...],
                  arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
-        self.schema, self.buffer, self.size, self.sizes, self.arrays, self.values = schema, buffer, size, sizes, arrays, values
+        self.schema, self.buffer, self.size, self.sizes = schema, buffer, size, sizes
+        self.arrays, self.values = arrays, values
 
     @property
     def wire(self) -> Buffer:
@@ -266,8 +271,8 @@ class Packed(Generic[T]):
         dims = self.dims
         for symbol, size in bucket.items():
             if symbol not in dims or size < dims[symbol]:
-                raise InputError(f"{self.schema.name} does not fit the bucket in {symbol!r}", got=dims.get(symbol, "no such symbol"),
-                                 expected=f"at most {size}", fields=(symbol,))
+                raise InputError(f"{self.schema.name} does not fit the bucket in {symbol!r}",
+                                 got=dims.get(symbol, "no such symbol"), expected=f"at most {size}", fields=(symbol,))
         present = [n for n in self.arrays if n in self.schema.bits]
         out = self.schema.allocate({**dims, **bucket}, present, **self.values)
         for name, array in self.arrays.items():
@@ -289,14 +294,14 @@ def _bits(value: float) -> int:
 
 
 def _host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()
-    if dtype == "bfloat16":
-        import torch
+    if tensor.is_cpu and dtype != "bfloat16":
+        array: np.ndarray[Any, Any] = tensor.numpy()
+        return array
+    import torch
 
-        tensor = tensor.view(torch.uint16)
-    array: np.ndarray[Any, Any] = tensor.numpy()
-    return array
+    tensor = tensor.cpu()
+    bits: np.ndarray[Any, Any] = (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
+    return bits
 
 
 def _pack_text(field: Field, value: Any) -> bytes:

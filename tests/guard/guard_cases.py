@@ -1,4 +1,4 @@
-"""Every operation that the guard is tested with, and the tier that must refuse it. docs/guard.md's table is made of it."""
+"""Every operation that the guard is tested with and the tier that must refuse it: docs/guard.md's table."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ async def _all_reduce(e: Env) -> None:
 
 
 tasks("a task: all_reduce", lambda e: asyncio.run(_task(e)), operation="all_reduce")
-tasks("to_thread: all_reduce", lambda e: asyncio.run(asyncio.to_thread(lambda: dist.all_reduce(e.t()))), operation="all_reduce")
+tasks("to_thread: all_reduce", lambda e: asyncio.run(asyncio.to_thread(lambda: dist.all_reduce(e.t()))),
+      operation="all_reduce")
 
 fn = "torch.distributed._functional_collectives."
 functional = _family("functional collectives", "strict")
@@ -236,5 +237,5 @@ unseen("a bound socket method saved before install()", lambda e: e.saved_send(b"
 unseen("Work.wait on work launched before the phase", lambda e: e.work.wait(),
        lambda e: setattr(e, "work", dist.all_reduce(e.t(), async_op=True)))  # fmt: skip
 unseen("_thread.start_new_thread: all_reduce",
-       lambda e: in_thread(lambda body: _thread.start_new_thread(body, ()), lambda: dist.all_reduce(e.t())))  # fmt: skip
+       lambda e: in_thread(lambda body: _thread.start_new_thread(body, ()), lambda: dist.all_reduce(e.t())))
 unseen("multiprocessing.pool.ThreadPool.apply: all_reduce", lambda e: e.thread_pool.apply(dist.all_reduce, (e.t(),)))

@@ -51,7 +51,8 @@ class Env:
         self.world: Any = dist.group.WORLD
         self.backend: Any = self.world._get_backend(torch.device("cpu"))
         self.pair, self.peer = self._make_pair()
-        self.saved_all_reduce, self.saved_new_group, self.saved_destroy = saved_all_reduce, saved_new_group, saved_destroy
+        self.saved_all_reduce, self.saved_new_group = saved_all_reduce, saved_new_group
+        self.saved_destroy = saved_destroy
 
         self.near, self.far = self._closing(*socket.socketpair())
         self.saved_send = self.near.send
@@ -98,7 +99,7 @@ class Env:
         return pair, ends[1]
 
     def _make_tls(self) -> ssl.SSLSocket:
-        near, far = self._closing(*socket.socketpair())
+        near, _ = self._closing(*socket.socketpair())
         near.setblocking(False)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -114,7 +115,7 @@ class Env:
         vars(actor)["ActorMethod"] = type("ActorMethod", (), {"_remote": lambda self: self})
         vars(xm).update(all_reduce=lambda kind, tensors: tensors, rendezvous=lambda tag: tag)
         for module in modules:
-            assert module.__name__ not in sys.modules, f"{module.__name__} is loaded: run these tests in their own process"
+            assert module.__name__ not in sys.modules, f"{module.__name__} is loaded: run in a fresh process"
             sys.modules[module.__name__] = module
             self._closers.append(lambda name=module.__name__: sys.modules.pop(name))  # type: ignore[misc]
         return list(modules)

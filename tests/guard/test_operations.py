@@ -1,4 +1,4 @@
-"""Every operation of guard_cases under both tiers and in every phase; and the table in docs/guard.md made of the results."""
+"""Every operation of guard_cases under both tiers, in every phase; their outcomes make the table in docs/guard.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ RANK = 3
 DOCS = Path(__file__).parents[2] / "docs" / "guard.md"
 START, END = "<!-- guard-table -->\n", "<!-- /guard-table -->"
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.torch_release,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 
 @pytest.fixture(scope="module", params=["always", "strict"])
@@ -78,7 +81,7 @@ def check(error: GuardError, case: Case, step: Phase) -> None:
     assert error.operation == case.operation
     file, _, line = error.site.rpartition(":")
     assert file == (env_file if case.family.startswith("inside") else case.act.__code__.co_filename)
-    if not case.family.startswith(("asyncio", "inside")):  # whose sites are the coroutine's, and the compiled function's
+    if not case.family.startswith(("asyncio", "inside")):  # sites in the coroutine or compiled code
         assert int(line) in lines(case.act.__code__)
     text = str(error)
     assert f"phase {step.value} of rank {RANK}" in text and case.operation in text and error.site in text

@@ -1,0 +1,103 @@
+"""The typed inputs of a step: what a model runner receives, and what the worker does before it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import torch
+
+from hal.errors import InputError
+from hal.schema import Array, Declared, Doc
+
+NULL_BLOCK = 0  # reserved: padding writes its slots, and no sequence ever owns it
+
+
+class ModelInput(Declared):
+    """Base of every runner's input: tensors on the rank's device, declared once."""
+
+
+class IntermediateTensors(Declared):
+    """What one pipeline stage hands to the next; each model makes its own with `IntermediateTensors.declare`."""
+
+
+class WorkerInput(Declared):
+    """What the worker does to the KV cache before a step: int32 pairs (source block, destination block)."""
+
+    virtual_engine: Annotated[int, Doc("which microbatch's KV cache the step uses")] = 0
+    blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1, doc="device to device")] = None
+    blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0,
+                                                          doc="host to device")] = None
+    blocks_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_swaps_out", 2, low=0,
+                                                           doc="device to host")] = None
+
+
+class PagedModelInput(ModelInput):
+    """A mixed prefill and decode batch over a paged KV cache. Tokens of a sequence are adjacent; sequences that decode
+    (one query token) come first, so that a backend may split the batch at `num_decode_seqs`."""
+
+    input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="token ids")]
+    positions: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="place of each token in its sequence")]
+    slot_mapping: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0,
+                                                doc="block id * block_size + offset, where the token's KV is written")]
+    query_start_loc: Annotated[torch.Tensor, Array("int32", "num_seqs + 1", pad="edge", low=0,
+                                                   doc="first token of each sequence, then the number of real tokens")]
+    seq_lens: Annotated[torch.Tensor, Array("int32", "num_seqs", low=0, doc="context length with this step's tokens")]
+    block_tables: Annotated[torch.Tensor, Array("int32", "num_seqs", "max_blocks", low=0,
+                                                doc="block ids in order; the null block behind the last")]
+    logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, doc="tokens whose logits are needed")]
+    block_size: Annotated[int, Doc("tokens per block")]
+    num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token")] = 0
+
+    def check(self) -> None:
+        """Semantic check (HAL_STRICT=1): the tensors describe one consistent batch.
+
+        Raises:
+            InputError: query_start_loc is not a partition, positions or slots do not follow from seq_lens and
+                block_tables, a live slot is written twice or by padding, or an index points outside the batch.
+        """
+        super().check()
+        starts, lens = self.query_start_loc.cpu().numpy(), self.seq_lens.cpu().numpy()
+        queries = np.diff(starts)
+        if starts[0] != 0 or (queries < 0).any():
+            self._refuse("query_start_loc", starts, "0, then never decreasing")
+        real = int(starts[-1])
+        if real > self.input_ids.shape[0]:
+            self._refuse("query_start_loc", real, f"at most num_tokens ({self.input_ids.shape[0]})")
+        if (lens < queries).any():
+            self._refuse("seq_lens", lens, f"at least the query lengths {queries}")
+        decodes = self.num_decode_seqs
+        if not 0 <= decodes <= len(queries) or (queries[:decodes] != 1).any():
+            self._refuse("num_decode_seqs", decodes, f"leading sequences of one query token, of queries {queries}")
+        seq = np.repeat(np.arange(len(queries)), queries)
+        expected = np.arange(real) - starts[seq] + (lens - queries)[seq]
+        positions = self.positions.cpu().numpy()[:real]
+        if (positions != expected).any():
+            self._refuse("positions", positions, expected)
+        self._check_slots(seq, expected, lens)
+        rows = self.logits_indices.cpu().numpy()
+        if rows.size and rows.max() >= max(real, 1):
+            self._refuse("logits_indices", rows.max(), f"below the number of real tokens ({real})")
+
+    def _check_slots(self, seq: np.ndarray, positions: np.ndarray, lens: np.ndarray) -> None:
+        tables, size = self.block_tables.cpu().numpy(), self.block_size
+        if size < 1:
+            self._refuse("block_size", size, "at least 1")
+        needed = -(-lens // size)
+        if (needed > tables.shape[1]).any():
+            self._refuse("block_tables", f"{tables.shape[1]} columns", f"{needed.max()} for the longest sequence")
+        owned = np.arange(tables.shape[1]) < needed[:, None]
+        if (tables[owned] == NULL_BLOCK).any():
+            self._refuse("block_tables", "the null block inside a context", "blocks of the sequence's own")
+        slots, real = self.slot_mapping.cpu().numpy(), len(seq)
+        expected = tables[seq, positions // size] * size + positions % size
+        if (slots[:real] != expected).any():
+            self._refuse("slot_mapping", slots[:real], expected)
+        if len(np.unique(slots[:real])) != real:
+            # Right for each sequence by itself, so two sequences' tables name the same block where they write.
+            self._refuse("block_tables", "two tokens of this step write the same slot", "each slot written once")
+        if (slots[real:] >= size).any():
+            self._refuse("slot_mapping", slots[real:], "padding inside the null block")
+
+    def _refuse(self, field: str, got: object, expected: object) -> None:
+        raise InputError(f"{type(self).__name__}.{field} is inconsistent", got=got, expected=expected, fields=(field,))

@@ -1,0 +1,1 @@
+"""What a backend's author tests with: strategies for declared inputs."""

@@ -1,0 +1,97 @@
+"""The paged batch: consistent ones pass, each kind of inconsistency is refused by name, padding stays harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from hal.errors import InputError
+from hal.inputs import PagedModelInput, WorkerInput
+from hal.testing.strategies import instances
+
+
+@given(batch=instances(PagedModelInput))
+@settings(max_examples=200, deadline=None)
+def test_consistent_batches_pass(batch: PagedModelInput) -> None:
+    batch.validate("cpu")
+    batch.check()
+    arrived = PagedModelInput.decode(batch.encode())
+    arrived.validate("cpu")
+    arrived.check()
+
+
+@given(batch=instances(PagedModelInput), seqs=st.integers(0, 4), tokens=st.integers(0, 9), blocks=st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_padding_to_a_bucket_stays_consistent(batch: PagedModelInput, seqs: int, tokens: int, blocks: int) -> None:
+    dims = PagedModelInput.schema.pack(batch).dims
+    wide = batch.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
+                        max_blocks=dims["max_blocks"] + blocks, num_logits=dims["num_logits"] + seqs)
+    wide.validate("cpu")
+    wide.check()
+    real = int(batch.query_start_loc[-1])
+    assert torch.equal(wide.slot_mapping[:real], batch.slot_mapping)
+    assert int(wide.query_start_loc[-1]) == real
+    assert (wide.slot_mapping[real:] < batch.block_size).all()
+
+
+def bump(name: str, at: int, by: int) -> Callable[[PagedModelInput], None]:
+    def change(b: PagedModelInput) -> None:
+        b[name][at] += by
+
+    return change
+
+
+def share_a_block(b: PagedModelInput) -> None:
+    """The last sequence writes where the first one does."""
+    assume(len(b.seq_lens) > 1)
+    first, last = ((int(b.seq_lens[s]) - 1) // b.block_size for s in (0, -1))
+    assume(int(b.seq_lens[0] - 1) % b.block_size == int(b.seq_lens[-1] - 1) % b.block_size)
+    b.block_tables[-1, last] = b.block_tables[0, first]
+    for token in range(int(b.query_start_loc[-2]), int(b.query_start_loc[-1])):
+        position = int(b.positions[token])
+        b.slot_mapping[token] = b.block_tables[-1, position // b.block_size] * b.block_size + position % b.block_size
+
+
+def padding_writes_a_live_slot(b: PagedModelInput) -> None:
+    b.__dict__.update(b.padded(num_tokens=len(b.input_ids) + 1).__dict__)
+    b.slot_mapping[-1] = b.slot_mapping[0]
+
+
+BREAKS: dict[str, tuple[str, Callable[[PagedModelInput], None]]] = {
+    "query_start_loc does not start at 0": ("query_start_loc", bump("query_start_loc", 0, 1)),
+    "query_start_loc runs past the tokens": ("query_start_loc", bump("query_start_loc", -1, 99)),
+    "a context shorter than its query": ("seq_lens", lambda b: b.seq_lens.zero_()),
+    "a position off by one": ("positions", bump("positions", -1, 1)),
+    "a negative token id": ("input_ids", lambda b: b.input_ids.fill_(-1)),
+    "a slot off by one": ("slot_mapping", bump("slot_mapping", 0, 1)),
+    "a null block in a context": ("block_tables", lambda b: b.block_tables.zero_()),
+    "a context longer than its blocks": ("positions", lambda b: b.seq_lens.add_(1000)),
+    "two sequences write one slot": ("block_tables", share_a_block),
+    "padding writes a live slot": ("slot_mapping", padding_writes_a_live_slot),
+    "logits of a token that is not there": ("logits_indices", lambda b: b.logits_indices.fill_(10**6)),
+    "more decodes than sequences": ("num_decode_seqs", lambda b: setattr(b, "num_decode_seqs", 99)),
+}
+
+
+@pytest.mark.parametrize("why", BREAKS)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+def test_inconsistent_batches_are_refused_by_name(why: str, data: st.DataObject) -> None:
+    batch = data.draw(instances(PagedModelInput, min_size=2))
+    field, change = BREAKS[why]
+    change(batch)
+    with pytest.raises(InputError) as caught:
+        batch.check()
+    assert caught.value.field == field, str(caught.value)
+
+
+def test_worker_input_travels() -> None:
+    sent = WorkerInput(virtual_engine=1, blocks_to_copy=np.array([[1, 2]], np.int32))
+    got = WorkerInput.decode(sent.encode())
+    assert got.virtual_engine == 1 and got.blocks_to_swap_in is None
+    assert got.blocks_to_copy is not None and got.blocks_to_copy.tolist() == [[1, 2]]

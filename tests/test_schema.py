@@ -1,0 +1,208 @@
+"""Declared types under hypothesis: identity of the codec, validity, near misses named, padding, and what goes wrong."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Annotated
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hal.errors import InputError, SchemaError, WireError
+from hal.schema import Array, Declared, Doc
+from hal.testing.strategies import NearMiss, instances, near_misses
+
+SLOW = [HealthCheck.too_slow]
+
+
+class Step(Declared):
+    """Everything a torch declaration can hold."""
+
+    input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, high=99, doc="token ids")]
+    query_start_loc: Annotated[torch.Tensor, Array("int32", "num_seqs + 1", pad="edge")]
+    block_tables: Annotated[torch.Tensor, Array("int32", "num_seqs", "max_blocks")]
+    pairs: Annotated[torch.Tensor, Array("int64", "2 * num_seqs", 3, pad=-1)]
+    hidden: Annotated[torch.Tensor | None, Array("bfloat16", "num_tokens", 8, pad=1.5)] = None
+    scale: Annotated[torch.Tensor | None, Array("float16", "num_seqs")] = None
+    mask: Annotated[torch.Tensor | None, Array("bool", "num_tokens", pad=True)] = None
+    local: Annotated[torch.Tensor | None, Array("float32", "num_seqs", scope="driver")] = None
+    max_query_len: Annotated[int, Doc("longest query")] = 0
+    threshold: float | None = None
+    is_prompt: bool = False
+    phase: str = ""
+    request_ids: tuple[str, ...] | None = None
+
+
+class Host(Declared):
+    """The numpy side."""
+
+    rows: Annotated[np.ndarray, Array("int32", "num_rows")]
+    params: Annotated[np.ndarray, Array("float32", "num_rows", 4)]
+    copies: Annotated[np.ndarray | None, Array("int32", "num_copies", 2)] = None
+    step: int = 0
+
+
+Runtime = Declared.declare("Runtime", hidden_states=Array("bfloat16", "num_tokens", 16),
+                           residual=Array("float32", "num_tokens", 16))
+TYPES: list[type[Declared]] = [Step, Host, Runtime]
+every_type = pytest.mark.parametrize("cls", TYPES, ids=lambda c: c.__name__)
+
+
+def same(a: Declared, b: Declared) -> None:
+    for f in type(a).schema.fields:
+        x, y = a[f.name], b[f.name]
+        if f.scope != "replicated":
+            assert y is None
+        elif f.array is None or x is None:
+            assert x == y and type(x) is type(y), f.name
+        else:
+            # Bytes, so that NaN equals itself.
+            x, y = (v.view(torch.int16) if f.array.dtype == "bfloat16" else v for v in (x, y))
+            assert x.shape == y.shape and x.dtype == y.dtype, f.name
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), f.name
+
+
+@every_type
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+def test_decode_of_encode_is_the_identity(cls: type[Declared], data: st.DataObject) -> None:
+    instance = data.draw(instances(cls))
+    same(instance, cls.decode(instance.encode()))
+
+
+@every_type
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+def test_valid_instances_validate(cls: type[Declared], data: st.DataObject) -> None:
+    instance = data.draw(instances(cls))
+    instance.validate("cpu" if cls.schema.kind == "tensor" else None)
+    instance.check()
+    cls.decode(instance.encode()).validate()
+
+
+@every_type
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+def test_near_misses_are_refused_naming_the_field(cls: type[Declared], data: st.DataObject) -> None:
+    miss: NearMiss = data.draw(near_misses(cls))
+    with pytest.raises(InputError) as caught:
+        miss.instance.validate("cpu" if cls.schema.kind == "tensor" else None)
+        miss.instance.check()
+    assert miss.field in caught.value.fields, f"{miss.why}: blamed {caught.value.fields}"
+    assert miss.field in str(caught.value)
+
+
+@every_type
+@given(data=st.data(), extra=st.integers(0, 5))
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+def test_padding_keeps_real_rows_and_fills_the_rest(cls: type[Declared], data: st.DataObject, extra: int) -> None:
+    instance = data.draw(instances(cls, min_size=1))
+    packed = cls.schema.pack(instance)
+    wide = packed.padded(**{s: n + extra for s, n in packed.dims.items()})
+    wide.to().validate()
+    assert wide.values == packed.values
+    for name, array in packed.arrays.items():
+        spec, grown = cls.schema.by_name[name].array, wide.arrays[name]
+        assert spec is not None
+        assert grown[tuple(map(slice, array.shape))].tobytes() == array.tobytes()
+        rest = grown[array.shape[0]:]
+        if spec.pad == "edge":
+            assert all(row.tobytes() == array[-1].tobytes() for row in rest)
+        elif spec.dtype == "bfloat16":
+            assert (rest == torch.tensor(spec.pad, dtype=torch.bfloat16).view(torch.uint16).item()).all()
+        else:
+            assert (rest == spec.pad).all()
+
+
+@given(data=st.data(), cut=st.integers(0, 10_000), flip=st.integers(0, 10_000))
+@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
+def test_truncated_or_damaged_heads_are_refused(data: st.DataObject, cut: int, flip: int) -> None:
+    wire = data.draw(instances(Step)).encode()
+    with pytest.raises(WireError):
+        Step.decode(bytearray(wire[: cut % wire.nbytes].tobytes()))
+    damaged = wire.copy()
+    damaged[flip % 40] ^= 1 + flip % 255
+    with pytest.raises(WireError):
+        Step.decode(damaged)
+    if Host.schema.fingerprint != Step.schema.fingerprint:
+        with pytest.raises(WireError, match="another schema"):
+            Host.decode(wire)
+
+
+@given(instance=instances(Step))
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
+def test_alignment_and_views(instance: Step) -> None:
+    packed = Step.schema.pack(instance)
+    base = packed.buffer.__array_interface__["data"][0]
+    end = base + packed.buffer.nbytes
+    assert base % 64 == 0
+    arrived = packed.wire.copy()
+    decoded = Step.decode(arrived)
+    at = arrived.__array_interface__["data"][0]
+    for name, array in packed.arrays.items():
+        here = array.__array_interface__["data"][0]
+        assert here % 64 == 0 and base <= here and here + array.nbytes <= end
+        if decoded[name] is not None and array.size:
+            assert at <= decoded[name].data_ptr() < at + arrived.nbytes  # a view of the message, not a copy
+
+
+def test_the_packed_buffer_is_the_only_allocation_on_the_wire_path() -> None:
+    big = Step(input_ids=torch.zeros(1 << 20, dtype=torch.int32), query_start_loc=torch.zeros(2, dtype=torch.int32),
+               block_tables=torch.zeros(1, 4, dtype=torch.int32), pairs=torch.zeros(2, 3, dtype=torch.int64))
+    wire = big.encode()
+    tracemalloc.start()
+    kept = big.encode()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    decoded = Step.decode(wire)
+    _, decode_peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept.nbytes <= peak < kept.nbytes + 20_000
+    assert decode_peak - before < 20_000
+    assert decoded.input_ids.numel() == 1 << 20
+
+
+def test_only_replicated_fields_enter_the_fingerprint() -> None:
+    def make(**changes: object) -> type[Declared]:
+        base = {"dtype": "int32", "pad": 0, **changes}
+        dtype = str(base.pop("dtype"))
+        return Declared.declare("Same", x=Array(dtype, "n", **base))  # type: ignore[arg-type]
+
+    assert make().schema.fingerprint == make(doc="other words").schema.fingerprint
+    assert len({make(**c).schema.fingerprint for c in ({}, {"dtype": "int64"}, {"pad": 1})}) == 3
+
+
+@pytest.mark.parametrize("bad, what", [
+    (lambda: Array("int33", "n"), "unknown dtype"),
+    (lambda: Array("int32", "n - 1"), "cannot read a dimension"),
+    (lambda: Array("int32", -1), "negative"),
+    (lambda: Declared.declare("X"), "declares no field"),
+    (lambda: type("X", (Declared,), {"__annotations__": {"a": dict}}), "cannot be declared"),
+    (lambda: type("X", (Declared,), {"__annotations__": {"a": int | str}}), "union"),
+    (lambda: Declared.declare("X", a=Array("int32", "n", scope="driver")), "never travels"),
+])
+def test_wrong_declarations(bad: object, what: str) -> None:
+    with pytest.raises(SchemaError, match=what):
+        bad()  # type: ignore[operator]
+
+
+def test_text_with_nul_and_bucket_too_small() -> None:
+    with pytest.raises(InputError, match="NUL"):
+        Host2(name="a\0b", rows=np.zeros(1, np.int32)).encode()
+    with pytest.raises(InputError, match="bucket") as caught:
+        Host2(name="a", rows=np.zeros(4, np.int32)).padded(n=3)
+    assert caught.value.field == "n"
+
+
+class Host2(Declared):
+    rows: Annotated[np.ndarray, Array("int32", "n")]
+    name: str = ""
+
+
+def test_markdown_lists_every_field() -> None:
+    table = Step.schema.markdown()
+    assert all(f"`{f.name}`" in table for f in Step.schema.fields) and "token ids" in table
