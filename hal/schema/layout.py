@@ -23,6 +23,7 @@ ALIGN = 64
 MAGIC = b"HAL1"
 _HEADER = struct.Struct("<4sIQQQQ")  # magic, crc32, fingerprint, message size, presence, texts size
 HEAD_SIZE = _HEADER.size
+_CRC = struct.Struct("<I")
 _CRC_FROM = 8
 # numpy has no bfloat16: on the host its bits are held as uint16.
 NP_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in
@@ -79,7 +80,7 @@ def write_head(buffer: Any, head: struct.Struct, fingerprint: int, size: int, pr
     """Write header, symbol values and scalars; `head` is the schema's struct for the latter two."""
     head.pack_into(buffer, HEAD_SIZE, *values)
     _HEADER.pack_into(buffer, 0, MAGIC, 0, fingerprint, size, present, texts_size)
-    struct.pack_into("<I", buffer, 4, zlib.crc32(memoryview(buffer)[_CRC_FROM:HEAD_SIZE + head.size]))
+    _CRC.pack_into(buffer, 4, zlib.crc32(buffer[_CRC_FROM:HEAD_SIZE + head.size]))
 
 
 def read_head(buffer: Any, head: struct.Struct, fingerprint: int, name: str) -> tuple[int, int, int, tuple[Any, ...]]:

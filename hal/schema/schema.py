@@ -54,8 +54,13 @@ class Schema(Generic[T]):
         self.bits = {f.name: 1 << i for i, f in enumerate(f for f in (*travelling, *self.local) if f.optional)}
         if len(self.bits) > 64:
             raise SchemaError(f"{self.name} has {len(self.bits)} optional fields", expected="at most 64")
-        self.binds = {f.name: tuple((d.symbol, d.scale, d.offset, i) for i, d in enumerate(f.array.dims) if d.symbol)
-                      for f in arrays if f.array}
+        self._value_names = tuple(f.name for f in (*self.scalars, *self.texts))
+        index = {s: i for i, s in enumerate(self.symbols)}
+        # What packing looks up for each array: name, presence bit, dtype, and which symbol each axis gives.
+        self._pack_plan = [
+            (f.name, self.bits.get(f.name, 0), f.array.dtype,
+             tuple((index[d.symbol], d.scale, d.offset, axis) for axis, d in enumerate(f.array.dims) if d.symbol))
+            for f in (*self.replicated, *self.local) if f.array]
         self.head = struct.Struct("<" + "Q" * len(self.symbols) + "".join(_CODES[f.kind] for f in self.scalars))
         self.arrays_at = align(HEAD_SIZE + self.head.size)
         text = self.name + "\n" + "\n".join(f.describe for f in travelling)
@@ -98,24 +103,26 @@ class Schema(Generic[T]):
         if not (dims.keys() <= self.symbol_set and values.keys() <= self.by_name.keys()):
             unknown = sorted((dims.keys() - self.symbol_set) | (values.keys() - self.by_name.keys()))
             raise SchemaError(f"{self.name} declares no symbol or field {', '.join(unknown)}")
-        head: list[int | float] = [dims.get(s, 0) for s in self.symbols]
-        sizes = tuple(head)
+        for f in self.scalars:
+            if not f.optional and values.get(f.name) is None:
+                raise SchemaError(f"{self.name}.{f.name} is required")
+        return self._build(tuple([dims.get(s, 0) for s in self.symbols]), bits, values)
+
+    def _build(self, sizes: tuple[int, ...], bits: int, values: dict[str, Any]) -> Packed[T]:
+        """`allocate` for arguments known to be right."""
+        head: list[int | float] = list(sizes)
         for f in self.scalars:
             value = values.get(f.name)
-            if value is None:
-                if not f.optional and f.name not in values:
-                    raise SchemaError(f"{self.name}.{f.name} is required")
-                head.append(0)
-            else:
-                head.append(value)
-                bits |= self.bits.get(f.name, 0)
+            head.append(0 if value is None else value)
+            if f.optional and value is not None:
+                bits |= self.bits[f.name]
         texts = b""
         for f in self.texts:
             value = values.get(f.name)
             if value is not None:
                 bits |= self.bits.get(f.name, 0)
                 texts += _pack_text(f, value)
-        layout = self.layout(sizes, bits)  # type: ignore[arg-type]
+        layout = self.layout(sizes, bits)
         size = layout.texts_at + len(texts)
         local_at = align(size)
         buffer = aligned_bytes(local_at + layout.local_size)
@@ -129,30 +136,28 @@ class Schema(Generic[T]):
         arrays = {n: np.ndarray(s, d, buffer, at) for n, s, d, at in layout.replicated}
         for n, s, d, at in layout.local:
             arrays[n] = np.ndarray(s, d, buffer, local_at + at)
-        return Packed(self, buffer, size, sizes, arrays, values)  # type: ignore[arg-type]
+        return Packed(self, buffer, size, sizes, arrays, values)
 
     def pack(self, instance: T) -> Packed[T]:
         """Copy an instance into one new buffer. Its shapes must already be valid."""
         state = instance.__dict__
         arrays: dict[str, np.ndarray[Any, Any]] = {}
-        dims: dict[str, int] = {}
-        present: list[str] = []
-        for f in (*self.replicated, *self.local):
-            value = state[f.name]
+        sizes = [0] * len(self.symbols)
+        bits = 0
+        host = self.kind == "ndarray"
+        for name, bit, dtype, binds in self._pack_plan:
+            value = state[name]
             if value is None:
                 continue
-            if f.optional:
-                present.append(f.name)
-            a = f.array
-            assert a is not None
-            array = value if self.kind == "ndarray" else _host_view(value, a.dtype)
-            arrays[f.name] = array
-            for symbol, scale, offset, axis in self.binds[f.name]:
-                dims[symbol] = (array.shape[axis] - offset) // scale
-        values = {f.name: state[f.name] for f in (*self.scalars, *self.texts)}
-        packed = self.allocate(dims, present, **values)
+            bits |= bit
+            arrays[name] = array = value if host else _host_view(value, dtype)
+            shape = array.shape
+            for symbol, scale, offset, axis in binds:
+                sizes[symbol] = (shape[axis] - offset) // scale
+        packed = self._build(tuple(sizes), bits, {name: state[name] for name in self._value_names})
+        into = packed.arrays
         for name, array in arrays.items():
-            packed.arrays[name][...] = array
+            into[name][...] = array
         return packed
 
     def unpack(self, buffer: Any) -> Packed[T]:
