@@ -1,0 +1,34 @@
+"""What ships: imports that stay light, and a bundled model that is right by an independent implementation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ASSET = Path(__file__).parents[1] / "hal" / "assets" / "add-tiny"
+
+
+@pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard"])
+def test_import_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bundled_model_adds(dtype: torch.dtype) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    problems = [json.loads(line) for line in (ASSET / "heldout.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=dtype)
+    inputs = tokenizer([p["prompt"] for p in problems], return_tensors="pt", padding=True)
+    output = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=6,
+                            do_sample=False)
+    texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
+    right = sum(text == p["answer"] for text, p in zip(texts, problems, strict=True))
+    assert len(problems) == 1000 and right >= 990, f"{right} of {len(problems)}"
