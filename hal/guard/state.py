@@ -150,7 +150,7 @@ def refuse(operation: str) -> None:
         GuardError: unless that region has already ended (a context copied into a task that outlived it).
     """
     region = current()
-    if region is None or region.open or _wakes_event_loop(sys._getframe(2)):
+    if region is None or region.open or _wakes_event_loop():
         return
     site, public = caller()
     raise GuardError(
@@ -162,10 +162,12 @@ def refuse(operation: str) -> None:
     )
 
 
-def _wakes_event_loop(frame: FrameType) -> bool:
+def _wakes_event_loop() -> bool:
     """Whether asyncio wakes its own loop through its self-pipe, which carries no data; refusing it hangs the loop."""
-    own = frame.f_code.co_name in ("_write_to_self", "_read_from_self")
-    return own and frame.f_globals.get("__name__") == "asyncio.selector_events"
+    frame = sys._getframe(2).f_back  # this, refuse(), the patched operation, its caller: none if a thread began there
+    if frame is None or frame.f_code.co_name not in ("_write_to_self", "_read_from_self"):
+        return False
+    return frame.f_globals.get("__name__") == "asyncio.selector_events"
 
 
 # Frames of these are machinery. By module name, not path: code that inductor generated counts as torch's.
