@@ -10,7 +10,7 @@ from typing_extensions import dataclass_transform
 
 from hal.errors import SchemaError
 from hal.schema.fields import Array, Field, resolve
-from hal.schema.schema import Buffer, Packed, Schema
+from hal.schema.schema import Buffer, Schema
 from hal.schema.validate import validate
 
 Self = typing.TypeVar("Self", bound="Declared")
@@ -99,6 +99,3 @@ class Declared:
             if value is not None:
                 shown.append(f"{f.name}={f.array.dtype}{list(value.shape)}" if f.array else f"{f.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
-
-
-__all__ = ["Declared", "Packed"]

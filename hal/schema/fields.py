@@ -11,8 +11,7 @@ from typing import Any, Literal
 from hal.errors import SchemaError
 
 Scope = Literal["replicated", "driver", "rank"]
-DTYPES: dict[str, int] = {"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float16": 2,
-                          "bfloat16": 2, "float32": 4, "float64": 8}
+DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 _DIM = re.compile(r"^(?:(\d+)\s*\*\s*)?([a-z_][a-z0-9_]*)(?:\s*\+\s*(\d+))?$")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hal.errors import WireError
-from hal.schema.fields import Field
+from hal.schema.fields import DTYPES, Field
 
 ALIGN = 64
 MAGIC = b"HAL1"
@@ -26,8 +26,7 @@ HEAD_SIZE = _HEADER.size
 _CRC = struct.Struct("<I")
 _CRC_FROM = 8
 # numpy has no bfloat16: on the host its bits are held as uint16.
-NP_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in
-             ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")}
+NP_DTYPES = {name: np.dtype("uint16" if name == "bfloat16" else name) for name in DTYPES}
 
 View = tuple[str, tuple[int, ...], "np.dtype[Any]", int]  # name, shape, dtype, byte offset
 
@@ -73,6 +72,11 @@ def aligned_bytes(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     raw = np.empty(size + ALIGN, np.uint8)
     skip = -raw.__array_interface__["data"][0] % ALIGN
     return raw[skip:skip + size]
+
+
+def bfloat16_bits(values: Any) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """The bfloat16 bits of numbers, rounded towards zero."""
+    return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def write_head(buffer: Any, head: struct.Struct, fingerprint: int, size: int, present: int, texts_size: int,

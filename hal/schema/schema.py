@@ -13,10 +13,10 @@ from hal.errors import InputError, SchemaError, WireError
 from hal.schema.fields import Field
 from hal.schema.layout import (
     HEAD_SIZE,
-    NP_DTYPES,
     Layout,
     align,
     aligned_bytes,
+    bfloat16_bits,
     place,
     read_head,
     write_head,
@@ -248,9 +248,7 @@ class Packed(Generic[T]):
 
             if device is None or torch.device(device).type == "cpu":
                 for name, array in self.arrays.items():
-                    tensor = torch.from_numpy(array)
-                    dtype = schema.by_name[name].array.dtype  # type: ignore[union-attr]
-                    state[name] = tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+                    state[name] = as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
             else:
                 self._stage(device, state)
         instance = schema.cls.__new__(schema.cls)
@@ -288,14 +286,17 @@ class Packed(Generic[T]):
                     raise InputError(f"{self.schema.name}.{name} has no row to repeat as padding", fields=(name,))
                 into[array.shape[0]:] = array[-1:]
             elif into.shape != array.shape:
-                into[...] = _bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
+                into[...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
             into[tuple(slice(s) for s in array.shape)] = array
         return out
 
 
-def _bits(value: float) -> int:
-    """The bfloat16 bits of a padding value, which every sensible one has exactly."""
-    return int(np.float32(value).view(np.uint32)) >> 16
+def as_tensor(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+    """A host array of a declared dtype as a tensor that shares its memory; the other way is `_host_view`."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def _host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
@@ -316,6 +317,3 @@ def _pack_text(field: Field, value: Any) -> bytes:
         raise InputError(f"{field.name} contains a NUL character", got=repr(value), expected="text without NUL",
                          fields=(field.name,))
     return struct.pack("<II", len(parts), len(body)) + body
-
-
-__all__ = ["NP_DTYPES", "Packed", "Schema"]

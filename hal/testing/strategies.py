@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hal.inputs import PagedModelInput
 from hal.schema import Declared, Field
-from hal.schema.layout import NP_DTYPES
+from hal.schema.layout import NP_DTYPES, bfloat16_bits
+from hal.schema.schema import as_tensor
 
 T = TypeVar("T", bound=Declared)
 _REGISTERED: dict[type[Declared], Callable[..., st.SearchStrategy[Any]]] = {}
@@ -59,20 +60,17 @@ def _array(f: Field, dims: dict[str, int], rng: np.random.Generator) -> Any:
     dtype = NP_DTYPES[a.dtype]
     if a.low is not None or a.high is not None:
         low, high = a.low if a.low is not None else -1000, a.high if a.high is not None else 1000
-        array = (rng.integers(int(low), int(high) + 1, shape) if dtype.kind in "iu" and a.dtype != "bfloat16"
-                 else rng.uniform(low, high, shape)).astype(dtype)
+        if a.dtype == "bfloat16":
+            array = bfloat16_bits(rng.uniform(low, high, shape))
+        elif dtype.kind in "iu":
+            array = rng.integers(int(low), int(high) + 1, shape).astype(dtype)
+        else:
+            array = rng.uniform(low, high, shape).astype(dtype)
     elif a.dtype == "bool":
         array = rng.integers(0, 2, shape).astype(np.bool_)
     else:  # any bits at all, NaN included
         array = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape).copy()
-    return _tensor(array, a.dtype) if f.kind == "tensor" else array
-
-
-def _tensor(array: np.ndarray[Any, Any], dtype: str) -> Any:
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+    return as_tensor(array, a.dtype) if f.kind == "tensor" else array
 
 
 @dataclass(frozen=True)
@@ -118,17 +116,18 @@ def _constrained(f: Field, instance: Declared) -> bool:
 def _breakages(f: Field, value: Any, constrained: bool) -> list[tuple[str, Any]]:
     assert f.array is not None
     tensor = f.kind == "tensor"
+    other = "int8" if f.array.dtype == "int16" else "int16"
     found: list[tuple[str, Any]] = [("not an array", [1, 2, 3]), ("one dimension too many", value[None])]
     grown: Any
     doubled: Any
     if tensor:
         import torch
 
-        found.append(("wrong dtype", value.to(torch.int16)))
+        found.append(("wrong dtype", value.to(getattr(torch, other))))
         found.append(("wrong device", value.to("meta")))
         grown = torch.cat([value, value[-1:]])
     else:
-        found.append(("wrong dtype", value.view(np.uint8).astype(np.int16)))
+        found.append(("wrong dtype", value.view(np.uint8).astype(other)))
         grown = np.concatenate([value, value[-1:]])
     if constrained:
         found.append(("one row too many", grown))
