@@ -1,0 +1,45 @@
+"""The layer between an LLM inference engine and the hardware. Importing it loads no torch: names resolve on use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hal.backend import Backend, Capabilities
+    from hal.communicator import Communicator
+    from hal.config import EngineConfig
+    from hal.engine.llm import LLM
+    from hal.engine.outputs import RequestOutput
+    from hal.errors import HalError
+    from hal.inputs import IntermediateTensors, ModelInput, PagedModelInput, WorkerInput
+    from hal.outputs import SamplerOutput
+    from hal.request import ExecuteModelRequest
+    from hal.runner import ModelRunnerBase
+    from hal.sampling.params import SamplingParams
+    from hal.schema import Array, Declared
+
+_HOME = {
+    "LLM": "hal.engine.llm", "RequestOutput": "hal.engine.outputs", "EngineConfig": "hal.config",
+    "SamplingParams": "hal.sampling.params", "HalError": "hal.errors",
+    "Backend": "hal.backend", "Capabilities": "hal.backend", "Communicator": "hal.communicator",
+    "ModelRunnerBase": "hal.runner", "ExecuteModelRequest": "hal.request", "SamplerOutput": "hal.outputs",
+    "ModelInput": "hal.inputs", "PagedModelInput": "hal.inputs", "WorkerInput": "hal.inputs",
+    "IntermediateTensors": "hal.inputs", "Array": "hal.schema", "Declared": "hal.schema",
+}
+
+__all__ = [
+    "LLM", "Array", "Backend", "Capabilities", "Communicator", "Declared", "EngineConfig", "ExecuteModelRequest",
+    "HalError", "IntermediateTensors", "ModelInput", "ModelRunnerBase", "PagedModelInput", "RequestOutput",
+    "SamplerOutput", "SamplingParams", "WorkerInput",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hal' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

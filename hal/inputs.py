@@ -10,6 +10,7 @@ import torch
 from hal.errors import InputError
 from hal.schema import Array, Declared, Doc
 
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "penalties", "history", "prompt_lens")
 NULL_BLOCK = 0  # reserved: padding writes its slots, and no sequence ever owns it
 
 
@@ -45,9 +46,31 @@ class PagedModelInput(ModelInput):
     seq_lens: Annotated[torch.Tensor, Array("int32", "num_seqs", low=0, doc="context length with this step's tokens")]
     block_tables: Annotated[torch.Tensor, Array("int32", "num_seqs", "max_blocks", low=0,
                                                 doc="block ids in order; the null block behind the last")]
-    logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, doc="tokens whose logits are needed")]
+    logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, doc="tokens whose logits are needed: "
+                                                  "first those to sample after, in the order of their sequences, then "
+                                                  "those whose next prompt token's logprob was asked for")]
     block_size: Annotated[int, Doc("tokens per block")]
     num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token")] = 0
+    num_samples: Annotated[int, Doc("leading rows of logits_indices to sample")] = 0
+
+    # Sampling, absent where no sampled sequence needs it; greedy where temperature is absent or 0.
+    temperature: Annotated[torch.Tensor | None, Array("float32", "num_sampled", low=0.0)] = None
+    top_k: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=0, doc="0 keeps all")] = None
+    top_p: Annotated[torch.Tensor | None, Array("float32", "num_sampled", low=0.0, high=1.0, pad=1.0)] = None
+    min_p: Annotated[torch.Tensor | None, Array("float32", "num_sampled", low=0.0, high=1.0)] = None
+    seeds: Annotated[torch.Tensor | None, Array("int64", "num_sampled", doc="of the request; the position is the "
+                                                "other half of the random counter")] = None
+    penalties: Annotated[torch.Tensor | None, Array("float32", "num_sampled", 3, doc="repetition (1 is none), "
+                                                    "presence, frequency (0 is none)")] = None
+    history: Annotated[torch.Tensor | None, Array("int32", "num_sampled", "max_history", low=-1, pad=-1,
+                                                  doc="all tokens of the sequence so far, for the penalties; -1 behind "
+                                                  "the last")] = None
+    prompt_lens: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=0, doc="how many of `history` are "
+                                                      "the prompt")] = None
+    prompt_targets: Annotated[torch.Tensor | None, Array("int32", "num_targets", low=0, doc="the token whose logprob "
+                                                         "is wanted, for the last rows of logits_indices")] = None
+    num_logprobs: Annotated[int, Doc("most likely tokens to report beside each sampled one; -1: no logprobs")] = -1
+    num_prompt_logprobs: Annotated[int, Doc("the same for prompt tokens")] = -1
 
     def check(self) -> None:
         """Semantic check (HAL_STRICT=1): the tensors describe one consistent batch.
@@ -75,6 +98,7 @@ class PagedModelInput(ModelInput):
         if (positions != expected).any():
             self._refuse("positions", positions, expected)
         self._check_slots(seq, expected, lens)
+        self._check_sampling()
         rows = self.logits_indices.cpu().numpy()
         if rows.size and rows.max() >= max(real, 1):
             self._refuse("logits_indices", rows.max(), f"below the number of real tokens ({real})")
@@ -98,6 +122,17 @@ class PagedModelInput(ModelInput):
             self._refuse("block_tables", "two tokens of this step write the same slot", "each slot written once")
         if (slots[real:] >= size).any():
             self._refuse("slot_mapping", slots[real:], "padding inside the null block")
+
+    def _check_sampling(self) -> None:
+        targets = 0 if self.prompt_targets is None else self.prompt_targets.shape[0]
+        room = self.logits_indices.shape[0] - targets
+        if not 0 <= self.num_samples <= room:
+            self._refuse("num_samples", self.num_samples, f"0 to {room}, the rows of logits_indices without a target")
+        for name in SAMPLING_FIELDS:
+            if self[name] is not None and self[name].shape[0] < self.num_samples:
+                self._refuse(name, f"{self[name].shape[0]} rows", f"at least num_samples ({self.num_samples})")
+        if (self.penalties is None) != (self.history is None) or (self.history is None) != (self.prompt_lens is None):
+            self._refuse("penalties", "some of penalties, history, prompt_lens", "all of them or none")
 
     def _refuse(self, field: str, got: object, expected: object) -> None:
         raise InputError(f"{type(self).__name__}.{field} is inconsistent", got=got, expected=expected, fields=(field,))

@@ -1,0 +1,159 @@
+"""Backends: a device in at most ten members, and how it is found (entry point group `hal.backends`)."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.communicator import Communicator
+    from hal.config import WorkerConfig
+    from hal.runner import ModelRunnerBase
+
+GROUP = "hal.backends"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend declares it can do; asking for more is refused at construction.
+
+    Attributes:
+        dtypes: of weights and KV cache, preferred first.
+        max_tp, max_pp: largest parallel sizes it runs.
+        swap: KV blocks can be swapped to host memory.
+    """
+
+    dtypes: tuple[str, ...] = ("float32",)
+    max_tp: int = 1
+    max_pp: int = 1
+    swap: bool = True
+
+
+class Backend(abc.ABC):
+    """One device. Subclass it, expose an instance, and name that as an entry point in the group `hal.backends`:
+    `mydevice = "mypackage:backend"`. Importing the module must be cheap and must not need the device."""
+
+    name: str
+    priority: int = 0  # "auto" takes the available backend with the highest
+    capabilities: Capabilities
+    collectives: str = "gloo"  # torch.distributed backend of the default communicator
+
+    @abc.abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it (one sentence that says what to do), or None when it can."""
+
+    @abc.abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the local_rank-th worker on this host, made current for this process."""
+
+    @abc.abstractmethod
+    def free_memory(self, device: torch.device) -> int:
+        """Bytes that can still be allocated."""
+
+    @abc.abstractmethod
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator,
+                    ) -> ModelRunnerBase[Any]: ...
+
+    def versions(self) -> Mapping[str, str]:
+        """Names and versions of what it stands on, for `hal env`."""
+        return {}
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for all work that was issued to the device."""
+        return None
+
+
+def names() -> list[str]:
+    """All installed backends."""
+    return sorted(_entries())
+
+
+def load(name: str) -> Backend:
+    """A backend by name or as "module:attribute", whether it is available here or not.
+
+    Raises:
+        BackendError: unknown, or its module fails to import, or it is not a Backend.
+    """
+    entry = EntryPoint(name, name, GROUP) if ":" in name else _entries().get(name)
+    if entry is None:
+        raise BackendError("unknown device", got=repr(name), expected=", ".join(["auto", *names()]),
+                           hint="install the package that provides it, or give module:attribute")
+    try:
+        backend = importlib.import_module(entry.module)
+        for part in (entry.attr or "backend").split("."):
+            backend = getattr(backend, part)
+    except Exception as error:
+        raise BackendError(f"backend {name!r} does not load", got=f"{type(error).__name__}: {error}",
+                           hint="`hal env` lists backends and why they are rejected") from error
+    if not isinstance(backend, Backend):
+        raise BackendError(f"{entry.value} is not a backend", got=type(backend).__name__, expected="hal.Backend")
+    return backend
+
+
+def select(name: str) -> Backend:
+    """An available backend; "auto" takes the one with the highest priority.
+
+    Raises:
+        BackendError: unknown, or not available here (with the reason).
+    """
+    if name == "auto":
+        found = [backend for backend, reason in survey().values() if backend is not None and reason is None]
+        if not found:
+            reasons = "; ".join(f"{n}: {reason}" for n, (_, reason) in survey().items())
+            raise BackendError("no backend is available", got=reasons or "none installed")
+        return max(found, key=lambda b: b.priority)
+    backend = load(name)
+    reason = backend.unavailable()
+    if reason is not None:
+        usable = [n for n, (_, why) in survey().items() if why is None]
+        raise BackendError(f"device {name!r} is not available here", got=reason,
+                           expected=f"one of: {', '.join(usable)}", hint="`hal env` shows all of them")
+    return backend
+
+
+def survey() -> dict[str, tuple[Backend | None, str | None]]:
+    """Each installed backend with the reason why it cannot be used, or None."""
+    found: dict[str, tuple[Backend | None, str | None]] = {}
+    for name in names():
+        try:
+            backend = load(name)
+            found[name] = backend, backend.unavailable()
+        except Exception as error:
+            found[name] = None, str(error)
+    return found
+
+
+def require(backend: Backend, *, dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:
+    """Check a configuration against the declared capabilities.
+
+    Raises:
+        BackendError: naming what is missing and the alternative.
+    """
+    can = backend.capabilities
+    _within(backend, "dtype", dtype, can.dtypes)
+    if tp > can.max_tp:
+        raise BackendError(f"backend {backend.name!r} cannot split tensors this far", got=f"tp={tp}",
+                           expected=f"at most {can.max_tp}")
+    if pp > can.max_pp:
+        raise BackendError(f"backend {backend.name!r} cannot split layers this far", got=f"pp={pp}",
+                           expected=f"at most {can.max_pp}")
+    if num_cpu_blocks and not can.swap:
+        raise BackendError(f"backend {backend.name!r} cannot swap KV blocks", got=f"num_cpu_blocks={num_cpu_blocks}",
+                           expected="num_cpu_blocks=0 (preempted sequences are recomputed)")
+
+
+def _within(backend: Backend, what: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise BackendError(f"backend {backend.name!r} has no such {what}", got=value, expected=" or ".join(allowed))
+
+
+def _entries() -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=GROUP)}

@@ -1,0 +1,60 @@
+"""The data plane: what a runner may use of other ranks while it executes. The worker makes it and injects it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from hal.config import Topology
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.inputs import IntermediateTensors
+
+I = TypeVar("I", bound="IntermediateTensors")  # noqa: E741
+
+
+class Communicator(Protocol):
+    """Every method but `close` runs inside `hal.guard.data_plane`, so that the guard lets it pass in `execute`.
+
+    Attributes:
+        topology: of this rank.
+    """
+
+    topology: Topology
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the tensor-parallel ranks, in place where possible; the result has x's shape and dtype."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor-parallel ranks' tensors side by side along the last dimension, in rank order."""
+
+    def send(self, tensors: IntermediateTensors) -> None:
+        """To the same tp_rank of the next pipeline stage. Called by the worker, between phases."""
+
+    def recv(self, kind: type[I], dims: dict[str, int]) -> I:
+        """From the previous stage: shapes follow from the declaration and this step's dims, so none travel."""
+
+    def close(self) -> None:
+        """Leave all groups. Idempotent."""
+
+
+class LocalCommunicator:
+    """A world of one: reductions are the identity, and there is no other stage."""
+
+    topology = Topology()
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def send(self, tensors: IntermediateTensors) -> None:
+        raise AssertionError("there is no next stage in a world of one")
+
+    def recv(self, kind: type[I], dims: dict[str, int]) -> I:
+        raise AssertionError("there is no previous stage in a world of one")
+
+    def close(self) -> None:
+        pass

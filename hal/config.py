@@ -1,0 +1,136 @@
+"""What an engine is asked for: plain values, no torch, valid once constructed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from hal.errors import ConfigError
+from hal.models.config import ModelConfig
+
+BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+WirePolicy = Literal["model-input", "request", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Attributes:
+        model: checkpoint directory in Hugging Face format.
+        device: a backend's name, "auto", or "module:attribute" of a Backend that is not installed as an entry point.
+        dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
+        tp, pp: tensor and pipeline parallel sizes.
+        max_model_len: longest prompt + output in tokens; None takes the model's context length.
+        max_num_seqs: sequences in one step. max_num_batched_tokens: tokens in one step (longer prompts are chunked).
+        block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from free memory * memory_fraction.
+        num_cpu_blocks: host blocks that preempted sequences are swapped to; 0 recomputes them instead.
+        prefix_caching: reuse the KV blocks of equal prefixes.
+        wire: what crosses the control plane (see docs/architecture.md). control_plane: the mechanism; "auto" picks.
+        random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
+        seed: of requests that give none.
+    """
+
+    model: str = str(BUNDLED_MODEL)
+    device: str = "auto"
+    dtype: DType = "auto"
+    tp: int = 1
+    pp: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_blocks: int | None = None
+    num_cpu_blocks: int = 0
+    memory_fraction: float = 0.9
+    prefix_caching: bool = True
+    wire: WirePolicy = "model-input"
+    control_plane: str = "auto"
+    random_weights: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError, naming the option."""
+        for name in ("tp", "pp", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_model_len", "num_blocks"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("num_cpu_blocks", self.num_cpu_blocks, 0)
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigError("memory_fraction is out of range", got=self.memory_fraction, expected="above 0, up to 1")
+        for name, kind in (("dtype", DType), ("wire", WirePolicy)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"unknown {name}", got=repr(getattr(self, name)), expected=", ".join(get_args(kind)))
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f"{name} is not usable", got=repr(value), expected=f"an integer of at least {low}")
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Where a rank stands: rank = pp_rank * tp + tp_rank, as in the field; rank 0 is the driver."""
+
+    tp: int = 1
+    pp: int = 1
+    rank: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.tp
+
+    @property
+    def is_driver(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether this rank samples: tp_rank 0 of the last stage. Its output goes to the driver."""
+        return self.is_last_stage and self.tp_rank == 0
+
+    def layers(self, num_layers: int) -> range:
+        """This stage's decoder layers: contiguous, sizes differing by at most one, earlier stages the larger."""
+        base, extra = divmod(num_layers, self.pp)
+        start = self.pp_rank * base + min(self.pp_rank, extra)
+        return range(start, start + base + (self.pp_rank < extra))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """All that one rank needs to build its worker; crosses process boundaries as JSON."""
+
+    engine: EngineConfig
+    model: ModelConfig
+    topology: Topology
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len or self.model.max_position
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerConfig:
+        data = json.loads(text)
+        return cls(EngineConfig(**data["engine"]), ModelConfig.from_dict(data["model"]), Topology(**data["topology"]))
