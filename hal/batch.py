@@ -48,71 +48,76 @@ class BatchState:
                 the model does not have. The state is unchanged.
         """
         self._verify(request)
-        self.num_tokens[request.finished_rows] = 0
+        if len(request.finished_rows):
+            self.num_tokens[request.finished_rows] = 0
         if len(request.new_rows):
             self._enter(request)
-        if len(rows := request.append_rows):
-            self.token_ids[rows, self.num_tokens[rows]] = request.append_tokens
-            self.num_tokens[rows] += 1
-        if len(rows := request.block_rows):
-            self._set_blocks(rows, request.block_starts, request.block_counts, request.new_blocks)
-        self.step, self.digest = request.step + 1, request.chain()
+        if len(request.append_rows):
+            rows = request.append_rows.astype(np.intp)  # indexing with another integer type converts every time
+            lens = self.num_tokens[rows]
+            self.token_ids[rows, lens] = request.append_tokens
+            self.num_tokens[rows] = lens + 1
+        if len(request.block_rows):
+            self._set_blocks(request.block_rows.astype(np.intp), request.block_starts, request.block_counts,
+                             request.new_blocks)
+        self.epoch, self.step, self.digest = request.epoch, request.step + 1, request.chain()
 
     def prepare(self, request: ExecuteModelRequest) -> Packed[PagedModelInput]:
         """The input of an applied request's step. A sequence is sampled when the step reaches its last token."""
-        rows, computed, queries = request.rows, request.num_computed, request.num_scheduled
+        rows, computed, queries = request.rows.astype(np.intp), request.num_computed, request.num_scheduled
         n, total, size = len(rows), int(queries.sum()), self.block_size
         ends = computed + queries
         starts = np.arange(n + 1)
-        seq, positions = starts[:n], computed
+        row_of, positions, decodes = rows, computed.astype(np.intp), n  # the first two of each token
         if total != n:
+            decodes = int(np.count_nonzero(queries == 1))
             np.cumsum(queries, out=starts[1:])
-            seq = np.repeat(seq.copy(), queries)
-            positions = np.arange(total) + np.repeat(computed - starts[:-1], queries)
+            row_of = np.repeat(rows, queries)
+            positions = np.arange(total) + np.repeat(positions - starts[:-1], queries)
         sampled = np.flatnonzero(ends == self.num_tokens[rows])
         fields: dict[str, np.ndarray[Any, Any]] = {}
         wanted = np.zeros(0, np.intp)
         logprobs = prompt_logprobs = -1
         if self._special[rows].any():
             fields, logprobs = self._sampling(rows[sampled])
-            wanted, prompt_logprobs = self._prompt_logprobs(rows[seq], positions)
+            wanted, prompt_logprobs = self._prompt_logprobs(row_of, positions)
             if len(wanted):
-                fields["prompt_targets"] = self.token_ids[rows[seq[wanted]], positions[wanted] + 1]
+                fields["prompt_targets"] = self.token_ids[row_of[wanted], positions[wanted] + 1]
         width = -(-int(ends.max(initial=0)) // size)
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
             {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(wanted),
              "num_sampled": len(sampled), "num_targets": len(wanted),
              "max_history": fields["history"].shape[1] if "history" in fields else 0},
-            fields, block_size=size, num_decode_seqs=int(np.count_nonzero(queries == 1)), num_samples=len(sampled),
+            fields, block_size=size, num_decode_seqs=decodes, num_samples=len(sampled),
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs)
         into = packed.arrays
-        into["input_ids"][...] = self.token_ids[rows[seq], positions]
+        into["input_ids"][...] = self.token_ids[row_of, positions]
         into["positions"][...] = positions
         into["query_start_loc"][...] = starts
         into["seq_lens"][...] = ends
         into["block_tables"][...] = self.block_tables[rows, :width]
-        blocks, offsets = np.divmod(positions, size)
-        np.add(self.block_tables[rows[seq], blocks] * size, offsets, out=into["slot_mapping"], casting="same_kind")
-        into["logits_indices"][:len(sampled)] = starts[1:][sampled] - 1
+        columns = positions // size  # the slot is block * size + position % size
+        into["slot_mapping"][...] = (self.block_tables[row_of, columns] - columns) * size + positions
+        into["logits_indices"][:len(sampled)] = starts[sampled + 1] - 1
         into["logits_indices"][len(sampled):] = wanted
         for name, array in fields.items():
             into[name][...] = array
         return packed
 
     def _verify(self, request: ExecuteModelRequest) -> None:
-        if request.epoch > self.epoch and request.step == 0:
-            self.num_tokens[:] = 0
-            self.epoch, self.step, self.digest = request.epoch, 0, 0
-        for name in ("epoch", "step", "digest"):
-            got, expected = getattr(request, name), getattr(self, name)
-            if got != expected:
-                raise StateError(f"a request does not follow the one before it: its {name} is another", got=got,
-                                 expected=f"{expected} (in epoch {self.epoch}, step {self.step})",
-                                 hint="a step was lost, repeated or changed on its way to this rank")
-        if request.new_tokens.max(initial=0) >= self.vocab_size:
+        starts_over = request.epoch > self.epoch and request.step == 0
+        expected = (request.epoch, 0, 0) if starts_over else (self.epoch, self.step, self.digest)
+        got = request.epoch, request.step, request.digest
+        if got != expected:
+            form = "epoch {}, step {}, digest {}".format
+            raise StateError("a request does not follow the one before it", got=form(*got), expected=form(*expected),
+                             hint="a step was lost, repeated or changed on its way to this rank")
+        if not len(request.new_rows):
+            return
+        if request.new_tokens.max() >= self.vocab_size:
             raise StateError("a new sequence holds a token id that the model does not have",
                              got=int(request.new_tokens.max()), expected=f"below {self.vocab_size}")
-        if request.new_lens.max(initial=0) > self.token_ids.shape[1]:
+        if request.new_lens.max() > self.token_ids.shape[1]:
             raise StateError("a new sequence is longer than max_model_len", got=int(request.new_lens.max()),
                              expected=f"at most {self.token_ids.shape[1]}")
 
@@ -131,10 +136,11 @@ class BatchState:
         ends = starts + counts
         for i in np.flatnonzero(ends < self.num_blocks[rows]).tolist():  # tables that shrink: rare
             self.block_tables[rows[i], ends[i]:] = NULL_BLOCK
-        first = np.cumsum(counts) - counts
-        columns = np.arange(len(blocks)) + np.repeat(starts - first, counts)
-        self.block_tables[np.repeat(rows, counts), columns] = blocks
         self.num_blocks[rows] = ends
+        if (counts != 1).any():
+            starts = np.arange(len(blocks)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+            rows = np.repeat(rows, counts)
+        self.block_tables[rows, starts] = blocks
 
     def _sampling(self, rows: Ints) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
         """The sampling fields that these rows need, and the most logprobs that any of them asked for."""

@@ -1,0 +1,214 @@
+"""The batch state against a slow one made of plain lists, over random schedules of random sequences."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hal.batch import BatchState
+from hal.errors import StateError
+from hal.inputs import SAMPLING_FIELDS, PagedModelInput
+from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+
+VOCAB, MAX_LEN, ROWS = 50, 40, 6
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+          "frequency_penalty": 0.0, "top_k": 0, "seed": 3, "logprobs": -1, "prompt_logprobs": -1}
+
+
+@dataclass
+class Seq:
+    row: int
+    tokens: list[int]
+    prompt: int
+    params: dict[str, float]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+def request(step: int, digest: int, epoch: int = 0, finished: list[int] = (), new: list[Seq] = (),  # type: ignore[assignment]
+            appended: list[tuple[int, int]] = (), blocks: list[tuple[int, int, list[int]]] = (),  # type: ignore[assignment]
+            run: list[tuple[Seq, int]] = ()) -> ExecuteModelRequest:  # type: ignore[assignment]
+    def ints(values: Any) -> np.ndarray:
+        return np.array(list(values), np.int32)
+
+    return ExecuteModelRequest(
+        step=step, digest=digest, epoch=epoch, finished_rows=ints(finished), new_rows=ints(s.row for s in new),
+        new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
+        new_tokens=ints(t for s in new for t in s.tokens),
+        new_floats=np.array([[s.params[n] for n in FLOAT_PARAMS] for s in new], np.float32).reshape(-1, 6),
+        new_ints=np.array([[s.params[n] for n in INT_PARAMS] for s in new], np.int64).reshape(-1, 4),
+        append_rows=ints(r for r, _ in appended), append_tokens=ints(t for _, t in appended),
+        block_rows=ints(r for r, _, _ in blocks), block_starts=ints(c for _, c, _ in blocks),
+        block_counts=ints(len(b) for _, _, b in blocks), new_blocks=ints(b for _, _, bs in blocks for b in bs),
+        rows=ints(s.row for s, _ in run), num_scheduled=ints(q for _, q in run),
+        num_computed=ints(s.computed for s, _ in run))
+
+
+def expected(run: list[tuple[Seq, int]], size: int) -> dict[str, Any]:
+    """The step's input by the obvious way: token by token, sequence by sequence."""
+    e: dict[str, Any] = {n: [] for n in ("input_ids", "positions", "slot_mapping", "seq_lens", "logits_indices")}
+    e["query_start_loc"], samples, targets, target_rows = [0], [], [], []
+    for s, queries in run:
+        for position in range(s.computed, s.computed + queries):
+            if s.params["prompt_logprobs"] >= 0 and position + 1 < s.prompt:
+                targets.append(s.tokens[position + 1])
+                target_rows.append((len(e["input_ids"]), s))
+            e["input_ids"].append(s.tokens[position])
+            e["positions"].append(position)
+            e["slot_mapping"].append(s.blocks[position // size] * size + position % size)
+        e["query_start_loc"].append(len(e["input_ids"]))
+        e["seq_lens"].append(s.computed + queries)
+        if s.computed + queries == len(s.tokens):
+            samples.append(s)
+            e["logits_indices"].append(len(e["input_ids"]) - 1)
+    e["logits_indices"] += [token for token, _ in target_rows]
+    width = max((-(-n // size) for n in e["seq_lens"]), default=0)
+    e["block_tables"] = [(s.blocks + [0] * width)[:width] for s, _ in run]
+    e["num_samples"] = len(samples)
+    e["num_decode_seqs"] = sum(q == 1 for _, q in run)
+    e["num_logprobs"] = max((int(s.params["logprobs"]) for s in samples), default=-1)
+    e["num_prompt_logprobs"] = max((int(s.params["prompt_logprobs"]) for _, s in target_rows), default=-1)
+    e["prompt_targets"] = targets or None
+    random_ones = [s for s in samples if s.params["temperature"] > 0]
+    for name in ("temperature", "seeds", "top_k", "top_p", "min_p"):
+        key = "seed" if name == "seeds" else name
+        needed = random_ones if key in ("temperature", "seed") else [s for s in random_ones
+                                                                     if s.params[key] != GREEDY[key]]
+        e[name] = [s.params[key] for s in samples] if needed else None
+    triples = [[s.params[n] for n in FLOAT_PARAMS[3:]] for s in samples]
+    if any(t != [1.0, 0.0, 0.0] for t in triples):
+        longest = max(len(s.tokens) for s in samples)
+        e["penalties"], e["prompt_lens"] = triples, [s.prompt for s in samples]
+        e["history"] = [s.tokens + [-1] * (longest - len(s.tokens)) for s in samples]
+    else:
+        e |= dict.fromkeys(("penalties", "prompt_lens", "history"))
+    return e
+
+
+def compare(got: PagedModelInput, want: dict[str, Any]) -> None:
+    for name, value in want.items():
+        if value is None or isinstance(value, int):
+            assert got[name] == value, name
+        else:
+            tensor = torch.tensor(value, dtype=got[name].dtype).reshape(got[name].shape)
+            assert torch.equal(got[name], tensor), (name, got[name], value)
+
+
+def draw_params(rng: random.Random) -> dict[str, float]:
+    if rng.random() < 0.5:
+        return GREEDY
+    choices: dict[str, list[float]] = {
+        "temperature": [0.0, 0.75], "top_p": [1.0, 0.5], "min_p": [0.0, 0.125], "repetition_penalty": [1.0, 1.5],
+        "presence_penalty": [0.0, 0.5], "frequency_penalty": [0.0, -0.25], "top_k": [0, 3], "seed": [-5, 2**40],
+        "logprobs": [-1, 0, 2], "prompt_logprobs": [-1, 0, 3]}
+    return {name: rng.choice(values) for name, values in choices.items()}
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from((1, 3, 16)), lively=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_every_step_is_what_plain_lists_give(seed: int, size: int, lively: bool) -> None:
+    rng = random.Random(seed)
+    state = BatchState(ROWS, MAX_LEN, size, VOCAB)
+    live: list[Seq] = []
+    appended: list[tuple[int, int]] = []
+    pool = list(range(1, 1 + ROWS * -(-MAX_LEN // size)))
+    digest = 0
+    for step in range(12):
+        finished = [s.row for s in live if rng.random() < 0.15 or len(s.tokens) == MAX_LEN]
+        for s in [s for s in live if s.row in finished]:
+            pool += s.blocks
+            live.remove(s)
+        appended = [(row, token) for row, token in appended if row not in finished]
+        for s in live:
+            s.tokens += [token for row, token in appended if row == s.row]
+        new = []
+        for row in sorted(set(range(ROWS)) - {s.row for s in live}):
+            if rng.random() < 0.4:
+                tokens = [rng.randrange(VOCAB) for _ in range(rng.randint(1, MAX_LEN - 1))]
+                new.append(Seq(row, tokens, rng.randint(1, len(tokens)), draw_params(rng) if lively else GREEDY))
+        live += new
+        run, blocks = [], []
+        for s in rng.sample(live, len(live)):
+            if rng.random() < 0.8 and s.computed < len(s.tokens):
+                run.append((s, rng.randint(1, len(s.tokens) - s.computed)))
+                if rng.random() < 0.1 and s.blocks:  # a prefix found late: the table is rewritten, maybe shorter
+                    keep = rng.randint(0, len(s.blocks))
+                    pool += s.blocks[keep:]
+                    s.blocks, s.computed = s.blocks[:keep], min(s.computed, keep * size)
+                    run[-1] = s, rng.randint(1, len(s.tokens) - s.computed)
+                more = -(-(s.computed + run[-1][1]) // size) - len(s.blocks)
+                rng.shuffle(pool)
+                fresh = [pool.pop() for _ in range(more)]
+                if fresh or rng.random() < 0.2 or run[-1][1] > 1:
+                    blocks.append((s.row, len(s.blocks), fresh))
+                s.blocks += fresh
+        run.sort(key=lambda pair: pair[1] != 1)
+        r = request(step, digest, finished=finished, new=new, appended=appended, blocks=blocks, run=run)
+        r = ExecuteModelRequest.decode(r.encode())
+        state.apply(r)
+        got = state.prepare(r).to()
+        got.validate("cpu")
+        got.check()
+        compare(got, expected(run, size))
+        assert all(got[n] is None or len(got[n]) == got.num_samples for n in SAMPLING_FIELDS)
+        digest = r.chain()
+        appended = [(s.row, rng.randrange(VOCAB)) for s, q in run if s.computed + q == len(s.tokens)]
+        for s, queries in run:
+            s.computed += queries
+
+
+def entered() -> tuple[BatchState, ExecuteModelRequest]:
+    state = BatchState(2, 8, 4, VOCAB)
+    first = request(0, 0, new=[(s := Seq(0, [1, 2, 3], 3, GREEDY))], blocks=[(0, 0, [1])], run=[(s, 3)])
+    state.apply(first)
+    return state, first
+
+
+@pytest.mark.parametrize("step, digest_off, epoch, named", [
+    (2, 0, 0, "step 2"), (0, 0, 0, "step 0"), (1, 1, 0, "digest"), (1, 0, 1, "epoch 1"), (0, 5, 1, "epoch 1")])
+def test_a_request_out_of_order_is_refused_and_changes_nothing(step: int, digest_off: int, epoch: int,
+                                                               named: str) -> None:
+    state, first = entered()
+    digest = (0 if epoch and not step else first.chain()) + digest_off
+    with pytest.raises(StateError, match=named) as caught:
+        state.apply(request(step, digest, epoch, finished=[0]))
+    assert f"step {step}" in str(caught.value.got) and caught.value.expected is not None
+    assert state.num_tokens[0] == 3
+    state.apply(request(1, first.chain()))
+
+
+def test_a_changed_step_is_noticed_by_the_next() -> None:
+    state, _ = entered()
+    other = request(0, 0, new=[Seq(0, [1, 2, 4], 3, GREEDY)], blocks=[(0, 0, [1])])
+    with pytest.raises(StateError, match="digest"):
+        state.apply(request(1, other.chain()))
+
+
+def test_a_new_epoch_starts_over() -> None:
+    state, _ = entered()
+    again = request(0, 0, epoch=4, new=[(s := Seq(0, [7], 1, GREEDY))], blocks=[(0, 0, [2])], run=[(s, 1)])
+    state.apply(again)
+    compare(state.prepare(again).to(), {"input_ids": [7], "slot_mapping": [8], "num_samples": 1})
+    state.apply(request(1, again.chain(), epoch=4))
+
+
+@pytest.mark.parametrize("tokens", [[VOCAB], [1] * 9])
+def test_what_the_model_cannot_hold_is_refused(tokens: list[int]) -> None:
+    with pytest.raises(StateError):
+        BatchState(2, 8, 4, VOCAB).apply(request(0, 0, new=[Seq(0, tokens, 1, GREEDY)]))
+
+
+def test_an_empty_step() -> None:
+    state = BatchState(2, 8, 4, VOCAB)
+    nothing = request(0, 0)
+    state.apply(nothing)
+    got = state.prepare(nothing).to()
+    got.check()
+    assert got.num_samples == 0 and list(got.block_tables.shape) == [0, 0]
