@@ -1,0 +1,54 @@
+"""Device-neutral model definitions. Importing this loads no torch; building a model does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hal.errors import ConfigError
+
+if TYPE_CHECKING:  # hal.config imports this package
+    import torch
+
+    from hal.communicator import Communicator
+    from hal.config import Topology
+    from hal.models.causal_lm import CausalLM
+    from hal.models.config import ModelConfig
+    from hal.models.ops import Ops
+
+
+def check_topology(config: ModelConfig, topology: Topology) -> None:
+    """Whether the model can be cut this way.
+
+    Raises:
+        ConfigError: tp does not divide the heads or the MLP, or neither divides nor is a multiple of the key-value
+            heads; pp exceeds the layers.
+    """
+    tp, kv = topology.tp, config.num_kv_heads
+    for name in ("num_heads", "intermediate_size"):
+        if getattr(config, name) % tp:
+            raise ConfigError(f"tp={tp} does not divide the model's {name}", got=getattr(config, name),
+                              expected=f"a multiple of {tp}", hint="choose another tp")
+    if kv % tp and tp % kv:
+        raise ConfigError(f"tp={tp} does not fit the model's num_kv_heads", got=kv,
+                          expected=f"a multiple or a divisor of {tp}", hint="choose another tp")
+    if topology.pp > config.num_layers:
+        raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
+                          expected=f"at most num_layers ({config.num_layers})")
+
+
+def build_model(config: ModelConfig, topology: Topology, communicator: Communicator, ops: Ops, dtype: torch.dtype,
+                device: torch.device) -> CausalLM:
+    """One rank's part of the model on `device`, in inference mode, its weights not yet filled: call
+    `hal.models.loader.load_weights` or `random_weights`.
+
+    Raises:
+        ConfigError: the model cannot be cut as `topology` says.
+    """
+    from hal.models.gpt2 import GPT2
+    from hal.models.layers import Build
+    from hal.models.llama import Llama
+
+    check_topology(config, topology)
+    build = Build(topology, communicator, ops, dtype, device)
+    family = {"llama": Llama, "gpt2": GPT2}[config.family]
+    return family(config, build).eval()

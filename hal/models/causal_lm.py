@@ -1,0 +1,84 @@
+"""What all model definitions share: embeddings on the first stage, the head on the last, what lies between stages."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hal.attention import AttentionSpec, LayerAttention
+from hal.inputs import IntermediateTensors
+from hal.models.config import ModelConfig
+from hal.models.layers import Build, Head, Linear, VocabEmbedding, vocab_weight
+from hal.schema import Array
+
+
+class CausalLM(nn.Module, abc.ABC):
+    """One rank's part of a decoder. Its memory is uninitialised until `hal.models.loader` fills it.
+
+    Attributes:
+        attention_specs: of this stage's layers, in order.
+        intermediate_type: what passes between stages; the names are `intermediates` below.
+    """
+
+    intermediates: tuple[str, ...]  # names of the tensors between stages, each [num_tokens, hidden_size]
+    embedding_name: str
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__()
+        topology = build.topology
+        self.config, self.topology, self.ops, self.dtype = config, topology, build.ops, build.dtype
+        self.stage = topology.layers(config.num_layers)
+        windows = config.windows or (None,) * config.num_layers
+        heads, kv_heads = local_heads(config, topology.tp)
+        self.attention_specs = [AttentionSpec(heads, kv_heads, config.head_dim, config.head_dim ** -0.5, windows[i])
+                                for i in self.stage]
+        name = str(build.dtype).removeprefix("torch.")
+        self.intermediate_type: type[IntermediateTensors] = IntermediateTensors.declare(
+            f"{type(self).__name__}Intermediate",
+            **{n: Array(name, "num_tokens", config.hidden_size) for n in self.intermediates})
+        if topology.is_first_stage:
+            self.embed = VocabEmbedding(build, self.embedding_name, config.vocab_size, config.hidden_size)
+        if topology.is_last_stage:
+            if config.tie_embeddings and topology.is_first_stage:
+                weight = self.embed.weight
+            else:
+                source = self.embedding_name if config.tie_embeddings else "lm_head"
+                weight = vocab_weight(build, source, config.vocab_size, config.hidden_size)
+            self.head = Head(build, weight, config.vocab_size)
+
+    @abc.abstractmethod
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: LayerAttention,
+                intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
+        """One step of this stage.
+
+        Args:
+            input_ids: [num_tokens] int32, of the first stage. positions: [num_tokens] int32, below max_position.
+            intermediate: the previous stage's result, of a later stage.
+
+        Returns:
+            [num_tokens, hidden_size] after the final norm on the last stage, else an `intermediate_type`.
+        """
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] -> [n, vocab_size] in the model's dtype, complete on every tp rank; last stage only."""
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
+    def hand_on(self, *tensors: torch.Tensor) -> IntermediateTensors:
+        """What a stage returns that is not the last, in the order of `intermediates`."""
+        make: Callable[..., IntermediateTensors] = self.intermediate_type
+        return make(**dict(zip(self.intermediates, tensors, strict=True)))
+
+    def pack(self) -> None:
+        """Let the device rearrange the weights, once they are filled (see Ops.pack_linear)."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                self.ops.pack_linear(module)
+
+
+def local_heads(config: ModelConfig, tp: int) -> tuple[int, int]:
+    """Heads and key-value heads of one rank; key-value heads are replicated when there are fewer than ranks."""
+    return config.num_heads // tp, max(config.num_kv_heads // tp, 1)

@@ -1,0 +1,87 @@
+"""Llama 2 and 3, Mistral, Qwen2, Qwen3: pre-norm decoders with RMSNorm, rotary embedding and a gated MLP.
+
+Sources: arXiv 2302.13971 (Llama), 2305.13245 (grouped queries), 2002.05202 (SwiGLU), 2505.09388 (Qwen3's q/k norm).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hal.attention import LayerAttention
+from hal.inputs import IntermediateTensors
+from hal.models.causal_lm import CausalLM, local_heads
+from hal.models.config import ModelConfig
+from hal.models.layers import Build, Output, column, row
+from hal.models.rope import cos_sin_table
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, config: ModelConfig, build: Build, index: int) -> None:
+        super().__init__()
+        c, name = config, f"layers.{index}"
+        self.ops, self.eps, self.head_dim = build.ops, c.norm_eps, c.head_dim
+        self.heads, self.kv_heads = local_heads(c, build.topology.tp)
+        self.attn_norm = build.vector(f"{name}.input_layernorm.weight", c.hidden_size)
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.qkv = column(build, c.hidden_size, (Output(f"{name}.self_attn.q_proj", q, c.num_heads),
+                                                 Output(f"{name}.self_attn.k_proj", kv, c.num_kv_heads),
+                                                 Output(f"{name}.self_attn.v_proj", kv, c.num_kv_heads)),
+                          bias=c.qkv_bias)
+        self.q_norm = build.vector(f"{name}.self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None
+        self.k_norm = build.vector(f"{name}.self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None
+        self.out = row(build, f"{name}.self_attn.o_proj", q, c.hidden_size, bias=c.out_bias)
+        self.mlp_norm = build.vector(f"{name}.post_attention_layernorm.weight", c.hidden_size)
+        self.gate_up = column(build, c.hidden_size, (Output(f"{name}.mlp.gate_proj", c.intermediate_size),
+                                                     Output(f"{name}.mlp.up_proj", c.intermediate_size)),
+                              bias=c.mlp_bias)
+        self.down = row(build, f"{name}.mlp.down_proj", c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, index: int, x: torch.Tensor, residual: torch.Tensor | None, rotary: Any,
+                attention: LayerAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) -> (x, residual), whose sum is the layer's output; the very first layer has no residual yet."""
+        ops = self.ops
+        if residual is None:
+            x, residual = ops.rms_norm(x, self.attn_norm, self.eps), x
+        else:
+            x, residual = ops.add_rms_norm(x, residual, self.attn_norm, self.eps)
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        qk, v = qkv[:, :-self.kv_heads], qkv[:, -self.kv_heads:]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((ops.rms_norm(qk[:, :self.heads], self.q_norm, self.eps),
+                            ops.rms_norm(qk[:, self.heads:], self.k_norm, self.eps)), 1)
+        qk = ops.rotary(qk, rotary)
+        x = self.out(attention(index, qk[:, :self.heads], qk[:, self.heads:], v))
+        x, residual = ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
+        return self.down(ops.silu_mul(self.gate_up(x))), residual
+
+
+class Llama(CausalLM):
+    intermediates = ("hidden_states", "residual")
+    embedding_name = "embed_tokens"
+
+    def __init__(self, config: ModelConfig, build: Build) -> None:
+        super().__init__(config, build)
+        assert config.rope is not None
+        self.layers = nn.ModuleList(LlamaLayer(config, build, i) for i in self.stage)
+        table = cos_sin_table(config.rope, config.head_dim, config.max_position, build.device)
+        self.register_buffer("rope_table", table, persistent=False)
+        if self.topology.is_last_stage:
+            self.norm = build.vector("norm.weight", config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: LayerAttention,
+                intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
+        residual: torch.Tensor | None
+        if intermediate is None:
+            x, residual = self.embed(input_ids), None
+        else:
+            x, residual = intermediate["hidden_states"], intermediate["residual"]
+        rotary = self.ops.begin_rotary(positions, self.get_buffer("rope_table"), self.dtype)
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(index, x, residual, rotary, attention)
+        assert residual is not None
+        if not self.topology.is_last_stage:
+            return self.hand_on(x, residual)
+        return self.ops.add_rms_norm(x, residual, self.norm, self.config.norm_eps)[0]

@@ -1,0 +1,67 @@
+"""The elementwise operations of a model as one replaceable table. A device overrides the methods it does better."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from hal.models.layers import Linear
+
+
+class Ops:
+    """Plain PyTorch, rounding where transformers rounds. No result shares memory with an argument.
+
+    Shapes: x is [num_tokens, hidden] in the model's dtype unless said otherwise.
+    """
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [n, in] times weight [out, in] (or what `pack_linear` made of it) plus bias [out]."""
+        return F.linear(x, weight, bias)
+
+    def pack_linear(self, layer: Linear) -> None:
+        """Called once for each linear layer, the head included, when its weights are filled. It may replace
+        `layer.weight` by whatever this table's own `linear` takes; a tied embedding keeps the tensor it had."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / rms(x) over the last dimension in fp32, rounded, times weight (arXiv 1910.07467). x has any shape."""
+        return F.rms_norm(x, weight.shape, None, eps).mul_(weight)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of x + residual, and x + residual, which becomes the next residual."""
+        residual = x + residual
+        return self.rms_norm(residual, weight, eps), residual
+
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
+        """What all layers of a step share; the model only hands it on to `rotary`.
+
+        Args:
+            positions: [num_tokens] int32.
+            table: [max_position, head_dim] fp32, cosines of the head_dim / 2 angles and then their sines.
+            dtype: of the model.
+        """
+        cos, sin = table.index_select(0, positions).to(dtype).unsqueeze(1).chunk(2, -1)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+    def rotary(self, heads: torch.Tensor, begun: Any) -> torch.Tensor:
+        """Rotate [num_tokens, num_heads + num_kv_heads, head_dim], the heads of q and then of k, in the half-split
+        layout (arXiv 2104.09864). `heads` may be a view with gaps between the tokens."""
+        cos, sin = begun
+        return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[n, 2 * m], the gate and then the other factor -> silu(gate) * up, [n, m]."""
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """`kind` as in ModelConfig.activation, except the gated one."""
+        if kind == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
