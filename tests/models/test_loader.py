@@ -1,0 +1,234 @@
+"""What a damaged or foreign checkpoint meets, and how weights are cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hal.communicator import LocalCommunicator
+from hal.config import Topology
+from hal.errors import ConfigError, ModelLoadError
+from hal.models import build_model
+from hal.models.causal_lm import CausalLM
+from hal.models.config import ModelConfig
+from hal.models.hf_config import read_config
+from hal.models.layers import placement
+from hal.models.loader import load_weights, random_weights
+from hal.models.ops import Ops
+
+Checkpoint = Callable[[str], Path]
+Tensors = dict[str, torch.Tensor]
+FP32 = torch.float32
+ONE = Topology()
+
+
+def build(config: ModelConfig, topology: Topology = ONE, dtype: torch.dtype = FP32) -> CausalLM:
+    return build_model(config, topology, LocalCommunicator(), Ops(), dtype, torch.device("cpu"))
+
+
+@pytest.fixture
+def copy(checkpoint: Checkpoint, tmp_path: Path) -> Callable[..., Path]:
+    """`copy(name, edit)`: a copy of a single-file checkpoint, its tensors edited in place."""
+
+    def make(name: str, edit: Callable[[Tensors], object] = lambda tensors: None) -> Path:
+        path = tmp_path / name
+        shutil.copytree(checkpoint(name), path)
+        if (path / "model.safetensors").exists():
+            tensors = load_file(path / "model.safetensors")
+            edit(tensors)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors")
+        return path
+
+    return make
+
+
+def refused(path: Path, *named: str) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        load_weights(build(read_config(path)), path)
+    for text in named:
+        assert text in str(caught.value)
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(("edit", "named"), [
+    (lambda t: t.pop(Q), "layers.1.self_attn.q_proj.weight"),
+    (lambda t: t.update({Q: t[Q][:-1]}), Q),
+    (lambda t: t.update({Q: t[Q].flatten()}), Q),
+    (lambda t: t.update({Q: t[Q].to(torch.int8)}), "I8"),
+    (lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.ones(64)}), "layers.3"),
+    (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}), "q_proj.bias"),
+    (lambda t: t.update({Q.removeprefix("model."): t[Q].clone()}), "twice"),
+    (lambda t: t.pop("lm_head.weight"), "lm_head.weight"),
+    (lambda t: t.clear(), "lacks the tensor"),
+], ids=["missing", "short", "flat", "int8", "one layer more", "bias nobody adds", "twice", "no head", "empty"])
+def test_wrong_tensors(copy: Callable[..., Path], edit: Callable[[Tensors], object], named: str) -> None:
+    refused(copy("llama2-mha", edit), named)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated(copy: Callable[..., Path], keep: float) -> None:
+    path = copy("llama2-mha")
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[:int(keep * len(data)) if isinstance(keep, float) else keep])
+    refused(path, "model.safetensors", "damaged")
+
+
+def test_corrupt_header(copy: Callable[..., Path]) -> None:
+    path = copy("llama2-mha")
+    data = bytearray((path / "model.safetensors").read_bytes())
+    data[8:40] = b"?" * 32
+    (path / "model.safetensors").write_bytes(data)
+    refused(path, "model.safetensors", "damaged")
+
+
+def test_missing_files(copy: Callable[..., Path]) -> None:
+    path = copy("llama2-mha")
+    (path / "model.safetensors").unlink()
+    refused(path, "model.safetensors.index.json")
+    (path / "pytorch_model.bin").touch()
+    refused(path, "pytorch_model.bin", "safe_serialization")
+
+
+def test_shards(copy: Callable[..., Path]) -> None:
+    path = copy(checkpoints.SHARDED)
+    index = path / "model.safetensors.index.json"
+    shards = sorted(path.glob("*.safetensors"))
+    assert len(shards) > 2
+    load_weights(build(read_config(path)), path)
+    whole = index.read_text()
+    for text in ("{", "{}", '{"weight_map": []}', '{"weight_map": {"x": 3}}'):
+        index.write_text(text)
+        refused(path, "index.json")
+    index.write_text(whole)
+    data = shards[1].read_bytes()
+    shards[1].write_bytes(data[:-5])
+    refused(path, shards[1].name, "damaged")
+    shards[1].unlink()
+    refused(path, shards[1].name, "missing")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama2-mha", "qwen2-tied"])
+def test_harmless_differences(copy: Callable[..., Path], checkpoint: Checkpoint, name: str) -> None:
+    """Names without a prefix, and constants that older releases saved, load as the same weights."""
+
+    def edit(tensors: Tensors) -> None:
+        plain = {k.removeprefix("model.").removeprefix("transformer."): v for k, v in tensors.items()}
+        tensors.clear()
+        tensors.update(plain)
+        if name == "gpt2":
+            tensors.update({"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.0.attn.masked_bias": torch.tensor(-1e4)})
+        else:
+            tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        if name == "qwen2-tied":
+            tensors["lm_head.weight"] = tensors["embed_tokens.weight"].clone()
+
+    ours, theirs = build(read_config(checkpoint(name))), build(read_config(checkpoint(name)))
+    load_weights(ours, copy(name, edit))
+    load_weights(theirs, checkpoint(name))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", checkpoints.NAMES)
+def test_ranks_together_hold_the_whole(checkpoint: Checkpoint, name: str, tp: int) -> None:
+    """Every parameter's declaration, read by itself: the ranks' parts along `dim` make up each source, in order."""
+    path = checkpoint(name)
+    config = read_config(path)
+    ranks = [build(config, Topology(tp, 1, r)) for r in range(tp)]
+    whole = build(config)
+    for model in (*ranks, whole):
+        load_weights(model, path)
+    for key, full in whole.named_parameters():
+        dim = placement(full).dim
+        parts = [p for p in (dict(r.named_parameters()).get(key) for r in ranks) if p is not None]
+        if dim is None:
+            assert all(torch.equal(p, full) for p in parts)
+            continue
+        assert len(parts) == tp and all(placement(p).dim == dim for p in parts)
+        sources, offsets, at = placement(parts[0]).sources, [0] * tp, 0
+        for s in sources:
+            pieces, ends = [], 0
+            for r, part in enumerate(parts):
+                first, last = s.local(Topology(tp, 1, r))
+                piece = part.narrow(dim, offsets[r], last - first)
+                offsets[r] += last - first
+                if first - s.start >= ends:
+                    pieces.append(piece)
+                    ends = last - s.start
+                else:  # key-value heads that ranks share
+                    assert s.shards < tp and torch.equal(piece, pieces[-1])
+            assert torch.equal(torch.cat(pieces, dim), full.narrow(dim, at, s.size))
+            at += s.size
+        assert at == full.shape[dim]
+        for r, part in enumerate(parts):
+            assert not part.narrow(dim, offsets[r], part.shape[dim] - offsets[r]).any()
+
+
+@pytest.mark.parametrize(("topology", "named"), [
+    (Topology(3), "num_heads"), (Topology(8), "num_heads"), (Topology(pp=4), "num_layers")])
+def test_layouts_refused(checkpoint: Checkpoint, topology: Topology, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        build(read_config(checkpoint("llama2-mha")), topology)
+
+
+def test_layouts_refused_for_other_reasons(checkpoint: Checkpoint) -> None:
+    config = dataclasses.replace(read_config(checkpoint("llama2-mha")), num_heads=12, num_kv_heads=3)
+    with pytest.raises(ConfigError, match="num_kv_heads"):
+        build(config, Topology(2))
+    build(config, Topology(6))
+    with pytest.raises(ConfigError, match="intermediate_size"):
+        build(dataclasses.replace(config, num_kv_heads=12, intermediate_size=90), Topology(4))
+
+
+def test_progress_counts_up(checkpoint: Checkpoint) -> None:
+    seen: list[tuple[str, int, int]] = []
+    path = checkpoint("gpt2")
+    load_weights(build(read_config(path)), path, lambda *args: seen.append(args))
+    total = seen[0][2]
+    assert seen == [("loading weights", i, total) for i in range(total + 1)] and total > 3 * 12
+
+
+def test_dtype_of_the_model_wins(checkpoint: Checkpoint) -> None:
+    path = checkpoint("qwen3")
+    model = build(read_config(path), dtype=torch.bfloat16)
+    load_weights(model, path)
+    stored = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.embed.weight, stored.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_random_weights(checkpoint: Checkpoint, name: str) -> None:
+    config = read_config(checkpoint(name))
+    models = [build(config, dtype=torch.bfloat16) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        random_weights(model, seed)
+    for (key, a), *others in zip(*(m.named_parameters() for m in models), strict=True):
+        b, c = (other for _, other in others)
+        assert torch.equal(a, b)
+        if a.ndim == 1 and placement(a).sources[0].name.endswith("weight"):
+            assert (a == 1).all(), key
+        else:
+            assert not torch.equal(a, c) and 0.01 < a.float().std() < 0.03, key
+    first, second = (models[0].layers[i].qkv.weight for i in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_index_json_names_are_all_read(copy: Callable[..., Path]) -> None:
+    """A tensor that the index promises and its file lacks is missing, whatever the index says."""
+    path = copy(checkpoints.SHARDED)
+    index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = load_file(path / index[Q])
+    del tensors[Q]
+    save_file(tensors, path / index[Q])
+    refused(path, "layers.1.self_attn.q_proj.weight")
