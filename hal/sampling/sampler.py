@@ -1,0 +1,152 @@
+"""From logits to tokens. Every filter is a threshold on the scaled logits, so ties are kept or dropped together, and
+the result does not depend on how an algorithm happens to order them.
+
+The filters and their order are those of transformers' logits processors: penalties, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hal.inputs import PagedModelInput
+from hal.outputs import SamplerOutput
+from hal.sampling.noise import exponential, row_keys
+
+_CANDIDATES = 256  # tokens looked at before a whole row is sorted
+_PIECE = 1 << 18  # elements of noise made at once on a CPU: they stay in its cache
+
+
+class Sampler:
+    """Plain PyTorch for any device. It reads a few booleans back to the host unless all rows are greedy."""
+
+    def __call__(self, logits: torch.Tensor, model_input: PagedModelInput) -> SamplerOutput:
+        """Args:
+            logits: [num_logits, vocab_size] of the tokens in `model_input.logits_indices`, in any float type.
+
+        Returns:
+            Tensors on the logits' device; top_ids and its like are absent where 0 or none were asked for.
+        """
+        m, n = model_input, model_input.num_samples
+        raw = logits[:n]
+        scores = raw
+        if m.penalties is not None and n:
+            assert m.history is not None and m.prompt_lens is not None
+            scores = penalised(raw.float(), m.penalties[:n], m.history[:n], m.prompt_lens[:n])
+        token_ids = self._draw(scores.float(), m) if m.temperature is not None and n else self.argmax(scores)
+        result = {"token_ids": token_ids.int()}
+        if m.num_logprobs >= 0:
+            chosen, top_ids, top = logprobs(raw, token_ids, m.num_logprobs)
+            result |= {"logprobs": chosen} | ({"top_ids": top_ids, "top_logprobs": top} if m.num_logprobs else {})
+        if m.prompt_targets is not None:
+            targets = m.prompt_targets.long()
+            chosen, top_ids, top = logprobs(logits[n:n + len(targets)], targets, m.num_prompt_logprobs)
+            result["prompt_logprobs"] = chosen
+            if m.num_prompt_logprobs > 0:
+                result |= {"prompt_top_ids": top_ids, "prompt_top_logprobs": top}
+        return SamplerOutput(**result)
+
+    def argmax(self, scores: torch.Tensor) -> torch.Tensor:
+        """[n, vocab] -> [n], the first of equals."""
+        return scores.argmax(-1)
+
+    def descending(self, scores: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, vocab] with each row sorted."""
+        return scores.sort(-1, descending=True).values
+
+    def _draw(self, scores: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
+        """A token a row from fp32 `scores`, greedy where the temperature is 0."""
+        n, vocab = scores.shape
+        assert m.temperature is not None and m.seeds is not None
+        temperature = m.temperature[:n, None]
+        keys = row_keys(m.seeds[:n], m.positions[m.logits_indices[:n]] + 1)
+        greedy = temperature == 0
+        scores = scores / torch.where(greedy, 1.0, temperature)
+        top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
+        best = self.argmax(scores)
+        if top_k is None and top_p is None and min_p is None:
+            return torch.where(greedy[:, 0], best, self._race(scores, keys))
+        normaliser = scores.logsumexp(-1, keepdim=True) if top_p is not None else None
+        width = min(vocab, max(_CANDIDATES, 0 if top_k is None else int(top_k.max()) + 1))
+        values, ids = scores.topk(width, -1)
+        lowest = threshold(values, top_k, top_p, min_p, normaliser)
+        tokens = ids.gather(1, self._race_among(values, ids, lowest, keys)[:, None])[:, 0]
+        # Whatever passes a filter is among the candidates when the threshold is above the last of them.
+        if width < vocab and len(some := ((lowest <= values[:, -1:]) & ~greedy)[:, 0].nonzero()[:, 0]):
+            values, lowest = scores[some], lowest[some]
+            if top_p is not None:  # without it the candidates have given the right threshold
+                lowest = threshold(self.descending(values), *(None if x is None else x[some]
+                                                              for x in (top_k, top_p, min_p, normaliser)))
+            tokens[some] = self._race(values.masked_fill_(values < lowest, -torch.inf), keys[some])
+        return torch.where(greedy[:, 0], best, tokens)
+
+    def _race_among(self, values: torch.Tensor, ids: torch.Tensor, lowest: torch.Tensor,
+                    keys: torch.Tensor) -> torch.Tensor:
+        race = values - exponential(keys, ids.int()).log_()
+        return race.masked_fill_(values < lowest, -torch.inf).argmax(-1)
+
+    def _race(self, scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """A token a row with probability softmax(scores): the largest of scores - log Exp(1) (the Gumbel-max trick)."""
+        n, vocab = scores.shape
+        ids = torch.arange(vocab, dtype=torch.int32, device=scores.device)[None]
+        rows = max(_PIECE // vocab, 1) if scores.is_cpu else n
+        return torch.cat([self.argmax(scores[i:i + rows] - exponential(keys[i:i + rows], ids).log_())
+                          for i in range(0, n, rows)])
+
+
+def threshold(values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
+              normaliser: torch.Tensor | None) -> torch.Tensor:
+    """The smallest value that passes all filters.
+
+    Args:
+        values: [n, k] fp32, each row's largest in descending order. top_k, top_p, min_p: [n, 1] or None.
+        normaliser: [n, 1], log of the sum of exp over the whole row; needed with top_p.
+
+    Returns:
+        [n, 1]. Exact without top-p (given more than top_k values), where it is above the last of `values`, or where
+        `values` is the whole row.
+    """
+    best = values[:, :1]
+    lowest = torch.full_like(best, -torch.inf)
+    if top_k is not None:
+        kth = values.gather(1, (top_k.long() - 1).clamp(0, values.shape[1] - 1))
+        lowest = torch.where(top_k > 0, kth, lowest)
+    if top_p is not None:
+        assert normaliser is not None
+        # Top-p is a share of what top-k left: then the sum runs over that, which is within `values`.
+        left = values.masked_fill(values < lowest, -torch.inf)
+        total = normaliser if top_k is None else torch.where(top_k > 0, left.logsumexp(-1, keepdim=True), normaliser)
+        shares = (left - total).exp_()
+        before = shares.cumsum(-1, dtype=torch.float64) - shares
+        kept = (before < top_p).sum(-1, keepdim=True).clamp_(min=1)
+        nucleus = values.gather(1, kept - 1)
+        lowest = torch.where(top_p < 1, nucleus, lowest).maximum(lowest)
+    if min_p is not None:
+        lowest = torch.where(min_p > 0, lowest.maximum(best + min_p.log()), lowest)
+    return torch.minimum(lowest, best)
+
+
+def penalised(scores: torch.Tensor, penalties: torch.Tensor, history: torch.Tensor,
+              prompt_lens: torch.Tensor) -> torch.Tensor:
+    """fp32 scores [n, vocab] with the penalties applied, a copy; arguments as in PagedModelInput.
+
+    Repetition is of prompt and output (CTRL, arXiv 1909.05858); presence and frequency count the output alone.
+    """
+    places = torch.arange(history.shape[1], device=history.device)
+    # Behind the last token the first one is repeated: it is written again with the same value.
+    ids = torch.where(history < 0, history[:, :1].clamp(min=0), history).long()
+    output = (places >= prompt_lens[:, None]) & (history >= 0)
+    counts = torch.zeros_like(scores).scatter_add_(1, ids, output.to(scores.dtype)).gather(1, ids)
+    old = scores.gather(1, ids)
+    repetition, presence, frequency = (column[:, None] for column in penalties.unbind(1))
+    new = torch.where(old > 0, old / repetition, old * repetition) - presence * (counts > 0) - frequency * counts
+    # A row of padding has no history, and zeros for penalties: it stays as it is.
+    return scores.scatter(1, ids, torch.where(history[:, :1] < 0, old, new))
+
+
+def logprobs(raw: torch.Tensor, token_ids: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """fp32 logprobs of the given tokens [n], and the ids and logprobs of the `top` most likely [n, top]."""
+    raw = raw.float()
+    normaliser = raw.logsumexp(-1, keepdim=True)
+    chosen = raw.gather(1, token_ids.long()[:, None]) - normaliser
+    values, ids = raw.topk(min(max(top, 0), raw.shape[1]), -1)
+    return chosen[:, 0], ids.int(), values - normaliser
