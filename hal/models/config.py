@@ -29,7 +29,7 @@ class ModelConfig:
         family: which definition in hal.models runs it.
         architecture: the checkpoint's own name for it.
         windows: sliding window of each layer in tokens (the query's own included), None where attention is full.
-        norm: "rms" or "layer". activation: of the MLP; "silu" means gated (SwiGLU).
+        activation: of the MLP; "silu" means gated (SwiGLU).
         qkv_bias, out_bias, mlp_bias: biases of q/k/v, of the attention output, and of the MLP projections.
         qk_norm: RMSNorm over each head's q and k before the rotary embedding (Qwen3).
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
