@@ -1,0 +1,163 @@
+"""Paged attention against attention written out for one query at a time, and against itself with padding."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hal.attention import AttentionSpec
+from hal.inputs import PagedModelInput
+from hal.paged_attention import PagedAttention
+from hal.testing.strategies import instances
+from runners.cpu.attention import CpuAttention
+
+pytestmark = pytest.mark.torch_release
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+CLASSES = (PagedAttention, CpuAttention)
+
+
+def specs_of(heads: int, kv_heads: int, dim: int, windows: tuple[int | None, ...]) -> list[AttentionSpec]:
+    return [AttentionSpec(heads, kv_heads, dim, 0.4, window) for window in windows]
+
+
+def draw_tensors(m: PagedModelInput, spec: AttentionSpec, seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """q, k and v as a model hands them over: views of one tensor with gaps between the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(len(m.input_ids), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim, generator=generator)
+    return list(qkv.to(dtype).split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1))
+
+
+def make_cache(attention: PagedAttention, m: PagedModelInput, seed: int) -> torch.Tensor:
+    """One layer's cache full of earlier tokens; the null block holds values that would show if they were seen."""
+    blocks = int(m.block_tables.max()) + 2 if m.block_tables.numel() else 2
+    generator = torch.Generator().manual_seed(seed)
+    cache = torch.randn(attention.cache_shape(blocks, m.block_size), generator=generator).to(attention.dtype)
+    cache[:, 0] = 1e4
+    return cache
+
+
+def one_by_one(m: PagedModelInput, cache: torch.Tensor, spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor,
+               v: torch.Tensor) -> torch.Tensor:
+    """Every head of every token by itself, in fp64, over keys picked slot by slot."""
+    size, group = m.block_size, spec.num_heads // spec.num_kv_heads
+    out = torch.zeros(len(q), spec.num_heads, spec.head_dim, dtype=torch.float64)
+    starts, lens = m.query_start_loc.tolist(), m.seq_lens.tolist()
+    for seq, context in enumerate(lens):
+        first = context - (starts[seq + 1] - starts[seq])
+        table = m.block_tables[seq].tolist()
+
+        def key(position: int, which: int, first: int = first, table: list[int] = table,
+                start: int = starts[seq]) -> torch.Tensor:
+            if position >= first:
+                return (k, v)[which][start + position - first].double()
+            return cache[which, table[position // size], :, position % size].double()
+
+        for token in range(starts[seq], starts[seq + 1]):
+            position = first + token - starts[seq]
+            seen = range(0 if spec.window is None else max(0, position - spec.window + 1), position + 1)
+            keys, values = (torch.stack([key(p, which) for p in seen]) for which in (0, 1))  # [seen, kv heads, dim]
+            for head in range(spec.num_heads):
+                scores = keys[:, head // group] @ q[token, head].double() * spec.scale
+                out[token, head] = scores.softmax(0) @ values[:, head // group]
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), gathered=st.sampled_from((1, 4000, 1 << 20)),
+       heads=st.sampled_from(((4, 4), (6, 2), (4, 1), (1, 1))), windows=st.sampled_from(((None,), (3,), (17, None))))
+@settings(max_examples=60, deadline=None)
+def test_attention_is_what_one_query_at_a_time_gives(cls: type[PagedAttention], dtype: torch.dtype, m: PagedModelInput,
+                                                     seed: int, gathered: int, heads: tuple[int, int],
+                                                     windows: tuple[int | None, ...]) -> None:
+    specs = specs_of(*heads, 8, windows)
+    attention = cls(specs, device=CPU, dtype=dtype)
+    attention.gather_bytes = gathered
+    caches = [make_cache(attention, m, seed + i) for i in range(len(specs))]
+    before = [cache.clone() for cache in caches]
+    step = attention.begin(m, caches)
+    for layer, spec in enumerate(specs):
+        q, k, v = draw_tensors(m, spec, seed - layer, dtype)
+        got = step(layer, q, k, v)
+        assert got.dtype == dtype and list(got.shape) == [len(q), spec.num_heads * spec.head_dim]
+        expected = one_by_one(m, before[layer], spec, q, k, v)
+        torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        # The cache differs in this step's slots alone, which hold its keys and values.
+        slots, size = m.slot_mapping.long(), m.block_size
+        for which, new in ((0, k), (1, v)):
+            before[layer][which, slots // size, :, slots % size] = new
+        assert torch.equal(caches[layer], before[layer])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), seqs=st.integers(0, 3), tokens=st.integers(0, 5),
+       blocks=st.integers(0, 3), windows=st.sampled_from(((None,), (5,))))
+@settings(max_examples=200, deadline=None)
+def test_padding_changes_no_real_row(cls: type[PagedAttention], m: PagedModelInput, seed: int, seqs: int, tokens: int,
+                                     blocks: int, windows: tuple[int | None, ...]) -> None:
+    spec = specs_of(4, 2, 8, windows)[0]
+    attention = cls([spec], device=CPU, dtype=torch.float32)
+    dims = m.dims
+    wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
+                    max_blocks=dims["max_blocks"] + blocks)
+    wide.check()
+    cache = make_cache(attention, m, seed)
+    padded_cache = cache.clone()
+    q, k, v = draw_tensors(m, spec, seed, torch.float32)
+    wide_q, wide_k, wide_v = (torch.cat([x, torch.full_like(x[:1], 7.0).expand(tokens, -1, -1)]) if len(x) else
+                              torch.full((tokens, *x.shape[1:]), 7.0) for x in (q, k, v))
+    real = attention.begin(m, [cache])(0, q, k, v)
+    got = attention.begin(wide, [padded_cache])(0, wide_q, wide_k, wide_v)
+    assert torch.equal(got[:len(q)], real)
+    assert got.isfinite().all()
+    assert torch.equal(padded_cache[:, 1:], cache[:, 1:])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("window", [None, 6])
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_chunks_give_what_the_whole_prompt_gives(cls: type[PagedAttention], window: int | None,
+                                                 data: st.DataObject) -> None:
+    total, size = data.draw(st.integers(2, 30)), 4
+    cuts = sorted(data.draw(st.sets(st.integers(1, total - 1), max_size=4)))
+    spec = specs_of(4, 2, 8, (window,))[0]
+    attention = cls([spec], device=CPU, dtype=torch.float32)
+    table = torch.randperm(-(-total // size), generator=torch.Generator().manual_seed(total)).int() + 1
+    q, k, v = torch.randn(3, total, 4, 8, generator=torch.Generator().manual_seed(total))
+    k, v = k[:, :2], v[:, :2]
+
+    def run(ends: list[int]) -> torch.Tensor:
+        cache, start, outs = torch.zeros(attention.cache_shape(12, size)), 0, []
+        for end in ends:
+            at = torch.arange(start, end, dtype=torch.int32)
+            m = PagedModelInput(
+                input_ids=at, positions=at, slot_mapping=table[at // size] * size + at % size, block_size=size,
+                query_start_loc=torch.tensor([0, end - start]).int(), seq_lens=torch.tensor([end]).int(),
+                block_tables=table[None], logits_indices=torch.zeros(0).int(), num_decode_seqs=int(end - start == 1))
+            m.check()
+            outs.append(attention.begin(m, [cache])(0, q[start:end], k[start:end], v[start:end]))
+            start = end
+        return torch.cat(outs)
+
+    torch.testing.assert_close(run([*cuts, total]), run([total]))
+
+
+def test_a_fully_masked_row_does_not_arise() -> None:
+    """The narrowest window still shows a query its own key."""
+    spec = AttentionSpec(1, 1, 4, 1 / math.sqrt(4), 1)
+    m = PagedModelInput(
+        input_ids=torch.zeros(3).int(), positions=torch.tensor([6, 0, 1]).int(), block_size=4,
+        slot_mapping=torch.tensor([10, 12, 13]).int(), query_start_loc=torch.tensor([0, 1, 3]).int(),
+        seq_lens=torch.tensor([7, 2]).int(), block_tables=torch.tensor([[1, 2], [3, 0]]).int(),
+        logits_indices=torch.zeros(0).int(), num_decode_seqs=1)
+    m.check()
+    v = torch.arange(12.0).view(3, 1, 4)
+    cache = torch.zeros(2, 4, 1, 4, 4)
+    got = PagedAttention([spec], device=CPU, dtype=torch.float32).begin(m, [cache])(0, v, v, v)
+    torch.testing.assert_close(got, v.flatten(1))
