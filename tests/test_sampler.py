@@ -20,15 +20,14 @@ pytestmark = pytest.mark.torch_release
 SEED = 20240614
 
 
-def batch(n: int, positions: torch.Tensor | None = None, targets: int = 0, **fields: Any) -> PagedModelInput:
-    """n sequences that each sample after their only token, and `targets` prompt targets after the first token."""
+def batch(n: int, positions: torch.Tensor | None = None, **fields: Any) -> PagedModelInput:
+    """n sequences that each sample after their only token."""
     ids = torch.arange(n, dtype=torch.int32)
     positions = torch.zeros_like(ids) if positions is None else positions
     return PagedModelInput(
         input_ids=ids, positions=positions, slot_mapping=(ids + 1) * 16, seq_lens=positions + 1,
         query_start_loc=torch.arange(n + 1, dtype=torch.int32), block_tables=ids[:, None] + 1,
-        logits_indices=torch.cat([ids, torch.zeros(targets, dtype=torch.int32)]), block_size=16, num_decode_seqs=n,
-        num_samples=n, **fields)
+        logits_indices=ids, block_size=16, num_decode_seqs=n, num_samples=n, **fields)
 
 
 def column(n: int, value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -193,24 +192,20 @@ def test_a_token_depends_on_nothing_but_its_request(seed: int, vocab: int, scale
 @pytest.mark.parametrize("top", [0, 3])
 def test_logprobs_are_of_the_raw_logits(top: int) -> None:
     n, vocab = 4, 30
-    logits = spread(n + 2, vocab).bfloat16()
-    m = batch(n, targets=2, temperature=column(n, 0.5), seeds=torch.arange(n), num_logprobs=top,
-              prompt_targets=torch.tensor([3, 29], dtype=torch.int32), num_prompt_logprobs=top)
+    logits = spread(n, vocab).bfloat16()
+    m = batch(n, temperature=column(n, 0.5), seeds=torch.arange(n), num_logprobs=top)
     m.check()
     out = Sampler()(logits, m)
     out.validate("cpu")
     expected = logits.float().log_softmax(-1)
-    assert out.logprobs is not None and out.prompt_logprobs is not None
-    torch.testing.assert_close(out.logprobs, expected[:n].gather(1, out.token_ids.long()[:, None])[:, 0])
-    torch.testing.assert_close(out.prompt_logprobs, torch.stack([expected[n, 3], expected[n + 1, 29]]))
+    assert out.logprobs is not None
+    torch.testing.assert_close(out.logprobs, expected.gather(1, out.token_ids.long()[:, None])[:, 0])
     if not top:
-        assert out.top_ids is None and out.prompt_top_ids is None
+        assert out.top_ids is None and out.top_logprobs is None
         return
-    assert out.top_ids is not None and out.prompt_top_ids is not None
-    for ids, values, rows in ((out.top_ids, out.top_logprobs, expected[:n]),
-                              (out.prompt_top_ids, out.prompt_top_logprobs, expected[n:])):
-        torch.testing.assert_close(values, rows.topk(top, -1).values)
-        torch.testing.assert_close(rows.gather(1, ids.long()), values)
+    assert out.top_ids is not None and out.top_logprobs is not None
+    torch.testing.assert_close(out.top_logprobs, expected.topk(top, -1).values)
+    torch.testing.assert_close(expected.gather(1, out.top_ids.long()), out.top_logprobs)
 
 
 def test_nothing_to_sample() -> None:

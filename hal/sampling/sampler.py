@@ -21,10 +21,12 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor, model_input: PagedModelInput) -> SamplerOutput:
         """Args:
-            logits: [num_logits, vocab_size] of the tokens in `model_input.logits_indices`, in any float type.
+            logits: [num_samples or more, vocab_size] of the first tokens in `model_input.logits_indices`, any float
+                type.
 
         Returns:
-            Tensors on the logits' device; top_ids and its like are absent where 0 or none were asked for.
+            Tensors on the logits' device; top_ids and top_logprobs are absent where 0 or none were asked for. Those of
+            the prompt are left to `logprobs`, since a step may have too many for one tensor of logits.
         """
         m, n = model_input, model_input.num_samples
         raw = logits[:n]
@@ -37,12 +39,6 @@ class Sampler:
         if m.num_logprobs >= 0:
             chosen, top_ids, top = logprobs(raw, token_ids, m.num_logprobs)
             result |= {"logprobs": chosen} | ({"top_ids": top_ids, "top_logprobs": top} if m.num_logprobs else {})
-        if m.prompt_targets is not None:
-            targets = m.prompt_targets.long()
-            chosen, top_ids, top = logprobs(logits[n:n + len(targets)], targets, m.num_prompt_logprobs)
-            result["prompt_logprobs"] = chosen
-            if m.num_prompt_logprobs > 0:
-                result |= {"prompt_top_ids": top_ids, "prompt_top_logprobs": top}
         return SamplerOutput(**result)
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,51 @@
+"""The CPU backend: PyTorch as it comes. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from hal.backend import Backend, Capabilities
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.communicator import Communicator
+    from hal.config import WorkerConfig
+    from runners.cpu.runner import CpuModelRunner
+
+
+class CpuBackend(Backend):
+    name = "cpu"
+    capabilities = Capabilities(dtypes=("bfloat16", "float32"), max_tp=64, max_pp=64)
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def device(self, local_rank: int) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def free_memory(self, device: torch.device) -> int:
+        from runners.cpu.memory import free_memory
+
+        return free_memory()
+
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> CpuModelRunner:
+        from runners.cpu.runner import CpuModelRunner
+
+        return CpuModelRunner(config, device, communicator)
+
+    def versions(self) -> Mapping[str, str]:
+        found = {}
+        for package in ("torch", "intel-extension-for-pytorch"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return found
+
+
+backend = CpuBackend()

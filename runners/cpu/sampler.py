@@ -10,7 +10,8 @@ from hal.sampling.sampler import Sampler
 
 class CpuSampler(Sampler):
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(scores.float().numpy().argmax(-1))
+        # Row by row, so that the fp32 copy of one stays in the cache: of all rows it would be fresh memory every step.
+        return torch.tensor([row.float().numpy().argmax() for row in scores], dtype=torch.int64)
 
     def descending(self, scores: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.sort(scores.numpy(), -1)).flip(-1)

@@ -1,0 +1,25 @@
+"""The CPU's runner: the default one with the CPU's parts."""
+
+from __future__ import annotations
+
+import torch
+
+from hal.communicator import Communicator
+from hal.config import WorkerConfig
+from hal.inputs import PagedModelInput
+from hal.paged_runner import PagedModelRunner
+from runners.cpu.attention import CpuAttention
+from runners.cpu.ops import CpuOps
+from runners.cpu.sampler import CpuSampler
+
+
+class CpuModelInput(PagedModelInput):
+    """A paged batch, and nothing else."""
+
+
+class CpuModelRunner(PagedModelRunner):
+    input_type = CpuModelInput
+
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        super().__init__(config, device, communicator, attention=CpuAttention, sampler=CpuSampler())
+        self.ops = CpuOps(self.dtype)
