@@ -68,7 +68,7 @@ class PagedModelInput(ModelInput):
     prompt_lens: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=0, doc="how many of `history` are "
                                                       "the prompt")] = None
     prompt_targets: Annotated[torch.Tensor | None, Array("int32", "num_targets", low=0, doc="the token whose logprob "
-                                                         "is wanted, for the last rows of logits_indices")] = None
+                                                         "is wanted, for the rows behind the sampled ones")] = None
     num_logprobs: Annotated[int, Doc("most likely tokens to report beside each sampled one; -1: no logprobs")] = -1
     num_prompt_logprobs: Annotated[int, Doc("the same for prompt tokens")] = -1
 
@@ -131,6 +131,8 @@ class PagedModelInput(ModelInput):
         for name in SAMPLING_FIELDS:
             if self[name] is not None and self[name].shape[0] < self.num_samples:
                 self._refuse(name, f"{self[name].shape[0]} rows", f"at least num_samples ({self.num_samples})")
+        if (self.temperature is None) != (self.seeds is None):
+            self._refuse("seeds", "only one of temperature and seeds", "both or none")
         if (self.penalties is None) != (self.history is None) or (self.history is None) != (self.prompt_lens is None):
             self._refuse("penalties", "some of penalties, history, prompt_lens", "all of them or none")
 

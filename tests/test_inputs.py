@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from hal.errors import InputError
 from hal.inputs import PagedModelInput, WorkerInput
+from hal.schema import Array
 from hal.testing.strategies import instances
 
 
@@ -62,6 +64,35 @@ def padding_writes_a_live_slot(b: PagedModelInput) -> None:
     b.slot_mapping[-1] = b.slot_mapping[0]
 
 
+def logits_of_no_token(b: PagedModelInput) -> None:
+    assume(len(b.logits_indices))
+    b.logits_indices[-1] = 10**6
+
+
+def drop(name: str) -> Callable[[PagedModelInput], None]:
+    """Remove one of fields that belong together."""
+    def change(b: PagedModelInput) -> None:
+        assume(b[name] is not None)
+        setattr(b, name, None)
+
+    return change
+
+
+def shorten(name: str) -> Callable[[PagedModelInput], None]:
+    """Too few rows in a sampling field for the sequences that are sampled."""
+    def change(b: PagedModelInput) -> None:
+        assume(b.num_samples and b[name] is not None)
+        setattr(b, name, b[name][:-1])
+
+    return change
+
+
+def a_target_too_many(b: PagedModelInput) -> None:
+    assume(b.prompt_targets is not None)
+    assert b.prompt_targets is not None
+    b.prompt_targets = torch.cat([b.prompt_targets, b.prompt_targets[:1]])
+
+
 BREAKS: dict[str, tuple[str, Callable[[PagedModelInput], None]]] = {
     "query_start_loc does not start at 0": ("query_start_loc", bump("query_start_loc", 0, 1)),
     "query_start_loc runs past the tokens": ("query_start_loc", bump("query_start_loc", -1, 99)),
@@ -73,8 +104,21 @@ BREAKS: dict[str, tuple[str, Callable[[PagedModelInput], None]]] = {
     "a context longer than its blocks": ("positions", lambda b: b.seq_lens.add_(1000)),
     "two sequences write one slot": ("block_tables", share_a_block),
     "padding writes a live slot": ("slot_mapping", padding_writes_a_live_slot),
-    "logits of a token that is not there": ("logits_indices", lambda b: b.logits_indices.fill_(10**6)),
+    "logits of a token that is not there": ("logits_indices", logits_of_no_token),
     "more decodes than sequences": ("num_decode_seqs", lambda b: setattr(b, "num_decode_seqs", 99)),
+    "more samples than logits": ("num_samples", lambda b: setattr(b, "num_samples", len(b.logits_indices) + 1)),
+    "fewer than no samples": ("num_samples", lambda b: setattr(b, "num_samples", -1)),
+    "targets that take sampled rows": ("num_samples", a_target_too_many),
+    "too few temperatures": ("temperature", shorten("temperature")),
+    "too few seeds": ("seeds", shorten("seeds")),
+    "too few values of top_p": ("top_p", shorten("top_p")),
+    "too few penalties": ("penalties", shorten("penalties")),
+    "too little history": ("history", shorten("history")),
+    "a temperature without seeds": ("seeds", drop("seeds")),
+    "seeds without a temperature": ("seeds", drop("temperature")),
+    "penalties without history": ("penalties", drop("history")),
+    "history without penalties": ("penalties", drop("penalties")),
+    "history without prompt lengths": ("penalties", drop("prompt_lens")),
 }
 
 
@@ -88,6 +132,21 @@ def test_inconsistent_batches_are_refused_by_name(why: str, data: st.DataObject)
     with pytest.raises(InputError) as caught:
         batch.check()
     assert caught.value.field == field, str(caught.value)
+
+
+def test_a_subclass_is_drawn_with_what_it_adds() -> None:
+    class Bucketed(PagedModelInput):
+        weights: Annotated[torch.Tensor, Array("float32", "num_tokens", low=0.0, high=1.0)]
+        bucket: int = 0
+
+    @given(batch=instances(Bucketed, min_size=1))
+    @settings(max_examples=20, deadline=None)
+    def consistent(batch: Bucketed) -> None:
+        assert type(batch) is Bucketed and len(batch.weights) == len(batch.input_ids)
+        batch.validate("cpu")
+        batch.check()
+
+    consistent()
 
 
 def test_worker_input_travels() -> None:

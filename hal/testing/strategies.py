@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from hal.inputs import PagedModelInput
 from hal.schema import Declared, Field
 from hal.schema.layout import NP_DTYPES, bfloat16_bits
-from hal.schema.schema import as_tensor
+from hal.schema.packed import as_tensor
 
 T = TypeVar("T", bound=Declared)
 _REGISTERED: dict[type[Declared], Callable[..., st.SearchStrategy[Any]]] = {}
+_VOCAB = 1000  # token ids of batches
 _TEXT = st.text(st.characters(min_codepoint=1, max_codepoint=0xD7FF), max_size=12)  # no NUL, no surrogate
 _INT64 = st.integers(-(2**63), 2**63 - 1)
 _SCALARS: dict[str, st.SearchStrategy[Any]] = {
@@ -28,15 +29,15 @@ _SCALARS: dict[str, st.SearchStrategy[Any]] = {
 
 
 def register(cls: type[T], make: Callable[..., st.SearchStrategy[T]]) -> None:
-    """Use `make(**kwargs)` for `instances(cls)`: for types whose `check` relates fields to one another."""
+    """Use `make(cls, min_size, max_size)` for `instances` of cls and its subclasses: for types whose `check` relates
+    fields to one another."""
     _REGISTERED[cls] = make
 
 
 def instances(cls: type[T], *, min_size: int = 0, max_size: int = 6) -> st.SearchStrategy[T]:
     """Valid instances of `cls` on the host: every symbol in [min_size, max_size], each optional field there or not."""
-    if cls in _REGISTERED:
-        return _REGISTERED[cls](min_size=min_size, max_size=max_size)
-    return _instances(cls, min_size, max_size)
+    make = next((_REGISTERED[base] for base in cls.__mro__ if base in _REGISTERED), _instances)
+    return make(cls, min_size, max_size)
 
 
 @st.composite
@@ -129,13 +130,13 @@ def _breakages(f: Field, value: Any, constrained: bool) -> list[tuple[str, Any]]
     else:
         found.append(("wrong dtype", value.view(np.uint8).astype(other)))
         grown = np.concatenate([value, value[-1:]])
-    if constrained:
+    if constrained and value.shape[0]:
         found.append(("one row too many", grown))
     doubled = (torch.cat([value, value]) if tensor else np.concatenate([value, value]))[::2]
     if value.shape[0] > 1:
         found.append(("strided", doubled))
     for bound, step, why in ((f.array.low, -1, "below its minimum"), (f.array.high, 1, "above its maximum")):
-        if bound is not None:
+        if bound is not None and 0 not in value.shape:
             outside: Any = value.clone() if tensor else value.copy()
             outside[(0,) * outside.ndim] = bound + step
             found.append((why, outside))
@@ -143,10 +144,8 @@ def _breakages(f: Field, value: Any, constrained: bool) -> list[tuple[str, Any]]
 
 
 @st.composite
-def _paged(draw: st.DrawFn, min_size: int, max_size: int) -> Any:
-    """A consistent batch: contexts of any length over shuffled blocks, decodes first."""
-    import torch
-
+def _paged(draw: st.DrawFn, cls: type[PagedModelInput], min_size: int, max_size: int) -> Any:
+    """A consistent batch: contexts of any length over shuffled blocks, decodes first, sampled in any way."""
     size = draw(st.sampled_from((1, 4, 16)), label="block_size")
     cached_and_query = st.tuples(st.integers(0, 40), st.integers(1, 12))
     lens = draw(st.lists(cached_and_query, min_size=min_size, max_size=max_size))
@@ -164,11 +163,55 @@ def _paged(draw: st.DrawFn, min_size: int, max_size: int) -> Any:
     positions = np.concatenate([np.zeros(0, np.int64), *spans])
     rows = np.repeat(np.arange(len(lens)), queries)
     slots = tables[rows, positions // size] * size + positions % size
-    ids = rng.integers(0, 1000, len(positions))
-    tensor = {name: torch.from_numpy(np.ascontiguousarray(a, np.int32)) for name, a in (
-        ("input_ids", ids), ("positions", positions), ("slot_mapping", slots), ("query_start_loc", starts),
-        ("seq_lens", np.array(totals)), ("block_tables", tables), ("logits_indices", starts[1:] - 1))}
-    return PagedModelInput(**tensor, block_size=size, num_decode_seqs=int((queries == 1).sum()))
+    ids = rng.integers(0, _VOCAB, len(positions))
+    sampled = np.flatnonzero(rng.random(len(lens)) < draw(st.sampled_from((0.0, 0.7, 1.0)), label="sampled"))
+    targets = rng.permutation(len(positions))[:draw(st.sampled_from((0, 0, 3)), label="targets")]
+    arrays = {"input_ids": ids, "positions": positions, "slot_mapping": slots, "query_start_loc": starts,
+              "seq_lens": np.array(totals), "block_tables": tables,
+              "logits_indices": np.concatenate([starts[sampled + 1] - 1, targets]),
+              **_sampling(draw, rng, [totals[i] for i in sampled])}
+    if len(targets):
+        arrays["prompt_targets"] = rng.integers(0, _VOCAB, len(targets))
+    fields = {name: _as(cls, name, array) for name, array in arrays.items()}
+    scalars = {"block_size": size, "num_decode_seqs": int((queries == 1).sum()), "num_samples": len(sampled),
+               "num_logprobs": draw(st.integers(-1, 3)), "num_prompt_logprobs": draw(st.integers(-1, 3))}
+    make: Any = cls  # mypy: each name's type is not known here
+    return make(**fields, **scalars, **_further(draw, cls, fields, rng))
+
+
+def _sampling(draw: st.DrawFn, rng: np.random.Generator, lens: list[int]) -> dict[str, np.ndarray]:
+    """The sampling fields of sequences of `lens` tokens: each there or not, but those together that belong together."""
+    n, fields = len(lens), {}
+    if draw(st.booleans(), label="random"):
+        fields = {"temperature": rng.choice([0.0, 0.5, 2.0], n), "seeds": rng.integers(-2**63, 2**63, n)}
+        drawn = {"top_k": rng.integers(0, 50, n), "top_p": rng.uniform(0.1, 1, n), "min_p": rng.uniform(0, 1, n)}
+        fields |= {name: array for name, array in drawn.items() if draw(st.booleans(), label=name)}
+    if draw(st.booleans(), label="penalised"):
+        prompts = np.array([rng.integers(1, total + 1) for total in lens], np.int32)
+        there = np.arange(max(lens, default=0)) < np.array(lens).reshape(-1, 1)
+        fields |= {"penalties": rng.uniform(0.5, 2, (n, 3)), "prompt_lens": prompts,
+                   "history": np.where(there, rng.integers(0, _VOCAB, there.shape), -1)}
+    return fields
+
+
+def _further(draw: st.DrawFn, cls: type[PagedModelInput], known: dict[str, Any], rng: np.random.Generator,
+             ) -> dict[str, Any]:
+    """Values of the fields that a subclass adds, of the sizes that the batch's own fields have."""
+    dims = {d.symbol: size - d.offset for name, tensor in known.items() if (f := cls.schema.by_name[name]).array
+            for d, size in zip(f.array.dims, tensor.shape, strict=True) if d.symbol}
+    values = {}
+    for f in cls.schema.fields:
+        if f.name not in PagedModelInput.schema.by_name and not (f.optional and draw(st.booleans())):
+            sizes = {s: dims.get(s, 0) for s in cls.schema.symbols}
+            values[f.name] = _array(f, sizes, rng) if f.array else draw(_SCALARS[f.kind], label=f.name)
+    return values
+
+
+def _as(cls: type[PagedModelInput], name: str, array: np.ndarray) -> Any:
+    """A tensor in the dtype that the field declares."""
+    declared = cls.schema.by_name[name].array
+    assert declared is not None
+    return as_tensor(np.ascontiguousarray(array, NP_DTYPES[declared.dtype]), declared.dtype)
 
 
 register(PagedModelInput, _paged)
