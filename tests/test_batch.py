@@ -3,52 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from by_hand import GREEDY, Seq, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hal.batch import BatchState
 from hal.errors import StateError
 from hal.inputs import SAMPLING_FIELDS, PagedModelInput
-from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+from hal.request import FLOAT_PARAMS, ExecuteModelRequest
 
 VOCAB, MAX_LEN, ROWS = 50, 40, 6
-GREEDY = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-          "frequency_penalty": 0.0, "top_k": 0, "seed": 3, "logprobs": -1, "prompt_logprobs": -1}
-
-
-@dataclass
-class Seq:
-    row: int
-    tokens: list[int]
-    prompt: int
-    params: dict[str, float]
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-
-
-def request(step: int, digest: int, epoch: int = 0, finished: list[int] = (), new: list[Seq] = (),  # type: ignore[assignment]
-            appended: list[tuple[int, int]] = (), blocks: list[tuple[int, int, list[int]]] = (),  # type: ignore[assignment]
-            run: list[tuple[Seq, int]] = ()) -> ExecuteModelRequest:  # type: ignore[assignment]
-    def ints(values: Any) -> np.ndarray:
-        return np.array(list(values), np.int32)
-
-    return ExecuteModelRequest(
-        step=step, digest=digest, epoch=epoch, finished_rows=ints(finished), new_rows=ints(s.row for s in new),
-        new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
-        new_tokens=ints(t for s in new for t in s.tokens),
-        new_floats=np.array([[s.params[n] for n in FLOAT_PARAMS] for s in new], np.float32).reshape(-1, 6),
-        new_ints=np.array([[s.params[n] for n in INT_PARAMS] for s in new], np.int64).reshape(-1, 4),
-        append_rows=ints(r for r, _ in appended), append_tokens=ints(t for _, t in appended),
-        block_rows=ints(r for r, _, _ in blocks), block_starts=ints(c for _, c, _ in blocks),
-        block_counts=ints(len(b) for _, _, b in blocks), new_blocks=ints(b for _, _, bs in blocks for b in bs),
-        rows=ints(s.row for s, _ in run), num_scheduled=ints(q for _, q in run),
-        num_computed=ints(s.computed for s, _ in run))
 
 
 def expected(run: list[tuple[Seq, int]], size: int) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""The CPU's runner, driven by hand, against transformers; and the CPU backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from by_hand import generate
+
+from hal import backend as backends
+from hal.communicator import LocalCommunicator
+from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.inputs import NULL_BLOCK
+from hal.models.hf_config import read_config
+from runners.cpu import backend
+from runners.cpu.memory import free_memory
+from runners.cpu.ops import CpuOps
+from runners.cpu.runner import CpuModelInput, CpuModelRunner
+
+Checkpoint = Callable[[str], Path]
+GIB = 1 << 30
+
+
+def make(directory: Path, dtype: str = "float32") -> tuple[CpuModelRunner, Sequence[torch.Tensor]]:
+    engine = EngineConfig(model=str(directory), dtype=dtype, block_size=4, max_num_seqs=4)  # type: ignore[arg-type]
+    runner = backend.make_runner(WorkerConfig(engine, read_config(directory), Topology()), backend.device(0),
+                                 LocalCommunicator())
+    runner.load_model()
+    return runner, runner.make_kv_caches(120)
+
+
+@pytest.mark.torch_release
+@pytest.mark.parametrize("name", checkpoints.NAMES)
+def test_tokens_and_logprobs_are_transformers(checkpoint: Checkpoint, name: str) -> None:
+    """Prompts in chunks beside sequences that decode; the null block is as harmless as it is wild."""
+    runner, caches = make(checkpoint(name))
+    for cache in caches:
+        cache[:, NULL_BLOCK] = 1e4
+    oracle = checkpoints.load(checkpoint(name))
+    seqs = generate(runner, caches, checkpoints.prompts(), 16, budget=13, apart=2,
+                    params={"logprobs": 0, "prompt_logprobs": 0})
+    for s in seqs:
+        prompt = s.tokens[:s.prompt]
+        assert s.tokens[s.prompt:] == checkpoints.greedy(oracle, prompt, 16)[0]
+        expected = checkpoints.logprobs(oracle, s.tokens)
+        after = expected[:-1].gather(1, torch.tensor(s.tokens[1:])[:, None])[:, 0]
+        got = [next(iter(o.values())) for o in s.outputs]  # of each prompt token after the first, then of the output
+        torch.testing.assert_close(torch.tensor(got), after, atol=1e-4, rtol=0)
+
+
+@pytest.mark.torch_release
+@pytest.mark.parametrize("name", ["qwen2-tied", "llama2-mha", "mistral-window"])
+def test_bfloat16_is_as_near_to_fp32_as_transformers_is(checkpoint: Checkpoint, name: str) -> None:
+    runner, caches = make(checkpoint(name), "bfloat16")
+    exact, rounded = (checkpoints.load(checkpoint(name), d) for d in (torch.float32, torch.bfloat16))
+    ours, theirs = [], []
+    for s in generate(runner, caches, checkpoints.prompts(), 12, budget=30, params={"logprobs": 0}):
+        reference, other = (checkpoints.logprobs(m, s.tokens) for m in (exact, rounded))
+        for i, token in enumerate(s.tokens[s.prompt:]):
+            at = s.prompt + i - 1
+            ours.append(abs(s.outputs[i]["logprob"] - float(reference[at, token])))
+            theirs.append(abs(float(other[at, token] - reference[at, token])))
+    assert sum(ours) < 1.5 * sum(theirs), (sum(ours) / len(ours), sum(theirs) / len(theirs))
+
+
+def test_a_seeded_request_is_the_same_alone_and_among_others(checkpoint: Checkpoint) -> None:
+    params = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "seed": 11}
+    prompts = checkpoints.prompts()
+    runner, caches = make(checkpoint("qwen3"))
+    together = generate(runner, caches, prompts, 10, budget=17, params=params)
+    for prompt, other in zip(prompts, together, strict=True):
+        runner, caches = make(checkpoint("qwen3"))
+        assert generate(runner, caches, [prompt], 10, budget=100, params=params)[0].tokens == other.tokens
+
+
+def test_warmup_and_sizes(checkpoint: Checkpoint) -> None:
+    runner, _ = make(checkpoint("llama3-gqa"))
+    caches = runner.make_kv_caches(5)
+    assert sum(c.numel() * c.element_size() for c in caches) == 5 * runner.kv_bytes_per_block()
+    assert all(c.shape[1] == 5 and not c.any() for c in caches)
+    seen: list[tuple[str, int, int]] = []
+    runner.warmup(caches, lambda *args: seen.append(args))
+    assert seen[-1][1] == seen[-1][2] and not any(c[:, 1:].any() for c in caches)
+    assert isinstance(runner.dummy_input(3, 1), CpuModelInput)
+    engine = runner.config.engine
+    assert runner.reserve_bytes() > engine.max_num_batched_tokens * runner.config.model.hidden_size * 4
+
+
+def test_a_step_without_samples_or_tokens(checkpoint: Checkpoint) -> None:
+    runner, caches = make(checkpoint("qwen3"))
+    for seqs in (0, 2):
+        m = runner.dummy_input(seqs, 3)
+        m.num_samples, m.logits_indices = 0, torch.zeros(0, dtype=torch.int32)
+        output = runner.execute_model(m, caches)
+        assert output is not None and list(output["token_ids"].shape) == [0]
+
+
+@pytest.mark.torch_release
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_linears(dtype: torch.dtype) -> None:
+    from hal.models.layers import Linear
+
+    ops = CpuOps(dtype)
+    assert ops.packs, "the operators are there in every supported release on this kind of machine"
+    weight = torch.nn.Parameter(torch.randn(40, 24).to(dtype), requires_grad=False)
+    for bias in (None, torch.randn(40).to(dtype)):
+        layer = Linear.__new__(Linear)
+        torch.nn.Module.__init__(layer)
+        layer.weight = weight
+        ops.pack_linear(layer)
+        for rows in (0, 1, 9, 64):
+            x = torch.randn(rows, 24).to(dtype)
+            torch.testing.assert_close(ops.linear(x, layer.weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_importing_the_backend_loads_neither_torch_nor_devices() -> None:
+    code = ("import sys, runners.cpu; assert 'torch' not in sys.modules; import runners.cpu.runner;"
+            "assert not {'torch_xla', 'intel_extension_for_pytorch'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_backend_is_found_and_available() -> None:
+    assert backends.load("runners.cpu:backend") is backend and backend.unavailable() is None
+    assert backend.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert backend.free_memory(backend.device(3)) > 0
+
+
+def test_free_memory_honours_control_groups(tmp_path: Path) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+
+    def write(path: Path, text: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+
+    write(proc / "meminfo", f"MemTotal: 99 kB\nMemAvailable: {16 * GIB // 1024} kB")
+    assert free_memory(proc, groups) == 16 * GIB
+    write(proc / "self/cgroup", "0::/outer/inner")
+    assert free_memory(proc, groups) == 16 * GIB
+    write(groups / "outer/inner/memory.max", "max")
+    write(groups / "outer/inner/memory.current", GIB)
+    assert free_memory(proc, groups) == 16 * GIB
+    write(groups / "outer/memory.max", 8 * GIB)
+    write(groups / "outer/memory.current", 5 * GIB)
+    write(groups / "outer/memory.stat", f"anon 1\ninactive_file {2 * GIB}")
+    assert free_memory(proc, groups) == 5 * GIB
+    write(groups / "outer/inner/memory.max", 1000)
+    assert free_memory(proc, groups) == 0
+    write(proc / "self/cgroup", "4:cpu,memory:/a")
+    write(groups / "memory/a/memory.limit_in_bytes", 3 * GIB)
+    write(groups / "memory/a/memory.usage_in_bytes", GIB)
+    assert free_memory(proc, groups) == 2 * GIB
+    (proc / "meminfo").unlink()
+    (proc / "self/cgroup").unlink()
+    assert free_memory(proc, groups) > GIB
