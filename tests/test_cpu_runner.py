@@ -91,13 +91,12 @@ def test_warmup_and_sizes(checkpoint: Checkpoint) -> None:
     assert runner.reserve_bytes() > engine.max_num_batched_tokens * runner.config.model.hidden_size * 4
 
 
-def test_a_step_without_samples_or_tokens(checkpoint: Checkpoint) -> None:
+def test_a_step_without_samples(checkpoint: Checkpoint) -> None:
     runner, caches = make(checkpoint("qwen3"))
-    for seqs in (0, 2):
-        m = runner.dummy_input(seqs, 3)
-        m.num_samples, m.logits_indices = 0, torch.zeros(0, dtype=torch.int32)
-        output = runner.execute_model(m, caches)
-        assert output is not None and list(output["token_ids"].shape) == [0]
+    m = runner.dummy_input(2, 3)
+    m.num_samples, m.logits_indices = 0, torch.zeros(0, dtype=torch.int32)
+    output = runner.execute_model(m, caches)
+    assert output is not None and list(output["token_ids"].shape) == [0]
 
 
 @pytest.mark.torch_release

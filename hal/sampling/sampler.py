@@ -13,7 +13,7 @@ from hal.outputs import SamplerOutput
 from hal.sampling.noise import exponential, row_keys
 
 _CANDIDATES = 256  # tokens looked at before a whole row is sorted
-_PIECE = 1 << 18  # elements of noise made at once on a CPU: they stay in its cache
+_PIECE = 1 << 18  # elements made at once on a CPU: they stay in its cache
 
 
 class Sampler:
@@ -67,12 +67,15 @@ class Sampler:
         lowest = threshold(values, top_k, top_p, min_p, normaliser)
         tokens = ids.gather(1, self._race_among(values, ids, lowest, keys)[:, None])[:, 0]
         # Whatever passes a filter is among the candidates when the threshold is above the last of them.
-        if width < vocab and len(some := ((lowest <= values[:, -1:]) & ~greedy)[:, 0].nonzero()[:, 0]):
-            values, lowest = scores[some], lowest[some]
+        unsure = ((lowest <= values[:, -1:]) & ~greedy)[:, 0].nonzero()[:, 0] if width < vocab else keys[:0]
+        rows = rows_at_once(scores)
+        for i in range(0, len(unsure), rows):
+            some = unsure[i:i + rows]
+            values, least = scores[some], lowest[some]
             if top_p is not None:  # without it the candidates have given the right threshold
-                lowest = threshold(self.descending(values), *(None if x is None else x[some]
-                                                              for x in (top_k, top_p, min_p, normaliser)))
-            tokens[some] = self._race(values.masked_fill_(values < lowest, -torch.inf), keys[some])
+                least = threshold(self.descending(values), *(None if x is None else x[some]
+                                                             for x in (top_k, top_p, min_p, normaliser)))
+            tokens[some] = self._race(values.masked_fill_(values < least, -torch.inf), keys[some])
         return torch.where(greedy[:, 0], best, tokens)
 
     def _race_among(self, values: torch.Tensor, ids: torch.Tensor, lowest: torch.Tensor,
@@ -82,11 +85,15 @@ class Sampler:
 
     def _race(self, scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """A token a row with probability softmax(scores): the largest of scores - log Exp(1) (the Gumbel-max trick)."""
-        n, vocab = scores.shape
-        ids = torch.arange(vocab, dtype=torch.int32, device=scores.device)[None]
-        rows = max(_PIECE // vocab, 1) if scores.is_cpu else n
+        ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
+        rows = rows_at_once(scores)
         return torch.cat([self.argmax(scores[i:i + rows] - exponential(keys[i:i + rows], ids).log_())
-                          for i in range(0, n, rows)])
+                          for i in range(0, len(scores), rows)])
+
+
+def rows_at_once(scores: torch.Tensor) -> int:
+    """How many rows of whole vocabularies to work on at a time: on a CPU a few, else all."""
+    return max(_PIECE // scores.shape[1], 1) if scores.is_cpu else len(scores)
 
 
 def threshold(values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
