@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from hal.schema.schema import Buffer
+from hal.schema.packed import Buffer
 
 
 class ControlPlane(Protocol):

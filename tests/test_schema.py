@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hal.errors import InputError, SchemaError, WireError
+from hal.inputs import WorkerInput
 from hal.schema import Array, Declared, Doc
 from hal.testing.strategies import NearMiss, instances, near_misses
 
@@ -207,3 +208,14 @@ class Host2(Declared):
 def test_markdown_lists_every_field() -> None:
     table = Step.schema.markdown()
     assert all(f"`{f.name}`" in table for f in Step.schema.fields) and "token ids" in table
+
+
+def test_encode_reuses_the_buffer_an_instance_was_made_from() -> None:
+    packed = WorkerInput.schema.allocate({"num_copies": 2}, ["blocks_to_copy"], virtual_engine=1)
+    packed.arrays["blocks_to_copy"][...] = 7
+    step = packed.to()
+    assert np.shares_memory(step.encode(), packed.buffer) and step.dims["num_copies"] == 2
+    step.blocks_to_copy = np.zeros((1, 2), np.int32)  # replaced: the old buffer no longer says what the instance does
+    again = WorkerInput.decode(step.encode())
+    assert again.blocks_to_copy is not None and again.blocks_to_copy.tolist() == [[0, 0]]
+    assert step.dims["num_copies"] == 1

@@ -10,7 +10,8 @@ from typing_extensions import dataclass_transform
 
 from hal.errors import SchemaError
 from hal.schema.fields import Array, Field, resolve
-from hal.schema.schema import Buffer, Schema
+from hal.schema.packed import Buffer, packed_source
+from hal.schema.schema import Schema
 from hal.schema.validate import validate
 
 Self = typing.TypeVar("Self", bound="Declared")
@@ -53,8 +54,16 @@ class Declared:
         return type(name, (cls,), {"__annotations__": hints, "__module__": cls.__module__})
 
     def encode(self) -> Buffer:
-        """The instance as one wire message (uint8): copied once. The shapes must be valid (see `validate`)."""
-        return type(self).schema.pack(self).wire
+        """The instance as one wire message (uint8). One made from a packed buffer is that buffer; any other is copied
+        once. The shapes must be valid (see `validate`)."""
+        packed = packed_source(self) or type(self).schema.pack(self)
+        return packed.wire
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The size of each symbol; the shapes must be valid."""
+        packed = packed_source(self)
+        return packed.dims if packed else type(self).schema.dims(self)
 
     @classmethod
     def decode(cls: type[Self], buffer: Any, device: Any = None) -> Self:

@@ -1,4 +1,4 @@
-"""A schema: what is derived from one class's declaration. Validator, codec, staging, padding, documentation."""
+"""A schema: what is derived from one class's declaration: layout, codec, documentation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,13 @@ import numpy as np
 
 from hal.errors import InputError, SchemaError, WireError
 from hal.schema.fields import Field
-from hal.schema.layout import (
-    HEAD_SIZE,
-    Layout,
-    align,
-    aligned_bytes,
-    bfloat16_bits,
-    place,
-    read_head,
-    write_head,
-)
+from hal.schema.layout import HEAD_SIZE, Layout, align, aligned_bytes, place, read_head, write_head
+from hal.schema.packed import Packed, host_view
 
 if TYPE_CHECKING:
-    import torch
-
     from hal.schema.declared import Declared
 
 T = TypeVar("T", bound="Declared")
-Buffer = np.ndarray[Any, np.dtype[np.uint8]]
 _CODES = {"int": "q", "float": "d", "bool": "?"}
 _LAYOUTS_KEPT = 4096
 
@@ -138,6 +127,16 @@ class Schema(Generic[T]):
             arrays[n] = np.ndarray(s, d, buffer, local_at + at)
         return Packed(self, buffer, size, sizes, arrays, values)
 
+    def dims(self, instance: T) -> dict[str, int]:
+        """The size of each symbol of an instance whose shapes are valid; 0 where no array present has it."""
+        found = dict.fromkeys(self.symbols, 0)
+        for name, _, _, binds in self._pack_plan:
+            if instance.__dict__[name] is not None:
+                shape = instance.__dict__[name].shape
+                for symbol, scale, offset, axis in binds:
+                    found[self.symbols[symbol]] = (shape[axis] - offset) // scale
+        return found
+
     def pack(self, instance: T) -> Packed[T]:
         """Copy an instance into one new buffer. Its shapes must already be valid."""
         state = instance.__dict__
@@ -150,7 +149,7 @@ class Schema(Generic[T]):
             if value is None:
                 continue
             bits |= bit
-            arrays[name] = array = value if host else _host_view(value, dtype)
+            arrays[name] = array = value if host else host_view(value, dtype)
             shape = array.shape
             for symbol, scale, offset, axis in binds:
                 sizes[symbol] = (shape[axis] - offset) // scale
@@ -209,105 +208,6 @@ class Schema(Generic[T]):
             shape, pad = (a.shape_text, a.pad) if a else ("", "")
             rows.append(f"| `{f.name}` | {kind} | {shape} | {pad} | {f.scope} | {f.doc} |")
         return "\n".join(rows) + "\n"
-
-
-class Packed(Generic[T]):
-    """One instance in one buffer.
-
-    Attributes:
-        buffer: uint8; `wire` is the part that travels.
-        arrays: numpy views by field (bfloat16 as uint16 bits).
-        dims: the size of each symbol.
-    """
-
-    __slots__ = ("arrays", "buffer", "schema", "size", "sizes", "values")
-
-    def __init__(self, schema: Schema[T], buffer: Buffer, size: int, sizes: tuple[int, ...],
-                 arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
-        self.schema, self.buffer, self.size, self.sizes = schema, buffer, size, sizes
-        self.arrays, self.values = arrays, values
-
-    @property
-    def wire(self) -> Buffer:
-        return self.buffer[:self.size]
-
-    @property
-    def dims(self) -> dict[str, int]:
-        return dict(zip(self.schema.symbols, self.sizes, strict=True))
-
-    def to(self, device: torch.device | str | None = None) -> T:
-        """The typed instance. On the host its tensors are views of the buffer; for another device the whole buffer is
-        moved by one copy and the tensors are views of that."""
-        schema = self.schema
-        state = dict.fromkeys(schema.by_name)
-        state.update(self.values)
-        if schema.kind == "ndarray":
-            state.update(self.arrays)
-        else:
-            import torch
-
-            if device is None or torch.device(device).type == "cpu":
-                for name, array in self.arrays.items():
-                    state[name] = as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
-            else:
-                self._stage(device, state)
-        instance = schema.cls.__new__(schema.cls)
-        instance.__dict__.update(state)
-        return instance
-
-    def _stage(self, device: Any, state: dict[str, Any]) -> None:
-        import torch
-
-        base = self.buffer.__array_interface__["data"][0]
-        staged = torch.from_numpy(self.buffer).to(device)
-        for name, array in self.arrays.items():
-            at = array.__array_interface__["data"][0] - base
-            dtype = getattr(torch, self.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
-            state[name] = staged[at:at + array.nbytes].view(dtype).view(array.shape)
-
-    def padded(self, **bucket: int) -> Packed[T]:
-        """A copy in which the named symbols have a larger size; each array's new rows hold its declared padding.
-
-        Raises:
-            InputError: a size in `bucket` is smaller than the real one, or "edge" padding has no row to repeat.
-        """
-        dims = self.dims
-        for symbol, size in bucket.items():
-            if symbol not in dims or size < dims[symbol]:
-                raise InputError(f"{self.schema.name} does not fit the bucket in {symbol!r}",
-                                 got=dims.get(symbol, "no such symbol"), expected=f"at most {size}", fields=(symbol,))
-        present = [n for n in self.arrays if n in self.schema.bits]
-        out = self.schema.allocate({**dims, **bucket}, present, **self.values)
-        for name, array in self.arrays.items():
-            spec, into = self.schema.by_name[name].array, out.arrays[name]
-            assert spec is not None
-            if spec.pad == "edge":
-                if into.shape[0] > array.shape[0] == 0:
-                    raise InputError(f"{self.schema.name}.{name} has no row to repeat as padding", fields=(name,))
-                into[array.shape[0]:] = array[-1:]
-            elif into.shape != array.shape:
-                into[...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
-            into[tuple(slice(s) for s in array.shape)] = array
-        return out
-
-
-def as_tensor(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
-    """A host array of a declared dtype as a tensor that shares its memory; the other way is `_host_view`."""
-    import torch
-
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-
-
-def _host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
-    if tensor.is_cpu and dtype != "bfloat16":
-        array: np.ndarray[Any, Any] = tensor.numpy()
-        return array
-    import torch
-
-    tensor = tensor.cpu()
-    bits: np.ndarray[Any, Any] = (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
-    return bits
 
 
 def _pack_text(field: Field, value: Any) -> bytes:

@@ -1,0 +1,130 @@
+"""One instance in one buffer: its views, the typed instance over them, staging to a device, padding."""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from hal.errors import InputError
+from hal.schema.layout import bfloat16_bits
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.schema.declared import Declared
+    from hal.schema.schema import Schema
+
+T = TypeVar("T", bound="Declared")
+Buffer = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Packed(Generic[T]):
+    """One instance in one buffer.
+
+    Attributes:
+        buffer: uint8; `wire` is the part that travels.
+        arrays: numpy views by field (bfloat16 as uint16 bits).
+        dims: the size of each symbol.
+    """
+
+    __slots__ = ("arrays", "buffer", "schema", "size", "sizes", "values")
+
+    def __init__(self, schema: Schema[T], buffer: Buffer, size: int, sizes: tuple[int, ...],
+                 arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
+        self.schema, self.buffer, self.size, self.sizes = schema, buffer, size, sizes
+        self.arrays, self.values = arrays, values
+
+    @property
+    def wire(self) -> Buffer:
+        return self.buffer[:self.size]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return dict(zip(self.schema.symbols, self.sizes, strict=True))
+
+    def to(self, device: torch.device | str | None = None) -> T:
+        """The typed instance. On the host its tensors are views of the buffer; for another device the whole buffer is
+        moved by one copy and the tensors are views of that."""
+        schema = self.schema
+        state = dict.fromkeys(schema.by_name)
+        state.update(self.values)
+        if schema.kind == "ndarray":
+            state.update(self.arrays)
+        else:
+            import torch
+
+            if device is None or torch.device(device).type == "cpu":
+                for name, array in self.arrays.items():
+                    state[name] = as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
+            else:
+                self._stage(device, state)
+        instance = schema.cls.__new__(schema.cls)
+        instance.__dict__.update(state)
+        instance.__dict__["_packed"] = self, tuple(state.values())
+        return instance
+
+    def _stage(self, device: Any, state: dict[str, Any]) -> None:
+        import torch
+
+        base = self.buffer.__array_interface__["data"][0]
+        staged = torch.from_numpy(self.buffer).to(device)
+        for name, array in self.arrays.items():
+            at = array.__array_interface__["data"][0] - base
+            dtype = getattr(torch, self.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
+            state[name] = staged[at:at + array.nbytes].view(dtype).view(array.shape)
+
+    def padded(self, **bucket: int) -> Packed[T]:
+        """A copy in which the named symbols have a larger size; each array's new rows hold its declared padding.
+
+        Raises:
+            InputError: a size in `bucket` is smaller than the real one, or "edge" padding has no row to repeat.
+        """
+        dims = self.dims
+        for symbol, size in bucket.items():
+            if symbol not in dims or size < dims[symbol]:
+                raise InputError(f"{self.schema.name} does not fit the bucket in {symbol!r}",
+                                 got=dims.get(symbol, "no such symbol"), expected=f"at most {size}", fields=(symbol,))
+        present = [n for n in self.arrays if n in self.schema.bits]
+        out = self.schema.allocate({**dims, **bucket}, present, **self.values)
+        for name, array in self.arrays.items():
+            spec, into = self.schema.by_name[name].array, out.arrays[name]
+            assert spec is not None
+            if spec.pad == "edge":
+                if into.shape[0] > array.shape[0] == 0:
+                    raise InputError(f"{self.schema.name}.{name} has no row to repeat as padding", fields=(name,))
+                into[array.shape[0]:] = array[-1:]
+            elif into.shape != array.shape:
+                into[...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
+            into[tuple(slice(s) for s in array.shape)] = array
+        return out
+
+
+def as_tensor(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:
+    """A host array of a declared dtype as a tensor that shares its memory; the other way is `host_view`."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
+    if tensor.is_cpu and dtype != "bfloat16":
+        array: np.ndarray[Any, Any] = tensor.numpy()
+        return array
+    import torch
+
+    tensor = tensor.cpu()
+    bits: np.ndarray[Any, Any] = (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
+    return bits
+
+
+def packed_source(instance: Declared) -> Packed[Any] | None:
+    """The Packed that an instance was made from, as long as no field of it was replaced. A tensor that was written in
+    place is seen on the host, where it is a view of the buffer, and is not seen on another device."""
+    state = instance.__dict__
+    source: tuple[Packed[Any], tuple[Any, ...]] | None = state.get("_packed")
+    if source is not None and all(map(is_, state.values(), source[1])):
+        return source[0]
+    return None
