@@ -131,6 +131,13 @@ def survey() -> dict[str, tuple[Backend | None, str | None]]:
     return found
 
 
+def resolve_dtype(backend: Backend, wanted: str, checkpoint: str) -> str:
+    """What "auto" means: the checkpoint's dtype where the backend has it, else float32."""
+    if wanted != "auto":
+        return wanted
+    return checkpoint if checkpoint in backend.capabilities.dtypes else "float32"
+
+
 def require(backend: Backend, *, dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:
     """Check a configuration against the declared capabilities.
 

@@ -1,0 +1,117 @@
+"""The null backend: the real worker, scheduler and contracts, with no arithmetic worth the name and no hardware.
+
+It is the smallest example of a backend, and a sharp test of everything around one: its "model" reads the whole
+context *through the KV cache* and the next token is a hash of what it found there. A wrong slot, block table, copy,
+swap, prefix hit, shard or stage gives other tokens. Checkpoints are not read; a model's configuration is all it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hal.backend import Backend, Capabilities
+from hal.batch import BatchState
+from hal.communicator import Communicator
+from hal.config import WorkerConfig
+from hal.inputs import IntermediateTensors, PagedModelInput
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+from hal.runner import ModelRunnerBase, Progress, no_progress
+from hal.sampling.sampler import Sampler, logprobs
+from hal.schema import Array
+
+# What one pipeline stage hands to the next. A model of tensors would declare its hidden states here.
+NullIntermediate = IntermediateTensors.declare("NullIntermediate", sums=Array("int64", "num_tokens"))
+
+
+class NullRunner(ModelRunnerBase[PagedModelInput]):
+    """Each layer adds, for every token, a number for each position of its context; tensor-parallel ranks share the
+    positions; the total says which token comes next."""
+
+    input_type = PagedModelInput
+    intermediate_type = NullIntermediate
+
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        super().__init__(config, device, communicator)
+        engine = config.engine
+        self.layers = config.topology.layers(config.model.num_layers)
+        self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size)
+        self.sampler = Sampler()
+
+    def load_model(self, progress: Progress = no_progress) -> None:
+        progress("loading nothing", 1, 1)
+
+    def kv_bytes_per_block(self) -> int:
+        return len(self.layers) * 2 * self.config.engine.block_size * 8
+
+    def reserve_bytes(self) -> int:
+        """The largest step's gathered contexts: three int64 for each token and position of its context."""
+        return self.config.engine.max_num_batched_tokens * self.config.max_model_len * 24
+
+    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
+        shape = 2, num_blocks, self.config.engine.block_size  # a slot holds its token, and its position
+        return [torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in self.layers]
+
+    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+        progress("warming up nothing", 1, 1)
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
+        self.state.apply(request)
+        return self.state.prepare(request).to(self.device)
+
+    def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        m, topology = model_input, self.config.topology
+        sums = torch.zeros(len(m.input_ids), dtype=torch.int64) if intermediate is None else intermediate["sums"]
+        for layer, cache in zip(self.layers, kv_caches, strict=True):
+            found = self.communicator.all_reduce(self.attend(cache, m, layer))
+            sums = (sums + found) % (1 << 31)
+        if not topology.is_last_stage:
+            return NullIntermediate(sums=sums)  # type: ignore[call-arg]  # declared at run time
+        return self.sample(sums[m.logits_indices], m) if topology.samples else None
+
+    def attend(self, cache: torch.Tensor, m: PagedModelInput, layer: int) -> torch.Tensor:
+        """Write the step's tokens to their slots, then read each token's context. [num_tokens] int64."""
+        slots = cache.view(2, -1)
+        slots[0, m.slot_mapping] = m.input_ids.long()
+        slots[1, m.slot_mapping] = m.positions.long()
+        tp, tp_rank = self.config.topology.tp, self.config.topology.tp_rank
+        queries = m.query_start_loc.diff()
+        sequences = torch.repeat_interleave(torch.arange(len(queries)), queries)
+        context = cache[:, m.block_tables].flatten(2)[:, :, tp_rank::tp]  # [2, num_seqs, share of the positions]
+        place = torch.arange(tp_rank, m.block_tables.shape[1] * m.block_size, tp)
+        mixed = (context[0] + 7) * (context[1] * 31 + layer + 11) % 65521
+        return (mixed[sequences] * (place <= m.positions[:, None])).sum(1)
+
+    def sample(self, sums: torch.Tensor, m: PagedModelInput) -> SamplerOutput:
+        """Through the real sampler, from logits that are highest for the token that the sum names."""
+        vocab = self.config.model.vocab_size
+        logits = (torch.arange(vocab) - sums[:, None]).remainder(vocab) / -4.0
+        output = self.sampler(logits, m)
+        if m.prompt_targets is not None:
+            chosen, top_ids, top = logprobs(logits[m.num_samples:], m.prompt_targets, m.num_prompt_logprobs)
+            output.prompt_logprobs, output.prompt_top_ids, output.prompt_top_logprobs = chosen, top_ids, top
+        return output
+
+
+class NullBackend(Backend):
+    name = "null"
+    priority = -100  # never what "auto" means
+    capabilities = Capabilities(dtypes=("float32", "bfloat16", "float16"), max_tp=64, max_pp=64)
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def free_memory(self, device: torch.device) -> int:
+        return 16 << 30  # invented, so that sizes do not depend on the machine
+
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> NullRunner:
+        return NullRunner(config, device, communicator)
+
+
+backend = NullBackend()

@@ -1,0 +1,107 @@
+"""The cache's moves against a numpy model, and its size against arithmetic by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worker_cases import MODEL, SIZE, engine
+
+from hal.config import Topology, WorkerConfig
+from hal.errors import CapacityError, InputError
+from hal.inputs import WorkerInput
+from workers.cache import CacheEngine, count_blocks
+
+BLOCKS, HOST = 9, 7
+
+
+def config(**options: Any) -> WorkerConfig:
+    return WorkerConfig(engine(**options), MODEL, Topology())
+
+
+def caches() -> list[torch.Tensor]:
+    return [torch.arange(2 * BLOCKS * 3, dtype=torch.float32).view(2, BLOCKS, 3) + 1000 * layer for layer in range(2)]
+
+
+def pairs(draw: Any, sources: range, targets: range) -> np.ndarray | None:
+    if draw(st.booleans()):
+        return None
+    to = draw(st.lists(st.sampled_from(targets), unique=True, max_size=4))
+    return np.array([(draw(st.sampled_from(sources)), t) for t in to], np.int32).reshape(-1, 2)
+
+
+@st.composite
+def steps(draw: Any) -> list[WorkerInput]:
+    """Legal steps: device and host blocks freed by one swap are filled by another whenever chance has it so."""
+    blocks, host = range(1, BLOCKS), range(HOST)
+    return [WorkerInput(blocks_to_swap_out=pairs(draw, blocks, host), blocks_to_swap_in=pairs(draw, host, blocks),
+                        blocks_to_copy=pairs(draw, blocks, blocks)) for _ in range(draw(st.integers(1, 4)))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(steps())
+def test_moves_blocks_like_the_model(given_steps: list[WorkerInput]) -> None:
+    """The model, for each layer and for K and V: swaps read everything first; then copies read everything first."""
+    cache = CacheEngine(caches(), HOST)
+    device = np.stack([c.numpy().copy() for c in caches()])
+    host = np.zeros((2, 2, HOST, 3), np.float32)
+    for step in given_steps:
+        step.validate()
+        step.check()
+        cache.apply(step)
+        old, old_host = device.copy(), host.copy()
+        for source, to in ([] if step.blocks_to_swap_out is None else step.blocks_to_swap_out):
+            host[:, :, to] = old[:, :, source]
+        for source, to in ([] if step.blocks_to_swap_in is None else step.blocks_to_swap_in):
+            device[:, :, to] = old_host[:, :, source]
+        old = device.copy()
+        for source, to in ([] if step.blocks_to_copy is None else step.blocks_to_copy):
+            device[:, :, to] = old[:, :, source]
+        np.testing.assert_array_equal(np.stack([c.numpy() for c in cache.device]), device)
+        np.testing.assert_array_equal(np.stack([c.numpy() for c in cache.host]), host)
+
+
+@pytest.mark.parametrize(("field", "rows"), [
+    ("blocks_to_copy", [(1, BLOCKS)]), ("blocks_to_copy", [(BLOCKS, 1)]), ("blocks_to_copy", [(1, 2), (3, 2)]),
+    ("blocks_to_copy", [(1, 0)]), ("blocks_to_copy", [(-1, 2)]), ("blocks_to_swap_in", [(HOST, 1)]),
+    ("blocks_to_swap_in", [(0, 0)]), ("blocks_to_swap_out", [(1, HOST)]),
+])
+def test_refuses_blocks_that_do_not_exist_or_are_written_twice(field: str, rows: list[tuple[int, int]]) -> None:
+    cache = CacheEngine(caches(), HOST)
+    with pytest.raises(InputError, match=field) as error:
+        cache.apply(WorkerInput(**{field: np.array(rows, np.int32)}))
+    assert error.value.field == field
+    assert all(torch.equal(a, b) for a, b in zip(cache.device, caches(), strict=True))
+
+
+def test_size_follows_from_memory() -> None:
+    roomy = config(max_num_seqs=2)  # a sequence of 64 tokens has 16 blocks
+    def count(free: int, c: WorkerConfig = roomy, host_memory: bool = True) -> int:
+        return count_blocks(c, free=free, reserve=100, per_block=10, host_memory=host_memory)
+
+    assert count(10_000) == 2 * 16 + 1  # no more than two sequences use, and the null block
+    assert count(10_000, host_memory=False) == (9_000 - 100) // 10
+    assert count(300) == (270 - 100) // 10 == 17  # exactly one sequence and the null block
+    with pytest.raises(CapacityError, match="memory cannot hold") as error:
+        count(299)
+    assert "169 bytes" in error.value.got and "170 bytes" in error.value.expected
+    assert "max_model_len of at most 60" in error.value.hint and "num_blocks of at most 16" in error.value.hint
+    assert count(299, config(max_model_len=60)) == 16  # the hint was good
+    with pytest.raises(CapacityError, match="memory cannot hold"):
+        count(0)
+
+
+def test_given_size_is_checked() -> None:
+    given = config(num_blocks=20)
+    assert count_blocks(given, free=10_000, reserve=100, per_block=10, host_memory=True) == 20
+    with pytest.raises(CapacityError, match="memory cannot hold"):
+        count_blocks(given, free=300, reserve=100, per_block=10, host_memory=True)
+    small = dataclasses.replace(given, engine=engine(num_blocks=16))
+    with pytest.raises(CapacityError, match="too small for one sequence") as error:
+        count_blocks(small, free=10_000, reserve=0, per_block=10, host_memory=True)
+    assert f"max_model_len to {15 * SIZE}" in error.value.hint

@@ -1,0 +1,343 @@
+"""The worker and its processes, on the null backend: the same tokens in every layout, and failures that are named."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import worker_cases
+from worker_cases import MODEL, Driver, executor, ints
+
+from hal.errors import BackendError, CapacityError, ConfigError, InputError, StateError, WorkerError
+from workers.base import WorkerBase
+from workers.executor import WorkerExecutor
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3], [42] * 13]
+STEPS = 9
+on_each_torch = pytest.mark.torch_release
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def children(of: WorkerExecutor) -> list[int]:
+    return [p.process.pid for p in of._ranks.processes]
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.fixture(scope="module")
+def opened_once() -> None:
+    """What gloo and the store open once in a process, and keep."""
+    executor(tp=2).shutdown()
+    gc.collect()
+
+
+def descriptors() -> dict[str, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # listdir's own
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(opened_once: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No descriptor (pipe, socket), process or file stays behind a test."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = descriptors()
+    yield
+    # Raised errors keep frames alive, and those the groups: until the collector sees them.
+    assert wait(lambda: gc.collect() >= 0 and descriptors().items() <= before.items(), 2), descriptors()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def run(temperature: float = 0.0, **options: Any) -> list[list[int]]:
+    made = executor(**options)
+    try:
+        return Driver(made, PROMPTS, temperature=temperature).run(STEPS)
+    finally:
+        pids = children(made)
+        made.shutdown()
+        made.shutdown()
+        assert gone(pids)
+
+
+def test_local_tokens_are_the_models() -> None:
+    """Against the model's definition, without cache, batch or worker."""
+    for tokens, prompt in zip(run(), PROMPTS, strict=True):
+        assert len(tokens) > len(prompt)
+        for end in range(len(prompt), len(tokens)):
+            total = sum((t + 7) * (p * 31 + layer + 11) % 65521 for layer in range(MODEL.num_layers)
+                        for p, t in enumerate(tokens[:end]))
+            assert tokens[end] == total % MODEL.vocab_size
+
+
+@on_each_torch
+@pytest.mark.parametrize("wire", ["model-input", "request"])
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_layouts_agree(layout: dict[str, int], wire: str) -> None:
+    assert run(wire=wire, **layout) == run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", ["model-input", "request"])
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"pp": 3}, {"tp": 3}], ids=str)
+def test_larger_layouts_agree(layout: dict[str, int], wire: str) -> None:
+    assert run(0.7, wire=wire, **layout) == run(0.7)
+
+
+def test_sampled_tokens_agree() -> None:
+    sampled = run(0.7, tp=2)
+    assert sampled == run(0.7) and sampled != run()
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, slow({"pp": 2, "wire": "request"})], ids=str)
+def test_block_moves_reach_every_rank(layout: dict[str, Any]) -> None:
+    """A sequence's blocks go to the host, then to other blocks, one of them by way of a copy; its tokens stay right."""
+    made = executor(num_cpu_blocks=4, **layout)
+    assert made.num_cpu_blocks == 4
+    driver = Driver(made, PROMPTS)
+    driver.run(4)
+    seq = driver.seqs[2]
+    first, second = seq.blocks[:2]
+    driver.run(1, blocks_to_swap_out=ints([first, 3, second, 1]).reshape(-1, 2))
+    driver.next_block += 3
+    a, b, c = range(driver.next_block - 3, driver.next_block)
+    # From here on the sequence's table names the new blocks, while the old ones are overwritten by another's.
+    seq.blocks[:2] = [a, c]
+    request, sampled = driver.request(blocks_to_swap_in=ints([3, a, 1, b]).reshape(-1, 2),
+                                      blocks_to_copy=ints([b, c, driver.seqs[0].blocks[0], first,
+                                                           driver.seqs[0].blocks[0], second]).reshape(-1, 2))
+    request.block_rows = ints([*request.block_rows, 2])
+    request.block_starts = ints([*request.block_starts, 0])
+    request.block_counts = ints([*request.block_counts, len(seq.blocks)])
+    request.new_blocks = ints([*request.new_blocks, *seq.blocks])
+    driver.digest = request.chain()
+    for i, token in zip(sampled, made.execute_model(request).result().token_ids.tolist(), strict=True):
+        driver.seqs[i].tokens.append(token)
+        driver.appended.append((i, token))
+    tokens = driver.run(STEPS - 6)
+    made.shutdown()
+    assert tokens == run()
+
+
+@on_each_torch
+def test_communicator_adds_and_gathers() -> None:
+    executor(device="worker_cases:talking", tp=2).shutdown()
+
+
+@on_each_torch
+def test_steps_may_be_submitted_ahead() -> None:
+    """Outputs of the last stage wait for the driver while it announces the next step."""
+    made = executor(pp=2)
+    driver = Driver(made, [[1, 2, 3, 4, 5, 6, 7, 8]], chunk=2)
+    handles = [made.execute_model(driver.request()[0]) for _ in range(4)]
+    outputs = [handle.result().token_ids.tolist() for handle in (handles[3], handles[0], handles[1], handles[2])]
+    assert [len(o) for o in outputs] == [1, 0, 0, 0] and handles[3].result().token_ids.tolist() == outputs[0]
+    made.shutdown()
+
+
+@on_each_torch
+def test_start_passes_through_no_main_module_and_keeps_stdout_clean(tmp_path: Path) -> None:
+    """A script without a main guard, in a folder with a workers/ of its own, whose output is its result alone."""
+    (tmp_path / "folder" / "workers").mkdir(parents=True)
+    (tmp_path / "folder" / "workers" / "__init__.py").write_text("raise SystemExit('the wrong workers')")
+    script = tmp_path / "folder" / "script.py"
+    script.write_text("import sys\nsys.path.pop(0)\n"
+                      f"sys.path.append({str(Path(worker_cases.__file__).parent)!r})\n"
+                      "from worker_cases import Driver, executor\n"
+                      "made = executor(tp=2)\n"
+                      "print(len(Driver(made, [[1, 2, 3]]).run(2)[0]))\n")  # ends without shutdown
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path / "folder", capture_output=True, text=True,
+                          timeout=60)
+    assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
+    shutil.rmtree(tmp_path / "folder")
+
+
+def test_dropping_an_executor_ends_its_processes() -> None:
+    made = executor(tp=2)
+    pids = children(made)
+    del made
+    gc.collect()
+    assert gone(pids)
+
+
+def test_killing_the_driver_ends_the_others() -> None:
+    script = ("import sys, time; sys.path.append(sys.argv[1])\n"
+              "from worker_cases import executor\n"
+              "made = executor(tp=2)\n"
+              "print(*[p.process.pid for p in made._ranks.processes], flush=True)\n"
+              "time.sleep(60)\n")
+    path = str(Path(worker_cases.__file__).parent)
+    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 1 and not gone(pids)
+        process.kill()
+        assert wait(lambda: gone(pids), 2)
+
+
+def wait(condition: Any, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fault: str, **options: Any) -> WorkerExecutor:
+    monkeypatch.setenv("TEST_FAULT", fault)
+    return executor(device="worker_cases:faulty", **options)
+
+
+def step_error(made: WorkerExecutor, steps: int = 5) -> tuple[WorkerError, float]:
+    """The error that the driver gets, and the seconds from the failing step's submission to it."""
+    pids, driver, start = children(made), Driver(made, PROMPTS), 0.0
+    with pytest.raises(WorkerError) as error:
+        for _ in range(steps):
+            start = time.monotonic()
+            driver.run(1)
+    seconds = time.monotonic() - start
+    assert gone(pids)
+    with pytest.raises(WorkerError) as again:
+        driver.run(1)
+    assert again.value is error.value
+    made.shutdown()
+    return error.value, seconds
+
+
+@pytest.mark.parametrize("options", [{}, {"tp": 2}, slow({"pp": 2, "wire": "request"})], ids=str)
+@pytest.mark.parametrize(("fault", "cause", "text"), [
+    ("execute-bug", "KeyError", "execute-bug"), ("execute-talk", "GuardError", "Store.set at"),
+    ("execute-nothing", "StateError", "got int")])
+def test_failure_in_execute_is_named(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fault: str, cause: str,
+                                     text: str) -> None:
+    rank = options.get("tp", 1) * options.get("pp", 1) - 1
+    error, seconds = step_error(failing(monkeypatch, f"{fault} {rank} 3", **options))
+    assert (error.rank, error.cause) == (rank, cause) and text in str(error)
+    assert "step 3 (PagedModelInput of num_tokens=" in str(error)
+    assert cause in error.remote_traceback
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(("fault", "cause", "text"), [
+    ("prepare-bug", "KeyError", "prepare-bug"), ("prepare-talk", "GuardError", "phase prepare"),
+    ("prepare-invalid", "InputError", "slot_mapping")])
+@pytest.mark.parametrize(("options", "rank"), [({}, 0), slow({"tp": 2}, 0), ({"tp": 2, "wire": "request"}, 1)])
+def test_failure_in_prepare_is_named(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], rank: int, fault: str,
+                                     cause: str, text: str) -> None:
+    if fault == "prepare-talk" and not options:
+        pytest.skip("a world of one has nobody to talk to")
+    error, seconds = step_error(failing(monkeypatch, f"{fault} {rank} 3", **options))
+    assert (error.rank, error.cause) == (rank, cause) and text in str(error) and "step 3" in str(error)
+    assert seconds < 1
+
+
+@on_each_torch
+@pytest.mark.parametrize("options", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_killed_rank_is_named(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    error, seconds = step_error(failing(monkeypatch, "execute-die 1 3", **options))
+    assert (error.rank, error.cause) == (1, "died") and "signal 9" in str(error) and seconds < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "rank", "cause"), [("execute-bug", 3, "KeyError"), ("execute-die", 1, "died"),
+                                                      ("execute-bug", 0, "KeyError")])
+def test_first_failure_is_told_from_those_that_follow(monkeypatch: pytest.MonkeyPatch, fault: str, rank: int,
+                                                      cause: str) -> None:
+    error, seconds = step_error(failing(monkeypatch, f"{fault} {rank} 3", tp=2, pp=2))
+    assert (error.rank, error.cause) == (rank, cause) and seconds < 2
+
+
+@on_each_torch
+def test_rank_killed_between_steps_is_named() -> None:
+    made = executor(tp=2)
+    driver = Driver(made, PROMPTS)
+    driver.run(2)
+    os.kill(children(made)[0], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        driver.run(1)
+
+
+@pytest.mark.parametrize(("fault", "kind", "text"), [
+    ("load-capacity 1 0", CapacityError, "rank 1: weights do not fit"),
+    slow("load-capacity 0 0", CapacityError, "^weights"),
+    slow("load-bug 1 0", WorkerError, "rank 1 failed while it started: 'load-bug'"),
+    ("load-die 1 0", WorkerError, "rank 1 died"), ("warmup-bug 1 0", WorkerError, "rank 1 failed while it started")])
+def test_start_failure_is_named(monkeypatch: pytest.MonkeyPatch, fault: str, kind: type, text: str) -> None:
+    with pytest.raises(kind, match=text):
+        failing(monkeypatch, fault, tp=2)
+
+
+def test_unusable_configurations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="wire='none'"):
+        executor(tp=2, wire="none")
+    with pytest.raises(ConfigError, match="unknown control_plane"):
+        executor(control_plane="pigeon")
+    with pytest.raises(ConfigError, match="reaches one rank only"):
+        executor(tp=2, control_plane="local")
+    with pytest.raises(CapacityError, match="too small for one sequence"):
+        executor(num_blocks=3)
+    with pytest.raises(BackendError, match="cannot split tensors"):
+        executor(tp=65)
+
+
+def test_a_worker_of_ones_own_replaces_the_generic_one() -> None:
+    made = executor(tp=2, worker="own_worker:OwnWorker")
+    assert made.num_blocks == 40 and isinstance(made._worker, WorkerBase)
+    Driver(made, PROMPTS).run(2)
+    made.shutdown()
+
+
+def test_use_after_shutdown_is_refused() -> None:
+    made = executor()
+    driver = Driver(made, PROMPTS)
+    handle = made.execute_model(driver.request()[0])
+    made.shutdown()
+    with pytest.raises(StateError, match="shut down"):
+        handle.result()
+    with pytest.raises(StateError, match="shut down"):
+        driver.run(1)
+
+
+def test_two_engines_and_a_users_own_group_live_side_by_side(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        first, second = executor(tp=2), executor(pp=2)
+        drivers = [Driver(first, PROMPTS), Driver(second, PROMPTS)]
+        for _ in range(3):
+            for driver in drivers:
+                driver.run(1)
+        assert drivers[0].seqs == drivers[1].seqs
+        first.shutdown()
+        drivers[1].run(1)
+        second.shutdown()
+    finally:
+        torch.distributed.destroy_process_group()
+        del store
+        (tmp_path / "store").unlink(missing_ok=True)
+
+
+def test_bad_block_moves_are_a_named_failure() -> None:
+    made = executor()
+    with pytest.raises(WorkerError, match="blocks_to_copy") as error:
+        Driver(made, PROMPTS).run(1, blocks_to_copy=np.array([[1, 10**6]], np.int32))
+    assert error.value.cause == "InputError" and isinstance(error.value.__cause__, InputError)

@@ -1,0 +1,97 @@
+"""Messages over transfers of a size that both ends guess, reports that become errors, and the choice of a plane."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hal import errors
+from hal.config import Topology
+from hal.errors import BackendError, CapacityError, ConfigError, GuardError, HalError, StateError, WorkerError
+from workers.groups import lost, make_group
+from workers.planes import Channel, make_plane
+from workers.reports import Failure
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 20_000), max_size=6), min_size=1, max_size=8))
+def test_channel_carries_any_sizes(messages: list[list[int]]) -> None:
+    """A transfer must be asked for with the same size at both ends: here that is checked, gloo would fail or hang."""
+    wire: deque[torch.Tensor] = deque()
+    sender, receiver = Channel(), Channel()
+    rng = np.random.default_rng(1)
+
+    def take(tensor: torch.Tensor) -> None:
+        sent = wire.popleft()
+        assert len(sent) == len(tensor)
+        tensor.copy_(sent)
+
+    for sizes in messages:
+        parts = [rng.integers(0, 256, size, np.uint8) for size in sizes]
+        sender.send(parts, lambda t: wire.append(t.clone()))
+        received = receiver.receive(take)
+        assert not wire and [r.tobytes() for r in received] == [p.tobytes() for p in parts]
+        assert all(r.__array_interface__["data"][0] % 64 == 0 for r in received if r.size)
+
+
+def test_channel_takes_one_transfer_when_sizes_hardly_change() -> None:
+    channel, count = Channel(), []
+    for size in (100, 70_000, 70_100, 70_200):
+        count.append(0)
+
+        def transfer(tensor: torch.Tensor) -> None:
+            count[-1] += 1
+
+        channel.send([np.zeros(size, np.uint8)], transfer)
+    assert count == [1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("error", [
+    CapacityError("too big", got=3, expected=4, hint="smaller"), ConfigError("no"), BackendError("gone", got="x"),
+    StateError("late")])
+def test_start_failure_is_the_same_error(error: HalError) -> None:
+    failure = Failure.of(2, error)
+    sent = json.loads(json.dumps({name: getattr(failure, name) for name in Failure.__slots__}))
+    raised = Failure(**sent).at_start()
+    assert type(raised) is type(error) and raised.what == f"rank 2: {error.what}"
+    assert [str(v) for v in (raised.got, raised.expected, raised.hint)] == [
+        str(v) for v in (error.got, error.expected, error.hint)]
+
+
+def test_other_failures_are_worker_errors() -> None:
+    guard = GuardError("talked", phase="execute", operation="all_reduce", site="x.py:1")
+    for error in (KeyError("x"), guard, errors.InputError("odd", fields=("a",), got=1)):
+        raised = Failure.of(3, error, "step 7").at_start()
+        assert isinstance(raised, WorkerError) and raised.rank == 3 and raised.cause == type(error).__name__
+        in_step = Failure.of(3, error, "step 7").in_step()
+        assert "step 7" in str(in_step) and type(error).__name__ in in_step.remote_traceback
+    assert "all_reduce at x.py:1" in str(Failure.of(3, guard).in_step())
+    assert "signal 9" in str(Failure.death(1, -9).in_step())
+
+
+def test_finding_others_gone_is_no_cause_even_when_wrapped() -> None:
+    try:
+        try:
+            raise lost("all_reduce", RuntimeError("Connection closed\nsecond line"))
+        except WorkerError as error:
+            raise ValueError("the model failed") from error
+    except ValueError as error:
+        assert Failure.of(1, error).lost
+    assert not Failure.of(1, ValueError("the model failed")).lost
+
+
+def test_plane_is_chosen_by_name() -> None:
+    assert type(make_plane("auto", Topology(), None)).__name__ == "LocalPlane"
+    with pytest.raises(ConfigError, match="unknown control_plane") as error:
+        make_plane("pigeon", Topology(), None)
+    assert "gloo" in error.value.expected
+    with pytest.raises(ConfigError, match="one rank only"):
+        make_plane("local", Topology(tp=2), None)
+    with pytest.raises(BackendError, match="no such collectives"):
+        make_group("pigeon", torch.distributed.HashStore(), "x", 0, 1)

@@ -1,0 +1,184 @@
+"""What the worker tests share: a scheduler of a few lines, and a null backend that fails on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hal import backend as backends
+from hal.config import BUNDLED_MODEL, EngineConfig
+from hal.errors import CapacityError
+from hal.models.config import ModelConfig
+from hal.request import ExecuteModelRequest
+from hal.testing.null import NullBackend, NullRunner
+from workers.executor import WorkerExecutor, make_executor
+
+MODEL = ModelConfig(family="llama", architecture="Null", vocab_size=97, hidden_size=8, num_layers=3, num_heads=2,
+                    num_kv_heads=2, head_dim=4, intermediate_size=8, max_position=64, dtype="float32")
+SIZE = 4  # tokens per block
+
+
+def engine(**options: Any) -> EngineConfig:
+    return EngineConfig(**{"model": str(BUNDLED_MODEL), "device": "hal.testing.null:backend", "block_size": SIZE,
+                           "max_num_seqs": 8, "max_num_batched_tokens": 64, **options})
+
+
+def executor(model: ModelConfig = MODEL, worker: str = "workers.worker:Worker", **options: Any) -> WorkerExecutor:
+    config = engine(**options)
+    return make_executor(config, model, backends.select(config.device), worker=worker)
+
+
+@dataclass
+class Seq:
+    tokens: list[int]
+    prompt: int
+    temperature: float = 0.0
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+def ints(values: Any) -> np.ndarray:
+    return np.array(list(values), np.int32)
+
+
+class Driver:
+    """Runs sequences in lockstep through an executor: prompts in chunks of `chunk` tokens, each block by itself from a
+    counter, one row each."""
+
+    def __init__(self, to: WorkerExecutor, prompts: list[list[int]], chunk: int = 5, temperature: float = 0.0) -> None:
+        self.executor, self.chunk, self.step, self.digest, self.next_block = to, chunk, 0, 0, 1
+        self.seqs = [Seq(list(p), len(p), temperature) for p in prompts]
+        self.fresh = True
+        self.appended: list[tuple[int, int]] = []
+
+    def request(self, **moves: np.ndarray) -> tuple[ExecuteModelRequest, list[int]]:
+        new = self.seqs if self.fresh else []
+        queries = [min(len(s.tokens) - s.computed, self.chunk) for s in self.seqs]
+        order = sorted(range(len(self.seqs)), key=lambda i: queries[i] != 1)
+        starts, counts, blocks = [], [], []
+        for i in order:
+            s = self.seqs[i]
+            need = -(-(s.computed + queries[i]) // SIZE) - len(s.blocks)
+            starts.append(len(s.blocks))
+            counts.append(need)
+            blocks += (mine := list(range(self.next_block, self.next_block + need)))
+            s.blocks += mine
+            self.next_block += need
+        request = ExecuteModelRequest(
+            step=self.step, digest=self.digest, finished_rows=ints([]), new_rows=ints(range(len(new))),
+            new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
+            new_tokens=ints(t for s in new for t in s.tokens),
+            new_floats=np.array([[s.temperature, 1, 0, 1, 0, 0] for s in new], np.float32).reshape(-1, 6),
+            new_ints=np.array([[0, i, -1, -1] for i, _ in enumerate(new)], np.int64).reshape(-1, 4),
+            append_rows=ints(r for r, _ in self.appended), append_tokens=ints(t for _, t in self.appended),
+            block_rows=ints(order), block_starts=ints(starts), block_counts=ints(counts), new_blocks=ints(blocks),
+            rows=ints(order), num_scheduled=ints(queries[i] for i in order),
+            num_computed=ints(self.seqs[i].computed for i in order), **moves)
+        self.fresh, self.appended = False, []
+        self.step, self.digest = self.step + 1, request.chain()
+        sampled = []
+        for i in order:
+            self.seqs[i].computed += queries[i]
+            if self.seqs[i].computed == len(self.seqs[i].tokens):
+                sampled.append(i)
+        return request, sampled
+
+    def run(self, steps: int, **moves: np.ndarray) -> list[list[int]]:
+        """The sequences' tokens after some steps; `moves` are of the first of them."""
+        for _ in range(steps):
+            request, sampled = self.request(**moves)
+            moves = {}
+            output = self.executor.execute_model(request).result()
+            for i, token in zip(sampled, output.token_ids.tolist(), strict=True):
+                self.seqs[i].tokens.append(token)
+                self.appended.append((i, token))
+        return [s.tokens for s in self.seqs]
+
+
+class FaultyRunner(NullRunner):
+    """Fails as TEST_FAULT says: "what rank step"."""
+
+    executed = prepared = 0
+
+    def fault(self, *kinds: str) -> str | None:
+        what, rank, step = os.environ["TEST_FAULT"].split()
+        count = self.prepared if kinds[0].startswith("prepare") else self.executed
+        return what if what in kinds and self.config.topology.rank == int(rank) and count == int(step) else None
+
+    def load_model(self, *args: Any) -> None:
+        match self.fault("load-capacity", "load-bug", "load-die"):
+            case "load-capacity":
+                raise CapacityError("weights do not fit", got="3 bytes", expected="4 bytes", hint="buy one")
+            case "load-bug":
+                raise KeyError("load-bug")
+            case "load-die":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def warmup(self, *args: Any) -> None:
+        if self.fault("warmup-bug"):
+            raise KeyError("warmup-bug")
+        self.communicator.all_reduce(torch.ones(1))
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> Any:
+        self.prepared += 1
+        match self.fault("prepare-bug", "prepare-talk", "prepare-invalid"):
+            case "prepare-bug":
+                raise KeyError("prepare-bug")
+            case "prepare-talk":
+                self.communicator.all_reduce(torch.ones(1))
+            case "prepare-invalid":
+                made = super().prepare_model_input(request)
+                made.slot_mapping = made.slot_mapping[:-1]
+                return made
+        return super().prepare_model_input(request)
+
+    def execute_model(self, *args: Any) -> Any:
+        self.executed += 1
+        match self.fault("execute-bug", "execute-die", "execute-talk", "execute-nothing"):
+            case "execute-bug":
+                raise KeyError("execute-bug")
+            case "execute-die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "execute-talk":
+                dist.HashStore().set("a", "b")
+            case "execute-nothing":
+                super().execute_model(*args)
+                return 3
+        return super().execute_model(*args)
+
+
+class FaultyBackend(NullBackend):
+    name = "faulty"
+
+    def make_runner(self, *args: Any) -> FaultyRunner:
+        return FaultyRunner(*args)
+
+
+class TalkingRunner(NullRunner):
+    """Tries the communicator while it warms up."""
+
+    def warmup(self, *args: Any) -> None:
+        comm, topology = self.communicator, self.config.topology
+        tp, rank = topology.tp, topology.tp_rank
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
+            x = torch.full((3, 2), rank + 1).to(dtype)
+            assert comm.all_reduce(x[:, :1]).tolist() == [[tp * (tp + 1) // 2]] * 3, dtype
+            gathered = comm.all_gather(x.mul(10) + torch.arange(3).to(dtype)[:, None])
+            expected = [[10 * (r + 1) + row for r in range(tp) for _ in range(2)] for row in range(3)]
+            assert gathered.tolist() == expected and gathered.dtype == dtype, dtype
+
+
+class TalkingBackend(NullBackend):
+    name = "talking"
+
+    def make_runner(self, *args: Any) -> TalkingRunner:
+        return TalkingRunner(*args)
+
+
+faulty, talking = FaultyBackend(), TalkingBackend()

@@ -1,0 +1,30 @@
+"""A rank's links to the others, made by all ranks together."""
+
+from __future__ import annotations
+
+import torch
+
+from hal.backend import Backend
+from hal.communicator import Communicator, LocalCommunicator
+from hal.config import WorkerConfig
+from hal.control import ControlPlane
+from workers.groups import Store, join_store, make_group
+from workers.planes import make_plane
+from workers.torch_comm import TorchCommunicator
+
+
+def connect(config: WorkerConfig, backend: Backend, device: torch.device,
+            store: Store | int | None) -> tuple[ControlPlane, Communicator]:
+    """A rank's links. All ranks call it at the same time; `store` is where they meet, or its port."""
+    topology = config.topology
+    if isinstance(store, int):
+        store = join_store(store, topology.world_size)
+    plane = make_plane(config.engine.control_plane, topology, store)
+    if store is None:
+        return plane, LocalCommunicator()
+    tp_group = world_group = None
+    if topology.tp > 1:
+        tp_group = make_group(backend.collectives, store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
+    if topology.pp > 1:
+        world_group = make_group(backend.collectives, store, "world", topology.rank, topology.world_size)
+    return plane, TorchCommunicator(topology, device, tp_group, world_group)

@@ -1,0 +1,158 @@
+"""The worker processes of one engine, as the driver sees them: started, listened to, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hal.config import WorkerConfig
+from workers.reports import Failure
+
+_SCRIPT = Path(__file__).with_name("process.py")
+_GRACE = 0.5  # seconds that a rank's own report may come later than another's that only finds it gone
+PATIENCE = 3.0  # seconds that a process is given to end by itself
+
+
+class RankProcess:
+    """One worker process. `send` writes a JSON line to it; its reports are read from `reports`."""
+
+    def __init__(self, config: WorkerConfig, worker: str, port: int, environment: dict[str, str]) -> None:
+        self.rank = config.topology.rank
+        self.reports, theirs = os.pipe()
+        try:
+            # The script's path, not -m: a folder named workers where the user works must not be taken for ours. What it
+            # prints goes to the standard error, since the standard output may be a program's result.
+            self.process = subprocess.Popen([sys.executable, str(_SCRIPT)], stdin=subprocess.PIPE, stdout=2,
+                                            pass_fds=[theirs], env=environment)
+        finally:
+            os.close(theirs)
+        path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
+        self.send(config=config.to_json(), worker=worker, port=port, path=path, reports=theirs)
+        self.buffer = b""
+
+    def send(self, **content: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(content).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it ended; its reports say why
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """Reports that have arrived, or None when there will be no more."""
+        data = os.read(self.reports, 1 << 16)
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        return [json.loads(line) for line in lines] if data else None
+
+    def status(self) -> int | None:
+        """Of the process that has closed its reports: it ends, or None if it does not."""
+        try:
+            return self.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            return None
+
+
+class Ranks:
+    """All ranks but the driver. A thread listens to them; when one fails, it ends the others, which closes their
+    connections and so frees a driver that waits in a collective."""
+
+    def __init__(self) -> None:
+        self.processes: list[RankProcess] = []
+        self._changed = threading.Condition()
+        self._reported: dict[str, dict[int, dict[str, Any]]] = {}
+        self._failure: Failure | None = None
+        self._ending = False
+        self._listener: threading.Thread | None = None
+
+    def start(self, configs: Sequence[WorkerConfig], worker: str, port: int) -> None:
+        environment = dict(os.environ)
+        environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(configs) + 1)))
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
+        for config in configs:
+            self.processes.append(RankProcess(config, worker, port, environment))
+        self._listener = threading.Thread(target=self._listen, name="hal-ranks", daemon=True)
+        self._listener.start()
+
+    def expect(self, event: str) -> list[dict[str, Any]] | Failure:
+        """Wait until every rank has reported `event`; or the first failure."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or len(self._reported.get(event, {})) == len(self.processes))
+            return self._failure or list(self._reported.get(event, {}).values())
+
+    def tell(self, **content: Any) -> None:
+        for process in self.processes:
+            process.send(**content)
+
+    def failure(self, timeout: float = 0.0) -> Failure | None:
+        """The first failure, waiting up to `timeout` seconds for one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure, timeout if self.processes else 0)
+            return self._failure
+
+    def end(self, patience: float = PATIENCE) -> None:
+        """End all processes; those that do not by themselves within `patience` seconds are killed. Idempotent."""
+        self._ending = True
+        deadline = time.monotonic() + patience
+        for process in self.processes:
+            if patience == 0:
+                process.process.kill()
+            if process.process.stdin is not None:
+                try:
+                    process.process.stdin.close()
+                except BrokenPipeError:
+                    pass
+        for process in self.processes:
+            try:
+                process.process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.process.kill()
+                process.process.wait()
+        if self._listener is not None and self._listener is not threading.current_thread():
+            self._listener.join()
+            for process in self.processes:
+                os.close(process.reports)
+            self._listener, self.processes = None, []
+
+    def _listen(self) -> None:
+        failures: list[Failure] = []
+        since = 0.0
+        with selectors.DefaultSelector() as selector:
+            for process in self.processes:
+                selector.register(process.reports, selectors.EVENT_READ, process)
+            while selector.get_map():
+                events = selector.select(_GRACE if failures and self._failure is None else None)
+                for key, _ in events:
+                    reports = key.data.read()
+                    if reports is None:
+                        selector.unregister(key.fileobj)
+                        if not self._ending and all(f.rank != key.data.rank for f in failures):
+                            failures.append(Failure.death(key.data.rank, key.data.status()))
+                    for report in reports or ():
+                        event = report.pop("event")
+                        if event == "failed":
+                            since = since or time.monotonic()
+                            failures.append(Failure(**report))
+                        else:
+                            self._reported.setdefault(event, {})[key.data.rank] = report
+                with self._changed:
+                    if failures and self._failure is None:
+                        # Where it began: a rank's own error before a death, and both before finding others gone.
+                        first = min(failures, key=lambda f: (f.lost, f.cause == "died"))
+                        if not first.lost or time.monotonic() >= since + _GRACE:
+                            self._failure = first
+                            for process in self.processes:
+                                process.process.kill()
+                    self._changed.notify_all()
+
+
+def threads_per_rank(world_size: int) -> int:
+    """The cores that this process may use, shared by the ranks."""
+    return max(len(os.sched_getaffinity(0)) // world_size, 1)

@@ -1,0 +1,79 @@
+"""The data plane over torch.distributed's process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from hal.config import Topology
+from hal.errors import InputError
+from hal.guard import data_plane
+from hal.inputs import IntermediateTensors
+from workers.groups import lost
+
+I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
+
+
+class TorchCommunicator:
+    """A hal.communicator.Communicator.
+
+    Args:
+        tp_group: of this stage's ranks, by tp_rank; None when tp is 1. world_group: of all ranks; None when pp is 1.
+
+    Raises (all methods):
+        WorkerError: of rank -1, when another rank is gone.
+    """
+
+    def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any) -> None:
+        self.topology, self.device = topology, device
+        self._tp, self._world = tp_group, world_group
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        with data_plane("all_reduce"):
+            if self.topology.tp > 1:
+                x = x.contiguous()
+                self._run("all_reduce", lambda: [self._tp.allreduce([x])])
+            return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        with data_plane("all_gather"):
+            tp = self.topology.tp
+            if tp == 1:
+                return x
+            flat = x.new_empty(tp * x.numel())
+            self._run("all_gather", lambda: [self._tp._allgather_base(flat, x.reshape(-1))])
+            return torch.cat(flat.view(tp, *x.shape).unbind(), -1)
+
+    def send(self, tensors: IntermediateTensors) -> None:
+        with data_plane("send"):
+            to = self.topology.rank + self.topology.tp
+            found = {f.name: tensors[f.name] for f in type(tensors).schema.fields}
+            for name, tensor in found.items():
+                if tensor is None:
+                    raise InputError(f"{type(tensors).__name__}.{name} is missing", fields=(name,),
+                                     expected="all tensors, since the next stage waits for each")
+            self._run("send", lambda: [self._world.send([t], to, 0) for t in found.values()])
+
+    def recv(self, kind: type[I], dims: dict[str, int]) -> I:
+        with data_plane("recv"):
+            found: dict[str, torch.Tensor] = {}
+            for field in kind.schema.fields:
+                assert field.array is not None  # `declare` takes arrays only
+                shape = tuple(d.size(dims) for d in field.array.dims)
+                found[field.name] = torch.empty(shape, dtype=getattr(torch, field.array.dtype), device=self.device)
+            source = self.topology.rank - self.topology.tp
+            self._run("recv", lambda: [self._world.recv([t], source, 0) for t in found.values()])
+            return kind(**found)
+
+    def close(self) -> None:
+        self._tp = self._world = None
+
+    def _run(self, what: str, launch: Any) -> None:
+        try:
+            works: Iterable[Any] = launch()
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise lost(what, error) from error

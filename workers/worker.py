@@ -1,0 +1,128 @@
+"""The worker of every device: a runner, its KV cache, and the checks between them."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import Any, TypeVar
+
+import torch
+
+from hal.backend import Backend
+from hal.communicator import Communicator
+from hal.config import WorkerConfig
+from hal.control import ControlPlane
+from hal.errors import StateError
+from hal.inputs import IntermediateTensors, ModelInput, WorkerInput
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+from hal.runner import ModelRunnerBase, Progress, no_progress
+from hal.schema import Declared
+from workers.base import LocalOrDistributedWorkerBase
+from workers.cache import CacheEngine, count_blocks
+from workers.wire import Step
+
+D = TypeVar("D", bound=Declared)
+
+
+class Worker(LocalOrDistributedWorkerBase):
+    """Everything that is particular to a device is in its Backend and its ModelRunnerBase.
+
+    Attributes:
+        runner, device: of the backend. cache: the KV cache on the device, and its blocks on the host. Block ids are the
+            scheduler's, so all virtual engines share it.
+    """
+
+    device: torch.device
+    runner: ModelRunnerBase[Any]
+    cache: CacheEngine
+
+    def __init__(self, config: WorkerConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.strict = os.environ.get("HAL_STRICT") == "1"
+        self._links: list[ControlPlane | Communicator] = []
+
+    def init_device(self) -> torch.device:
+        self.device = self.backend.device(self.topology.rank)
+        return self.device
+
+    def connect(self, plane: ControlPlane, communicator: Communicator) -> None:
+        self.plane, self.communicator = plane, communicator
+        self._links = [plane, communicator]
+        self.runner = self.backend.make_runner(self.config, self.device, communicator)
+
+    def load_model(self, progress: Progress = no_progress) -> None:
+        self.runner.load_model(progress)
+
+    def determine_num_blocks(self) -> int:
+        on_host = self.device.type == "cpu"
+        free = self.backend.free_memory(self.device) // (self.topology.world_size if on_host else 1)
+        return count_blocks(self.config, free=free, reserve=self.runner.reserve_bytes(),
+                            per_block=self.runner.kv_bytes_per_block(), host_memory=on_host)
+
+    def initialize_cache(self, num_blocks: int) -> None:
+        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks)
+
+    def warmup(self, progress: Progress = no_progress) -> None:
+        self.runner.warmup(self.cache.device, progress)
+        self.backend.synchronize(self.device)
+
+    def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
+        return self._checked(WorkerInput(
+            virtual_engine=request.virtual_engine, blocks_to_copy=request.blocks_to_copy,
+            blocks_to_swap_in=request.blocks_to_swap_in, blocks_to_swap_out=request.blocks_to_swap_out))
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
+        model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
+        return model_input
+
+    def decode(self, parts: list[object]) -> Step:
+        self.steps, self.model_input = self.steps + 1, None
+        worker_part, model_part = parts
+        return (self._checked(WorkerInput.decode(worker_part)),
+                self._checked(self.runner.input_type.decode(model_part, self.device)))
+
+    def execute_worker(self, worker_input: WorkerInput) -> None:
+        self.cache.apply(worker_input)
+
+    def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
+        kind = self.runner.intermediate_type
+        if kind is None:
+            raise StateError(f"{type(self.runner).__name__} declares nothing that pipeline stages hand on",
+                             expected="intermediate_type, set by load_model")
+        return self._checked(self.communicator.recv(kind, model_input.dims))
+
+    def execute_runner(self, model_input: ModelInput,
+                       intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
+        output = self.runner.execute_model(model_input, self.cache.device, intermediate)
+        if isinstance(output, IntermediateTensors):
+            self._checked(output)
+            dims = model_input.dims
+            if any(dims.get(symbol, size) != size for symbol, size in output.dims.items()):
+                raise StateError(f"{type(output).__name__} is of another size than the step", got=output.dims,
+                                 expected=dims)  # the next stage would wait for bytes that never come
+        return output
+
+    def shutdown(self) -> None:
+        for link in self._links:
+            link.close()
+        self._links = []
+        self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker
+
+    def describe_step(self) -> str:
+        text = f"step {self.steps}"
+        if self.model_input is not None:
+            try:
+                dims = ", ".join(f"{k}={v}" for k, v in self.model_input.dims.items() if v)
+                crc = zlib.crc32(self.model_input.encode().data)
+                text += f" ({type(self.model_input).__name__} of {dims}; crc {crc:08x})"
+            except Exception as error:  # a description must not hide what is described
+                text += f" (its input cannot be described: {error})"
+        return text
+
+    def _checked(self, value: D) -> D:
+        """Structure always; meaning under HAL_STRICT=1. Raises InputError."""
+        value.validate(None if isinstance(value, WorkerInput) else self.device)
+        if self.strict:
+            value.check()
+        return value
