@@ -1,0 +1,105 @@
+"""The KV block pool: reference counts, prefix caching, and the host pool that preempted sequences are swapped to."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+
+def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int, count: int) -> None:
+    """Grow `hashes` to the first `count` full blocks of `token_ids`. A block's address is BLAKE2b-128 over its parent's
+    address and its tokens, so equal addresses mean equal prefixes, collisions being out of reach."""
+    for i in range(len(hashes), count):
+        parent = hashes[i - 1] if i else b""
+        tokens = array("i", token_ids[i * block_size:(i + 1) * block_size])
+        hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+
+
+class BlockManager:
+    """Blocks 1 to num_blocks - 1; 0 is the null block. A full block may be registered under its prefix's hash: then,
+    once nobody holds it, it stays findable until it is the least recently released one and a block is needed.
+
+    Args:
+        num_blocks: device blocks, the null block included. num_cpu_blocks: host blocks, from 0.
+        prefix_caching: False finds and registers nothing.
+    """
+
+    def __init__(self, num_blocks: int, num_cpu_blocks: int = 0, *, prefix_caching: bool = True) -> None:
+        self.num_blocks, self.num_cpu_blocks, self.prefix_caching = num_blocks, num_cpu_blocks, prefix_caching
+        self.refs = [0] * num_blocks
+        self._unused = list(range(num_blocks - 1, 0, -1))
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; the oldest first
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._cached: dict[bytes, int] = {}
+        self._unused_host = list(range(num_cpu_blocks - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give, cached ones included."""
+        return len(self._unused) + len(self._evictable)
+
+    @property
+    def num_free_host(self) -> int:
+        return len(self._unused_host)
+
+    def allocate(self) -> int:
+        """A block of which the caller is the only holder; `num_free` must be above 0."""
+        if self._unused:
+            block = self._unused.pop()
+        else:
+            block, _ = self._evictable.popitem(last=False)
+            self._forget(block)
+        self.refs[block] = 1
+        return block
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix. They are not held yet: `share` them before anything is allocated."""
+        found: list[int] = []
+        if self.prefix_caching:
+            for key in hashes:
+                block = self._cached.get(key)
+                if block is None:
+                    break
+                found.append(block)
+        return found
+
+    def num_idle(self, blocks: Iterable[int]) -> int:
+        """How many of these cached blocks nobody holds: sharing them takes that many from `num_free`."""
+        return sum(self.refs[b] == 0 for b in blocks)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more holder of each."""
+        for block in blocks:
+            if self.refs[block] == 0:
+                del self._evictable[block]
+            self.refs[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder less of each. A prefix's end becomes evictable before its beginning."""
+        for block in reversed(blocks):
+            self.refs[block] -= 1
+            if self.refs[block] == 0:
+                if self._hash_of[block] is None:
+                    self._unused.append(block)
+                else:
+                    self._evictable[block] = None
+
+    def register(self, block: int, key: bytes) -> None:
+        """A held block is full, and its content is settled by the steps issued so far. The first of equals is kept."""
+        if self.prefix_caching and self._hash_of[block] is None and self._cached.setdefault(key, block) == block:
+            self._hash_of[block] = key
+
+    def allocate_host(self, count: int) -> list[int]:
+        """`num_free_host` must be at least count."""
+        return [self._unused_host.pop() for _ in range(count)]
+
+    def release_host(self, blocks: Iterable[int]) -> None:
+        self._unused_host.extend(blocks)
+
+    def _forget(self, block: int) -> None:
+        key = self._hash_of[block]
+        assert key is not None
+        del self._cached[key]
+        self._hash_of[block] = None

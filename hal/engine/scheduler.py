@@ -1,0 +1,327 @@
+"""Which sequences compute how many tokens next: continuous batching, chunked prefill, prefix caching, preemption.
+
+Policy. First every running sequence with one token to compute (decodes), then chunks of running prompts, then preempted
+and waiting sequences, each group oldest first, within max_num_batched_tokens. A sequence starts when there are blocks
+for all its tokens, and takes another block when it outgrows them. If there is none, the youngest sequences leave: to
+host memory where that has room, else they are computed anew later. Either way they give their row up and come back as
+new ones. Nothing younger than the sequence in need remains before that sequence itself has to wait.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from operator import attrgetter
+
+import numpy as np
+
+from hal.config import EngineConfig
+from hal.engine.blocks import BlockManager, extend_hashes
+from hal.engine.outputs import FinishReason
+from hal.engine.sequence import Sequence
+from hal.engine.step import Changes, Step
+from hal.errors import CapacityError, StateError
+
+_AGE = attrgetter("request_id")
+
+
+class Scheduler:
+    """Args:
+        config: block_size, max_num_seqs, max_num_batched_tokens and prefix_caching are read.
+        num_blocks, num_cpu_blocks: device and host blocks.
+        eos_token_ids: end a sequence, unless its params ignore them.
+        depth: microbatches that may be in flight at once; running sequences are spread over them.
+
+    Attributes:
+        waiting, running: oldest first.
+        length, computed, capacity: by row: tokens known, tokens computed by the steps issued, tokens that blocks hold.
+    """
+
+    def __init__(self, config: EngineConfig, num_blocks: int, num_cpu_blocks: int = 0, *,
+                 eos_token_ids: Iterable[int] = (), depth: int = 1) -> None:
+        self.block_size, self.max_rows, self.depth = config.block_size, config.max_num_seqs, depth
+        self.max_num_batched_tokens, self.prefix_caching = config.max_num_batched_tokens, config.prefix_caching
+        self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
+        self._eos = np.array(sorted(eos_token_ids), np.int64)
+        self.epoch = -1
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.restart()
+
+    def restart(self) -> list[Sequence]:
+        """Begin a new epoch: rows, blocks and steps in flight are void, as are all unfinished sequences (returned)."""
+        lost = [s for s in self.running + self.waiting if s.finish_reason is None]
+        for seq in lost:
+            seq.finish_reason, seq.row = "abort", -1
+        self.epoch += 1
+        self.step = self.digest = 0
+        self.waiting, self.running = [], []
+        self.blocks = BlockManager(self.num_blocks, self.num_cpu_blocks, prefix_caching=self.prefix_caching)
+        self.length, self.computed, self.capacity, self._told, self._last, self._limit, self._registered = \
+            np.zeros((7, self.max_rows), np.int64)
+        self._in_flight, self._ends_at_eos, self._own_stops, self._asks_prompt = np.zeros((4, self.max_rows), np.bool_)
+        self._num_in_flight = 0
+        self._free_rows = list(range(self.max_rows - 1, -1, -1))
+        self._at: list[Sequence | None] = [None] * self.max_rows
+        self._order: np.ndarray | None = None  # rows of `running`
+        self._leaving: list[Sequence] = []  # finished while in flight
+        self._changes = Changes()
+        return lost
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self, num_prompt: int, limit: int) -> None:
+        """Raises CapacityError when a request of `num_prompt` tokens that may grow to `limit` can never run."""
+        needed, usable = -(-max(num_prompt, limit - 1) // self.block_size), self.num_blocks - 1
+        if needed > usable:
+            raise CapacityError(
+                "the KV cache is too small for one request",
+                got=f"num_blocks={self.num_blocks}, of which {usable} hold {usable * self.block_size} tokens",
+                expected=f"{needed} blocks of {self.block_size} for a prompt of {num_prompt} tokens that may grow to "
+                         f"{limit}", hint="raise num_blocks or memory_fraction, or lower max_tokens")
+
+    def add(self, seq: Sequence) -> None:
+        """Raises CapacityError (see `check`)."""
+        self.check(seq.num_prompt, seq.limit)
+        insort(self.waiting, seq, key=_AGE)
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a sequence now: an abort, or a stop that the scheduler cannot see; a finished one stays as it is. What is
+        in flight for it comes to nothing, and its blocks are freed after that."""
+        if seq.finish_reason is not None:
+            return
+        seq.finish_reason = reason
+        if seq.row < 0:
+            self.waiting.remove(seq)
+            self._drop_host(seq)
+        elif self._in_flight[seq.row]:
+            self._leaving.append(seq)
+        else:
+            self._leave(seq)
+
+    def schedule(self) -> Step | None:
+        """The next step, or None when every sequence is in flight or there is none. It counts as issued: what it
+        computes is taken as done for all later steps, which ranks run in order."""
+        if self._changes.swap_out and not self.running:  # those to profit are gone, and no step carried it out
+            for seq in self.waiting:
+                self._drop_host(seq, unwritten_only=True)
+        rows, running = self._running_rows(), len(self.running)
+        if self._num_in_flight:
+            rows = rows[~self._in_flight[rows]]
+        left = self.length[rows] - self.computed[rows]
+        share = min(-(-len(self.running) // self.depth), self.max_num_batched_tokens)
+        wanted = rows[left == 1][:share]
+        decodes = self._grow(wanted)
+        budget = self.max_num_batched_tokens - len(decodes)
+        chunks: list[tuple[int, int]] = []
+        if len(wanted) < len(rows):
+            for row in rows[left > 1].tolist():
+                if budget > 0 and self._at[row] is not None:  # else preempted just now
+                    chunks.append((row, min(int(self.length[row] - self.computed[row]), budget)))
+                    budget -= chunks[-1][1]
+        pinned: list[int] = []
+        if len(decodes) == len(wanted) and len(self.running) == running:  # nobody lacks blocks
+            while self.waiting and self._free_rows and budget > 0 and not self._changes.swap_out:
+                seq = self.waiting[0]
+                if not self._enter(seq, pinned):
+                    break
+                chunks.append((seq.row, min(len(seq.token_ids) - seq.num_computed, budget)))
+                budget -= chunks[-1][1]
+        if not len(decodes) and not chunks:
+            return None
+        step = self._issue(decodes, chunks)
+        self.blocks.release(pinned)
+        return step
+
+    def update(self, step: Step, token_ids: np.ndarray) -> None:
+        """Take over a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete:
+        their finish_reason is set and their blocks are free.
+
+        Raises:
+            StateError: the number of tokens is not that of the sampled sequences.
+        """
+        rows, tokens = step.sampled_rows, token_ids.astype(np.int64)
+        if tokens.shape != rows.shape:
+            raise StateError("a step's output does not fit it", got=f"{tokens.shape} sampled tokens",
+                             expected=len(rows))
+        self._in_flight[step.rows] = False
+        self._num_in_flight -= len(step.rows)
+        self.length[rows] += 1
+        self._last[rows] = tokens
+        for seq, token in zip(step.sampled, tokens.tolist(), strict=True):
+            seq.token_ids.append(token)
+        done = (self.length[rows] >= self._limit[rows]) | self._own_stops[rows]
+        stopped = (tokens[:, None] == self._eos).any(1) & self._ends_at_eos[rows]
+        for i in np.flatnonzero(done | stopped).tolist():
+            seq = step.sampled[i]
+            if seq.finish_reason is None:
+                if stopped[i] or seq.token_ids[-1] in seq.params.stop_token_ids:
+                    self.finish(seq, "stop")
+                elif len(seq.token_ids) >= seq.limit:
+                    self.finish(seq, "length")
+        if self._leaving:
+            for seq in [s for s in self._leaving if not self._in_flight[s.row]]:
+                self._leaving.remove(seq)
+                self._leave(seq)
+
+    def _running_rows(self) -> np.ndarray:
+        if self._order is None:
+            self._order = np.array([s.row for s in self.running], np.intp)
+        return self._order
+
+    def _grow(self, decodes: np.ndarray) -> np.ndarray:
+        """Give each decode the block it may need; returns those that have one."""
+        short = self.length[decodes] > self.capacity[decodes]
+        if np.count_nonzero(short) > self.blocks.num_free:
+            decodes = self._make_room(decodes)
+            short = self.length[decodes] > self.capacity[decodes]
+        if short.any():
+            for row in decodes[short].tolist():
+                seq = self._at[row]
+                assert seq is not None
+                block = self.blocks.allocate()
+                self._changes.grown.append((row, len(seq.blocks), block))
+                seq.blocks.append(block)
+            self.capacity[decodes[short]] += self.block_size
+        return decodes
+
+    def _make_room(self, decodes: np.ndarray) -> np.ndarray:
+        """Preempt the youngest until the older decodes have their blocks; returns the decodes that can run."""
+        kept, promised = [], 0
+        for row in decodes.tolist():
+            seq = self._at[row]
+            if seq is None:  # preempted for an older one
+                continue
+            if self.length[row] > self.capacity[row]:
+                while self.blocks.num_free <= promised:
+                    victim = next((s for s in reversed(self.running) if not self._in_flight[s.row]), seq)
+                    if victim.request_id <= seq.request_id:
+                        break
+                    self._preempt(victim)
+                if self.blocks.num_free <= promised:
+                    continue
+                promised += 1
+            kept.append(row)
+        return np.array(kept, np.intp)
+
+    def _preempt(self, seq: Sequence) -> None:
+        computed = int(self.computed[seq.row])
+        count = -(-computed // self.block_size)
+        seq.preemptions += 1
+        if 0 < count <= self.blocks.num_free_host:
+            seq.host_blocks = self.blocks.allocate_host(count)
+            self._changes.swap_out += zip(seq.blocks[:count], seq.host_blocks, strict=True)
+        self._leave(seq)
+        seq.num_computed = computed if seq.host_blocks else 0
+        insort(self.waiting, seq, key=_AGE)
+
+    def _drop_host(self, seq: Sequence, *, unwritten_only: bool = False) -> None:
+        """Free a swapped sequence's host blocks, and with them what no step has yet been told to write there."""
+        held, pending = set(seq.host_blocks), self._changes.swap_out
+        unwritten = [pair for pair in pending if pair[1] in held]
+        if unwritten or not unwritten_only:
+            self._changes.swap_out = [pair for pair in pending if pair[1] not in held]
+            self.blocks.release_host(seq.host_blocks)
+            seq.host_blocks, seq.num_computed = [], 0
+
+    def _leave(self, seq: Sequence) -> None:
+        """A running sequence gives up its row and its blocks."""
+        row = seq.row
+        seq.tokens_computed += int(self.computed[row]) - seq.num_computed
+        self.blocks.release(seq.blocks)
+        seq.blocks, seq.row, self._at[row] = [], -1, None
+        self.running.remove(seq)
+        self._order = None
+        self._free_rows.append(row)
+        self._changes.finished.append(row)
+
+    def _enter(self, seq: Sequence, pinned: list[int]) -> bool:
+        """Give a waiting sequence a row and blocks for all its tokens, those of its prefix that are cached first; False
+        when there are not enough. `pinned` takes blocks to release once the step is issued."""
+        blocks, size, length = self.blocks, self.block_size, len(seq.token_ids)
+        total, hits, source = -(-length // size), list[int](), list[int]()
+        reserve = max(1, self.num_blocks // 100) if self.running else 0  # against starting what must leave at once
+        if not seq.host_blocks and self.prefix_caching and not seq.wants_prompt_logprobs:
+            extend_hashes(seq.hashes, seq.token_ids, size, length // size)
+            hits = blocks.match(seq.hashes)
+            if len(hits) * size == length:  # the last token is needed all the same: in a copy, as others hold the block
+                source = [hits.pop()]
+        if total - len(hits) + blocks.num_idle(hits + source) > blocks.num_free - reserve:
+            source = []  # without room for block and copy, compute the last block anew
+            if total - len(hits) + blocks.num_idle(hits) > blocks.num_free - reserve:
+                return False
+        blocks.share(hits + source)
+        seq.blocks = hits + [blocks.allocate() for _ in range(total - len(hits))]
+        changes = self._changes
+        if seq.host_blocks:
+            changes.swap_in += zip(seq.host_blocks, seq.blocks, strict=False)
+            blocks.release_host(seq.host_blocks)
+            registered = len(seq.host_blocks)
+            seq.host_blocks = []
+        else:
+            registered = len(hits)
+            seq.num_computed = length - 1 if source else registered * size
+            changes.copies += zip(source, seq.blocks[registered:], strict=False)
+            pinned += source
+            if not seq.started:
+                seq.num_cached = seq.num_computed
+        seq.started = True
+        del self.waiting[0]
+        insort(self.running, seq, key=_AGE)
+        self._order = None
+        changes.entered.append(seq)
+        row = seq.row = self._free_rows.pop()
+        self._at[row] = seq
+        self.length[row] = self._told[row] = length
+        self.computed[row], self.capacity[row], self._limit[row] = seq.num_computed, total * size, seq.limit
+        self._registered[row] = registered
+        self._ends_at_eos[row] = not seq.params.ignore_eos
+        self._own_stops[row] = bool(seq.params.stop_token_ids)
+        self._asks_prompt[row] = seq.wants_prompt_logprobs
+        return True
+
+    def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]]) -> Step:
+        changes, self._changes = self._changes, Changes()
+        rows, counts = decodes, np.ones(len(decodes), np.int64)
+        if chunks:
+            more = np.array(chunks, np.int64)
+            rows, counts = np.concatenate([rows, more[:, 0]]), np.concatenate([counts, more[:, 1]])
+            order = np.argsort(counts != 1, kind="stable")
+            rows, counts = rows[order], counts[order]
+        computed = self.computed[rows]
+        ends = computed + counts
+        sampled = rows[ends == self.length[rows]]
+        running = self._running_rows()
+        appended = running[self.length[running] > self._told[running]]
+        request = changes.request(rows, counts, computed, appended, self._last[appended], epoch=self.epoch,
+                                  step=self.step, digest=self.digest, virtual_engine=self.step % self.depth)
+        self._told[appended] += 1
+        self.computed[rows] = ends
+        self._in_flight[rows] = True
+        self._num_in_flight += len(rows)
+        self.step, self.digest = self.step + 1, request.chain()
+        if self.prefix_caching:
+            self._register(rows, ends // self.block_size)
+        at = self._at
+        targets: list[tuple[Sequence, int, int]] = []
+        if self._asks_prompt[rows].any():
+            for row, first, end in zip(rows.tolist(), computed.tolist(), ends.tolist(), strict=True):
+                seq = at[row]
+                assert seq is not None
+                if seq.wants_prompt_logprobs and first + 1 < seq.num_prompt:
+                    targets.append((seq, first + 1, min(end + 1, seq.num_prompt)))
+        sequences: list[Sequence] = [at[row] for row in sampled.tolist()]
+        return Step(request, rows, sampled, sequences, targets, int(counts.sum()),
+                    int(counts.sum()) - len(decodes))
+
+    def _register(self, rows: np.ndarray, full: np.ndarray) -> None:
+        """Make blocks that this step fills findable by later ones."""
+        for i in np.flatnonzero(full > self._registered[rows]).tolist():
+            seq, count = self._at[rows[i]], int(full[i])
+            assert seq is not None
+            extend_hashes(seq.hashes, seq.token_ids, self.block_size, count)
+            for column in range(int(self._registered[rows[i]]), count):
+                self.blocks.register(seq.blocks[column], seq.hashes[column])
+            self._registered[rows[i]] = count

@@ -1,0 +1,66 @@
+"""One request's tokens, and where its KV cache lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from hal.engine.outputs import FinishReason
+from hal.sampling.params import SamplingParams
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """Attributes:
+        request_id: grows with arrival; smaller ones go first.
+        token_ids: prompt, then output.
+        limit: length at which it ends (prompt + max_tokens, at most the context).
+        row: in the ranks' batch state while it runs, else -1.
+        num_computed: tokens in the cache when it last entered a row (0 after a preemption that dropped its blocks).
+            While it runs the scheduler's `computed` counts on.
+        blocks: its block table while it runs. host_blocks: where it was swapped to.
+        hashes: prefix addresses of its leading full blocks.
+        started: it has run. num_cached: prompt tokens that the prefix cache had when it started. tokens_computed: in
+            all rows that it has left. preemptions: how often it was made to leave one.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    num_prompt: int
+    params: SamplingParams
+    seed: int
+    limit: int
+    row: int = -1
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    host_blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    started: bool = False
+    num_cached: int = 0
+    tokens_computed: int = 0
+    preemptions: int = 0
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Some prompt logprobs are still to come: they are complete once the first token is sampled."""
+        return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt
+
+    @property
+    def floats(self) -> list[float]:
+        """A row of ExecuteModelRequest.new_floats."""
+        p = self.params
+        return [p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
+
+    @property
+    def ints(self) -> list[int]:
+        """A row of ExecuteModelRequest.new_ints."""
+        p = self.params
+        prompt = p.prompt_logprobs if self.wants_prompt_logprobs else None
+        return [p.top_k, self.seed, -1 if p.logprobs is None else p.logprobs, -1 if prompt is None else prompt]
+
+
+def derive_seed(engine_seed: int, request_id: int) -> int:
+    """The seed of a request that gives none: the first 8 bytes of BLAKE2b over both numbers in decimal, as int64."""
+    digest = blake2b(f"{engine_seed} {request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
