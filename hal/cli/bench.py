@@ -1,0 +1,145 @@
+"""hal bench: measure speed: TTFT, TPOT, tokens/s, and the memory bandwidth that decoding achieves"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hal.cli import measure, options
+from hal.cli.shapes import SHAPES
+from hal.config import EngineConfig
+from hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hal.models.config import ModelConfig
+
+EPILOG = """columns (medians of the repeats; all prompts arrive at once; no prefix caching; end-of-sequence is ignored):
+  TTFT     time to first token, mean over the requests        prefill  prompt tokens/s until every request has a token
+  TPOT     time per output token after it, mean over them     decode   tokens/s while the whole batch decodes
+  GB/s     bytes of weights and KV cache that a rank must read in a decode step, over the time of that step
+  of       the same over the bandwidth of reading a large tensor, measured in this process before the benchmark
+
+example:
+  hal bench --model-config qwen2-0.5b --batch-sizes 1,8,32 --prompt-len 128 --new-tokens 64"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-config", metavar="NAME|FILE", help="random weights of this shape instead of a "
+                        f"checkpoint: {', '.join(SHAPES)}, or a config.json")
+    parser.add_argument("--batch-sizes", type=_sizes, default=[1, 8, 32], metavar="N,N,...", help="default: 1,8,32")
+    parser.add_argument("--prompt-len", type=_positive, default=128, metavar="N", help="in tokens (default: 128)")
+    parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="of each request (default: 64)")
+    parser.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options.add_engine_options(parser, skip=("prefix_caching",))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Medians for one batch size. Times in seconds; bandwidth in bytes/s a rank."""
+
+    batch_size: int
+    ttft: float
+    tpot: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    achieved_bandwidth: float
+    share_of_measured: float
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.new_tokens < 3:
+        args.usage_error("--new-tokens must be at least 3: the first is prefill, and decoding is timed between two")
+    if args.model_config is not None and hasattr(args, "model"):
+        args.usage_error("give either --model or --model-config")
+    with tempfile.TemporaryDirectory(prefix="hal-bench-") as scratch:
+        report = _bench(args, Path(scratch))
+    print(json.dumps(report, indent=2) if args.json else _table(report))
+    return 0
+
+
+def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    chosen = options.engine_options(args)
+    if args.model_config is not None:
+        (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
+        chosen |= {"model": str(scratch), "random_weights": True}
+    from hal import backend as backends
+    from hal.models.hf_config import read_config
+
+    length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
+    block_size = chosen.get("block_size", EngineConfig().block_size)
+    config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
+                             "num_blocks": 1 + largest * -(-length // block_size), **chosen, "prefix_caching": False})
+    model = read_config(config.model)
+    backend = backends.select(config.device)
+    dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
+    bandwidth = measure.read_bandwidth(backend)
+    cells = measure.run(config, model, args.batch_sizes, args.prompt_len, args.new_tokens, args.repeat,
+                        progress=sys.stderr.isatty())
+    ranks = config.tp * config.pp
+    rows = []
+    for batch, runs in cells.items():
+        step = statistics.median(r.decode_step for r in runs)
+        achieved = _bytes_per_step(model, dtype, batch, args.prompt_len + args.new_tokens // 2) / ranks / step
+        rows.append(Row(batch, statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
+                        batch * args.prompt_len / statistics.median(r.prefill for r in runs), batch / step, achieved,
+                        achieved / bandwidth))
+    return {"model": args.model_config or Path(config.model).name, "parameters": model.num_params,
+            "random_weights": config.random_weights, "device": backend.name, "versions": dict(backend.versions()),
+            "dtype": dtype, "tp": config.tp, "pp": config.pp, "wire": config.wire, "threads": measure.threads(),
+            "prompt_len": args.prompt_len, "new_tokens": args.new_tokens, "repeat": args.repeat,
+            "measured_bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
+
+
+def _shape(name: str) -> dict[str, Any]:
+    if name in SHAPES:
+        return SHAPES[name]
+    try:
+        data = json.loads(Path(name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("--model-config is neither a known shape nor a readable config.json", got=f"{name}: {error}",
+                          expected=", ".join(SHAPES)) from None
+    if not isinstance(data, dict):
+        raise ConfigError("--model-config is not a JSON object", got=name)
+    return data
+
+
+def _bytes_per_step(model: ModelConfig, dtype: str, batch: int, context: int) -> float:
+    """What a decode step has to read of weights and KV cache, over all ranks. Of the input embedding only the batch's
+    rows are read, unless it is the output head as well; each layer reads its window of the context."""
+    item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    weights = model.num_params - (0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size)
+    seen = sum(min(context, window or context) for window in model.windows)
+    return float(item * (weights + batch * seen * 2 * model.num_kv_heads * model.head_dim))
+
+
+def _table(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
+    kind = "random weights" if report["random_weights"] else "checkpoint"
+    lines = [f"{report['model']} ({report['parameters'] / 1e9:.2f}B, {kind}), {report['dtype']}, {report['device']}"
+             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank",
+             f"prompt {report['prompt_len']}, {report['new_tokens']} new tokens, medians of {report['repeat']}; "
+             f"memory reads {report['measured_bandwidth'] / 1e9:.1f} GB/s here",
+             "", "batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |   of",
+             "----- | -------- | -------- | ------------- | ------------ | ------ | ----"]
+    lines += [f"{r['batch_size']:>5} | {r['ttft'] * 1e3:8.1f} | {r['tpot'] * 1e3:8.2f} | "
+              f"{r['prefill_tokens_per_s']:13.1f} | {r['decode_tokens_per_s']:12.1f} | "
+              f"{r['achieved_bandwidth'] / 1e9:6.1f} | {r['share_of_measured']:4.0%}" for r in report["rows"]]
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""Command line options made from the fields of EngineConfig and SamplingParams, whose defaults stay in one place."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from hal.config import EngineConfig
+from hal.sampling.params import SamplingParams
+
+ENGINE_HELP = {
+    "model": "checkpoint directory in Hugging Face format",
+    "device": "auto, a backend's name (`hal env` lists them), or module:attribute of a backend",
+    "dtype": "of weights and KV cache",
+    "tp": "tensor-parallel processes",
+    "pp": "pipeline stages",
+    "max_model_len": "longest prompt + output in tokens",
+    "max_num_seqs": "sequences in one step",
+    "max_num_batched_tokens": "tokens in one step; longer prompts are cut into chunks",
+    "block_size": "tokens per KV block",
+    "num_blocks": "KV blocks",
+    "num_cpu_blocks": "KV blocks on the host, for preempted sequences; 0 recomputes them",
+    "memory_fraction": "share of the free memory that the KV cache may take",
+    "prefix_caching": "do not reuse the KV blocks of equal prefixes",
+    "wire": "what crosses the control plane",
+    "control_plane": "the mechanism that carries it",
+    "seed": "of requests that give none",
+    "random_weights": "initialise instead of loading",
+}
+SAMPLING_HELP = {
+    "temperature": "0 is greedy",
+    "top_k": "keep the most likely K tokens; 0 keeps all",
+    "top_p": "keep the most likely tokens that make up this probability",
+    "min_p": "drop tokens below this share of the best one's probability",
+    "repetition_penalty": "divides the logits of tokens in prompt or output; 1 is none",
+    "presence_penalty": "subtracted from the logits of tokens in the output",
+    "frequency_penalty": "the same for each time a token occurred",
+    "seed": "of sampling",
+    "max_tokens": "at most this many new tokens",
+    "ignore_eos": "do not end at the model's end-of-sequence token",
+    "stop": "a text that ends the output; repeatable",
+    "stop_token_ids": "a token that ends the output; repeatable",
+    "logprobs": "report each output token's logprob, and this many alternatives",
+    "prompt_logprobs": "the same for prompt tokens",
+}
+_NONE = {"max_model_len": "the model's context", "num_blocks": "from free memory", "seed": "the engine's seed",
+         "model": "the bundled model, which adds numbers below 1,000"}
+
+
+def add_options(group: argparse._ArgumentGroup, kind: type, helps: dict[str, str], *,
+                skip: tuple[str, ...] = ()) -> None:
+    """One option for each field of the dataclass `kind`. An option that is not given is absent from the namespace, so
+    that the field's own default holds."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name not in skip:
+            _add(group, field.name, hints[field.name], field.default, helps[field.name])
+
+
+def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, text: str) -> None:
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+    flag = "--" + name.replace("_", "-")
+    if hint is bool:
+        flag = flag if not default else "--no-" + flag[2:]
+        group.add_argument(flag, action="store_false" if default else "store_true", **options)
+        return
+    if default != () and name in _NONE:
+        options["help"] += f" (default: {_NONE[name]})"
+    elif default not in ((), None):
+        options["help"] += f" (default: {default})"
+    if isinstance(hint, types.UnionType):  # X | None
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is typing.Literal:
+        options["choices"] = typing.get_args(hint)
+    elif typing.get_origin(hint) is tuple:
+        element = typing.get_args(hint)[0]
+        options |= {"type": element, "action": "append", "metavar": "TEXT" if element is str else "ID"}
+    else:
+        options |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
+    group.add_argument(flag, **options)
+
+
+def add_engine_options(parser: argparse.ArgumentParser, *, skip: tuple[str, ...] = ()) -> None:
+    group = parser.add_argument_group("engine")
+    add_options(group, EngineConfig, ENGINE_HELP, skip=("seed", "random_weights", *skip))
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of EngineConfig; its `seed` is no option, since `--seed` is that of sampling."""
+    return {name: value for name, value in _given(args, EngineConfig).items() if name != "seed"}
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of SamplingParams."""
+    return _given(args, SamplingParams)
+
+
+def _given(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(kind) if hasattr(args, f.name)}
