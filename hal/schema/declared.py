@@ -36,8 +36,9 @@ class Declared:
         super().__init_subclass__(**kwargs)
         dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
         hints = typing.get_type_hints(cls, include_extras=True)
-        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        cls.schema = Schema(cls, tuple(resolve(cls.__name__, n, hints[n]) for n in names))
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        cls.schema = Schema(cls, tuple(resolve(cls.__name__, f.name, hints[f.name]) for f in fields), defaults)
 
     @classmethod
     def declare(cls: type[Self], name: str, **arrays: Array) -> type[Self]:

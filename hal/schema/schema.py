@@ -25,8 +25,9 @@ _LAYOUTS_KEPT = 4096
 class Schema(Generic[T]):
     """Attributes: cls, name, fields (as declared), symbols (in order of first use), fingerprint (64 bits)."""
 
-    def __init__(self, cls: type[T], fields: tuple[Field, ...]) -> None:
+    def __init__(self, cls: type[T], fields: tuple[Field, ...], defaults: Mapping[str, Any]) -> None:
         self.cls, self.name, self.fields = cls, cls.__name__, fields
+        self.defaults = {f.name: defaults[f.name] for f in fields if not f.array and f.name in defaults}
         self.by_name = {f.name: f for f in fields}
         arrays = [f for f in fields if f.array]
         self.kind = arrays[0].kind if arrays else "ndarray"
@@ -78,7 +79,7 @@ class Schema(Generic[T]):
         Args:
             dims: the size of each symbol; a symbol that is left out is 0.
             present: the optional arrays that exist.
-            values: every scalar and text field (optional ones may be left out).
+            values: scalar and text fields; those with a default, and optional ones, may be left out.
 
         Raises:
             SchemaError: an unknown symbol or field, or a required value left out.
@@ -92,6 +93,7 @@ class Schema(Generic[T]):
         if not (dims.keys() <= self.symbol_set and values.keys() <= self.by_name.keys()):
             unknown = sorted((dims.keys() - self.symbol_set) | (values.keys() - self.by_name.keys()))
             raise SchemaError(f"{self.name} declares no symbol or field {', '.join(unknown)}")
+        values = {**self.defaults, **values}
         for f in self.scalars:
             if not f.optional and values.get(f.name) is None:
                 raise SchemaError(f"{self.name}.{f.name} is required")
