@@ -29,12 +29,14 @@ class Capabilities:
         dtypes: of weights and KV cache, preferred first.
         max_tp, max_pp: largest parallel sizes it runs.
         swap: KV blocks can be swapped to host memory.
+        asynchronous: execute_model returns before the device is done, and the runner relays sampled tokens (hal.relay).
     """
 
     dtypes: tuple[str, ...] = ("float32",)
     max_tp: int = 1
     max_pp: int = 1
     swap: bool = True
+    asynchronous: bool = False
 
 
 class Backend(abc.ABC):
@@ -136,6 +138,11 @@ def resolve_dtype(backend: Backend, wanted: str, checkpoint: str) -> str:
     if wanted != "auto":
         return wanted
     return checkpoint if checkpoint in backend.capabilities.dtypes else "float32"
+
+
+def resolve_async(backend: Backend, wanted: bool | None, pp: int) -> bool:
+    """What async_scheduling=None means."""
+    return backend.capabilities.asynchronous and pp == 1 if wanted is None else wanted
 
 
 def require(backend: Backend, *, dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:

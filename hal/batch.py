@@ -8,7 +8,7 @@ import numpy as np
 
 from hal.errors import StateError
 from hal.inputs import NULL_BLOCK, PagedModelInput
-from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+from hal.request import FLOAT_PARAMS, INT_PARAMS, UNKNOWN_TOKEN, ExecuteModelRequest
 from hal.schema import Packed
 
 Ints = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
@@ -21,7 +21,7 @@ class BatchState:
     """Args:
         max_rows: rows, EngineConfig.max_num_seqs. max_model_len: tokens of a row. block_size: tokens per KV block.
         vocab_size: token ids of new sequences lie below it.
-        input_type: the step input that `prepare` makes.
+        input_type: the step input that `prepare` makes. relay: it says where sampled tokens are kept on the device.
 
     Attributes:
         token_ids: int32 [max_rows, max_model_len]. num_tokens, prompt_lens, num_blocks: int32 [max_rows].
@@ -30,8 +30,8 @@ class BatchState:
     """
 
     def __init__(self, max_rows: int, max_model_len: int, block_size: int, vocab_size: int,
-                 input_type: type[PagedModelInput] = PagedModelInput) -> None:
-        self.block_size, self.vocab_size, self.input_type = block_size, vocab_size, input_type
+                 input_type: type[PagedModelInput] = PagedModelInput, *, relay: bool = False) -> None:
+        self.block_size, self.vocab_size, self.input_type, self.relay = block_size, vocab_size, input_type, relay
         self.token_ids = np.zeros((max_rows, max_model_len), np.int32)
         self.block_tables = np.full((max_rows, -(-max_model_len // block_size)), NULL_BLOCK, np.int32)
         self.num_tokens, self.prompt_lens, self.num_blocks = np.zeros((3, max_rows), np.int32)
@@ -83,6 +83,12 @@ class BatchState:
             wanted, prompt_logprobs = self._prompt_logprobs(row_of, positions)
             if len(wanted):
                 fields["prompt_targets"] = self.token_ids[row_of[wanted], positions[wanted] + 1]
+        input_ids = self.token_ids[row_of, positions]
+        if self.relay:
+            fields["sampled_rows"] = rows[sampled]
+            unknown = input_ids == UNKNOWN_TOKEN
+            if unknown.any():
+                fields["relay"], input_ids = np.where(unknown, row_of, -1), np.where(unknown, 0, input_ids)
         width = -(-int(ends.max(initial=0)) // size)
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
             {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(wanted),
@@ -91,7 +97,7 @@ class BatchState:
             fields, block_size=size, num_decode_seqs=decodes, num_samples=len(sampled),
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs)
         into = packed.arrays
-        into["input_ids"][...] = self.token_ids[row_of, positions]
+        into["input_ids"][...] = input_ids
         into["positions"][...] = positions
         into["query_start_loc"][...] = starts
         into["seq_lens"][...] = ends

@@ -28,6 +28,8 @@ class EngineConfig:
         block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from free memory * memory_fraction.
         num_cpu_blocks: host blocks that preempted sequences are swapped to; 0 recomputes them instead.
         prefix_caching: reuse the KV blocks of equal prefixes.
+        async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
+            backend runs steps while the host goes on. Not with pp > 1.
         wire: what crosses the control plane (see docs/architecture.md). control_plane: the mechanism; "auto" picks.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
         seed: of requests that give none.
@@ -46,6 +48,7 @@ class EngineConfig:
     num_cpu_blocks: int = 0
     memory_fraction: float = 0.9
     prefix_caching: bool = True
+    async_scheduling: bool | None = None
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
     random_weights: bool = False
@@ -61,6 +64,9 @@ class EngineConfig:
         _at_least("num_cpu_blocks", self.num_cpu_blocks, 0)
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError("memory_fraction is out of range", got=self.memory_fraction, expected="above 0, up to 1")
+        if self.async_scheduling and self.pp > 1:
+            raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
+                              expected="pp=1, or async_scheduling=False: stages overlap as it is")
         for name, kind in (("dtype", DType), ("wire", WirePolicy)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"unknown {name}", got=repr(getattr(self, name)), expected=", ".join(get_args(kind)))

@@ -10,7 +10,8 @@ import torch
 from hal.errors import InputError
 from hal.schema import Array, Declared, Doc
 
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "penalties", "history", "prompt_lens")
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "penalties", "history", "prompt_lens",
+                   "sampled_rows")
 NULL_BLOCK = 0  # reserved: padding writes its slots, and no sequence ever owns it
 
 
@@ -69,6 +70,11 @@ class PagedModelInput(ModelInput):
                                                       "the prompt")] = None
     prompt_targets: Annotated[torch.Tensor | None, Array("int32", "num_targets", low=0, doc="the token whose logprob "
                                                          "is wanted, for the rows behind the sampled ones")] = None
+    # Asynchronous scheduling (see hal.relay).
+    relay: Annotated[torch.Tensor | None, Array("int32", "num_tokens", low=-1, pad=-1, doc="row whose last sampled "
+                                                "token is this one, not yet known on the host; else -1")] = None
+    sampled_rows: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=-1, pad=-1,
+                                                       doc="row of each sampled sequence")] = None
     num_logprobs: Annotated[int, Doc("most likely tokens to report beside each sampled one; -1: no logprobs")] = -1
     num_prompt_logprobs: Annotated[int, Doc("the same for prompt tokens")] = -1
 

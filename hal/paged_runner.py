@@ -18,6 +18,7 @@ from hal.models.loader import load_weights, random_weights
 from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
 from hal.paged_attention import PagedAttention
+from hal.relay import TokenRelay
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.sampling.sampler import Sampler, logprobs
@@ -41,7 +42,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.make_attention, self.ops, self.sampler = attention, ops or Ops(), sampler or Sampler()
         self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
-                                self.input_type)
+                                self.input_type, relay=bool(engine.async_scheduling))
+        self.relay = TokenRelay(engine.max_num_seqs, device, communicator)
 
     def load_model(self, progress: Progress = no_progress) -> None:
         engine = self.config.engine
@@ -123,7 +125,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m = model_input
-        hidden = self.model(m.input_ids, m.positions, self.attention.begin(m, kv_caches), intermediate)
+        hidden = self.model(self.relay.input_ids(m), m.positions, self.attention.begin(m, kv_caches), intermediate)
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden
             return stage
@@ -136,6 +138,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         n, samples = m.num_samples, self.config.topology.samples
         logits = self.model.compute_logits(rows[:n])
         output = self.sampler(logits, m) if samples else None
+        self.relay.keep(m, None if output is None else output.token_ids)
         if m.prompt_targets is None:
             return output
         parts, step = [], self.config.engine.max_num_seqs  # as many at once as `reserve_bytes` counts

@@ -12,6 +12,7 @@ from hal.schema import Array, Declared, Doc
 # Columns of `new_floats` and `new_ints`, in order.
 FLOAT_PARAMS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 INT_PARAMS = ("top_k", "seed", "logprobs", "prompt_logprobs")  # the last two: -1 is not asked for
+UNKNOWN_TOKEN = -1  # an appended token that is still on the device: the one that the row sampled last
 
 
 class ExecuteModelRequest(Declared):
@@ -34,7 +35,7 @@ class ExecuteModelRequest(Declared):
     new_floats: Annotated[np.ndarray, Array("float32", "num_new", 6, doc="sampling parameters: FLOAT_PARAMS")]
     new_ints: Annotated[np.ndarray, Array("int64", "num_new", 4, doc="sampling parameters: INT_PARAMS")]
     append_rows: Annotated[np.ndarray, Array("int32", "num_appended", low=0, doc="rows that gained one token")]
-    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended", low=0, doc="the token")]
+    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended", low=-1, doc="the token, or UNKNOWN_TOKEN")]
     block_rows: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="rows whose block table changes")]
     block_starts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="first column that changes")]
     block_counts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="how many; the rest is cleared")]

@@ -38,7 +38,8 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
     """See hal.executor.make_executor. `worker` names a WorkerBase, as "module:attribute"."""
     dtype = backends.resolve_dtype(backend, engine.dtype, model.dtype)
     device = backend.name if engine.device == "auto" else engine.device
-    engine = dataclasses.replace(engine, dtype=cast(DType, dtype), device=device)
+    engine = dataclasses.replace(engine, dtype=cast(DType, dtype), device=device, async_scheduling=(
+        backends.resolve_async(backend, engine.async_scheduling, engine.pp)))
     backends.require(backend, dtype=dtype, tp=engine.tp, pp=engine.pp, num_cpu_blocks=engine.num_cpu_blocks)
     if engine.wire == "none" and engine.tp * engine.pp > 1:
         raise ConfigError("wire='none' needs a scheduler on every rank, and here the driver alone has one",

@@ -24,6 +24,7 @@ ENGINE_HELP = {
     "num_blocks": "KV blocks",
     "num_cpu_blocks": "KV blocks on the host, for preempted sequences; 0 recomputes them",
     "memory_fraction": "share of the free memory that the KV cache may take",
+    "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
     "wire": "what crosses the control plane",
     "control_plane": "the mechanism that carries it",
@@ -47,7 +48,8 @@ SAMPLING_HELP = {
     "prompt_logprobs": "the same for prompt tokens",
 }
 _NONE = {"max_model_len": "the model's context", "num_blocks": "from free memory", "seed": "the engine's seed",
-         "model": "the bundled model, which adds numbers below 1,000"}
+         "model": "the bundled model, which adds numbers below 1,000",
+         "async_scheduling": "where the device gains from it"}
 
 
 def add_options(group: argparse._ArgumentGroup, kind: type, helps: dict[str, str], *,
@@ -73,7 +75,9 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
         options["help"] += f" (default: {default})"
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
-    if typing.get_origin(hint) is typing.Literal:
+    if hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(hint) is typing.Literal:
         options["choices"] = typing.get_args(hint)
     elif typing.get_origin(hint) is tuple:
         element = typing.get_args(hint)[0]

@@ -21,6 +21,7 @@ from hal.engine.outputs import FinishReason
 from hal.engine.sequence import Sequence
 from hal.engine.step import Changes, Step
 from hal.errors import CapacityError, StateError
+from hal.request import UNKNOWN_TOKEN
 
 _AGE = attrgetter("request_id")
 
@@ -31,15 +32,19 @@ class Scheduler:
         num_blocks, num_cpu_blocks: device and host blocks.
         eos_token_ids: end a sequence, unless its params ignore them.
         depth: microbatches that may be in flight at once; running sequences are spread over them.
+        ahead: a sequence may run again before its last token is known here: ranks keep it on the device. So a device
+            need not wait for the host. A sequence that turns out to have ended has then computed one token for nothing.
 
     Attributes:
         waiting, running: oldest first.
-        length, computed, capacity: by row: tokens known, tokens computed by the steps issued, tokens that blocks hold.
+        length, computed, capacity: by row: tokens there are (of them `unknown` still on the device), tokens computed by
+            the steps issued, tokens that blocks hold.
     """
 
     def __init__(self, config: EngineConfig, num_blocks: int, num_cpu_blocks: int = 0, *,
-                 eos_token_ids: Iterable[int] = (), depth: int = 1) -> None:
-        self.block_size, self.max_rows, self.depth = config.block_size, config.max_num_seqs, depth
+                 eos_token_ids: Iterable[int] = (), depth: int = 1, ahead: bool = False) -> None:
+        self.block_size, self.max_rows = config.block_size, config.max_num_seqs
+        self.depth, self.ahead = depth, ahead
         self.max_num_batched_tokens, self.prefix_caching = config.max_num_batched_tokens, config.prefix_caching
         self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
         self._eos = np.array(sorted(eos_token_ids), np.int64)
@@ -57,9 +62,10 @@ class Scheduler:
         self.step = self.digest = 0
         self.waiting, self.running = [], []
         self.blocks = BlockManager(self.num_blocks, self.num_cpu_blocks, prefix_caching=self.prefix_caching)
-        self.length, self.computed, self.capacity, self._told, self._last, self._limit, self._registered = \
-            np.zeros((7, self.max_rows), np.int64)
-        self._in_flight, self._ends_at_eos, self._own_stops, self._asks_prompt = np.zeros((4, self.max_rows), np.bool_)
+        self.length, self.unknown, self.computed, self.capacity, self._told, self._last, self._limit, \
+            self._registered, self._in_flight = np.zeros((9, self.max_rows), np.int64)
+        self._ends_at_eos, self._own_stops, self._asks_prompt, self._needs_tokens = \
+            np.zeros((4, self.max_rows), np.bool_)
         self._num_in_flight = 0
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
         self._at: list[Sequence | None] = [None] * self.max_rows
@@ -97,6 +103,7 @@ class Scheduler:
             self.waiting.remove(seq)
             self._drop_host(seq)
         elif self._in_flight[seq.row]:
+            self._limit[seq.row] = 0  # it does not run again
             self._leaving.append(seq)
         else:
             self._leave(seq)
@@ -109,7 +116,7 @@ class Scheduler:
                 self._drop_host(seq, unwritten_only=True)
         rows, running = self._running_rows(), len(self.running)
         if self._num_in_flight:
-            rows = rows[~self._in_flight[rows]]
+            rows = rows[self._can_run(rows)]
         left = self.length[rows] - self.computed[rows]
         share = min(-(-len(self.running) // self.depth), self.max_num_batched_tokens)
         wanted = rows[left == 1][:share]
@@ -146,13 +153,14 @@ class Scheduler:
         if tokens.shape != rows.shape:
             raise StateError("a step's output does not fit it", got=f"{tokens.shape} sampled tokens",
                              expected=len(rows))
-        self._in_flight[step.rows] = False
+        self._in_flight[step.rows] -= 1
         self._num_in_flight -= len(step.rows)
-        self.length[rows] += 1
+        self.unknown[rows] -= 1
         self._last[rows] = tokens
         for seq, token in zip(step.sampled, tokens.tolist(), strict=True):
-            seq.token_ids.append(token)
-        done = (self.length[rows] >= self._limit[rows]) | self._own_stops[rows]
+            if seq.finish_reason is None:
+                seq.token_ids.append(token)
+        done = (self.length[rows] - self.unknown[rows] >= self._limit[rows]) | self._own_stops[rows]
         stopped = (tokens[:, None] == self._eos).any(1) & self._ends_at_eos[rows]
         for i in np.flatnonzero(done | stopped).tolist():
             seq = step.sampled[i]
@@ -165,6 +173,15 @@ class Scheduler:
             for seq in [s for s in self._leaving if not self._in_flight[s.row]]:
                 self._leaving.remove(seq)
                 self._leave(seq)
+
+    def _can_run(self, rows: np.ndarray) -> np.ndarray:
+        """Which rows need nothing that is still in flight."""
+        idle = self._in_flight[rows] == 0
+        if not self.ahead:
+            return idle
+        # In flight, but all that the next step needs is computed by then, or on the device.
+        follows = ((self.unknown[rows] == 0) | ~self._needs_tokens[rows]) & (self.length[rows] < self._limit[rows])
+        return idle | follows
 
     def _running_rows(self) -> np.ndarray:
         if self._order is None:
@@ -279,6 +296,7 @@ class Scheduler:
         self._registered[row] = registered
         self._ends_at_eos[row] = not seq.params.ignore_eos
         self._own_stops[row] = bool(seq.params.stop_token_ids)
+        self._needs_tokens[row] = seq.has_penalties
         self._asks_prompt[row] = seq.wants_prompt_logprobs
         return True
 
@@ -294,16 +312,22 @@ class Scheduler:
         ends = computed + counts
         sampled = rows[ends == self.length[rows]]
         running = self._running_rows()
-        appended = running[self.length[running] > self._told[running]]
-        request = changes.request(rows, counts, computed, appended, self._last[appended], epoch=self.epoch,
+        tellable = self.unknown == 0
+        tellable[rows] = True
+        appended = running[(self.length[running] > self._told[running]) & tellable[running]]
+        tokens = np.where(self.unknown[appended] > 0, UNKNOWN_TOKEN, self._last[appended])
+        request = changes.request(rows, counts, computed, appended, tokens, epoch=self.epoch,
                                   step=self.step, digest=self.digest, virtual_engine=self.step % self.depth)
         self._told[appended] += 1
         self.computed[rows] = ends
-        self._in_flight[rows] = True
+        known = (self.length - self.unknown)[rows]
+        self.length[sampled] += 1
+        self.unknown[sampled] += 1
+        self._in_flight[rows] += 1
         self._num_in_flight += len(rows)
         self.step, self.digest = self.step + 1, request.chain()
         if self.prefix_caching:
-            self._register(rows, ends // self.block_size)
+            self._register(rows, np.minimum(ends, known) // self.block_size)
         at = self._at
         targets: list[tuple[Sequence, int, int]] = []
         if self._asks_prompt[rows].any():

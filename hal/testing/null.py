@@ -17,6 +17,7 @@ from hal.communicator import Communicator
 from hal.config import WorkerConfig
 from hal.inputs import IntermediateTensors, PagedModelInput
 from hal.outputs import SamplerOutput
+from hal.relay import TokenRelay
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.sampling.sampler import Sampler, logprobs
@@ -37,7 +38,9 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         super().__init__(config, device, communicator)
         engine = config.engine
         self.layers = config.topology.layers(config.model.num_layers)
-        self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size)
+        self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
+                                relay=bool(engine.async_scheduling))
+        self.relay = TokenRelay(engine.max_num_seqs, device, communicator)
         self.sampler = Sampler()
 
     def load_model(self, progress: Progress = no_progress) -> None:
@@ -64,18 +67,21 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m, topology = model_input, self.config.topology
+        input_ids = self.relay.input_ids(m)
         sums = torch.zeros(len(m.input_ids), dtype=torch.int64) if intermediate is None else intermediate["sums"]
         for layer, cache in zip(self.layers, kv_caches, strict=True):
-            found = self.communicator.all_reduce(self.attend(cache, m, layer))
+            found = self.communicator.all_reduce(self.attend(cache, m, input_ids, layer))
             sums = (sums + found) % (1 << 31)
         if not topology.is_last_stage:
             return NullIntermediate(sums=sums)  # type: ignore[call-arg]  # declared at run time
-        return self.sample(sums[m.logits_indices], m) if topology.samples else None
+        output = self.sample(sums[m.logits_indices], m) if topology.samples else None
+        self.relay.keep(m, None if output is None else output.token_ids)
+        return output
 
-    def attend(self, cache: torch.Tensor, m: PagedModelInput, layer: int) -> torch.Tensor:
+    def attend(self, cache: torch.Tensor, m: PagedModelInput, input_ids: torch.Tensor, layer: int) -> torch.Tensor:
         """Write the step's tokens to their slots, then read each token's context. [num_tokens] int64."""
         slots = cache.view(2, -1)
-        slots[0, m.slot_mapping] = m.input_ids.long()
+        slots[0, m.slot_mapping] = input_ids.long()
         slots[1, m.slot_mapping] = m.positions.long()
         tp, tp_rank = self.config.topology.tp, self.config.topology.tp_rank
         queries = m.query_start_loc.diff()

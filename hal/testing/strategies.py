@@ -172,6 +172,9 @@ def _paged(draw: st.DrawFn, cls: type[PagedModelInput], min_size: int, max_size:
               **_sampling(draw, rng, [totals[i] for i in sampled])}
     if len(targets):
         arrays["prompt_targets"] = rng.integers(0, _VOCAB, len(targets))
+    if draw(st.booleans(), label="relay"):  # sequence i in row i; each sampled token may be taken up by a decode
+        arrays["sampled_rows"] = sampled
+        arrays["relay"] = np.where((queries == 1)[rows] & (rng.random(len(rows)) < 0.5), rows, -1)
     fields = {name: _as(cls, name, array) for name, array in arrays.items()}
     scalars = {"block_size": size, "num_decode_seqs": int((queries == 1).sum()), "num_samples": len(sampled),
                "num_logprobs": draw(st.integers(-1, 3)), "num_prompt_logprobs": draw(st.integers(-1, 3))}

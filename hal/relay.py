@@ -1,0 +1,35 @@
+"""Sampled tokens that stay on the device: under asynchronous scheduling the host prepares a sequence's next step before
+it knows the token that the step begins with."""
+
+from __future__ import annotations
+
+import torch
+
+from hal.communicator import Communicator
+from hal.inputs import PagedModelInput
+
+
+class TokenRelay:
+    """The token that each row sampled last.
+
+    Attributes:
+        last: int32 [max_rows + 1]; the last entry takes what padding writes.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device, communicator: Communicator) -> None:
+        self.last = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
+        self.communicator = communicator
+
+    def input_ids(self, m: PagedModelInput) -> torch.Tensor:
+        """[num_tokens] int32, complete."""
+        return m.input_ids if m.relay is None else torch.where(m.relay < 0, m.input_ids, self.last[m.relay])
+
+    def keep(self, m: PagedModelInput, token_ids: torch.Tensor | None) -> None:
+        """token_ids [num_samples] int32 on the rank that samples; its tensor-parallel peers give None, and get them."""
+        if m.sampled_rows is None or not m.num_samples:
+            return
+        if self.communicator.topology.tp > 1:
+            token_ids = torch.zeros_like(m.sampled_rows[:m.num_samples]) if token_ids is None else token_ids.clone()
+            token_ids = self.communicator.all_reduce(token_ids)
+        assert token_ids is not None
+        self.last[m.sampled_rows[:m.num_samples]] = token_ids
