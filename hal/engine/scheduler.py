@@ -176,12 +176,12 @@ class Scheduler:
 
     def _can_run(self, rows: np.ndarray) -> np.ndarray:
         """Which rows need nothing that is still in flight."""
-        idle = self._in_flight[rows] == 0
+        idle: np.ndarray = self._in_flight[rows] == 0
         if not self.ahead:
             return idle
         # In flight, but all that the next step needs is computed by then, or on the device.
-        follows = ((self.unknown[rows] == 0) | ~self._needs_tokens[rows]) & (self.length[rows] < self._limit[rows])
-        return idle | follows
+        idle |= ((self.unknown[rows] == 0) | ~self._needs_tokens[rows]) & (self.length[rows] < self._limit[rows])
+        return idle
 
     def _running_rows(self) -> np.ndarray:
         if self._order is None:
