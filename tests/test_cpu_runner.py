@@ -11,12 +11,16 @@ import checkpoints
 import pytest
 import torch
 from by_hand import generate
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hal import backend as backends
 from hal.communicator import LocalCommunicator
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.inputs import NULL_BLOCK
 from hal.models.hf_config import read_config
+from hal.outputs import SamplerOutput
+from hal.testing.strategies import instances
 from runners.cpu import backend
 from runners.cpu.memory import free_memory
 from runners.cpu.ops import CpuOps
@@ -97,6 +101,42 @@ def test_a_step_without_samples(checkpoint: Checkpoint) -> None:
     m.num_samples, m.logits_indices = 0, torch.zeros(0, dtype=torch.int32)
     output = runner.execute_model(m, caches)
     assert output is not None and list(output["token_ids"].shape) == [0]
+
+
+@pytest.fixture(scope="module")
+def gqa(checkpoint: Checkpoint) -> CpuModelRunner:
+    return make(checkpoint("llama3-gqa"))[0]
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(m=instances(CpuModelInput, min_size=1, max_size=4), seqs=st.integers(0, 3), tokens=st.integers(0, 5),
+       blocks=st.integers(0, 3), samples=st.integers(0, 3))
+def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInput, seqs: int, tokens: int, blocks: int,
+                                             samples: int) -> None:
+    """A padded step through the whole runner: the same tokens and logprobs, and nothing else written to the cache."""
+    for ids in (m.input_ids, m.history, m.prompt_targets):
+        if ids is not None:  # drawn for a larger vocabulary
+            ids.copy_(torch.where(ids < 0, ids, ids % checkpoints.VOCAB))
+    generator, blocks_there = torch.Generator().manual_seed(0), int(m.block_tables.max()) + 1
+    caches = [torch.randn(gqa.attention.cache_shape(blocks_there, m.block_size), generator=generator)
+              for _ in gqa.model.attention_specs]
+    padded_caches = [c.clone() for c in caches]
+    m.num_logprobs, dims = max(m.num_logprobs, 0), m.dims
+    wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
+                    max_blocks=dims["max_blocks"] + blocks, num_logits=dims["num_logits"] + samples,
+                    num_sampled=dims["num_sampled"] + samples)
+    wide.check()
+    gqa.relay.last.copy_(torch.arange(len(gqa.relay.last)))
+    expected = gqa.execute_model(m, caches)
+    gqa.relay.last.copy_(torch.arange(len(gqa.relay.last)))
+    got = gqa.execute_model(wide, padded_caches)
+    assert isinstance(expected, SamplerOutput) and isinstance(got, SamplerOutput)
+    assert torch.equal(got.token_ids[:m.num_samples], expected.token_ids)
+    assert got.logprobs is not None and expected.logprobs is not None
+    torch.testing.assert_close(got.logprobs[:m.num_samples], expected.logprobs, rtol=0, atol=1e-4)
+    for ours, theirs in zip(padded_caches, caches, strict=True):
+        torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.torch_release
