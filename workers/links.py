@@ -8,8 +8,10 @@ from hal.backend import Backend
 from hal.communicator import Communicator, LocalCommunicator
 from hal.config import WorkerConfig
 from hal.control import ControlPlane
+from hal.errors import BackendError
 from workers.groups import Store, join_store, make_group
 from workers.planes import make_plane
+from workers.shm_comm import ShmCommunicator
 from workers.torch_comm import TorchCommunicator
 
 
@@ -22,6 +24,11 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
     plane = make_plane(config.engine.control_plane, topology, store)
     if store is None:
         return plane, LocalCommunicator()
+    if device.type == "cpu" and config.engine.control_plane != "gloo":  # then nothing is shared
+        try:
+            return plane, ShmCommunicator(topology, device, store)
+        except BackendError:  # on all ranks
+            pass
     tp_group = world_group = None
     if topology.tp > 1:
         tp_group = make_group(backend.collectives, store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)

@@ -13,7 +13,7 @@ import torch
 
 from hal.config import Topology
 from hal.control import ControlPlane
-from hal.errors import ConfigError, WorkerError
+from hal.errors import BackendError, ConfigError, WorkerError
 from hal.schema.layout import align, aligned_bytes
 from hal.schema.packed import Buffer
 from workers.groups import Store, dist, lost, make_group
@@ -26,13 +26,18 @@ _END_TIMEOUT = timedelta(seconds=5)
 Transfer = Callable[[torch.Tensor], None]
 
 # A factory takes a Topology and the store that all ranks have joined.
-PLANES = {"local": "workers.planes:LocalPlane", "gloo": "workers.planes:GlooPlane"}
+PLANES = {"local": "workers.planes:LocalPlane", "shm": "workers.shm_plane:ShmPlane", "gloo": "workers.planes:GlooPlane"}
 
 
 def make_plane(name: str, topology: Topology, store: Store | None) -> ControlPlane:
     """Raises ConfigError: there is no such control plane, or it does not reach that far."""
+    if name == "auto" and topology.world_size == 1:
+        name = "local"
     if name == "auto":
-        name = "local" if topology.world_size == 1 else "gloo"
+        try:
+            return make_plane("shm", topology, store)
+        except BackendError:  # on all ranks
+            name = "gloo"
     if name not in PLANES:
         raise ConfigError("unknown control_plane", got=repr(name), expected=", ".join(["auto", *PLANES]))
     module, _, attribute = PLANES[name].partition(":")

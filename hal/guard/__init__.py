@@ -10,10 +10,10 @@ import threading
 from typing import Literal
 
 from hal.guard.patch import Patches
-from hal.guard.state import Phase, Region, allow, current, data_plane, phase
+from hal.guard.state import Phase, Region, allow, check, current, data_plane, phase
 
 __all__ = [
-    "Phase", "Region", "allow", "current", "data_plane", "install", "installed_tier", "phase", "uninstall",
+    "Phase", "Region", "allow", "check", "current", "data_plane", "install", "installed_tier", "phase", "uninstall",
 ]  # fmt: skip
 
 Tier = Literal["always", "strict"]

@@ -133,6 +133,17 @@ def current() -> Region | None:
     return region
 
 
+def check(operation: str) -> None:
+    """For communication that no patch sees (shared memory): what it calls before it begins.
+
+    Raises:
+        GuardError: this context's phase forbids it.
+    """
+    region = STATE.get()
+    if region is not None and not region.open:
+        refuse(operation)
+
+
 _HINTS: Final = {
     Phase.PREPARE: "compute it from the request on every rank, or move it to the worker (between prepare and execute)",
     Phase.EXECUTE: "use the Communicator that the worker injected, or move it to the worker (before or after execute)",

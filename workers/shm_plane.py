@@ -1,0 +1,161 @@
+"""The control plane of one host: rings of slots in shared memory, written once and read where they lie."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+from hal.config import Topology
+from hal.control import ControlPlane
+from hal.errors import WireError
+from hal.guard import check
+from hal.schema.layout import align, aligned_bytes
+from hal.schema.packed import Buffer
+from workers.groups import Store, lost
+from workers.shm import LIMIT, START, Segment
+
+_MAGIC = b"HALr"
+_MAX_PARTS = 6
+_SLOT = struct.Struct(f"<4sIIHH{_MAX_PARTS}Q")  # magic, crc32 of the rest, slot's count, piece, parts, bytes of each
+_CRC = struct.Struct("<I")
+_STEPS = 8, 1 << 20  # slots, and bytes of each: only what messages fill takes up memory
+_OUTPUTS = 32, 1 << 18  # far more than steps that a driver submits ahead
+_END_LIMIT = 5.0  # seconds that the last message waits for ranks that hang
+
+
+class Ring:
+    """Messages from one rank to others, each of which takes all of them.
+
+    A message's parts, each at a multiple of 64 bytes, are cut into as many slots as they need; the common case is one,
+    which the readers see without copying it.
+    """
+
+    def __init__(self, segment: Segment, writer: int, readers: Sequence[int], slots: int, slot_bytes: int) -> None:
+        self.segment, self.writer = segment, writer
+        self._slots: list[Any] = [segment.take(slot_bytes) for _ in range(slots)]
+        self._room = slot_bytes - _SLOT.size
+        self._head = segment.counter()
+        self._done = {reader: segment.counter() for reader in readers}
+        self._count = START  # of slots that this rank wrote, or took
+        self._held = False  # the last of them is still being read
+
+    def send(self, parts: Sequence[Buffer], limit: float = LIMIT) -> None:
+        """Returns when the parts may be changed. Raises WorkerError, as Segment.wait."""
+        if len(parts) > _MAX_PARTS:
+            raise WireError("a message has too many parts", got=len(parts), expected=f"at most {_MAX_PARTS}")
+        sizes = [part.size for part in parts]
+        piece = at = 0
+        slot = self._begin(piece, sizes, limit)
+        for part in parts:
+            sent = 0
+            while sent < part.size:
+                if at == self._room:
+                    self._publish()
+                    piece, at = piece + 1, 0
+                    slot = self._begin(piece, sizes, limit)
+                taken = min(part.size - sent, self._room - at)
+                slot[at:at + taken] = part[sent:sent + taken]
+                sent, at = sent + taken, at + taken
+            at = align(at)
+        self._publish()
+
+    def receive(self, own: bool = False, limit: float | None = LIMIT) -> list[Buffer]:
+        """The next message's parts: views that are valid until the next call, or, if `own`, for ever.
+
+        Raises:
+            WireError: what lies in the slot is no message, or not this one.
+            WorkerError: as Segment.wait.
+        """
+        if self._held:
+            self._release()
+        data, sizes = self._take(0, limit)
+        total = sum(map(align, sizes))
+        if total > self._room or own:
+            message, at, piece = aligned_bytes(total), 0, 0
+            while True:
+                taken = min(self._room, total - at)
+                message[at:at + taken] = data[:taken]
+                at += taken
+                self._release()
+                if at == total:
+                    break
+                piece += 1
+                data, _ = self._take(piece, limit)
+            data = message
+        else:
+            self._held = True
+        at, parts = 0, []
+        for size in sizes:
+            parts.append(data[at:at + size])
+            at += align(size)
+        return parts
+
+    def close(self) -> None:
+        self._slots = []
+
+    def _begin(self, piece: int, sizes: list[int], limit: float) -> Any:
+        """The next slot's data, free and with its head written."""
+        for reader, done in self._done.items():
+            self.segment.wait(done, self._count + 1 - len(self._slots), reader, limit)
+        slot = self._slots[self._count % len(self._slots)]
+        count = self._count & 0xFFFFFFFF
+        _SLOT.pack_into(slot, 0, _MAGIC, 0, count, piece, len(sizes), *sizes, *[0] * (_MAX_PARTS - len(sizes)))
+        _CRC.pack_into(slot, 4, zlib.crc32(slot[8:_SLOT.size]))
+        return slot[_SLOT.size:]
+
+    def _publish(self) -> None:
+        self._count += 1
+        self.segment.post(self._head, self._count)
+
+    def _take(self, piece: int, limit: float | None) -> tuple[Any, list[int]]:
+        """The next slot's data, and the sizes of the message's parts."""
+        self.segment.wait(self._head, self._count + 1, self.writer, limit)
+        slot = self._slots[self._count % len(self._slots)]
+        magic, crc, count, of, parts, *sizes = _SLOT.unpack_from(slot)
+        expected = _MAGIC, self._count & 0xFFFFFFFF, piece
+        if (magic, count, of) != expected or crc != zlib.crc32(slot[8:_SLOT.size]):
+            raise WireError("what arrived through shared memory is no message, or not the next one",
+                            got=(magic, count, of), expected=expected, hint="something else wrote to the ring")
+        return slot[_SLOT.size:], sizes[:parts]
+
+    def _release(self) -> None:
+        self._count += 1
+        self._held = False
+        self.segment.post(self._done[self.segment.rank], self._count)
+
+
+class ShmPlane(ControlPlane):
+    """Raises BackendError on all ranks where they cannot share memory."""
+
+    def __init__(self, topology: Topology, store: Store) -> None:
+        size = sum(slots * slot_bytes for slots, slot_bytes in (_STEPS, _OUTPUTS))
+        self._segment = Segment("control", topology.rank, topology.world_size, store, size)
+        self._others = range(1, topology.world_size)
+        self._steps = Ring(self._segment, 0, self._others, *_STEPS)
+        # From the sampling rank: tp_rank 0 of the last stage.
+        self._outputs = Ring(self._segment, (topology.pp - 1) * topology.tp, [0], *_OUTPUTS)
+
+    def broadcast(self, parts: Sequence[Buffer]) -> None:
+        check("ShmPlane.broadcast")
+        if not self._segment.lives(*self._others):
+            raise lost("the control plane", ConnectionError("a rank is gone"))
+        self._steps.send(parts, LIMIT if parts else _END_LIMIT)
+
+    def receive(self) -> list[Buffer]:
+        check("ShmPlane.receive")
+        return self._steps.receive(limit=None)  # waiting is no error: an engine may be idle for days
+
+    def send_output(self, part: Buffer) -> None:
+        check("ShmPlane.send_output")
+        self._outputs.send([part])
+
+    def receive_output(self) -> Buffer:
+        check("ShmPlane.receive_output")
+        return self._outputs.receive()[0]
+
+    def close(self) -> None:
+        self._segment.close()
+        self._steps.close()
+        self._outputs.close()
