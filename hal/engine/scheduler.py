@@ -296,7 +296,7 @@ class Scheduler:
         self._registered[row] = registered
         self._ends_at_eos[row] = not seq.params.ignore_eos
         self._own_stops[row] = bool(seq.params.stop_token_ids)
-        self._needs_tokens[row] = seq.has_penalties
+        self._needs_tokens[row] = seq.params.penalised
         self._asks_prompt[row] = seq.wants_prompt_logprobs
         return True
 

@@ -47,12 +47,6 @@ class Sequence:
         return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt
 
     @property
-    def has_penalties(self) -> bool:
-        """Sampling looks at its output so far."""
-        p = self.params
-        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-
-    @property
     def floats(self) -> list[float]:
         """A row of ExecuteModelRequest.new_floats."""
         p = self.params

@@ -1,0 +1,311 @@
+"""LLM: a model, its workers and a scheduler behind one object."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from hal import backend as backends
+from hal.config import BUNDLED_MODEL, EngineConfig
+from hal.engine.outputs import RequestOutput
+from hal.engine.progress import LoadProgress, RequestProgress
+from hal.engine.requests import Logprobs, Request
+from hal.engine.scheduler import Scheduler
+from hal.engine.sequence import Sequence, derive_seed
+from hal.engine.step import Step
+from hal.engine.text import TextStream, load_tokenizer
+from hal.errors import ConfigError, HalError, RequestError, StateError
+from hal.executor import StepHandle, make_executor
+from hal.models.hf_config import read_config
+from hal.runner import no_progress
+from hal.sampling.params import SamplingParams
+
+Prompt = str | list[int]
+Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts since the engine started.
+
+    Attributes:
+        steps: submitted. prefill_tokens: computed in chunks of prompts, also anew after a preemption. decode_tokens:
+            sampled. cached_tokens: of prompts, found in the prefix cache.
+        running, waiting: requests now.
+    """
+
+    steps: int
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    preemptions: int
+    running: int
+    waiting: int
+
+
+class LLM:
+    """An engine for one model.
+
+        with LLM("path/to/checkpoint", tp=2) as llm:
+            outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
+
+    Not thread-safe. For an engine of one's own: `add_request`, and `step` while `unfinished`.
+
+    Args:
+        model: checkpoint directory in Hugging Face format; by default the bundled one, which adds numbers. Without
+            tokenizer files prompts are token ids, and outputs have no text.
+        progress: show bars while loading and warming up.
+        options: the fields of EngineConfig.
+
+    Raises:
+        ConfigError, ModelLoadError, BackendError, CapacityError, WorkerError.
+    """
+
+    def __init__(self, model: str = str(BUNDLED_MODEL), *, progress: bool = False, **options: Any) -> None:
+        self.config = config = EngineConfig(model=str(model), **options)
+        self.model_config = read_config(config.model)
+        self.max_model_len = config.max_model_len or self.model_config.max_position
+        if self.max_model_len > self.model_config.max_position:
+            raise ConfigError("max_model_len is longer than the model's context", got=self.max_model_len,
+                              expected=f"at most {self.model_config.max_position}")
+        self.tokenizer = load_tokenizer(config.model)
+        self.backend = backends.select(config.device)
+        bars = LoadProgress() if progress else None
+        try:
+            self.executor = make_executor(config, self.model_config, self.backend, bars or no_progress)
+        finally:
+            if bars is not None:
+                bars.close()
+        ahead = backends.resolve_async(self.backend, config.async_scheduling, config.pp)
+        self.scheduler = Scheduler(config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=config.pp,
+                                   eos_token_ids=self.model_config.eos_token_ids, ahead=ahead)
+        self._steps_in_flight = 2 if ahead else config.pp
+        self._pending: deque[tuple[Step, StepHandle]] = deque()
+        self._requests: dict[int, Request] = {}
+        self._next_id = 0
+        self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
+
+    def generate(self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None, *,
+                 progress: bool = False) -> list[RequestOutput]:
+        """Complete all prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of these. params: of all, or one for each; None is greedy.
+            progress: show a bar with prefill and decode tokens/s.
+
+        Raises:
+            RequestError, CapacityError: a prompt is refused (named by its index); then none is run.
+            WorkerError: a rank failed; the engine is shut down.
+        """
+        several = _as_list(prompts)
+        requests = self._add_all(several, _as_many(params, len(several)))
+        bar = RequestProgress(len(requests), progress)
+        try:
+            waiting = {r.output.request_id for r in requests}
+            while waiting:
+                before = self._counts.copy()
+                done = {o.request_id for o in self.step(text=False) if o.finish_reason is not None} & waiting
+                waiting -= done
+                prefill, decode = (self._counts[n] - before[n] for n in ("prefill_tokens", "decode_tokens"))
+                bar.step(prefill, decode, len(done))
+        finally:
+            bar.close()
+            self._abandon(requests)
+        return [r.output for r in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """The output each time it has grown: the same object, whose text never shows part of a stop text. Closing the
+        iterator aborts the request. Raises as `generate`, at once."""
+        request, = self._add_all([prompt], [params or SamplingParams()])
+        return self._stream(request)
+
+    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+        try:
+            while request.output.finish_reason is None:
+                if any(o is request.output for o in self.step()):
+                    yield request.output
+        finally:
+            self._abandon([request])
+
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> list[int]:
+        """The prompt's token ids.
+
+        Raises:
+            RequestError: this model cannot do it. CapacityError: the KV cache cannot hold it.
+        """
+        params, vocab = params or SamplingParams(), self.model_config.vocab_size
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("the model has no tokenizer", got="a text prompt", expected="token ids",
+                                   hint=f"add tokenizer files to {self.config.model}, or give prompt_token_ids")
+            ids: list[int] = self.tokenizer(prompt).input_ids
+        else:
+            ids = list(prompt)
+            for token in ids:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                    raise RequestError("a token id is out of the vocabulary", got=repr(token),
+                                       expected=f"an integer from 0 to {vocab - 1}")
+        if not ids:
+            raise RequestError("the prompt is empty", expected="at least one token")
+        if len(ids) >= self.max_model_len:
+            raise RequestError("the prompt is longer than the context", got=f"{len(ids)} tokens",
+                               expected=f"at most {self.max_model_len - 1}, so that one more fits",
+                               hint=None if self.max_model_len == self.model_config.max_position else
+                               f"max_model_len may be up to {self.model_config.max_position}")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > vocab:
+                raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab)
+        self.scheduler.check(len(ids), self._limit(ids, params))
+        return ids
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Enqueue a request; its number. Raises as `check`."""
+        return self._add_all([prompt], [params or SamplingParams()])[0].output.request_id
+
+    def abort(self, request_id: int) -> None:
+        """End a request now; one that is finished or unknown stays as it is. Its output appears in no further step."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.scheduler.finish(request.seq, "abort")
+            self._complete(request)
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def step(self, *, text: bool = True) -> list[RequestOutput]:
+        """Submit a step where one can be, and take over the oldest one's output once enough are in flight.
+
+        Args:
+            text: bring the texts of running requests up to date. Complete ones have theirs in any case.
+
+        Returns:
+            The outputs that grew; those with a finish_reason are complete.
+
+        Raises:
+            WorkerError: a rank failed; the engine is shut down.
+        """
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._pending.append((step, self.executor.execute_model(step.request)))
+            self._counts["steps"] += 1
+        if not self._pending:
+            if self.scheduler.unfinished:
+                raise StateError("requests wait, and none can run", hint="this is a defect of the scheduler: report it")
+            return []
+        if step is None or len(self._pending) >= self._steps_in_flight:
+            return self._take_over(*self._pending.popleft(), text)
+        return []
+
+    def stats(self) -> Stats:
+        live = [r.seq for r in self._requests.values()]
+        counts = self._counts.copy()
+        counts["cached_tokens"] += sum(s.num_cached for s in live)
+        counts["preemptions"] += sum(s.preemptions for s in live)
+        return Stats(**counts, running=len(self.scheduler.running), waiting=len(self.scheduler.waiting))
+
+    def shutdown(self) -> None:
+        """End the workers. Idempotent."""
+        self.executor.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.shutdown()
+
+    def _limit(self, ids: list[int], params: SamplingParams) -> int:
+        return min(len(ids) + params.max_tokens, self.max_model_len)
+
+    def _add_all(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
+        """All or none."""
+        token_ids = []
+        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                token_ids.append(self.check(prompt, each))
+            except HalError as error:
+                error.what = f"prompt {i}: {error.what}" if len(prompts) > 1 else error.what
+                raise
+        return [self._add(*args) for args in zip(range(len(prompts)), prompts, token_ids, params, strict=True)]
+
+    def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams) -> Request:
+        number, self._next_id = self._next_id, self._next_id + 1
+        seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
+        seq = Sequence(request_id=number, token_ids=ids.copy(), num_prompt=len(ids), params=params, seed=seed,
+                       limit=self._limit(ids, params))
+        output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids,
+                               logprobs=None if params.logprobs is None else [],
+                               prompt_logprobs=None if params.prompt_logprobs is None else [None])
+        text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop)
+        request = self._requests[number] = Request(seq, output, text)
+        self.scheduler.add(seq)
+        return request
+
+    def _take_over(self, step: Step, handle: StepHandle, text: bool) -> list[RequestOutput]:
+        result = handle.result()
+        tokens = result.token_ids.numpy()
+        self._counts["prefill_tokens"] += step.num_prefill
+        self._counts["decode_tokens"] += len(tokens)
+        if step.prompt_targets:
+            self._take_prompt_logprobs(step, Logprobs.prompt(result))
+        logprobs = Logprobs.sampled(result)
+        self.scheduler.update(step, tokens)
+        grown = []
+        for row, (seq, token) in enumerate(zip(step.sampled, tokens.tolist(), strict=True)):
+            request = self._requests.get(seq.request_id)
+            if request is None:  # aborted, or it ended a step ago
+                continue
+            output, wanted = request.output, seq.params.logprobs
+            output.token_ids.append(token)
+            if wanted is not None and logprobs is not None:
+                cast(list[Any], output.logprobs).append(logprobs.of(row, token, wanted))
+            grown.append(output)
+            if text or seq.params.stop:
+                request.write_text()
+                if request.text is not None and request.text.stopped:
+                    self.scheduler.finish(seq, "stop")
+            if seq.finish_reason is not None:
+                del self._requests[seq.request_id]
+                self._complete(request)
+        return grown
+
+    def _take_prompt_logprobs(self, step: Step, logprobs: Logprobs | None) -> None:
+        row = 0
+        for seq, first, end in step.prompt_targets:
+            request = self._requests.get(seq.request_id)
+            for at in range(first, end):
+                # Told again only when a preempted prompt is computed anew.
+                if request is not None and logprobs is not None and request.output.prompt_logprobs is not None \
+                        and len(request.output.prompt_logprobs) == at:
+                    request.output.prompt_logprobs.append(
+                        logprobs.of(row, seq.token_ids[at], seq.params.prompt_logprobs or 0))
+                row += 1
+
+    def _complete(self, request: Request) -> None:
+        seq = request.seq
+        request.write_text()
+        request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
+        self._counts["cached_tokens"] += seq.num_cached
+        self._counts["preemptions"] += seq.preemptions
+
+    def _abandon(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.abort(request.output.request_id)
+
+
+def _as_list(prompts: Prompts) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(cast(list[Prompt], prompts))
+
+
+def _as_many(params: SamplingParams | list[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError("there are not as many params as prompts", got=len(params), expected=count)
+    return list(params)

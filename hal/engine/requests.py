@@ -1,0 +1,66 @@
+"""What an engine keeps of one request, and how a step's output becomes part of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hal.engine.outputs import RequestOutput, TokenLogprob
+from hal.engine.sequence import Sequence
+from hal.engine.text import TextStream
+from hal.outputs import SamplerOutput
+
+
+@dataclass(slots=True)
+class Request:
+    """Attributes: shown: output tokens that the text has."""
+
+    seq: Sequence
+    output: RequestOutput
+    text: TextStream | None
+    shown: int = 0
+
+    def write_text(self) -> None:
+        """Bring output.text up to the tokens there are; a stop text cuts the tokens' text, not the tokens."""
+        if self.text is None:
+            return
+        output, done = self.output, self.seq.finish_reason is not None
+        tokens = output.token_ids[self.shown:]
+        self.shown = len(output.token_ids)
+        if done and tokens and self.seq.finish_reason == "stop" and not self.text.stopped:
+            tokens = tokens[:-1]  # the token that ended it is no text
+        self.text.append(tokens, last=done)
+        output.text = self.text.text if done else self.text.safe
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """A step's logprobs on the host, by row; `of` gives one row's."""
+
+    chosen: np.ndarray
+    top_ids: np.ndarray
+    top: np.ndarray
+
+    @classmethod
+    def sampled(cls, output: SamplerOutput) -> Logprobs | None:
+        return cls._make(output.logprobs, output.top_ids, output.top_logprobs)
+
+    @classmethod
+    def prompt(cls, output: SamplerOutput) -> Logprobs | None:
+        return cls._make(output.prompt_logprobs, output.prompt_top_ids, output.prompt_top_logprobs)
+
+    @classmethod
+    def _make(cls, chosen: torch.Tensor | None, ids: torch.Tensor | None, top: torch.Tensor | None) -> Logprobs | None:
+        if chosen is None:
+            return None
+        if ids is None or top is None:
+            none = np.zeros((len(chosen), 0), np.int32)
+            return cls(chosen.numpy(), none, none)
+        return cls(chosen.numpy(), ids.numpy(), top.numpy())
+
+    def of(self, row: int, token: int, count: int) -> TokenLogprob:
+        """`count`: what this request asked for; a step reports the most that any did."""
+        ids, values = self.top_ids[row, :count].tolist(), self.top[row, :count].tolist()
+        return TokenLogprob(token, float(self.chosen[row]), list(zip(ids, values, strict=True)))
