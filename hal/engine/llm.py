@@ -299,7 +299,7 @@ class LLM:
 
 def _as_list(prompts: Prompts) -> list[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
+        return [prompts]
     return list(cast(list[Prompt], prompts))
 
 
