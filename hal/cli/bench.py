@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hal.cli import measure, options
+from hal.cli import options
 from hal.cli.shapes import SHAPES
 from hal.config import EngineConfig
 from hal.errors import ConfigError
@@ -81,6 +81,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
         chosen |= {"model": str(scratch), "random_weights": True}
     from hal import backend as backends
+    from hal.cli import measure
     from hal.models.hf_config import read_config
 
     length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
