@@ -5,7 +5,11 @@ export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: test test-fast lint clean
+.PHONY: demo test test-fast lint clean
+
+# The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
+demo: .venv/.made
+	.venv/bin/hal generate --device cpu --tp 2 "37+85=" "123+456=" "999+1=" "250+250="
 
 .venv/.made: pyproject.toml constraints/venv.txt
 	$(PYTHON) -m venv .venv
