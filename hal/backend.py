@@ -30,6 +30,7 @@ class Capabilities:
         max_tp, max_pp: largest parallel sizes it runs.
         swap: KV blocks can be swapped to host memory.
         asynchronous: execute_model returns before the device is done, and the runner relays sampled tokens (hal.relay).
+        checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.
     """
 
     dtypes: tuple[str, ...] = ("float32",)
@@ -37,6 +38,7 @@ class Capabilities:
     max_pp: int = 1
     swap: bool = True
     asynchronous: bool = False
+    checkpoints: bool = True
 
 
 class Backend(abc.ABC):

@@ -30,10 +30,12 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     Attributes:
         input_type: the declared input of a step.
         intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
+        compiled: programs compiled or graphs captured so far; `warmup` makes the last of them.
     """
 
     input_type: ClassVar[type[ModelInput]]
     intermediate_type: type[IntermediateTensors] | None = None
+    compiled: int = 0
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.config, self.device, self.communicator = config, device, communicator

@@ -1,0 +1,72 @@
+"""hal conformance: say whether a backend is right, and how far"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hal.conformance.run import Result
+
+EPILOG = """levels (each includes those before it):
+  L0 registration and capabilities   L1 input contracts   L2 operations against fp64   L3 a tiny model in every way
+  L4 graphs and buckets              L5 distributed       L6 replay and guard
+
+examples:
+  hal conformance --backend cpu                              everything; exit code 1 when anything fails
+  hal conformance --backend mypackage:backend --level 3 --report out
+  hal conformance --backend cpu --case 'L2/attention/*' --dtype bfloat16"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", metavar="NAME", help="a backend's name, or module:attribute")
+    parser.add_argument("--level", type=int, choices=range(7), default=6, metavar="N",
+                        help="highest level (default: 6)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of weights, prompts and examples (default: 0)")
+    parser.add_argument("--examples", type=int, default=25, metavar="N",
+                        help="that each property is tried on (default: 25)")
+    parser.add_argument("--report", metavar="DIR", help="write report.md, report.html, report.json and junit.xml there")
+    parser.add_argument("--case", action="append", metavar="NAME", help="only these; * matches anything; repeatable")
+    parser.add_argument("--dtype", action="append", metavar="NAME", help="only these of those declared; repeatable")
+    parser.add_argument("--xfail", metavar="FILE", help="TOML or JSON of expected failures: case, reason, link, dtype")
+    parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
+                        help="widen an entry of the table; the report says so; repeatable")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("hypothesis") is None:
+        raise ConfigError("the conformance kit needs hypothesis", hint="pip install 'hal-runtime[test]'")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: ranks would spin for each other's cores
+    from hal.conformance.case import all_cases
+
+    if args.list:
+        for case in all_cases():
+            print(f"{case.name:<48} {case.doc}")
+        return 0
+    if args.backend is None:
+        args.usage_error("give --backend NAME")
+    from hal.conformance import report as reports
+    from hal.conformance import run as kit
+    from hal.conformance.tolerance import Tolerances
+
+    sys.path.insert(0, os.getcwd())  # "module:attribute" of what lies here, as with python -m
+    report = kit.run(kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
+                                 tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance)), _show)
+    if args.report:
+        reports.write(report, Path(args.report))
+    print("\n".join(f"{name}: {value}" for name, value in report.header.items()), end="\n\n")
+    print(reports.terminal(report))
+    return int(bool(report.failed))
+
+
+def _show(result: Result) -> None:
+    if sys.stderr.isatty() or result.status in ("fail", "error"):
+        print(f"{result.status:<5} {result.seconds:6.1f} s  {result.case.name} ({result.dtype})", file=sys.stderr)

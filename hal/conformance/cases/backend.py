@@ -1,0 +1,87 @@
+"""L0: the backend is found, says truly what it can do, and makes a runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hal import backend as backends
+from hal.backend import Backend
+from hal.conformance.case import case
+from hal.conformance.context import Context
+from hal.errors import BackendError
+from hal.inputs import ModelInput, PagedModelInput
+from hal.runner import ModelRunnerBase
+
+
+@case(0, "registration", once=True)
+def loads_by_name(ctx: Context) -> None:
+    """The name it is known by gives this backend, always the same object."""
+    found = backends.load(ctx.device)
+    ctx.check(found is backends.load(ctx.device), "two loads give two backends")
+    ctx.check(isinstance(found.name, str) and found.name != "", f"name is {found.name!r}")
+    if ":" not in ctx.device:
+        ctx.equal("name", found.name, ctx.device)
+
+
+@case(0, "registration", once=True)
+def is_small(ctx: Context) -> None:
+    """It keeps to the interface: no public method beside those that a backend has."""
+    extra = [n for n in vars(type(ctx.backend)) if not n.startswith("_") and n not in dir(Backend)
+             and n not in Backend.__annotations__]
+    ctx.equal("public members that no backend has", extra, [])
+
+
+@case(0, "capabilities", once=True)
+def are_well_formed(ctx: Context) -> None:
+    """Declared sizes and dtypes are ones that the library knows."""
+    can = ctx.backend.capabilities
+    ctx.check(bool(can.dtypes) and set(can.dtypes) <= {"float32", "bfloat16", "float16"}, f"dtypes are {can.dtypes}")
+    ctx.check(can.max_tp >= 1 and can.max_pp >= 1, f"max_tp={can.max_tp}, max_pp={can.max_pp}")
+    ctx.check(all(isinstance(k, str) and isinstance(v, str) for k, v in ctx.backend.versions().items()),
+              "versions() is not a mapping of texts")
+
+
+@case(0, "capabilities", once=True)
+def what_is_not_declared_is_refused(ctx: Context) -> None:
+    """Asking for more than is declared fails before anything is made, naming it."""
+    can = ctx.backend.capabilities
+    asked: list[dict[str, Any]] = [{"tp": can.max_tp + 1}, {"pp": can.max_pp + 1}, {"dtype": "float64"}]
+    asked += [] if can.swap else [{"num_cpu_blocks": 1}]
+    for options in asked:
+        try:
+            backends.require(ctx.backend, **{"dtype": can.dtypes[0], "tp": 1, "pp": 1, "num_cpu_blocks": 0, **options})
+        except BackendError as error:
+            named = error.got is not None and error.expected is not None
+            ctx.check(named, f"{options}: the error names no alternative")
+        else:
+            ctx.check(False, f"{options} was not refused")
+
+
+@case(0, "device", once=True)
+def is_there(ctx: Context) -> None:
+    """The first device holds a tensor, and tells its free memory."""
+    device = ctx.backend.device(0)
+    ctx.check(isinstance(device, torch.device), f"device(0) is {device!r}")
+    x = torch.arange(5, device=device)
+    ctx.backend.synchronize(device)
+    ctx.equal("a tensor's values", x.tolist(), [0, 1, 2, 3, 4])
+    free = ctx.backend.free_memory(device)
+    ctx.check(isinstance(free, int) and free > 1 << 20, f"free_memory is {free!r} bytes")
+
+
+@case(0, "runner")
+def keeps_its_contract(ctx: Context) -> None:
+    """It loads in this dtype, its caches are what it says they cost, zeroed, on the device, dimension 1 the blocks."""
+    session = ctx.session()
+    runner, caches = session.runner, session.runner.make_kv_caches(7)
+    ctx.check(isinstance(runner, ModelRunnerBase), f"{type(runner).__name__} is not a ModelRunnerBase")
+    ctx.check(issubclass(runner.input_type, ModelInput), f"input_type is {runner.input_type}")
+    ctx.check(all(c.shape[1] == 7 for c in caches), f"cache shapes for 7 blocks are {[list(c.shape) for c in caches]}")
+    ctx.equal("devices of the caches", {c.device.type for c in caches}, {session.device.type})
+    ctx.check(not any(bool(c.ne(0).any()) for c in caches), "new caches are not zeroed")
+    ctx.equal("7 blocks in bytes", sum(c.numel() * c.itemsize for c in caches), 7 * runner.kv_bytes_per_block())
+    ctx.check(runner.reserve_bytes() >= 0, f"reserve_bytes is {runner.reserve_bytes()}")
+    if issubclass(runner.input_type, PagedModelInput) and ctx.backend.capabilities.checkpoints:
+        ctx.equal("layers with a cache", len(caches), session.config.model.num_layers)

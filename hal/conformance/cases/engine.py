@@ -1,0 +1,83 @@
+"""L3: a tiny model under the real scheduler and executor: every way for a sequence to come by its cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hal.conformance.case import case
+from hal.conformance.context import GREEDY, Context, Run
+from hal.sampling.params import SamplingParams
+
+_SAMPLED = [SamplingParams(max_tokens=10, temperature=0.9, seed=5), SamplingParams(max_tokens=10),
+            SamplingParams(max_tokens=10, temperature=1.2, top_k=20, seed=-3),
+            SamplingParams(max_tokens=10, temperature=0.8, top_p=0.8, seed=2**40),
+            SamplingParams(max_tokens=10, repetition_penalty=1.3, frequency_penalty=0.4),
+            SamplingParams(max_tokens=10, temperature=1.0, min_p=0.05, presence_penalty=0.6, seed=11)]
+_SAMPLED = [replace(p, ignore_eos=True) for p in _SAMPLED]
+# 3 sequences of 40 + 24 tokens want 48 blocks of 4; there are 40.
+_CROWDED: dict[str, Any] = {"block_size": 4, "num_blocks": 41, "max_model_len": 96}
+_LONG = replace(GREEDY, max_tokens=24)
+
+
+@case(3, "scheduling")
+def continuous_batching(ctx: Context) -> None:
+    """Sequences enter and leave while others run, in chunks; rows and blocks are given anew."""
+    runs = ctx.engine(ctx.prompts(30, 5, 17, 44, 1, 12, 26, 9, 3, 20, 7), apart=2, max_num_seqs=4, num_blocks=25,
+                      max_num_batched_tokens=24)
+    ctx.verify(runs, what="continuous batching")
+
+
+@case(3, "scheduling")
+def prefix_reuse(ctx: Context) -> None:
+    """Prompts that begin alike share blocks: whole prompts, parts of them, and one that is found complete."""
+    shared = ctx.prompts(48)[0]
+    prompts = [shared, shared + ctx.prompts(5)[0], shared[:33] + ctx.prompts(9)[0], shared[:32], shared]
+    runs = ctx.engine(prompts, apart=3, prefix_caching=True, num_blocks=40)
+    ctx.check(sum(r.cached > 0 for r in runs) >= 3, f"the scheduler found {[r.cached for r in runs]} tokens cached")
+    ctx.verify(runs, what="prefix reuse")
+
+
+@case(3, "scheduling")
+def preemption_by_recomputing(ctx: Context) -> None:
+    """Sequences lose their blocks half way and are computed anew into others."""
+    _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, **_CROWDED))
+
+
+@case(3, "scheduling", "swap")
+def preemption_by_swapping(ctx: Context) -> None:
+    """Sequences' blocks go to the host and come back elsewhere."""
+    _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, num_cpu_blocks=64, **_CROWDED))
+
+
+def _preempted(ctx: Context, runs: list[Run]) -> None:
+    ctx.check(sum(r.preemptions for r in runs) > 0, "nothing was preempted: the case shows nothing")
+    ctx.verify(runs, what="after preemption")
+
+
+@case(3, "sampling")
+def by_the_requests_own_seed(ctx: Context) -> None:
+    """Temperature, filters and penalties in one batch: each token is the one that its request's seed draws."""
+    ctx.verify(ctx.engine(ctx.prompts(12, 30, 5, 21, 9, 2), _SAMPLED), what="sampled")
+
+
+@case(3, "sampling")
+def whatever_else_is_in_the_batch(ctx: Context) -> None:
+    """The same requests in another order, beside others, in other chunks: right for the same seeds."""
+    prompts = ctx.prompts(12, 30, 5, 21, 9, 2)
+    seeded = [replace(p, seed=i if p.seed is None else p.seed) for i, p in enumerate(_SAMPLED)]
+    order = [4, 2, 5, 0, 3, 1]
+    runs = ctx.engine([*ctx.prompts(15, 3), *(prompts[i] for i in order)],
+                      [_SAMPLED[0], _SAMPLED[2], *(seeded[i] for i in order)], apart=1, max_num_batched_tokens=17)
+    ctx.verify(runs, what="sampled beside others")
+    if ctx.dtype == "float32":
+        first = ctx.engine(prompts, seeded)
+        ctx.equal("tokens of the same requests alone and beside others", [r.output for r in runs[2:]],
+                  [first[i].output for i in order])
+
+
+@case(3, "scheduling", "asynchronous")
+def ahead_of_its_tokens(ctx: Context) -> None:
+    """Steps that are issued before the tokens of the ones before them are known on the host."""
+    runs = ctx.engine(ctx.prompts(12, 30, 5, 21, 9, 2), _SAMPLED, apart=2, async_scheduling=True, num_blocks=40)
+    ctx.verify(runs, what="asynchronous")

@@ -1,0 +1,66 @@
+"""L4: whatever a backend compiles or captures, it does so in its warm-up, and every size is still right."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from hal.conformance.case import NotApplicable, case
+from hal.conformance.context import GREEDY, Context, Session, drive
+from hal.sampling.params import SamplingParams
+
+_SHORT = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=0)
+
+
+def _compiled(session: Session) -> int:
+    """What the runner counts, and what torch.compile counts, where anything has loaded that."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
+    return session.runner.compiled + (dynamo.counters["stats"]["unique_graphs"] if dynamo else 0)
+
+
+@case(4, "shapes")
+def every_batch_size(ctx: Context) -> None:
+    """Decoding 1 to max_num_seqs sequences, one more every step: buckets and graphs of every size give what the
+    reference does."""
+    session = ctx.session()
+    lengths = ctx.rng.integers(1, 20, session.config.engine.max_num_seqs).tolist()
+    runs = drive(session.step, session.scheduler(), ctx.prompts(*lengths), GREEDY, apart=1)
+    ctx.verify(runs, what="every batch size")
+
+
+@case(4, "shapes")
+def every_length(ctx: Context) -> None:
+    """Prompts around the powers of two, alone and in pairs."""
+    session = ctx.session()
+    runs = []
+    for i, lengths in enumerate(((1,), (2,), (3,), (7, 8), (9,), (15, 16), (17,), (31, 33), (63,), (64,), (65, 1))):
+        scheduler = session.scheduler()
+        scheduler.epoch = i
+        runs += drive(session.step, scheduler, ctx.prompts(*lengths), _SHORT)
+    ctx.verify(runs, what="every length")
+
+
+@case(4, "warm-up", once=True)
+def nothing_compiles_afterwards(ctx: Context) -> None:
+    """Steps of every kind add nothing to what the runner, or torch.compile, has counted after the warm-up."""
+    session = ctx.session(prefix_caching=True)
+    before = _compiled(session)
+    prompts = ctx.prompts(40, 3, 17, 64, 1, 9, 30, 22, 5)
+    sampled = SamplingParams(max_tokens=6, temperature=0.8, top_k=9, top_p=0.9, repetition_penalty=1.1, logprobs=2,
+                             ignore_eos=True)
+    drive(session.step, session.scheduler(), [*prompts, *prompts[:3]],
+          [GREEDY, sampled, _SHORT] * 4, apart=1)
+    ctx.equal("compiled or captured after the warm-up", _compiled(session) - before, 0)
+    if not before:
+        raise NotApplicable("the runner compiles and captures nothing")
+
+
+@case(4, "warm-up", once=True)
+def twice_is_once(ctx: Context) -> None:
+    """A second warm-up finds everything made."""
+    session = ctx.session()
+    if not session.runner.compiled:
+        raise NotApplicable("the runner compiles and captures nothing")
+    before = _compiled(session)
+    session.warm()
+    ctx.check(_compiled(session) <= before * 2, f"compiled {before} at first, {_compiled(session)} after the second")

@@ -1,0 +1,93 @@
+"""L6: the recordings that come with the library, and the rule that a runner does not communicate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from hal import guard
+from hal.conformance.case import Mismatch, NotApplicable, case
+from hal.conformance.context import GREEDY, Context, drive
+from hal.errors import GuardError
+from hal.executor import make_executor
+from hal.sampling.params import SamplingParams
+
+GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
+_SAMPLED = SamplingParams(max_tokens=8, temperature=0.9, top_p=0.9, repetition_penalty=1.1, logprobs=2, ignore_eos=True)
+
+
+@case(6, "guard", once=True)
+def prepare_and_execute_are_silent(ctx: Context) -> None:
+    """Under the strict guard, steps of every kind communicate nowhere but through the communicator, and not at all
+    while they prepare."""
+    guard.install(strict=True)
+    session = ctx.session(prefix_caching=True)
+    prompts = ctx.prompts(30, 4, 17, 1)
+    drive(session.step, session.scheduler(), [*prompts, prompts[0]], [GREEDY, _SAMPLED, GREEDY, _SAMPLED, GREEDY])
+
+
+@case(6, "guard", "tp", once=True)
+def so_are_those_of_two_ranks(ctx: Context) -> None:
+    """The same on two ranks, by the policy under which both prepare."""
+    ctx.engine(ctx.prompts(9, 3), [GREEDY, _SAMPLED], tp=2, wire="request")
+
+
+@case(6, "guard", once=True)
+def a_violation_is_refused(ctx: Context) -> None:
+    """The backend's own runner, made to talk in either phase, is stopped at the call, by name."""
+    for method, where in (("prepare_model_input", "prepare"), ("execute_model", "execute")):
+        session = ctx.session()
+        own = getattr(session.runner, method)
+
+        def talk(*args: Any, own: Any = own) -> Any:
+            dist.HashStore().set("a", "b")  # type: ignore[attr-defined]
+            return own(*args)
+
+        setattr(session.runner, method, talk)
+        guard.install()
+        try:
+            drive(session.step, session.scheduler(), ctx.prompts(5), GREEDY)
+        except GuardError as error:
+            ctx.equal("phase and operation named", (str(error.phase), "set" in error.operation), (where, True))
+        else:
+            raise Mismatch(f"communication in phase {where} passed")
+
+
+@case(6, "replay", "checkpoints")
+def golden_recordings(ctx: Context) -> None:
+    """Recordings made on other devices give the same tokens here, but for choices that were close."""
+    from hal.recording.replay import replay
+
+    files = sorted(GOLDEN.glob("*.safetensors"))
+    if not files:
+        raise NotApplicable("no recordings come with this library")
+    for path in files:
+        comparison = replay(path, ctx.backend, ctx.device, dtype=ctx.dtype)
+        ctx.check(not comparison.wrong(ctx.tolerances("model", ctx.dtype)), f"{path.name}:\n{comparison.table()}")
+
+
+@case(6, "replay", once=True)
+def its_own_recording(ctx: Context) -> None:
+    """What this backend does is recorded, written, read, and done again to the last bit."""
+    from hal.recording.record import RecordingExecutor
+    from hal.recording.replay import replay
+
+    config = ctx.config(prefix_caching=True)
+    recorder = RecordingExecutor(make_executor(config.engine, config.model, ctx.backend), config, ctx.backend)
+    path = ctx.scratch / "own.safetensors"
+    try:
+        drive(lambda r: recorder.execute_model(r).result(), ctx_scheduler(config, recorder), ctx.prompts(20, 3, 9),
+              [GREEDY, _SAMPLED, GREEDY], apart=2)
+        recorder.save(path)
+    finally:
+        recorder.shutdown()
+    comparison = replay(path, ctx.backend, ctx.device)
+    ctx.check(comparison.exact, f"a replay on the same device differs:\n{comparison.table()}")
+
+
+def ctx_scheduler(config: Any, executor: Any) -> Any:
+    from hal.engine.scheduler import Scheduler
+
+    return Scheduler(config.engine, executor.num_blocks)

@@ -1,0 +1,121 @@
+"""L3: a tiny model, step by step in this process: what a device computes, writes and leaves alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hal.conformance.case import NotApplicable, case
+from hal.conformance.context import GREEDY, Context, Session, drive
+from hal.inputs import NULL_BLOCK, PagedModelInput
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+
+
+def _runs(name: str, doc: str, *needs: str, shape: str = "llama", **options: Any) -> None:
+    """Register a case that runs a model of some shape."""
+    def check(ctx: Context) -> None:
+        session, prompts = ctx.session(shape, **options), ctx.prompts(40, 17, 16, 1)
+        ctx.verify(drive(session.step, session.scheduler(), prompts, GREEDY), shape, name)
+
+    check.__name__, check.__doc__ = name, doc
+    case(3, "model", *needs)(check)
+
+
+_WHOLE: dict[str, Any] = {"max_num_batched_tokens": 128}
+_runs("llama", "Grouped queries, rotary positions, a gated MLP: prefill, then decoding in a batch.", **_WHOLE)
+_runs("sliding_window", "Every layer sees 8 tokens back; contexts grow to 52.", "checkpoints", shape="window", **_WHOLE)
+_runs("qwen3", "Norms of queries and keys, heads wider than hidden_size / num_heads, the embedding as output head.",
+      "checkpoints", shape="qwen3", **_WHOLE)
+_runs("gpt2", "Learned positions, layer norms, biases everywhere, weights stored the other way round.", "checkpoints",
+      shape="gpt2", **_WHOLE)
+_runs("chunked_prefill", "Prompts in pieces of at most 13 tokens, mixed with decoding.", max_num_batched_tokens=13)
+_runs("small_blocks", "Blocks of 4 tokens: slots follow from the block size of the step.", block_size=4, num_blocks=129)
+
+
+@case(3, "model")
+def to_the_end_of_the_context(ctx: Context) -> None:
+    """Positions up to the last that the model has."""
+    session, prompts = ctx.session(), ctx.prompts(116, 63)
+    ctx.verify(drive(session.step, session.scheduler(), prompts, GREEDY), "llama", "long contexts")
+
+
+def _paged(session: Session, model_input: Any) -> PagedModelInput:
+    if not isinstance(model_input, PagedModelInput):
+        raise NotApplicable(f"{type(model_input).__name__} is not a PagedModelInput")
+    return model_input
+
+
+@case(3, "cache")
+def writes_nothing_else(ctx: Context) -> None:
+    """A step writes the blocks that its tokens are mapped to and the null block, in a batch of any composition."""
+    session, prompts = ctx.session(), ctx.prompts(30, 5, 21, 1, 3)
+    everywhere = torch.arange(session.caches[0].shape[1])
+    # What no sequence owns holds values that no step may change, nor depend on.
+    for cache in session.caches:
+        cache[:, 1:] = 1 if not cache.is_floating_point() else 0.5
+
+    def step(request: ExecuteModelRequest) -> SamplerOutput:
+        m = _paged(session, session.prepare(request))
+        before = [cache.cpu().clone() for cache in session.caches]
+        output = session.execute(m)
+        real = int(m.query_start_loc[-1])
+        mapped = set((m.slot_mapping[:real].cpu() // m.block_size).tolist()) | {NULL_BLOCK}
+        for layer, (cache, old) in enumerate(zip(session.caches, before, strict=True)):
+            changed = everywhere[(cache.cpu() != old).transpose(0, 1).flatten(1).any(1)].tolist()
+            ctx.check(set(changed) <= mapped, f"step {request.step} wrote blocks {sorted(set(changed) - mapped)} of "
+                      f"layer {layer}; its tokens are in {sorted(mapped)}")
+        return SamplerOutput.decode(output.encode())
+
+    ctx.verify(drive(step, session.scheduler(), prompts, GREEDY, apart=2), "llama", "over used blocks")
+
+
+@case(3, "cache")
+def warmup_leaves_it_clean(ctx: Context) -> None:
+    """Warming up writes the null block alone."""
+    session = ctx.session()
+    written = [int(c[:, 1:].ne(0).sum()) for c in session.caches]
+    ctx.equal("values written outside the null block", written, [0] * len(written))
+
+
+@case(3, "output")
+def outlives_the_next_step(ctx: Context) -> None:
+    """An output stays what it was when the next step runs: it may still be on its way to the host."""
+    session, kept = ctx.session(), list[tuple[SamplerOutput, list[int]]]()
+
+    def step(request: ExecuteModelRequest) -> SamplerOutput:
+        output = session.execute(session.prepare(request))
+        ctx.backend.synchronize(session.device)
+        kept.append((output, output.token_ids.tolist()))
+        return SamplerOutput.decode(output.encode())
+
+    drive(step, session.scheduler(), ctx.prompts(9, 4, 20), GREEDY)
+    for i, (output, tokens) in enumerate(kept):
+        ctx.equal(f"tokens of step {i}, read after the last step", output.token_ids.tolist(), tokens)
+
+
+@case(3, "output")
+def is_there_after_synchronize(ctx: Context) -> None:
+    """What synchronize waits for is complete: read in one copy right after it, and again later."""
+    session = ctx.session()
+
+    def step(request: ExecuteModelRequest) -> SamplerOutput:
+        output = session.execute(session.prepare(request))
+        ctx.backend.synchronize(session.device)
+        early = SamplerOutput.decode(output.encode())
+        late = SamplerOutput.decode(output.encode())
+        ctx.equal(f"step {request.step}: tokens", early.token_ids.tolist(), late.token_ids.tolist())
+        return early
+
+    ctx.verify(drive(step, session.scheduler(), ctx.prompts(33, 8, 2), GREEDY), "llama", "read after synchronize")
+
+
+@case(3, "output")
+def repeats_itself(ctx: Context) -> None:
+    """The same requests on a fresh cache give the same tokens and logprobs, bit for bit."""
+    prompts, found = ctx.prompts(20, 3, 11), []
+    for _ in range(2):
+        session = ctx.session()
+        found.append([(r.output, r.logprobs) for r in drive(session.step, session.scheduler(), prompts, GREEDY)])
+    ctx.equal("a second run", found[1], found[0])

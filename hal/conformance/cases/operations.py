@@ -1,0 +1,122 @@
+"""L2: each operation of the table that models compute with (runner.ops), against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hal.communicator import LocalCommunicator
+from hal.config import Topology
+from hal.conformance import reference
+from hal.conformance.case import case
+from hal.conformance.context import Context
+from hal.models.config import RopeConfig
+from hal.models.layers import Build, Output, column
+from hal.models.rope import cos_sin_table
+
+_ROWS = (1, 2, 7, 33)  # decoding alone, a small batch, sizes that no vector width divides
+
+
+def _ops(ctx: Context) -> tuple[Any, torch.device]:
+    session = ctx.session()
+    return ctx.part(session, "ops"), session.device
+
+
+def _pure(ctx: Context, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    """The result; the arguments are as before, and share no memory with it."""
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    result = call(*args)
+    for a, b in zip(args, before, strict=True):
+        ctx.check(not isinstance(a, torch.Tensor) or a.equal(b), f"{what} changed an argument")
+    first = result[0] if isinstance(result, tuple) else result
+    ctx.check(all(not isinstance(a, torch.Tensor) or a.device.type == "meta" or not a.numel()
+                  or a.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for a in args),
+              f"{what} returns memory of an argument")
+    return result
+
+
+@case(2, "linear", "checkpoints")
+def linear(ctx: Context) -> None:
+    """Packed or not, with and without bias, from one row to many."""
+    ops, device = _ops(ctx)
+    for rows in _ROWS:
+        for in_size, out_size, bias in ((64, 96, True), (96, 40, False), (256, 64, False)):
+            build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device)
+            layer = column(build, in_size, [Output("x", out_size)], bias=bias)
+            x, w = ctx.normal(rows, in_size), ctx.normal(out_size, in_size, scale=in_size**-0.5)
+            b = ctx.normal(out_size)
+            layer.weight.data.copy_(w)
+            if layer.bias is not None:
+                layer.bias.data.copy_(b)
+            ops.pack_linear(layer)
+            got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer.weight, layer.bias), x.to(device))
+            expected = F.linear(x.double(), w.double(), b.double() if bias else None)
+            ctx.close("linear", got, expected, f"linear [{rows}, {in_size}] to {out_size}")
+
+
+@case(2, "norm", "checkpoints")
+def rms_norm(ctx: Context) -> None:
+    """Alone, over heads, and with the residual added first; small and large values."""
+    ops, device = _ops(ctx)
+    for shape in ((1, 64), (7, 64), (33, 256), (5, 4, 32)):
+        for scale in (1e-3, 1.0, 30.0):
+            x, r, w = ctx.normal(*shape, scale=scale), ctx.normal(*shape, scale=scale), ctx.normal(shape[-1])
+            got = _pure(ctx, "rms_norm", ops.rms_norm, x.to(device), w.to(device), 1e-6)
+            ctx.close("norm", got, reference.rms_norm(x.double(), w.double(), 1e-6), f"rms_norm {shape} of {scale:g}")
+            args = (*(y.to(device) for y in (x, r, w)), 1e-6)
+            normed, total = _pure(ctx, "add_rms_norm", ops.add_rms_norm, *args)
+            ctx.close("norm", total.div(scale), (x.double() + r.double()) / scale, f"residual {shape} of {scale:g}")
+            expected = reference.rms_norm(total.cpu().double(), w.double(), 1e-6)
+            ctx.close("norm", normed, expected, f"add_rms_norm {shape}")
+
+
+@case(2, "norm", "checkpoints")
+def layer_norm(ctx: Context) -> None:
+    """Values far from zero too: the mean is taken away before anything is squared."""
+    ops, device = _ops(ctx)
+    for rows, mean in ((1, 0.0), (7, 1.0), (33, 20.0)):
+        x, w, b = ctx.normal(rows, 64) + mean, ctx.normal(64), ctx.normal(64)
+        got = _pure(ctx, "layer_norm", ops.layer_norm, *(y.to(device) for y in (x, w, b)), 1e-5)
+        expected = F.layer_norm(x.double(), (64,), w.double(), b.double(), 1e-5)
+        ctx.close("norm", got, expected, f"layer_norm around {mean}")
+
+
+@case(2, "rotary", "checkpoints")
+def rotary(ctx: Context) -> None:
+    """Any positions in any order, the first and the last of the table among them, for heads that are a view."""
+    ops, device = _ops(ctx)
+    rope, length = RopeConfig(theta=10000.0), 512
+    for heads, dim in ((6, 16), (3, 32), (5, 64)):
+        at = ctx.rng.integers(0, length, 40)
+        at[:7] = 0, length - 1, 63, 64, 127, 128, 255
+        positions = torch.from_numpy(at).int()
+        x = ctx.normal(40, heads + 2, dim)
+        table = cos_sin_table(rope, dim, length, device)
+        begun = ops.begin_rotary(positions.to(device), table, ctx.torch_dtype)
+        got = ops.rotary(x.to(device)[:, :heads], begun)
+        expected = reference.rotate(x[:, :heads].double(), table.cpu()[positions].double())
+        ctx.close("rotary", got, expected, f"rotary of {heads} heads of {dim}")
+
+
+@case(2, "activation", "checkpoints")
+def silu_mul(ctx: Context) -> None:
+    """The gate comes first; large values neither overflow nor turn into NaN."""
+    ops, device = _ops(ctx)
+    for rows in _ROWS:
+        x = ctx.normal(rows, 192, scale=4.0)
+        x[0, :2] = torch.tensor([90.0, -90.0])
+        gate, up = x.double().chunk(2, -1)
+        ctx.close("activation", _pure(ctx, "silu_mul", ops.silu_mul, x.to(device)), F.silu(gate) * up, "silu_mul")
+
+
+@case(2, "activation", "checkpoints")
+def activation(ctx: Context) -> None:
+    """The kinds that models name: relu, gelu, gelu_tanh."""
+    ops, device = _ops(ctx)
+    x = ctx.normal(33, 64, scale=3.0)
+    for kind, expected in (("relu", F.relu(x.double())), ("gelu", F.gelu(x.double())),
+                           ("gelu_tanh", F.gelu(x.double(), approximate="tanh"))):
+        ctx.close("activation", ops.activation(x.to(device), kind), expected, kind)

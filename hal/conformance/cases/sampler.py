@@ -1,0 +1,123 @@
+"""L2: the sampler (runner.sampler) on given logits, against fp64 and its own rule for random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hal.conformance.case import case
+from hal.conformance.context import Context
+from hal.conformance.reference import race
+from hal.inputs import PagedModelInput
+from hal.outputs import SamplerOutput
+from hal.sampling.params import SamplingParams
+from hal.schema.packed import as_tensor
+
+_VOCAB, _PROMPT = 1009, 5
+_ALL = (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temperature=0.4),
+        SamplingParams(temperature=0.9, top_k=1), SamplingParams(temperature=1.5, top_k=40),
+        SamplingParams(temperature=1.0, top_p=0.6), SamplingParams(temperature=1.0, top_p=0.97),
+        SamplingParams(temperature=2.0, min_p=0.05), SamplingParams(temperature=1.2, top_k=300, top_p=0.9, min_p=0.01),
+        SamplingParams(repetition_penalty=1.4), SamplingParams(temperature=0.8, presence_penalty=1.5),
+        SamplingParams(temperature=1.0, frequency_penalty=0.7, repetition_penalty=0.8, top_p=0.8))
+
+
+def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor,
+            num_logprobs: int = -1) -> SamplerOutput:
+    """One step's sampling of (parameters, seed, all tokens so far)."""
+    session = ctx.session()
+    n, longest = len(rows), max(len(h) for _, _, h in rows)
+    params = [p for p, _, _ in rows]
+    history = np.full((n, longest), -1)
+    for i, (_, _, tokens) in enumerate(rows):
+        history[i, :len(tokens)] = tokens
+    positions = np.array([len(h) - 1 for _, _, h in rows])
+    arrays: dict[str, tuple[Any, str]] = {
+        "input_ids": (positions * 0, "int32"), "positions": (positions, "int32"),
+        "slot_mapping": (positions * 0, "int32"),
+        "query_start_loc": (np.arange(n + 1), "int32"), "seq_lens": (positions + 1, "int32"),
+        "block_tables": (np.ones((n, 1)), "int32"), "logits_indices": (np.arange(n), "int32")}
+    if any(p.temperature for p in params):
+        arrays |= {"temperature": ([p.temperature for p in params], "float32"),
+                   "seeds": ([seed for _, seed, _ in rows], "int64"), "top_k": ([p.top_k for p in params], "int32"),
+                   "top_p": ([p.top_p for p in params], "float32"), "min_p": ([p.min_p for p in params], "float32")}
+    if any(p.penalised for p in params):
+        arrays |= {"penalties": ([[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in params],
+                                 "float32"), "history": (history, "int32"), "prompt_lens": ([_PROMPT] * n, "int32")}
+    fields: dict[str, Any] = {k: as_tensor(np.ascontiguousarray(a, dtype), dtype) for k, (a, dtype) in arrays.items()}
+    made = PagedModelInput(block_size=64, num_samples=n, num_decode_seqs=n, num_logprobs=num_logprobs, **fields)
+    there = PagedModelInput.decode(made.encode(), session.device)
+    output: SamplerOutput = ctx.part(session, "sampler")(logits.to(session.device), there)
+    ctx.backend.synchronize(session.device)
+    return SamplerOutput.decode(output.encode())
+
+
+def _rows(ctx: Context, params: tuple[SamplingParams, ...], each: int) -> list[tuple[SamplingParams, int, list[int]]]:
+    rng = ctx.rng
+    return [(p, int(rng.integers(-2**62, 2**62)), rng.integers(0, _VOCAB, int(rng.integers(6, 40))).tolist())
+            for p in params for _ in range(each)]
+
+
+def _verify(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor) -> list[int]:
+    tokens = _sample(ctx, rows, logits).token_ids.tolist()
+    for (params, seed, history), row, token in zip(rows, logits, tokens, strict=True):
+        slack = ctx.tolerances("sampler", ctx.dtype)
+        values, sure, possible = race(row.double(), params, seed, len(history), history, _PROMPT, slack)
+        best = int(values.masked_fill(~sure, -torch.inf).argmax())
+        ctx.check(bool(possible[token]), f"{params} gives {token}, which a filter should have dropped")
+        ctx.check(float(values[best] - values[token]) < 3 * slack / (params.temperature or 1.0) + 1e-5,
+                  f"{params} gives {token}, which {best} beats by {float(values[best] - values[token]):.3g}")
+    return tokens
+
+
+@case(2, "sampler", "checkpoints")
+def greedy(ctx: Context) -> None:
+    """The largest logit, the first of equals."""
+    logits = ctx.normal(9, _VOCAB, scale=3.0)
+    logits[1], logits[2, 77], logits[2, 401] = 0.5, 30.0, 30.0
+    tokens = _sample(ctx, _rows(ctx, (SamplingParams(),), 9), logits).token_ids.tolist()
+    ctx.equal("greedy tokens", tokens, [int((row == row.max()).nonzero()[0]) for row in logits])
+
+
+@case(2, "sampler", "checkpoints")
+def filters(ctx: Context) -> None:
+    """Temperature, top-k, top-p and min-p draw from what they keep, by the request's seed and position."""
+    rows = _rows(ctx, _ALL[:9], 6)
+    _verify(ctx, rows, ctx.normal(len(rows), _VOCAB, scale=3.0))
+
+
+@case(2, "sampler", "checkpoints")
+def penalties(ctx: Context) -> None:
+    """Repetition counts prompt and output, presence and frequency the output alone."""
+    rows = _rows(ctx, _ALL[9:], 6)
+    logits = ctx.normal(len(rows), _VOCAB, scale=1.0)
+    for row, (_, _, history) in zip(logits, rows, strict=True):
+        row[torch.tensor(history)] += 2.5  # so that they matter
+    _verify(ctx, rows, logits)
+
+
+@case(2, "sampler", "checkpoints")
+def alone_as_in_a_batch(ctx: Context) -> None:
+    """A row's token depends on nothing beside it."""
+    rows = _rows(ctx, _ALL, 2)
+    order = ctx.rng.permutation(len(rows)).tolist()
+    logits = ctx.normal(len(rows), _VOCAB, scale=2.0)
+    batch = _verify(ctx, [rows[i] for i in order], logits[order])
+    for place, i in enumerate(order[:12]):
+        alone = _sample(ctx, [rows[i]], logits[i:i + 1]).token_ids.tolist()[0]
+        ctx.equal(f"{rows[i][0]}: alone and in a batch", alone, batch[place])
+
+
+@case(2, "sampler", "checkpoints")
+def logprobs(ctx: Context) -> None:
+    """Of the raw logits, of the token and of the best beside it, in order."""
+    rows, logits = _rows(ctx, _ALL, 1), ctx.normal(len(_ALL), _VOCAB, scale=3.0)
+    out = _sample(ctx, rows, logits, 4)
+    expected = logits.double().log_softmax(-1)
+    ctx.check(out.logprobs is not None and out.top_logprobs is not None and out.top_ids is not None, "none came back")
+    assert out.logprobs is not None and out.top_logprobs is not None and out.top_ids is not None
+    ctx.close("sampler", out.logprobs, expected.gather(1, out.token_ids.long()[:, None])[:, 0], "logprobs")
+    ctx.close("sampler", out.top_logprobs, expected.topk(4).values, "the best logprobs")
+    ctx.close("sampler", expected.gather(1, out.top_ids.long()), expected.topk(4).values, "ids of the best")

@@ -1,0 +1,56 @@
+"""Tiny random checkpoints in Hugging Face format, written by the kit itself: one for each feature of a decoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hal.communicator import LocalCommunicator
+from hal.config import Topology
+from hal.models import build_model
+from hal.models.hf_config import parse_config
+from hal.models.layers import placement
+from hal.models.ops import Ops
+
+VOCAB, WINDOW, LENGTH = 199, 8, 128
+_DECODER = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH,
+            "tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {**_DECODER, "architectures": ["LlamaForCausalLM"]},
+    "window": {**_DECODER, "architectures": ["MistralForCausalLM"], "sliding_window": WINDOW},
+    "qwen3": {**_DECODER, "architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "tie_word_embeddings": True},
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4,
+             "n_positions": LENGTH, "eos_token_id": None, "bos_token_id": None}}
+
+
+def save(shape: str, directory: Path, seed: int) -> Path:
+    """Write config.json and model.safetensors (fp32). Weights keep activations and logits of the order of one, so that
+    an error anywhere shows at the end, and rounding is not blown up on the way."""
+    directory.mkdir(parents=True)
+    config = parse_config(SHAPES[shape])
+    model = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for parameter in model.parameters():
+        for source in placement(parameter).sources:
+            shown = source.shape[::-1] if source.transposed else source.shape
+            if source.name in tensors:
+                continue
+            if source.name.endswith("bias"):
+                value = torch.empty(shown).normal_(0.0, 0.1, generator=generator)
+            elif len(shown) == 1:
+                value = torch.empty(shown).uniform_(0.5, 1.5, generator=generator)
+            else:
+                embeds = source.name.startswith(("embed", "wte", "wpe"))
+                deviation = 0.5 if embeds else 2.0 / source.shape[1] ** 0.5 if "lm_head" in source.name else (
+                    source.shape[1] ** -0.5)
+                value = torch.empty(shown).normal_(0.0, deviation, generator=generator)
+            tensors[source.name] = value
+    save_file(tensors, str(directory / "model.safetensors"))
+    (directory / "config.json").write_text(json.dumps(SHAPES[shape], indent=1), encoding="utf-8")
+    return directory

@@ -1,0 +1,290 @@
+"""What a case is given: the backend, the dtype, random numbers, and ways to run things and to compare them."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hal.backend import Backend
+from hal.communicator import LocalCommunicator
+from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.conformance import checkpoint
+from hal.conformance.case import Mismatch, NotApplicable
+from hal.conformance.reference import Reference, race
+from hal.conformance.tolerance import Tolerances
+from hal.engine.scheduler import Scheduler
+from hal.engine.sequence import Sequence as EngineSequence
+from hal.executor import make_executor
+from hal.guard import Phase, data_plane, phase
+from hal.inputs import ModelInput
+from hal.models.hf_config import read_config
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+from hal.runner import ModelRunnerBase
+from hal.sampling.params import SamplingParams
+
+Execute = Callable[[ExecuteModelRequest], SamplerOutput]
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)
+BLOCK_SIZE = 16
+# What runs are given unless a case says otherwise: small, and the same for every device.
+ENGINE = {"block_size": BLOCK_SIZE, "num_blocks": 65, "max_num_seqs": 8, "max_num_batched_tokens": 64,
+          "max_model_len": checkpoint.LENGTH, "prefix_caching": False, "async_scheduling": False}
+
+
+@dataclass
+class Run:
+    """What became of one prompt.
+
+    Attributes:
+        tokens: prompt and output. logprobs: of the output tokens, where asked for. cached: prompt tokens that the
+            prefix cache had. preemptions: how often it lost its row.
+    """
+
+    tokens: list[int]
+    prompt: int
+    params: SamplingParams
+    seed: int
+    logprobs: list[float] = field(default_factory=list)
+    cached: int = 0
+    preemptions: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt:]
+
+
+class GuardedCommunicator(LocalCommunicator):
+    """A world of one that is as strict as a larger one: nothing passes in phase prepare."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        with data_plane("all_reduce"):
+            return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        with data_plane("all_gather"):
+            return x
+
+
+class Session:
+    """One rank in this process, driven step by step: everything of the backend's within reach.
+
+    Attributes:
+        inputs: those of the steps so far. compiled: what the runner had compiled after its warm-up.
+    """
+
+    def __init__(self, backend: Backend, config: WorkerConfig) -> None:
+        self.backend, self.config = backend, config
+        self.device = backend.device(0)
+        self.runner: ModelRunnerBase[Any] = backend.make_runner(config, self.device, GuardedCommunicator())
+        self.runner.load_model()
+        self.caches: Sequence[torch.Tensor] = self.runner.make_kv_caches(config.engine.num_blocks or 65)
+        self.inputs: list[ModelInput] = []
+
+    def warm(self) -> Session:
+        self.runner.warmup(self.caches)
+        self.backend.synchronize(self.device)
+        return self
+
+    def prepare(self, request: ExecuteModelRequest) -> Any:
+        with phase(Phase.PREPARE):
+            model_input = self.runner.prepare_model_input(request)
+        model_input.validate(self.device)
+        model_input.check()
+        return model_input
+
+    def execute(self, model_input: Any) -> SamplerOutput:
+        """The output as the runner returned it, on the device."""
+        with phase(Phase.EXECUTE):
+            output = self.runner.execute_model(model_input, self.caches)
+        if not isinstance(output, SamplerOutput):
+            raise Mismatch(f"execute_model returned {type(output).__name__}, not a SamplerOutput")
+        output.validate()
+        return output
+
+    def step(self, request: ExecuteModelRequest) -> SamplerOutput:
+        """On the host."""
+        self.inputs.append(self.prepare(request))
+        return SamplerOutput.decode(self.execute(self.inputs[-1]).encode())
+
+    def scheduler(self) -> Scheduler:
+        return Scheduler(self.config.engine, self.config.engine.num_blocks or 65)
+
+
+class Context:
+    """Attributes:
+        device: how the backend was named, which is what ranks of their own are told. dtype: of this run of the case.
+        rng: seeded by the run's seed and the case's name. examples: how many a property is tried on.
+        errors: (operation, dtype) -> every error measured, in units of `close`; the report draws them.
+        report: the run's folder, for what a case leaves to look at; None without one.
+    """
+
+    def __init__(self, backend: Backend, device: str, dtype: str, seed: int, *, name: str = "", examples: int = 25,
+                 tolerances: Tolerances | None = None, scratch: Path,
+                 errors: dict[tuple[str, str], list[np.ndarray]] | None = None) -> None:
+        self.backend, self.device, self.dtype, self.seed = backend, device, dtype, seed
+        self.name, self.examples, self.scratch = name, examples, scratch
+        self.tolerances, self.errors = tolerances or Tolerances(), {} if errors is None else errors
+        self.rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        self.torch_dtype: torch.dtype = getattr(torch, dtype)
+
+    # What is compared.
+
+    def check(self, right: bool, text: str) -> None:
+        """Raises Mismatch."""
+        if not right:
+            raise Mismatch(text)
+
+    def equal(self, what: str, got: object, expected: object) -> None:
+        """Raises Mismatch."""
+        self.check(got == expected, f"{what}: got {_short(got)}, expected {_short(expected)}")
+
+    def close(self, op: str, got: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+        """`got`, in any dtype on any device, against an fp64 reference. Raises Mismatch."""
+        got = got.detach().cpu().double()
+        self.equal(f"{what}: shape", list(got.shape), list(expected.shape))
+        error = ((got - expected).abs() / (1 + expected.abs())).nan_to_num(nan=torch.inf).flatten()
+        if not len(error):
+            return
+        self.errors.setdefault((op, self.dtype), []).append(error.numpy())
+        limit, worst = self.tolerances(op, self.dtype), int(error.argmax())
+        if float(error[worst]) > limit:
+            at = [int(i) for i in np.unravel_index(worst, tuple(expected.shape))]
+            raise Mismatch(f"{what}: error {float(error[worst]):.3g} above {limit:g} ({op}, {self.dtype}) at {at}: got "
+                           f"{float(got.flatten()[worst]):.6g}, expected {float(expected.flatten()[worst]):.6g}; "
+                           f"{int((error > limit).sum())} of {len(error)} elements are off")
+
+    # What is run.
+
+    def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
+        """Random values in this dtype, on the host."""
+        return torch.from_numpy(self.rng.normal(0.0, scale, shape)).to(self.torch_dtype)
+
+    def prompts(self, *lengths: int) -> list[list[int]]:
+        return [self.rng.integers(0, checkpoint.VOCAB, n).tolist() for n in lengths]
+
+    def model(self, shape: str) -> Path:
+        path = self.scratch / f"{shape}-{self.seed}"
+        return path if path.exists() else checkpoint.save(shape, path, self.seed)
+
+    def config(self, shape: str = "llama", **options: Any) -> WorkerConfig:
+        path = self.model(shape)
+        engine = EngineConfig(**{**ENGINE, "model": str(path), "device": self.device, "dtype": self.dtype, **options})
+        return WorkerConfig(engine, read_config(path), Topology())
+
+    def session(self, shape: str = "llama", **options: Any) -> Session:
+        return Session(self.backend, self.config(shape, **options)).warm()
+
+    def part(self, session: Session, name: str) -> Any:
+        """A component that the runner is composed of. Raises NotApplicable: it has none of this name."""
+        part = getattr(session.runner, name, None)
+        if part is None:
+            raise NotApplicable(f"{type(session.runner).__name__} is not composed with a part {name!r}")
+        return part
+
+    def engine(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY, *,
+               shape: str = "llama", apart: int = 0, **options: Any) -> list[Run]:
+        """Prompts through the executor, each of them `apart` steps after the one before it."""
+        config = self.config(shape, **options)
+        executor = make_executor(config.engine, config.model, self.backend)
+        try:
+            ahead = bool(config.engine.async_scheduling)
+            scheduler = Scheduler(config.engine, executor.num_blocks, executor.num_cpu_blocks, ahead=ahead)
+            if ahead:
+                return drive(lambda r: executor.execute_model(r), scheduler, prompts, params, apart, in_flight=2)
+            return drive(lambda r: executor.execute_model(r).result(), scheduler, prompts, params, apart)
+        finally:
+            executor.shutdown()
+
+    def alone(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY, *,
+              shape: str = "llama") -> list[Run]:
+        """The same one after another, each in one piece on a cache that nothing else uses."""
+        many = params if isinstance(params, list) else [params] * len(prompts)
+        session, runs = self.session(shape, max_num_batched_tokens=checkpoint.LENGTH), []
+        for i, (prompt, each) in enumerate(zip(prompts, many, strict=True)):
+            for cache in session.caches:
+                cache.zero_()
+            scheduler = session.scheduler()
+            scheduler.epoch = i
+            runs += drive(session.step, scheduler, [prompt], each, first_seed=i)
+        return runs
+
+    # Whether a run is right.
+
+    def verify(self, runs: list[Run], shape: str = "llama", what: str = "") -> None:
+        """Each token was the right choice given those before it, and its logprob is right: by the fp64 reference, or,
+        where the backend has arithmetic of its own, by what it says to each prompt alone. Raises Mismatch."""
+        if not self.backend.capabilities.checkpoints:
+            alone = self.alone([r.tokens[:r.prompt] for r in runs], [r.params for r in runs], shape=shape)
+            for i, (run, own) in enumerate(zip(runs, alone, strict=True)):
+                self.equal(f"{what} sequence {i}: tokens", run.output, own.output)
+            return
+        path = self.model(shape)
+        reference = Reference(path, read_config(path), self.dtype)
+        for i, run in enumerate(runs):
+            logits = reference.logits(run.tokens)[run.prompt - 1:-1]
+            self.verify_choices(logits, run, f"{what} sequence {i} of {len(runs)}")
+            if run.logprobs:
+                expected = logits.log_softmax(-1).gather(1, torch.tensor(run.output)[:, None])[:, 0]
+                self.close("model", torch.tensor(run.logprobs), expected, f"{what} sequence {i}: logprobs")
+
+    def verify_choices(self, logits: torch.Tensor, run: Run, what: str, op: str = "model") -> None:
+        """logits: [output tokens, vocab] fp64. Raises Mismatch: a token that another should have won against."""
+        for at, token in enumerate(run.output):
+            slack = self.tolerances(op, self.dtype) * (1 + float(logits[at].abs().max()))
+            history = run.tokens[:run.prompt + at]
+            values, sure, possible = race(logits[at], run.params, run.seed, len(history), history, run.prompt, slack)
+            best = int(values.masked_fill(~sure, -torch.inf).argmax())
+            margin = 3 * slack / (run.params.temperature or 1.0) + 1e-5 * (run.params.temperature > 0)
+            if not possible[token] or float(values[best] - values[token]) > margin:
+                raise Mismatch(f"{what}: output token {at} is {token}, which {best} beats by "
+                               f"{float(values[best] - values[token]):.3g} (tolerance {margin:.2g})"
+                               + ("" if possible[token] else "; a filter should have dropped it"))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, prompts: list[list[int]],
+          params: SamplingParams | list[SamplingParams], apart: int = 0, *, first_seed: int = 0,
+          in_flight: int = 1) -> list[Run]:
+    """A scheduler's steps until all sequences have ended, one entering every `apart` steps.
+
+    Args:
+        execute: gives a SamplerOutput on the host, or with `in_flight` > 1 a handle of one.
+    """
+    many = params if isinstance(params, list) else [params] * len(prompts)
+    runs = [Run(list(p), len(p), each, each.seed if each.seed is not None else first_seed + i)
+            for i, (p, each) in enumerate(zip(prompts, many, strict=True))]
+    seqs = [EngineSequence(request_id=i, token_ids=list(r.tokens), num_prompt=r.prompt, params=r.params, seed=r.seed,
+                           limit=r.prompt + r.params.max_tokens) for i, r in enumerate(runs)]
+    entering, steps = deque(seqs), 0
+    pending: deque[tuple[Any, Any]] = deque()
+    while scheduler.unfinished or entering or pending:
+        while entering and (steps >= apart * (len(seqs) - len(entering)) or not scheduler.unfinished):
+            scheduler.add(entering.popleft())
+        step = scheduler.schedule()
+        if step is not None:
+            pending.append((step, execute(step.request)))
+            steps += 1
+        if pending and (step is None or len(pending) >= in_flight):
+            step, result = pending.popleft()
+            output = result if in_flight == 1 else result.result()
+            if output.logprobs is not None:
+                for seq, value in zip(step.sampled, output.logprobs.tolist(), strict=True):
+                    if seq.finish_reason is None and seq.params.logprobs is not None:
+                        runs[seq.request_id].logprobs.append(value)
+            scheduler.update(step, output.token_ids.numpy())
+        if steps > 5000:
+            raise Mismatch("the sequences do not end: 5,000 steps")
+    for run, seq in zip(runs, seqs, strict=True):
+        run.tokens, run.cached, run.preemptions = seq.token_ids, seq.num_cached, seq.preemptions
+    return runs

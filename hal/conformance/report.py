@@ -1,0 +1,101 @@
+"""A report as a terminal table, Markdown, JSON and JUnit. The page with pictures is hal.conformance.html's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from hal.conformance.case import LEVELS
+from hal.conformance.run import Report, Result
+
+
+def cell(report: Report, level: int, dtype: str) -> str:
+    """Such as "12/12" or "11/12 fail 1 n/a 2": passes of what is applicable, and what else there was."""
+    counts = report.cell(level, dtype)
+    applicable = sum(n for status, n in counts.items() if status != "n/a")
+    others = " ".join(f"{status} {n}" for status, n in counts.items() if status != "pass")
+    return " ".join(filter(None, (f"{counts.get('pass', 0)}/{applicable}" if applicable else "", others))) or "-"
+
+
+def rows(report: Report) -> list[list[str]]:
+    """Header line, then one line a level that ran."""
+    ran = sorted({r.case.level for r in report.results})
+    return [["level", *report.dtypes], *([f"L{n} {LEVELS[n]}", *(cell(report, n, d) for d in report.dtypes)]
+                                         for n in ran)]
+
+
+def terminal(report: Report) -> str:
+    table = rows(report)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    for result in report.failed:
+        lines += ["", f"{result.status.upper()} {result.case.name} ({result.dtype}): {result.case.doc}",
+                  *("  " + line for line in result.text.splitlines()), f"  to repeat: {result.command}"]
+    return "\n".join([*lines, "", report.verdict])
+
+
+def markdown(report: Report) -> str:
+    head, *body = rows(report)
+    lines = [f"# Conformance of {report.header['backend']}", "", f"**{report.verdict}**", "",
+             *(f"- {name}: {value}" for name, value in report.header.items()), "",
+             "Passes of what is applicable; what is not applicable is no pass.", "",
+             "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    for title, statuses in (("Failures", ("fail", "error")), ("Expected failures", ("xfail",)),
+                            ("Not applicable", ("n/a",))):
+        found = [r for r in report.results if r.status in statuses]
+        if found:
+            lines += ["", f"## {title}", ""]
+        for r in found:
+            lines.append(f"- `{r.case.name}` ({r.dtype}): {r.text}" + (f" [{r.link}]({r.link})" if r.link else ""))
+            if r.status in ("fail", "error"):
+                lines.append(f"  Repeat with `{r.command}`.")
+    return "\n".join([*lines, ""])
+
+
+def _result(r: Result) -> dict[str, Any]:
+    return {"case": r.case.name, "level": r.case.level, "area": r.case.area, "dtype": r.dtype, "status": r.status,
+            "text": r.text, "seconds": round(r.seconds, 3), "command": r.command, "link": r.link}
+
+
+def as_json(report: Report) -> str:
+    table = {d: {f"L{n}": report.cell(n, d) for n in range(len(LEVELS))} for d in report.dtypes}
+    errors = [{"operation": op, "dtype": dtype, "elements": int(sum(map(len, found))),
+               "worst": float(max(e.max() for e in found)), "median": float(np.median(np.concatenate(found))),
+               "tolerance": report.tolerances(op, dtype)} for (op, dtype), found in report.errors.items()]
+    return json.dumps({"verdict": report.verdict, "header": report.header, "levels": table, "errors": errors,
+                       "results": [_result(r) for r in report.results]}, indent=1)
+
+
+def junit(report: Report) -> str:
+    by_status = {s: sum(r.status == s for r in report.results) for s in ("fail", "error", "xfail", "n/a")}
+    suite = ElementTree.Element("testsuite", {
+        "name": f"hal conformance {report.header['backend']}", "tests": str(len(report.results)),
+        "failures": str(by_status["fail"]), "errors": str(by_status["error"]),
+        "skipped": str(by_status["xfail"] + by_status["n/a"]), "time": f"{sum(r.seconds for r in report.results):.3f}"})
+    for r in report.results:
+        one = ElementTree.SubElement(suite, "testcase", {
+            "classname": f"L{r.case.level}.{r.case.area}", "name": f"{r.case.name}[{r.dtype}]",
+            "time": f"{r.seconds:.3f}"})
+        tag = {"fail": "failure", "error": "error", "xfail": "skipped", "n/a": "skipped"}.get(r.status)
+        if tag:
+            text = "".join(c if c.isprintable() or c == "\n" else "?" for c in f"{r.text}\n{r.command}")
+            ElementTree.SubElement(one, tag, {"message": text.split("\n")[0][:300]}).text = text
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def write(report: Report, directory: Path) -> list[Path]:
+    """All forms of it into a directory."""
+    from hal.conformance.html import html
+
+    directory.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, text in (("report.md", markdown(report)), ("report.html", html(report)), ("report.json", as_json(report)),
+                       ("junit.xml", junit(report))):
+        made.append(directory / name)
+        made[-1].write_text(text, encoding="utf-8")
+    return made

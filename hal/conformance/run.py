@@ -1,0 +1,245 @@
+"""Run cases against a backend, and judge."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import platform
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hal import backend as backends
+from hal.backend import Backend
+from hal.conformance import KIT_VERSION
+from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, Status, all_cases
+from hal.conformance.context import Context
+from hal.conformance.tolerance import Tolerances
+from hal.errors import ConfigError, HalError
+
+ONCE = "any"  # the dtype of a case that depends on none
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """A failure that a vendor declares: cases and dtypes as globs, why, and where it is followed up."""
+
+    case: str
+    reason: str
+    link: str
+    dtype: str = "*"
+
+    def covers(self, case: str, dtype: str) -> bool:
+        return fnmatch.fnmatch(case, self.case) and fnmatch.fnmatch(dtype, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides a run. `device` names the backend; `cases` are globs; `dtypes` are of those declared."""
+
+    device: str
+    level: int = 6
+    seed: int = 0
+    examples: int = 25
+    cases: tuple[str, ...] = ("*",)
+    dtypes: tuple[str, ...] = ()
+    expected_file: str | None = None
+    tolerances: Tolerances = field(default_factory=Tolerances)
+
+    def command(self, case: str, dtype: str) -> str:
+        """What repeats one result."""
+        chosen = "" if dtype == ONCE else f" --dtype {dtype}"
+        xfail = f" --xfail {shlex.quote(self.expected_file)}" if self.expected_file else ""
+        return (f"hal conformance --backend {shlex.quote(self.device)} --case {case}{chosen} --seed {self.seed} "
+                f"--examples {self.examples}{xfail}{self.tolerances.options()}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a case in one dtype. `text` says why when it is not a pass; `link` is of an expected failure."""
+
+    case: Case
+    dtype: str
+    status: Status
+    text: str
+    seconds: float
+    command: str
+    link: str = ""
+
+
+@dataclass
+class Report:
+    """Attributes:
+        header: what ran where. results: in the order they ran. errors: (operation, dtype) -> all that were measured.
+        partial: only some cases were asked for, so there is no verdict.
+    """
+
+    header: dict[str, str]
+    dtypes: tuple[str, ...]
+    results: list[Result] = field(default_factory=list)
+    errors: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
+    tolerances: Tolerances = field(default_factory=Tolerances)
+    partial: bool = False
+
+    def cell(self, level: int, dtype: str) -> dict[str, int]:
+        """How many cases of a level ended how, for a dtype; those that depend on none count for each."""
+        found = [r.status for r in self.results if r.case.level == level and r.dtype in (dtype, ONCE)]
+        return {s: found.count(s) for s in ("pass", "fail", "xfail", "n/a", "error") if s in found}
+
+    @property
+    def failed(self) -> list[Result]:
+        return [r for r in self.results if r.status in ("fail", "error")]
+
+    def level(self, dtype: str) -> int:
+        """The highest level up to which nothing fails and something passes, or -1. A level without anything
+        applicable is passed over, not passed."""
+        reached = -1
+        for level in range(len(LEVELS)):
+            cell = self.cell(level, dtype)
+            if cell.get("fail") or cell.get("error") or not cell:
+                break
+            reached = level if cell.get("pass") else reached
+        return reached
+
+    @property
+    def verdict(self) -> str:
+        """Such as "Conformant L6 (bfloat16, float32); not applicable: L2"."""
+        if self.partial:
+            return f"No verdict from some cases alone: {len(self.failed)} of {len(self.results)} failed"
+        by_level: dict[int, list[str]] = {}
+        for dtype in self.dtypes:
+            by_level.setdefault(self.level(dtype), []).append(dtype)
+        parts = [f"{'Conformant L' + str(level) if level >= 0 else 'Not conformant'} ({', '.join(by_level[level])})"
+                 for level in sorted(by_level, reverse=True)]
+        best = max(by_level, default=-1)
+        empty = [f"L{n}" for n in range(best) if not any(self.cell(n, d).get("pass") for d in self.dtypes)]
+        text = ", ".join(parts) + (f"; not applicable: {', '.join(empty)}" if empty else "")
+        expected = sum(r.status == "xfail" for r in self.results)
+        return text + (f"; {expected} expected failures" if expected else "")
+
+
+def read_expected(path: str) -> list[Expected]:
+    """A vendor's file of expected failures: TOML ([[xfail]] tables) or JSON ({"xfail": [...]}) with case, reason, link
+    and, if it is one dtype alone that fails, dtype.
+
+    Raises:
+        ConfigError: it cannot be read, or an entry lacks a reason or a link.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if path.endswith(".toml"):
+            import tomllib  # Python 3.11
+
+            data: Any = tomllib.loads(text)
+        else:
+            data = json.loads(text)
+        return [Expected(**entry) for entry in data["xfail"]]
+    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError("the file of expected failures cannot be used", got=f"{path}: {error}",
+                          expected="xfail entries with case, reason, link, and dtype where one alone fails") from None
+
+
+def run(options: Options, progress: Callable[[Result], None] = lambda _: None,
+        cases: list[Case] | None = None) -> Report:
+    """All chosen cases in this process, level by level.
+
+    Raises:
+        BackendError: the backend does not load, or is not available here. ConfigError: no case or dtype is left.
+    """
+    backend = backends.select(options.device)
+    expected = read_expected(options.expected_file) if options.expected_file else []
+    declared = backend.capabilities.dtypes
+    unknown = set(options.dtypes) - set(declared)
+    if unknown:
+        raise ConfigError("the backend does not declare this dtype", got=", ".join(sorted(unknown)),
+                          expected=", ".join(declared))
+    dtypes = tuple(d for d in declared if not options.dtypes or d in options.dtypes)
+    chosen = [c for c in (all_cases() if cases is None else cases) if c.level <= options.level
+              and any(fnmatch.fnmatch(c.name, p) for p in options.cases)]
+    if not chosen:
+        raise ConfigError("no case has this name", got=", ".join(options.cases), expected="`hal conformance --list`")
+    report = Report(header(backend, options), dtypes, tolerances=options.tolerances, partial=options.cases != ("*",))
+    with tempfile.TemporaryDirectory(prefix="hal-conformance-") as scratch, strict():
+        for case in chosen:
+            for dtype in (dtypes[:1] if case.once else dtypes):
+                shown = ONCE if case.once else dtype
+                context = Context(backend, options.device, dtype, options.seed, name=case.name, errors=report.errors,
+                                  examples=options.examples, tolerances=options.tolerances, scratch=Path(scratch))
+                start = time.perf_counter()
+                status, text = outcome(case, context)
+                known = next((e for e in expected if e.covers(case.name, shown)), None)
+                link = known.link if known else ""
+                if known and status == "fail":
+                    status, text = "xfail", f"{known.reason} ({text})"
+                elif known and status == "pass":
+                    status, text = "fail", f"it was expected to fail, and passes: {known.reason}"
+                result = Result(case, shown, status, text, time.perf_counter() - start,
+                                options.command(case.name, shown), link)
+                report.results.append(result)
+                progress(result)
+    return report
+
+
+def outcome(case: Case, context: Context) -> tuple[Status, str]:
+    """How a case ends, and why, when it does not pass."""
+    missing = case.missing(context.backend)
+    if missing:
+        return "n/a", missing
+    try:
+        case.check(context)
+    except NotApplicable as reason:
+        return "n/a", str(reason)
+    except (Mismatch, HalError) as error:
+        return "fail", f"{type(error).__name__}: {error}" if isinstance(error, HalError) else str(error)
+    except Exception as error:
+        where = _last_frame(error)
+        return "error", f"{type(error).__name__}: {error}{where}"
+    return "pass", ""
+
+
+def _last_frame(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" (in {Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace else ""
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Every check and the strict guard are on, here and in the ranks that are started."""
+    from hal import guard
+
+    before, tier = os.environ.get("HAL_STRICT"), guard.installed_tier()
+    os.environ["HAL_STRICT"] = "1"
+    guard.install(strict=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HAL_STRICT"]
+        if tier != "strict":
+            guard.uninstall()
+            if tier is not None:
+                guard.install(strict=False)
+
+
+def header(backend: Backend, options: Options) -> dict[str, str]:
+    """What a reader must know to run it again."""
+    found = {"backend": options.device, "kit": KIT_VERSION, "seed": str(options.seed), "level": f"L{options.level}",
+             "examples": str(options.examples), "device": str(backend.device(0)), "python": platform.python_version(),
+             "machine": platform.machine(), "capabilities": ", ".join(
+                 f"{name}={getattr(backend.capabilities, name)}" for name in backend.capabilities.__slots__)}
+    for package in ("hal-runtime", "torch", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    widened = options.tolerances.options().replace(" --tolerance ", " ").strip()
+    return found | dict(backend.versions()) | ({"widened tolerances": widened} if widened else {})

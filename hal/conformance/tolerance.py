@@ -1,0 +1,59 @@
+"""The one table of tolerances: how far a result may be from an fp64 reference, by class of operation and dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hal.errors import ConfigError
+
+# |got - expected| / (1 + |expected|), the reference having been computed in fp64 from the same rounded arguments. About
+# four times what plain PyTorch shows on a CPU and an H200 over many seeds: room for another order of summation, not for
+# another precision.
+TOLERANCES: dict[str, dict[str, float]] = {
+    "linear": {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
+    "norm": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
+    "rotary": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
+    "activation": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
+    "attention": {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
+    "sampler": {"float32": 1e-4, "bfloat16": 1e-4, "float16": 1e-4},  # it computes in fp32 whatever the logits are
+    "model": {"float32": 2e-4, "bfloat16": 1.5e-1, "float16": 2e-2},  # logprobs of a whole model
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerances:
+    """The table, with the entries that a run widened.
+
+    Attributes:
+        widened: (operation, dtype) -> the value in force. A report lists them.
+    """
+
+    widened: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def __call__(self, op: str, dtype: str) -> float:
+        return self.widened.get((op, dtype), TOLERANCES[op][dtype])
+
+    @classmethod
+    def parse(cls, texts: list[str]) -> Tolerances:
+        """From "attention:bfloat16=0.05".
+
+        Raises:
+            ConfigError: no such entry, or the value is narrower than the table's.
+        """
+        widened = {}
+        for text in texts:
+            key, _, value = text.partition("=")
+            op, _, dtype = key.partition(":")
+            try:
+                number = float(value)
+                usual = TOLERANCES[op][dtype]
+            except (ValueError, KeyError):
+                raise ConfigError("a tolerance cannot be read", got=text, expected="OP:DTYPE=VALUE with OP one of "
+                                  f"{', '.join(TOLERANCES)}") from None
+            if number < usual:
+                raise ConfigError("a tolerance may be widened, not narrowed", got=text, expected=f"at least {usual}")
+            widened[op, dtype] = number
+        return cls(widened)
+
+    def options(self) -> str:
+        return "".join(f" --tolerance {op}:{dtype}={value:g}" for (op, dtype), value in self.widened.items())
