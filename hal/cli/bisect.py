@@ -1,0 +1,31 @@
+"""hal bisect: name the first layer and operation in which two devices part"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EPILOG = """Every operation of DEVICE is computed from the arguments that it has on the other device, so that errors do
+not add up, and the one that is named is the one at fault. Exit code 1 when one is found.
+
+example:
+  hal bisect run.safetensors --device cuda --against cpu"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a recording")
+    parser.add_argument("--device", required=True, metavar="NAME", help="the one in doubt")
+    parser.add_argument("--against", default="cpu", metavar="NAME", help="the one that is right (default: cpu)")
+    parser.add_argument("--model", metavar="DIR", help="the checkpoint, where it is not the one that was recorded")
+    parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
+                        help="widen an entry of the table; repeatable")
+
+
+def run(args: argparse.Namespace) -> int:
+    from hal.conformance.tolerance import Tolerances
+    from hal.recording.bisect import bisect
+
+    found = bisect(Path(args.file), args.device, args.against, model=args.model,
+                   tolerances=Tolerances.parse(args.tolerance))
+    print(found)
+    return int(found.divergence is not None)

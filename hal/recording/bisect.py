@@ -1,0 +1,245 @@
+"""Where two devices part: the first layer and operation whose result is off when both are given the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hal import backend as backends
+from hal.backend import Backend
+from hal.communicator import LocalCommunicator
+from hal.conformance.tolerance import Tolerances
+from hal.errors import BackendError
+from hal.models.layers import Linear
+from hal.outputs import SamplerOutput
+from hal.recording.format import Recording
+from hal.request import ExecuteModelRequest
+
+# Operations by name: how many leading arguments are activations, and the row of the tolerance table.
+_TRACED = {"linear": (1, "linear"), "rms_norm": (1, "norm"), "add_rms_norm": (2, "norm"), "layer_norm": (1, "norm"),
+           "rotary": (1, "rotary"), "silu_mul": (1, "activation"), "activation": (1, "activation"),
+           "attention": (3, "attention")}
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operation of a step. Attributes: layer: None outside the layers. name: of the weight, or "". Tensors are on
+    the host."""
+
+    layer: int | None
+    op: str
+    name: str
+    arguments: list[torch.Tensor]
+    results: list[torch.Tensor]
+
+    def __str__(self) -> str:
+        where = "outside the layers" if self.layer is None else f"layer {self.layer}"
+        return f"{where}, {self.op}" + (f" ({self.name})" if self.name else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Attributes:
+        between: the call's arguments were already off, so that what lies between it and the call before is at fault.
+        error: largest |difference| / (1 + largest |value|). got, expected: where it is largest.
+    """
+
+    step: int
+    call: Call
+    between: bool
+    error: float
+    tolerance: float
+    got: float
+    expected: float
+
+
+@dataclass(slots=True)
+class Bisection:
+    """Attributes:
+        calls: operations compared.
+        flip: (step, row, token of `against`, token of `device`), the first that differs when `device` runs by itself,
+            each step being given the recorded tokens.
+    """
+
+    device: str
+    against: str
+    calls: int = 0
+    divergence: Divergence | None = None
+    flip: tuple[int, int, int, int] | None = None
+
+    def __str__(self) -> str:
+        d = self.divergence
+        if d is None:
+            text = f"no operation of {self.device} is off from {self.against} beyond the tolerance: " \
+                   f"{self.calls} compared"
+        else:
+            text = f"{self.device} parts from {self.against} in step {d.step}: {'before ' * d.between}{d.call}\n" \
+                   f"  error {d.error:.3g}, tolerance {d.tolerance:g}; got {d.got:.6g}, expected {d.expected:.6g}"
+        if self.flip is None:
+            return text + "\n  no token is another"
+        step, row, old, new = self.flip
+        return text + f"\n  the first other token: step {step}, row {row}: {old} -> {new}"
+
+
+@dataclass(slots=True)
+class _Trace:
+    """Notes a step's operations, or follows those that another has noted: computes each from the other's arguments,
+    compares, and goes on with the other's results."""
+
+    tolerances: Callable[[str], float]
+    calls: list[Call] = field(default_factory=list)
+    follow: list[Call] | None = None
+    found: tuple[Call, bool, float, float, float, float] | None = None
+    layer: int | None = None
+    names: dict[int, str] = field(default_factory=dict)
+
+    def run(self, op: str, function: Callable[..., Any], *args: Any) -> Any:
+        count, kind = _TRACED[op]
+        given = list(args[:count])
+        name = self.names.get(id(args[count]), "") if len(args) > count else ""
+        at, other = len(self.calls), None
+        if self.follow is not None and self.found is None:
+            other = self.follow[at] if at < len(self.follow) else None
+            if other is None or (other.op, other.layer) != (op, self.layer):
+                self.found = Call(self.layer, op, name, [], []), True, torch.inf, 0.0, torch.nan, torch.nan
+                other = None
+        if other is not None:
+            self._compare(other, given, other.arguments, kind, True)
+            given = [a.to(g.device, g.dtype) for g, a in zip(given, other.arguments, strict=True)]
+        result = function(*given, *args[count:])
+        results = list(result) if isinstance(result, tuple) else [result]
+        if other is not None:
+            self._compare(other, results, other.results, kind, False)
+            results = [a.to(r.device, r.dtype) for r, a in zip(results, other.results, strict=True)]
+        # Copies: models work in place on what they get.
+        kept = ([x.cpu().clone() for x in tensors] for tensors in (given, results))
+        self.calls.append(Call(self.layer, op, name, *kept))
+        return tuple(results) if isinstance(result, tuple) else results[0]
+
+    def _compare(self, call: Call, got: list[torch.Tensor], expected: list[torch.Tensor], kind: str, before: bool,
+                 ) -> None:
+        tolerance = self.tolerances(kind)
+        for a, b in zip(got, expected, strict=True):
+            if self.found is not None or not b.numel():
+                return
+            x, y = a.cpu().double().reshape(-1), b.double().reshape(-1)
+            off = (x - y).abs().nan_to_num(nan=torch.inf)
+            worst = int(off.argmax())
+            error = float(off[worst] / (1 + y.abs().max()))
+            if error > tolerance:
+                self.found = call, before, error, tolerance, float(x[worst]), float(y[worst])
+
+
+class _Traced:
+    """Stands for an operations table or an attention."""
+
+    def __init__(self, inner: Any, trace: _Trace) -> None:
+        self._inner, self._trace = inner, trace
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return partial(self._trace.run, name, found) if name in _TRACED else found
+
+    def begin(self, model_input: Any, kv_caches: Any) -> Callable[..., torch.Tensor]:
+        step = self._inner.begin(model_input, kv_caches)
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self._trace.run("attention", partial(step, layer), q, k, v)
+            return result
+
+        return attend
+
+
+class _Device:
+    """A runner on one device, traced or as it is."""
+
+    def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None) -> None:
+        dtype = recording.engine.dtype
+        if dtype not in backend.capabilities.dtypes:
+            dtype = backends.resolve_dtype(backend, "auto", dtype)  # type: ignore[assignment]
+        config = recording.config(device=device, dtype=dtype)
+        self.device, self.trace, self.dtype = backend.device(0), trace, dtype
+        runner: Any = backend.make_runner(config, self.device, LocalCommunicator())
+        self.runner = runner
+        lacking = [part for part in ("ops", "make_attention", "sample") if not hasattr(self.runner, part)]
+        if trace is not None and lacking:
+            raise BackendError(f"{backend.name!r} cannot be bisected", got=f"{type(self.runner).__name__} without "
+                               f"{', '.join(lacking)}", expected="a runner composed as PagedModelRunner is")
+        if trace is not None:
+            runner.ops = _Traced(runner.ops, trace)
+        runner.load_model()
+        self.caches = runner.make_kv_caches(config.engine.num_blocks or 1)
+        self.host = [c.new_zeros((c.shape[0], config.engine.num_cpu_blocks, *c.shape[2:])) for c in self.caches]
+        if trace is not None:
+            self.attention = _Traced(runner.attention, trace)
+            model = runner.model
+            trace.names |= {id(m.weight): name for name, m in model.named_modules() if isinstance(m, Linear)}
+            trace.names |= {id(p): n.removesuffix(".weight") for n, p in model.named_parameters() if id(p) not in
+                            trace.names}
+            for i, layer in enumerate(getattr(model, "layers", ())):
+                layer.register_forward_pre_hook(partial(self._enter, i))
+                layer.register_forward_hook(partial(self._enter, None))
+
+    def _enter(self, layer: int | None, *_: Any) -> None:
+        assert self.trace is not None
+        self.trace.layer = layer
+
+    @torch.inference_mode()
+    def step(self, request: ExecuteModelRequest) -> list[int]:
+        """The tokens."""
+        for pairs, source, into in ((request.blocks_to_swap_out, self.caches, self.host),
+                                    (request.blocks_to_swap_in, self.host, self.caches),
+                                    (request.blocks_to_copy, self.caches, self.caches)):
+            if pairs is not None:
+                for old, new in zip(source, into, strict=True):
+                    new[:, pairs[:, 1].tolist()] = old[:, pairs[:, 0].tolist()]
+        m = self.runner.prepare_model_input(request)
+        if self.trace is None:
+            output: SamplerOutput = self.runner.execute_model(m, self.caches)
+        else:  # by hand, so that nothing compiled or captured hides the operations
+            self.trace.calls = []
+            hidden = self.runner.model(m.input_ids, m.positions, self.attention.begin(m, self.caches), None)
+            output = self.runner.sample(hidden, m)
+        tokens: list[int] = output.token_ids.tolist()
+        return tokens
+
+
+def bisect(path: Path, device: str, against: str, *, model: str | None = None,
+           tolerances: Tolerances | None = None) -> Bisection:
+    """Compare `device` with `against` operation by operation, in the order in which the model calls them.
+
+    Raises:
+        BackendError: a backend is not available, or its runner is not composed of operations and attention.
+    """
+    recording, table = Recording.load(path, model), tolerances or Tolerances()
+    first, second = backends.select(against), backends.select(device)
+    noted = _Trace(lambda op: 0.0)
+    there = _Device(recording, first, against, noted)
+    # Both sides may be off by as much as their dtype allows.
+    followed = _Trace(lambda op: table(op, here.dtype) + table(op, there.dtype))
+    here, alone = _Device(recording, second, device, followed), _Device(recording, second, device, None)
+    result = Bisection(device, against)
+    for i, step in enumerate(recording.steps):
+        expected = there.step(step.request)
+        own = alone.step(step.request)
+        if result.flip is None:
+            result.flip = next(((i, row, a, b) for row, (a, b) in enumerate(zip(expected, own, strict=True)) if a != b),
+                               None)
+        if followed.found is None:
+            followed.follow = noted.calls
+            got = here.step(step.request)
+            result.calls += len(followed.calls)
+            if followed.found is None and got != expected:
+                drawn = Call(None, "sampler", "", [], [])
+                followed.found = drawn, False, torch.inf, 0.0, torch.nan, torch.nan
+            if followed.found is not None:
+                call, between, *values = followed.found
+                result.divergence = Divergence(i, call, between, *values)
+        if result.divergence is not None and result.flip is not None:
+            break
+    return result

@@ -1,0 +1,122 @@
+"""A recording: one safetensors file, whose metadata is JSON. Nothing in it is pickled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
+from hal.errors import ConfigError, WireError
+from hal.inputs import PagedModelInput
+from hal.models.config import ModelConfig
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+from hal.schema import Declared
+from hal.schema.packed import as_tensor
+
+FORMAT = 1
+_BUNDLED = "(bundled)"
+_KINDS: tuple[type[Declared], ...] = (ExecuteModelRequest, PagedModelInput, SamplerOutput)
+D = TypeVar("D", bound=Declared)
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """Attributes: input: what the request means on the device. output: None where the step failed, or only rebuilds."""
+
+    request: ExecuteModelRequest
+    input: PagedModelInput
+    output: SamplerOutput | None = None
+
+
+@dataclass(slots=True)
+class Recording:
+    """Steps from an empty cache on, so that running them all rebuilds it, on a device with any layout of its own.
+
+    Attributes:
+        info: where it was made: device, versions, schema fingerprints, and "error", when the last step failed.
+    """
+
+    engine: EngineConfig
+    model: ModelConfig
+    info: dict[str, Any]
+    steps: list[RecordedStep] = field(default_factory=list)
+
+    def config(self, **options: Any) -> WorkerConfig:
+        """Of a run on one rank, with some of the engine's options replaced."""
+        return WorkerConfig(EngineConfig(**{**asdict(self.engine), "tp": 1, "pp": 1, **options}), self.model,
+                            Topology())
+
+    def save(self, path: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        scalars: list[dict[str, Any]] = []
+        for i, step in enumerate(self.steps):
+            parts = {"request": step.request, "input": step.input, "output": step.output}
+            scalars.append({name: _take(f"{i:05}.{name}", part, tensors) for name, part in parts.items()
+                            if part is not None})
+        engine = asdict(self.engine)
+        engine["model"] = _BUNDLED if Path(engine["model"]) == BUNDLED_MODEL else engine["model"]
+        head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
+                "schemas": {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(path), {"hal": json.dumps(head)})
+
+    @classmethod
+    def load(cls, path: Path, model: str | None = None) -> Recording:
+        """Args:
+            model: the checkpoint's directory, where it is not the one that the recording names.
+
+        Raises:
+            ConfigError: it cannot be read. WireError: it is not a recording, or of other schemas than this library's.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                head = json.loads((file.metadata() or {})["hal"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ConfigError("the recording cannot be read", got=f"{path}: {error}") from None
+        except (KeyError, ValueError):
+            raise WireError("this safetensors file is not a recording", got=path) from None
+        ours = {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}
+        if head["format"] != FORMAT or head["schemas"] != ours:
+            raise WireError("the recording was made with other schemas", got=f"{head['schemas']}, format "
+                            f"{head['format']}", expected=f"{ours}, format {FORMAT}",
+                            hint="replay it with the version of the library that made it, or record it again")
+        engine = head["engine"]
+        engine["model"] = model or (str(BUNDLED_MODEL) if engine["model"] == _BUNDLED else engine["model"])
+        steps = [RecordedStep(
+            _restore(ExecuteModelRequest, f"{i:05}.request", scalars["request"], tensors),
+            _restore(PagedModelInput, f"{i:05}.input", scalars["input"], tensors),
+            _restore(SamplerOutput, f"{i:05}.output", scalars["output"], tensors) if "output" in scalars else None)
+            for i, scalars in enumerate(head["steps"])]
+        return cls(EngineConfig(**engine), ModelConfig.from_dict(head["model"]), head["info"], steps)
+
+
+def _take(prefix: str, value: Declared, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Put the arrays into `tensors`, copied; the scalars."""
+    scalars = {}
+    for f in type(value).schema.fields:
+        found = value[f.name]
+        if f.array is None:
+            scalars[f.name] = found
+        elif found is not None:
+            tensor = found if f.kind == "tensor" else as_tensor(found, f.array.dtype)
+            tensors[f"{prefix}.{f.name}"] = tensor.detach().cpu().clone()
+    return scalars
+
+
+def _restore(kind: type[D], prefix: str, scalars: dict[str, Any], tensors: dict[str, torch.Tensor]) -> D:
+    arrays: dict[str, Any] = {}
+    for f in kind.schema.fields:
+        found = tensors.get(f"{prefix}.{f.name}")
+        if f.array and found is not None:
+            arrays[f.name] = found if f.kind == "tensor" else found.numpy()
+    made: D = kind(**arrays, **scalars)
+    made.validate()
+    return made

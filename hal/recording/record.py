@@ -1,0 +1,184 @@
+"""Recording a run, step by step; and, when a step fails, that step with what it needs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from hal.backend import Backend, resolve_dtype
+from hal.batch import BatchState
+from hal.config import DType, WorkerConfig
+from hal.engine.sequence import Sequence
+from hal.engine.step import Changes
+from hal.errors import WireError
+from hal.executor import Executor, StepHandle
+from hal.inputs import ModelInput, PagedModelInput, WorkerInput
+from hal.outputs import SamplerOutput
+from hal.recording.format import RecordedStep, Recording
+from hal.request import ExecuteModelRequest
+from hal.sampling.params import SamplingParams
+
+
+def batch_state(config: WorkerConfig) -> BatchState:
+    """What says, without any device, which input a request means."""
+    engine = config.engine
+    return BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size)
+
+
+def describe(config: WorkerConfig, backend: Backend) -> dict[str, Any]:
+    """Recording.info of a run here."""
+    import torch
+
+    return {"device": backend.name, "versions": {"torch": torch.__version__, **backend.versions()},
+            "seed": config.engine.seed}
+
+
+class RecordingExecutor:
+    """An executor that keeps every step which passes through it (see hal.executor.Executor)."""
+
+    def __init__(self, executor: Executor, config: WorkerConfig, backend: Backend) -> None:
+        self.executor, self.num_blocks, self.num_cpu_blocks = executor, executor.num_blocks, executor.num_cpu_blocks
+        dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
+        engine = replace(config.engine, num_blocks=executor.num_blocks, async_scheduling=False, dtype=dtype)
+        self.recording = Recording(engine, config.model, describe(config, backend))
+        self._state = batch_state(config)
+
+    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+        self._state.apply(request)
+        step = RecordedStep(request, self._state.prepare(request).to())
+        self.recording.steps.append(step)
+        return _Handle(self.executor.execute_model(request), step)
+
+    def shutdown(self) -> None:
+        self.executor.shutdown()
+
+    def save(self, path: Path) -> None:
+        self.recording.save(path)
+
+
+class _Handle:
+    def __init__(self, handle: StepHandle, step: RecordedStep) -> None:
+        self._handle, self._step = handle, step
+
+    def result(self) -> SamplerOutput:
+        self._step.output = self._handle.result()
+        return self._step.output
+
+
+class FlightRecorder:
+    """Knows which token every slot of the cache belongs to, so that a step that fails can be written down with requests
+    that bring a fresh cache, of any layout, to where it was. It reads each step's tokens back from the device.
+
+    Attributes: note: what an error message says about the recording that was made; "" before.
+    """
+
+    note = ""
+
+    def __init__(self, directory: str, config: WorkerConfig, backend: Backend) -> None:
+        self.directory, self.config, self.backend = Path(directory), config, backend
+        self.slots, self.host = np.zeros((2, 0, config.engine.block_size), np.int64)
+        self.last: PagedModelInput | None = None
+
+    def moved(self, step: WorkerInput, num_blocks: int) -> None:
+        """The cache moves blocks as workers.cache says: swaps first, then copies."""
+        if len(self.slots) != num_blocks:
+            size = self.config.engine.block_size
+            self.slots = np.full((num_blocks, size), -1)
+            self.host = np.full((self.config.engine.num_cpu_blocks, size), -1)
+        if step.blocks_to_swap_out is not None or step.blocks_to_swap_in is not None:
+            slots, host = self.slots.copy(), self.host.copy()
+            for pairs, source, into in ((step.blocks_to_swap_out, slots, self.host),
+                                        (step.blocks_to_swap_in, host, self.slots)):
+                if pairs is not None:
+                    into[pairs[:, 1]] = source[pairs[:, 0]]
+        if step.blocks_to_copy is not None:
+            self.slots[step.blocks_to_copy[:, 1]] = self.slots[step.blocks_to_copy[:, 0]]
+
+    def began(self, m: ModelInput, runner: Any) -> None:
+        """A step is about to run: nothing can be read from a device on which one has failed."""
+        self.last = None
+        if isinstance(m, PagedModelInput):
+            ids = m.input_ids if m.relay is None else runner.relay.input_ids(m)
+            self.last = type(m).decode(m.encode())
+            real = int(self.last.query_start_loc[-1])
+            self.slots.reshape(-1)[self.last.slot_mapping[:real].numpy()] = ids[:real].cpu().numpy()
+
+    def save(self, step: int, error: Exception) -> None:
+        """Write down the step that failed, and say so in `note`."""
+        try:
+            path = self._save(step, error)
+            self.note = f"; to run it again: hal replay {path} --device {self.config.engine.device}"
+        except Exception as other:  # it must not hide the error that is recorded
+            self.note = f"; it could not be recorded: {type(other).__name__}: {other}"
+
+    def _save(self, step: int, error: Exception) -> Path:
+        config, m = self.config, self.last
+        if m is None:
+            raise WireError("only paged inputs can be recorded")
+        engine = replace(config.engine, num_blocks=len(self.slots), async_scheduling=False, num_cpu_blocks=0)
+        recording = Recording(engine, config.model, {**describe(config, self.backend), "rank": config.topology.rank,
+                                                     "step": step, "error": f"{type(error).__name__}: {error}"})
+        state = batch_state(config)
+        for request in rebuild(m, self.slots, engine.max_num_batched_tokens):
+            state.apply(request)
+            recording.steps.append(RecordedStep(request, state.prepare(request).to()))
+        path = self.directory / f"step-{step}-rank-{config.topology.rank}-{os.getpid()}.safetensors"
+        recording.save(path)
+        return path
+
+
+def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteModelRequest]:
+    """Requests that prefill what a step's sequences had in the cache, `most` tokens at a time, then the step itself.
+
+    Args:
+        slots: [num_blocks, block_size], the token of each slot.
+    """
+    starts, lens, tables = (x.cpu().numpy() for x in (m.query_start_loc, m.seq_lens, m.block_tables))
+    queries, size = np.diff(starts), m.block_size
+    ends = m.logits_indices[:m.num_samples].tolist()
+    last: list[tuple[Sequence, int, int]] = []
+    requests: list[ExecuteModelRequest] = []
+    digest, entered = 0, set[int]()
+
+    def issue(run: list[tuple[Sequence, int, int]]) -> None:
+        nonlocal digest
+        changes = Changes(entered=[s for s, _, _ in run if s.row not in entered])
+        entered.update(s.row for s, _, _ in run)
+        none = np.zeros(0, np.int32)
+        rows, counts, computed = (np.array(column) for column in zip(*((s.row, n, c) for s, n, c in run), strict=True))
+        request = changes.request(rows, counts, computed, none, none, step=len(requests), digest=digest)
+        digest = request.chain()
+        requests.append(request)
+
+    for row in np.flatnonzero(queries).tolist():
+        length, count = int(lens[row]), int(queries[row])
+        blocks = tables[row, :-(-length // size)].tolist()
+        tokens = slots[blocks].reshape(-1)[:length].tolist()
+        end, prompt, params, seed = int(starts[row + 1]) - 1, length, SamplingParams(), 0
+        if end in ends:
+            params, seed = _params(m, ends.index(end))
+            prompt = length if m.prompt_lens is None else int(m.prompt_lens[ends.index(end)])
+        else:
+            tokens.append(0)  # it goes on: so it is not sampled here either
+        seq = Sequence(request_id=row, token_ids=tokens, num_prompt=prompt, params=params, seed=seed, limit=length + 1,
+                       row=row, blocks=blocks)
+        last.append((seq, count, length - count))
+        for at in range(0, length - count, most):
+            issue([(seq, min(most, length - count - at), at)])
+    issue(last)
+    return requests
+
+
+def _params(m: PagedModelInput, i: int) -> tuple[SamplingParams, int]:
+    """What the sampling fields say of a sampled row, and its seed."""
+    values: dict[str, Any] = {n: m[n][i].item() for n in ("temperature", "top_k", "top_p", "min_p") if m[n] is not None}
+    if m.penalties is not None:
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        values |= dict(zip(names, m.penalties[i].tolist(), strict=True))
+    if m.num_logprobs >= 0:
+        values["logprobs"] = m.num_logprobs
+    return SamplingParams(**values), 0 if m.seeds is None else int(m.seeds[i])

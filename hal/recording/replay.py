@@ -1,0 +1,136 @@
+"""Run a recording again, on any device, and compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hal import backend as backends
+from hal.backend import Backend
+from hal.executor import make_executor
+from hal.outputs import SamplerOutput
+from hal.recording.format import RecordedStep, Recording
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One step.
+
+    Attributes:
+        tokens: sampled. flips: (row, recorded token, token here, by how much the recording preferred its own: in
+            logprob; infinity where the token here was not among the best recorded, and None for drawn tokens).
+        error: largest |difference| / (1 + |recorded|) of the logprobs of equal tokens.
+        exact: everything is equal to the last bit.
+    """
+
+    step: int
+    tokens: int
+    flips: list[tuple[int, int, int, float | None]]
+    error: float
+    exact: bool
+
+
+@dataclass(slots=True)
+class Comparison:
+    """Attributes:
+        recorded, here: where the two runs took place; dtype: of the second.
+        error: of the last step, when it failed as it was recorded. failure: what it did here; None when it ran.
+    """
+
+    recorded: str
+    here: str
+    dtype: str
+    steps: list[Compared] = field(default_factory=list)
+    error: str | None = None
+    failure: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        return all(s.exact for s in self.steps) and (self.error is None) == (self.failure is None)
+
+    def wrong(self, tolerance: float) -> list[Compared]:
+        """The steps that differ by more than closeness explains. Since each step is given the recorded tokens, none
+        suffers from another's. A drawn token may be another wherever logprobs differ within the tolerance at all."""
+        return [s for s in self.steps if s.error > tolerance
+                or any(gap is not None and gap > 4 * tolerance for _, _, _, gap in s.flips)
+                or (any(gap is None for _, _, _, gap in s.flips) and tolerance < 1e-3)]
+
+    def table(self) -> str:
+        lines = [f"recorded on {self.recorded}, run again on {self.here}", "",
+                 "step | tokens | other | largest logprob error | first other token (row: recorded -> here, margin)",
+                 "---- | ------ | ----- | --------------------- | -------------------------------------------------"]
+        for s in self.steps:
+            row, old, new, gap = s.flips[0] if s.flips else (0, 0, 0, 0.0)
+            first = "" if not s.flips else f"{row}: {old} -> {new}, " + ("drawn" if gap is None else f"{gap:.3g}")
+            lines.append(f"{s.step:4} | {s.tokens:6} | {len(s.flips):5} | {s.error:21.3g} | {first}".rstrip())
+        tokens, flips = sum(s.tokens for s in self.steps), sum(len(s.flips) for s in self.steps)
+        lines += ["", f"{tokens - flips} of {tokens} tokens equal; largest logprob error "
+                  f"{max((s.error for s in self.steps), default=0.0):.3g}"
+                  + ("; equal to the last bit" if self.steps and all(s.exact for s in self.steps) else "")]
+        if self.error:
+            lines.append(f"the last step failed when it was recorded ({self.error}); here: {self.failure or 'it ran'}")
+        return "\n".join(lines)
+
+
+def replay(path: Path, backend: Backend, device: str, *, model: str | None = None, **options: Any) -> Comparison:
+    """All steps of a recording on `backend`, each given the tokens of the recording.
+
+    Args:
+        device: how the backend is named. model: the checkpoint, where it lies elsewhere. options: of the engine, to
+            replace recorded ones (dtype, tp, pp, wire, ...).
+
+    Raises:
+        ConfigError, WireError: see Recording.load. BackendError, ModelLoadError, CapacityError, WorkerError.
+    """
+    recording = Recording.load(path, model)
+    config = recording.config(**{"device": device, "tp": recording.engine.tp, "pp": recording.engine.pp,
+                                 "control_plane": "auto", **options})
+    if "dtype" not in options and config.engine.dtype not in backend.capabilities.dtypes:
+        config = recording.config(**{"device": device, **options, "dtype": backends.resolve_dtype(
+            backend, "auto", recording.engine.dtype)})
+    info = recording.info
+    result = Comparison(f"{info['device']} ({recording.engine.dtype}, torch {info['versions'].get('torch')})",
+                        f"{backend.name} ({config.engine.dtype}, torch {torch.__version__})", config.engine.dtype,
+                        error=info.get("error"))
+    executor = make_executor(config.engine, config.model, backend)
+    try:
+        for i, step in enumerate(recording.steps):
+            try:
+                output = executor.execute_model(step.request).result()
+            except Exception as error:
+                if not result.error or i + 1 < len(recording.steps):
+                    raise
+                result.failure = f"{type(error).__name__}: {error}".split("\n")[0]
+                break
+            if step.output is not None:
+                result.steps.append(_compare(i, step, step.output, output))
+    finally:
+        executor.shutdown()
+    return result
+
+
+def _compare(number: int, step: RecordedStep, old: SamplerOutput, new: SamplerOutput) -> Compared:
+    flips: list[tuple[int, int, int, float | None]] = []
+    for row, (a, b) in enumerate(zip(old.token_ids.tolist(), new.token_ids.tolist(), strict=True)):
+        if a != b:
+            drawn = step.input.temperature is not None and float(step.input.temperature[row]) > 0
+            flips.append((row, a, b, None if drawn else _margin(old, row, b)))
+    error = 0.0
+    if old.logprobs is not None and new.logprobs is not None:
+        same = old.token_ids == new.token_ids
+        worst = ((old.logprobs - new.logprobs).abs() / (1 + old.logprobs.abs()))[same]
+        error = float(worst.nan_to_num(nan=torch.inf).max()) if len(worst) else 0.0
+    exact = all((a is None) == (b is None) and (a is None or a.equal(b)) for a, b in (
+        (old[f.name], new[f.name]) for f in SamplerOutput.schema.fields))
+    return Compared(number, len(old.token_ids), flips, error, exact)
+
+
+def _margin(old: SamplerOutput, row: int, token: int) -> float:
+    """How much likelier the recorded token was than another."""
+    if old.top_ids is None or old.top_logprobs is None or old.logprobs is None:
+        return torch.inf
+    at = (old.top_ids[row] == token).nonzero()
+    return float(old.logprobs[row] - old.top_logprobs[row, int(at[0])]) if len(at) else torch.inf
