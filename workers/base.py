@@ -17,6 +17,7 @@ from hal.inputs import IntermediateTensors, ModelInput, WorkerInput
 from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
 from hal.runner import Progress, no_progress
+from hal.schema.packed import Buffer
 from workers.wire import WIRES, NoWire, Step, Wire
 
 
@@ -98,7 +99,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         """What the runner needs for the step, checked, on this rank's device. Phase prepare."""
 
     @abc.abstractmethod
-    def decode(self, parts: list[object]) -> Step:
+    def decode(self, parts: list[Buffer]) -> Step:
         """A step that the driver prepared, checked, on this rank's device."""
 
     @abc.abstractmethod

@@ -11,7 +11,7 @@ from hal.config import WorkerConfig
 from hal.errors import CapacityError, InputError
 from hal.inputs import NULL_BLOCK, WorkerInput
 
-_FIELDS = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy")
+MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy")
 
 
 def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool) -> int:
@@ -72,14 +72,14 @@ class CacheEngine:
         Raises:
             InputError: a pair names a block that does not exist, or two pairs write the same one.
         """
-        pairs = [step.__dict__[name] for name in _FIELDS]
+        pairs = [step.__dict__[name] for name in MOVES]
         if all(p is None or not len(p) for p in pairs):
             return
         blocks = self.device[0].shape[1] if self.device else 0
         host_blocks = self.host[0].shape[1] if self.host else 0
         limits = ((blocks, host_blocks), (host_blocks, blocks), (blocks, blocks))
         (out_from, out_to), (in_from, in_to), (copy_from, copy_to) = (
-            _indices(name, p, *limit) for name, p, limit in zip(_FIELDS, pairs, limits, strict=True))
+            _indices(name, p, *limit) for name, p, limit in zip(MOVES, pairs, limits, strict=True))
         for device, host in zip(self.device, self.host, strict=True):
             leaving = device[:, out_from.to(device.device)].cpu() if len(out_from) else None
             if len(in_from):

@@ -30,7 +30,7 @@ _MASK = 2**32 - 1
 START = 2**32 - 3  # where counters begin: they wrap, and so they do in every test
 LIMIT = 1800.0  # seconds; longer than any step
 _SLICE = 0.1  # seconds between looks at whether the awaited rank lives
-_SPIN = 50e-6  # seconds; about what it costs to sleep and be woken
+_SPIN = 300e-6  # seconds: the usual pause between the steps of a small model, or within a collective
 
 
 class _Time(ctypes.Structure):
@@ -41,8 +41,7 @@ _FIRST = _LINE * (1 + _COUNTERS)
 _slice = _Time(0, int(_SLICE * 1e9))
 _slice_at = ctypes.addressof(_slice)
 _syscall = ctypes.CDLL(None).syscall  # releases the GIL
-_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p,
-                     ctypes.c_long]
+_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_void_p]
 _syscall.restype = ctypes.c_long
 
 
@@ -127,10 +126,16 @@ class Segment:
             raise _closed()
         self._order()
         self._words[counter] = value & _MASK
-        _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None, None, 0)
+        _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
+
+    def call(self, counter: int) -> None:
+        """Wake those that wait for a counter which is about to be posted, so that they are awake when it is."""
+        if self._spin_most and self._words is not None:
+            _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
 
     def wait(self, counter: int, value: int, peer: int, limit: float | None = LIMIT) -> None:
-        """Until `peer` has posted `value` or more; spinning a little where that has paid off, then asleep.
+        """Until `peer` has posted `value` or more: asleep, unless waits have lately been short, there is a core for
+        each rank, and no other process wants this one.
 
         Raises:
             WorkerError: of rank -1, when the peer is gone, or after `limit` seconds.
@@ -144,20 +149,22 @@ class Segment:
 
     def _wait(self, words: memoryview, counter: int, value: int, peer: int, limit: float | None) -> None:
         start = now = perf_counter()
+        spin = start + self._spin
         while _behind(seen := words[counter], value):
             now = perf_counter()
-            if now < start + self._spin:
+            if now < spin:
+                os.sched_yield()
                 continue
             if not self.lives(peer) and words[counter] == seen:  # what it posted before counts
                 raise _lost(f"rank {peer} is gone")
             if limit is not None and now > start + limit:
                 raise _lost(f"rank {peer} was waited for {limit:.0f} s")
-            _syscall(_FUTEX, self._address + 4 * counter, _WAIT, seen, _slice_at, None, 0)
-        # Had it been spinning, a wait that sleeping prolonged would have been short.
-        self._spin = self._spin_most if now < start + 3 * _SPIN else self._spin / 2
+            if _syscall(_FUTEX, self._address + 4 * counter, _WAIT, seen, _slice_at) == 0:
+                spin = perf_counter() + self._spin_most  # it may be a `call`
+        self._spin = self._spin_most if now < start + _SPIN else self._spin / 2
 
-    def lives(self, *peers: int) -> bool:
-        return not any(self._peers[peer].poll(0) for peer in peers)
+    def lives(self, peer: int) -> bool:
+        return not self._peers[peer].poll(0)
 
     def _order(self) -> None:
         """What this thread read and wrote before comes before what it will. To release a lock and then to acquire it

@@ -15,8 +15,8 @@ from workers.groups import Store
 from workers.shm import START, Segment
 from workers.shm_plane import Ring
 
-_PIECE = 1 << 19  # bytes that a rank shows at once
-_TWO_STEPS = 1 << 15  # bytes from which ranks share the additions
+_PIECE = 1 << 20  # bytes that a rank shows at once
+_TWO_STEPS = 1 << 18  # bytes from which ranks share the additions
 _STAGE = 4, 1 << 20  # slots, and bytes of each, between two pipeline stages
 I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
 

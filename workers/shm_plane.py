@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 from hal.config import Topology
 from hal.control import ControlPlane
@@ -13,12 +12,13 @@ from hal.errors import WireError
 from hal.guard import check
 from hal.schema.layout import align, aligned_bytes
 from hal.schema.packed import Buffer
-from workers.groups import Store, lost
+from workers.groups import Store
 from workers.shm import LIMIT, START, Segment
 
 _MAGIC = b"HALr"
 _MAX_PARTS = 6
 _SLOT = struct.Struct(f"<4sIIHH{_MAX_PARTS}Q")  # magic, crc32 of the rest, slot's count, piece, parts, bytes of each
+_NONE = (0,) * _MAX_PARTS
 _CRC = struct.Struct("<I")
 _STEPS = 8, 1 << 20  # slots, and bytes of each: only what messages fill takes up memory
 _OUTPUTS = 32, 1 << 18  # far more than steps that a driver submits ahead
@@ -34,8 +34,10 @@ class Ring:
 
     def __init__(self, segment: Segment, writer: int, readers: Sequence[int], slots: int, slot_bytes: int) -> None:
         self.segment, self.writer = segment, writer
-        self._slots: list[Any] = [segment.take(slot_bytes) for _ in range(slots)]
+        taken = [segment.take(slot_bytes) for _ in range(slots)]
+        self._slots: list[tuple[memoryview, Buffer]] = [(slot.data[:_SLOT.size], slot[_SLOT.size:]) for slot in taken]
         self._room = slot_bytes - _SLOT.size
+        self._parts: list[tuple[list[int], list[Buffer]]] = [([], [])] * slots  # for each slot, the views last made
         self._head = segment.counter()
         self._done = {reader: segment.counter() for reader in readers}
         self._count = START  # of slots that this rank wrote, or took
@@ -45,6 +47,7 @@ class Ring:
         """Returns when the parts may be changed. Raises WorkerError, as Segment.wait."""
         if len(parts) > _MAX_PARTS:
             raise WireError("a message has too many parts", got=len(parts), expected=f"at most {_MAX_PARTS}")
+        self.segment.call(self._head)
         sizes = [part.size for part in parts]
         piece = at = 0
         slot = self._begin(piece, sizes, limit)
@@ -71,8 +74,13 @@ class Ring:
         if self._held:
             self._release()
         data, sizes = self._take(0, limit)
+        slot = self._count % len(self._slots)
+        if not own and self._parts[slot][0] == sizes:
+            self._held = True
+            return self._parts[slot][1]
         total = sum(map(align, sizes))
-        if total > self._room or own:
+        whole = total <= self._room and not own
+        if not whole:
             message, at, piece = aligned_bytes(total), 0, 0
             while True:
                 taken = min(self._room, total - at)
@@ -84,41 +92,41 @@ class Ring:
                 piece += 1
                 data, _ = self._take(piece, limit)
             data = message
-        else:
-            self._held = True
         at, parts = 0, []
         for size in sizes:
             parts.append(data[at:at + size])
             at += align(size)
+        if whole:
+            self._held, self._parts[slot] = True, (sizes, parts)
         return parts
 
     def close(self) -> None:
-        self._slots = []
+        self._slots, self._parts = [], []
 
-    def _begin(self, piece: int, sizes: list[int], limit: float) -> Any:
+    def _begin(self, piece: int, sizes: list[int], limit: float) -> Buffer:
         """The next slot's data, free and with its head written."""
         for reader, done in self._done.items():
             self.segment.wait(done, self._count + 1 - len(self._slots), reader, limit)
-        slot = self._slots[self._count % len(self._slots)]
-        count = self._count & 0xFFFFFFFF
-        _SLOT.pack_into(slot, 0, _MAGIC, 0, count, piece, len(sizes), *sizes, *[0] * (_MAX_PARTS - len(sizes)))
-        _CRC.pack_into(slot, 4, zlib.crc32(slot[8:_SLOT.size]))
-        return slot[_SLOT.size:]
+        head, data = self._slots[self._count % len(self._slots)]
+        _SLOT.pack_into(head, 0, _MAGIC, 0, self._count & 0xFFFFFFFF, piece, len(sizes), *sizes,
+                        *_NONE[len(sizes):])
+        _CRC.pack_into(head, 4, zlib.crc32(head[8:]))
+        return data
 
     def _publish(self) -> None:
         self._count += 1
         self.segment.post(self._head, self._count)
 
-    def _take(self, piece: int, limit: float | None) -> tuple[Any, list[int]]:
+    def _take(self, piece: int, limit: float | None) -> tuple[Buffer, list[int]]:
         """The next slot's data, and the sizes of the message's parts."""
         self.segment.wait(self._head, self._count + 1, self.writer, limit)
-        slot = self._slots[self._count % len(self._slots)]
-        magic, crc, count, of, parts, *sizes = _SLOT.unpack_from(slot)
+        head, data = self._slots[self._count % len(self._slots)]
+        magic, crc, count, of, parts, *sizes = _SLOT.unpack(head)
         expected = _MAGIC, self._count & 0xFFFFFFFF, piece
-        if (magic, count, of) != expected or crc != zlib.crc32(slot[8:_SLOT.size]):
+        if (magic, count, of) != expected or crc != zlib.crc32(head[8:]):
             raise WireError("what arrived through shared memory is no message, or not the next one",
                             got=(magic, count, of), expected=expected, hint="something else wrote to the ring")
-        return slot[_SLOT.size:], sizes[:parts]
+        return data, sizes[:parts]
 
     def _release(self) -> None:
         self._count += 1
@@ -132,15 +140,12 @@ class ShmPlane(ControlPlane):
     def __init__(self, topology: Topology, store: Store) -> None:
         size = sum(slots * slot_bytes for slots, slot_bytes in (_STEPS, _OUTPUTS))
         self._segment = Segment("control", topology.rank, topology.world_size, store, size)
-        self._others = range(1, topology.world_size)
-        self._steps = Ring(self._segment, 0, self._others, *_STEPS)
+        self._steps = Ring(self._segment, 0, range(1, topology.world_size), *_STEPS)
         # From the sampling rank: tp_rank 0 of the last stage.
         self._outputs = Ring(self._segment, (topology.pp - 1) * topology.tp, [0], *_OUTPUTS)
 
     def broadcast(self, parts: Sequence[Buffer]) -> None:
         check("ShmPlane.broadcast")
-        if not self._segment.lives(*self._others):
-            raise lost("the control plane", ConnectionError("a rank is gone"))
         self._steps.send(parts, LIMIT if parts else _END_LIMIT)
 
     def receive(self) -> list[Buffer]:

@@ -18,9 +18,10 @@ from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.schema import Declared
+from hal.schema.packed import Buffer
 from workers.base import LocalOrDistributedWorkerBase
 from workers.cache import CacheEngine, count_blocks
-from workers.wire import Step
+from workers.wire import Decoder, Step
 
 D = TypeVar("D", bound=Declared)
 
@@ -53,6 +54,7 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
+        self._decode = Decoder(self.runner.input_type, self.device)
 
     def determine_num_blocks(self) -> int:
         on_host = self.device.type == "cpu"
@@ -76,11 +78,14 @@ class Worker(LocalOrDistributedWorkerBase):
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
         return model_input
 
-    def decode(self, parts: list[object]) -> Step:
+    def decode(self, parts: list[Buffer]) -> Step:
         self.steps, self.model_input = self.steps + 1, None
-        worker_part, model_part = parts
-        return (self._checked(WorkerInput.decode(worker_part)),
-                self._checked(self.runner.input_type.decode(model_part, self.device)))
+        # What decode makes has the declared structure: it follows from the declaration and the sizes in the head.
+        step = WorkerInput.decode(parts[1]) if len(parts) > 1 else WorkerInput(), self._decode(parts[0])
+        if self.strict:
+            for part in step:
+                part.check()
+        return step
 
     def execute_worker(self, worker_input: WorkerInput) -> None:
         self.cache.apply(worker_input)
