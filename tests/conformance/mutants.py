@@ -1,0 +1,624 @@
+"""Backends that are wrong in one way each, and the level and area at which the kit must say so.
+
+Each is the default runner with one part spoilt. `mutants:<name>` is its device, so that ranks of their own find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from hal.backend import Capabilities
+from hal.batch import BatchState
+from hal.inputs import PagedModelInput
+from hal.models.ops import Ops
+from hal.outputs import SamplerOutput
+from hal.paged_attention import PagedAttention, PagedStep, by_group, gather
+from hal.paged_runner import PagedModelRunner
+from hal.sampling import sampler as sampling
+from hal.sampling.sampler import Sampler
+from hal.schema import Array
+from runners.cpu import CpuBackend
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+class Mutant(CpuBackend):
+    """Attributes: expected: "L2/attention", the lowest level that fails, and the area that must be among its failures.
+    """
+
+    name = ""
+    expected: str
+    parts: dict[str, Any]
+    runner: type[PagedModelRunner] = PagedModelRunner
+    state: type[BatchState] | None = None
+    capabilities = Capabilities(dtypes=("float32",), max_tp=64, max_pp=64)
+
+    def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
+        made = self.runner(config, device, communicator, **{k: v() if k != "attention" else v
+                                                            for k, v in self.parts.items()})
+        if self.state is not None:
+            engine = config.engine
+            made.state = self.state(engine.max_num_seqs, config.max_model_len, engine.block_size,
+                                    config.model.vocab_size, made.input_type)
+        return made
+
+
+_PARTS = {Ops: "ops", PagedAttention: "attention", Sampler: "sampler"}
+
+
+def mutant(expected: str) -> Callable[[type], type]:
+    """Make a backend of a spoilt part: operations, attention, sampler, runner, batch state, or the backend itself."""
+    def make(kind: type) -> type:
+        backend = kind() if issubclass(kind, Mutant) else Mutant()
+        backend.name, backend.expected = kind.__name__, expected
+        backend.parts = {name: kind for base, name in _PARTS.items() if issubclass(kind, base)}
+        if issubclass(kind, PagedModelRunner):
+            backend.runner = kind
+        if issubclass(kind, BatchState):
+            backend.state = kind
+        assert isinstance(backend, Mutant)
+        MUTANTS[backend.name] = globals()[f"device_{backend.name}"] = backend
+        return kind
+    return make
+
+
+# L0: what a backend says of itself.
+
+@mutant("L0/runner")
+class claims_a_dtype(Mutant):
+    capabilities = Capabilities(dtypes=("float32", "float16"))
+
+    def make_runner(self, config: Any, *args: Any) -> Any:
+        if config.engine.dtype == "float16":
+            raise RuntimeError("no kernel for Half")
+        return super().make_runner(config, *args)
+
+
+@mutant("L0/runner")
+class understates_its_cache(PagedModelRunner):
+    def kv_bytes_per_block(self) -> int:
+        return super().kv_bytes_per_block() // 2
+
+
+@mutant("L0/runner")
+class hands_out_used_caches(PagedModelRunner):
+    def make_kv_caches(self, num_blocks: int) -> Any:
+        return [c.add_(0.1) for c in super().make_kv_caches(num_blocks)]
+
+
+@mutant("L0/registration")
+class grows_an_interface(Mutant):
+    def capture_model(self) -> None: ...
+
+
+@mutant("L0/device")
+class has_no_memory(Mutant):
+    def free_memory(self, device: torch.device) -> int:
+        return 0
+
+
+# L1: inputs.
+
+@mutant("L1/prepare")
+class stale_block_table(BatchState):
+    def _set_blocks(self, rows: Any, starts: Any, counts: Any, blocks: Any) -> None:
+        old = self.block_tables.copy()
+        super()._set_blocks(rows, starts, counts, blocks)
+        kept = old[rows, 0] > 0  # a row's first block stays that of the sequence before
+        self.block_tables[rows[kept], 0] = old[rows[kept], 0]
+
+    def _enter(self, request: Any) -> None:
+        tables = self.block_tables.copy()
+        super()._enter(request)
+        self.block_tables[request.new_rows] = tables[request.new_rows]
+
+
+@mutant("L1/prepare")
+class off_by_one_position(PagedModelRunner):
+    def prepare_model_input(self, request: Any) -> Any:
+        made = super().prepare_model_input(request)
+        made.positions = made.positions + 1
+        return made
+
+
+@mutant("L1/prepare")
+class off_by_one_slot(PagedModelRunner):
+    def prepare_model_input(self, request: Any) -> Any:
+        made = super().prepare_model_input(request)
+        made.slot_mapping = made.slot_mapping + 1
+        return made
+
+
+@mutant("L1/prepare")
+class keeps_the_last_ones_parameters(BatchState):
+    def _enter(self, request: Any) -> None:
+        used = self.prompt_lens[request.new_rows] > 0
+        floats = self.floats[request.new_rows].copy()
+        super()._enter(request)
+        self.floats[request.new_rows[used]] = floats[used]
+
+
+@mutant("L1/prepare")
+class forgets_the_penalties(PagedModelRunner):
+    def prepare_model_input(self, request: Any) -> Any:
+        made = super().prepare_model_input(request)
+        made.penalties = made.history = made.prompt_lens = None
+        return made
+
+
+@mutant("L1/prepare")
+class accepts_any_step(BatchState):
+    def _verify(self, request: Any) -> None:
+        self.epoch, self.step, self.digest = request.epoch, request.step, request.digest
+
+
+@mutant("L1/prepare")
+class collective_in_prepare(PagedModelRunner):
+    def prepare_model_input(self, request: Any) -> Any:
+        made = super().prepare_model_input(request)
+        self.communicator.all_reduce(torch.ones(1))
+        return made
+
+
+class PadsIntoLiveSlots(PagedModelInput):
+    slot_mapping: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, pad=77)]
+
+
+@mutant("L1/declaration")
+class pads_into_live_slots(PagedModelRunner):
+    input_type = PadsIntoLiveSlots
+
+
+class TooLenient(PagedModelInput):
+    def check(self) -> None:
+        pass
+
+
+@mutant("L1/declaration")
+class checks_nothing(PagedModelRunner):
+    input_type = TooLenient
+
+
+# L2: operations.
+
+@mutant("L2/linear")
+class drops_the_bias(Ops):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, None)
+
+
+@mutant("L2/linear")
+class multiplies_in_lower_precision(Ops):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = F.linear(x.bfloat16().float(), weight.bfloat16().float())
+        return y if bias is None else y + bias
+
+
+@mutant("L2/linear")
+class mangles_single_rows(Ops):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y = F.linear(x, weight, bias)
+        return y if len(x) > 1 else y.roll(1, -1)
+
+
+@mutant("L2/norm")
+class wrong_epsilon(Ops):
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return super().rms_norm(x, weight, 1e-5)
+
+
+@mutant("L2/norm")
+class loses_the_residual(Ops):
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+        return super().add_rms_norm(x, residual, weight, eps)[0], residual.clone()
+
+
+@mutant("L2/norm")
+class adds_into_its_argument(Ops):
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Any:
+        residual += x
+        return self.rms_norm(residual, weight, eps), residual
+
+
+@mutant("L2/norm")
+class forgets_the_mean(Ops):
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps) + bias
+
+
+@mutant("L2/rotary")
+class rotates_neighbours(Ops):
+    def rotary(self, heads: torch.Tensor, begun: Any) -> torch.Tensor:
+        cos, sin = (x[..., x.shape[-1] // 2:] for x in begun)
+        a, b = heads[..., ::2], heads[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
+@mutant("L2/rotary")
+class wrong_rope_behind_a_boundary(Ops):
+    def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
+        return super().begin_rotary(torch.where(positions < 64, positions, positions - 1), table, dtype)
+
+
+@mutant("L2/rotary")
+class rope_in_half_precision(Ops):
+    def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
+        return super().begin_rotary(positions, table.bfloat16().float(), dtype)
+
+
+@mutant("L2/activation")
+class gates_the_wrong_half(Ops):
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        up, gate = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+@mutant("L2/activation")
+class one_gelu_for_all(Ops):
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return super().activation(x, "gelu_tanh" if kind == "gelu" else kind)
+
+
+@mutant("L2/activation")
+class overflows_in_the_gate(Ops):
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return gate * (gate.exp() / (1 + gate.exp())) * up
+
+
+def spoilt_masks(change: Callable[[Any], Any]) -> Any:
+    class Step(PagedStep):
+        def _masks(self, *args: Any) -> Any:
+            return {w: change(m) for w, m in super()._masks(*args).items()}
+
+    return Step
+
+
+class _Attention(PagedAttention):
+    step: type[PagedStep] = PagedStep
+
+    def begin(self, model_input: Any, kv_caches: Any) -> Any:
+        return self.step(self, model_input, kv_caches)
+
+
+@mutant("L2/attention")
+class drops_the_causal_mask(_Attention):
+    def prefill(self, q: Any, k: Any, v: Any, cache: Any, part: Any, spec: Any) -> Any:
+        part.masks[spec.window] = torch.zeros(len(q), part.context)
+        return super().prefill(q, k, v, cache, part, spec)
+
+
+@mutant("L2/attention")
+class sees_stale_slots_of_a_block(_Attention):
+    step = spoilt_masks(lambda mask: None if mask is None else torch.zeros_like(mask))
+
+
+@mutant("L2/attention")
+class ignores_the_window(_Attention):
+    def __init__(self, specs: Any, **kwargs: Any) -> None:
+        from dataclasses import replace
+        super().__init__([replace(s, window=None) for s in specs], **kwargs)
+
+
+@mutant("L2/attention")
+class window_off_by_one(_Attention):
+    def __init__(self, specs: Any, **kwargs: Any) -> None:
+        from dataclasses import replace
+        super().__init__([replace(s, window=s.window and s.window + 1) for s in specs], **kwargs)
+
+
+@mutant("L2/attention")
+class scales_by_habit(_Attention):
+    def __init__(self, specs: Any, **kwargs: Any) -> None:
+        from dataclasses import replace
+        super().__init__([replace(s, scale=s.head_dim**-0.5) for s in specs], **kwargs)
+
+
+@mutant("L2/attention")
+class softmax_in_bfloat16(_Attention):
+    def decode(self, q: Any, cache: Any, part: Any, spec: Any) -> Any:
+        k, v = gather(cache, part)
+        scores = by_group(q, spec) @ k.transpose(-1, -2) * spec.scale + part.masks[spec.window]
+        return scores.bfloat16().softmax(-1).float() @ v
+
+
+@mutant("L2/attention")
+class mixes_up_head_groups(_Attention):
+    def decode(self, q: Any, cache: Any, part: Any, spec: Any) -> Any:
+        group = spec.num_heads // spec.num_kv_heads
+        order = torch.arange(spec.num_heads).view(group, spec.num_kv_heads).t().reshape(-1)
+        out = super().decode(q[:, order], cache, part, spec).reshape(q.shape)
+        return out[:, order.argsort()]
+
+
+class _WritesOneLater(PagedStep):
+    def __init__(self, attention: Any, m: Any, kv_caches: Any) -> None:
+        super().__init__(attention, m, kv_caches)
+        self.slots = self.slots + 1
+
+
+@mutant("L2/attention")
+class writes_one_slot_later(_Attention):
+    step = _WritesOneLater
+
+
+class _PaddingWrites(PagedStep):
+    def __init__(self, attention: Any, m: Any, kv_caches: Any) -> None:
+        super().__init__(attention, m, kv_caches)
+        heads = len(self.heads)
+        if len(m.slot_mapping) > self.real:
+            self.slots[self.real * heads:] = self.slots[:heads].repeat(len(m.slot_mapping) - self.real)
+
+
+@mutant("L2/attention")
+class padding_writes_a_live_slot(_Attention):
+    step = _PaddingWrites
+
+
+class _NotFinite(PagedStep):
+    def __call__(self, *args: Any) -> Any:
+        out = super().__call__(*args)
+        out[self.real:] = torch.nan
+        return out
+
+
+@mutant("L2/attention")
+class padding_is_not_finite(_Attention):
+    step = _NotFinite
+
+
+@mutant("L2/sampler")
+class draws_by_row(Sampler):
+    def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
+        m.seeds = m.seeds + torch.arange(len(m.seeds))
+        return super()._draw(scores, m)
+
+
+@mutant("L2/sampler")
+class ignores_the_position(Sampler):
+    def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
+        m.positions = m.positions * 0
+        return super()._draw(scores, m)
+
+
+@mutant("L2/sampler")
+class keeps_one_too_many(Sampler):
+    def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
+        if m.top_k is not None:
+            m.top_k = torch.where(m.top_k > 0, m.top_k + 1, 0)
+        return super()._draw(scores, m)
+
+
+@mutant("L2/sampler")
+class ignores_top_p(Sampler):
+    def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
+        m.top_p = None
+        return super()._draw(scores, m)
+
+
+@mutant("L2/sampler")
+class drops_rare_tokens_too_early(Sampler):
+    def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
+        if m.min_p is not None:
+            m.min_p = (m.min_p * 4).clamp(max=1)
+        return super()._draw(scores, m)
+
+
+@mutant("L2/sampler")
+class punishes_the_output_alone(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        if m.history is not None:
+            at = torch.arange(m.history.shape[1])
+            m.history = torch.where(at < m.prompt_lens[:, None], m.history.gather(1, m.prompt_lens[:, None].long()),
+                                    m.history)
+        return super().__call__(logits, m)
+
+
+@mutant("L2/sampler")
+class takes_the_last_of_equals(Sampler):
+    def argmax(self, scores: torch.Tensor) -> torch.Tensor:
+        return scores.shape[1] - 1 - scores.flip(-1).argmax(-1)
+
+
+@mutant("L2/sampler")
+class reports_scaled_logprobs(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        out = super().__call__(logits, m)
+        if m.temperature is not None and out.logprobs is not None:
+            raw = logits.float() / torch.where(m.temperature == 0, 1.0, m.temperature)[:, None]
+            out.logprobs = sampling.logprobs(raw, out.token_ids, 0)[0]
+        return out
+
+
+# L3: a model.
+
+@mutant("L3/output")
+class reuses_its_output(PagedModelRunner):
+    buffer = torch.zeros(64, dtype=torch.int32)
+
+    def execute_model(self, *args: Any) -> Any:
+        out = super().execute_model(*args)
+        self.buffer[:len(out.token_ids)] = out.token_ids
+        out.token_ids = self.buffer[:len(out.token_ids)]
+        return out
+
+
+@mutant("L3/output")
+class answers_before_it_is_done(PagedModelRunner):
+    late: tuple[Any, Any] | None = None
+
+    def execute_model(self, *args: Any) -> Any:
+        if self.late is not None:
+            self.late[0].copy_(self.late[1])
+        out = super().execute_model(*args)
+        unfinished = torch.zeros_like(out.token_ids)
+        self.late, out.token_ids = (unfinished, out.token_ids), unfinished
+        return out
+
+
+@mutant("L3/output")
+class never_the_same_twice(PagedModelRunner):
+    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+        return super().sample(hidden * (1 + 1e-5 * torch.rand(())), m)
+
+
+@mutant("L3/cache")
+class warms_up_in_live_blocks(PagedModelRunner):
+    def dummy_input(self, num_seqs: int, queries: int) -> Any:
+        made = super().dummy_input(num_seqs, queries)
+        made.slot_mapping = made.slot_mapping + 3 * self.config.engine.block_size
+        return made
+
+
+@mutant("L3/cache")
+class scribbles_in_another_block(PagedModelRunner):
+    def execute_model(self, m: Any, caches: Any, *args: Any) -> Any:
+        out = super().execute_model(m, caches, *args)
+        if m.num_decode_seqs:
+            caches[-1][:, -1] += 1
+        return out
+
+
+@mutant("L3/model")
+class clips_positions(PagedModelRunner):
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        m.positions = m.positions.clamp(max=100)
+        return super().execute_model(m, *args)
+
+
+@mutant("L3/model")
+class layers_share_a_cache(PagedModelRunner):
+    def make_kv_caches(self, num_blocks: int) -> Any:
+        caches = super().make_kv_caches(num_blocks)
+        return [caches[0]] * len(caches)
+
+
+@mutant("L3/model")
+class samples_one_token_early(PagedModelRunner):
+    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+        starts = m.query_start_loc[:-1].long()
+        m.logits_indices = torch.where(torch.isin(m.logits_indices, starts), m.logits_indices, m.logits_indices - 1)
+        return super().sample(hidden, m)
+
+
+@mutant("L3/scheduling")
+class forgets_the_copied_block(PagedModelRunner):
+    """Whoever enters with a prefix that was found complete gets an empty block."""
+
+    def prepare_model_input(self, request: Any) -> Any:
+        self.copied = [] if request.blocks_to_copy is None else request.blocks_to_copy[:, 1].tolist()
+        return super().prepare_model_input(request)
+
+    def execute_model(self, m: Any, caches: Any, *args: Any) -> Any:
+        for cache in caches:
+            cache[:, getattr(self, "copied", [])] = 0
+        return super().execute_model(m, caches, *args)
+
+
+@mutant("L3/sampling")
+class draws_by_step(PagedModelRunner):
+    steps = 0
+
+    def prepare_model_input(self, request: Any) -> Any:
+        self.steps += 1
+        return super().prepare_model_input(request)
+
+    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+        if m.seeds is not None:
+            m.seeds = m.seeds + self.steps
+        return super().sample(hidden, m)
+
+
+# L4: graphs.
+
+@mutant("L4/warm-up")
+class compiles_on_the_way(PagedModelRunner):
+    def warmup(self, *args: Any) -> None:
+        super().warmup(*args)
+        self.seen = {1}
+        self.compiled = 1
+
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        self.compiled += hasattr(self, "seen") and len(m.seq_lens) not in self.seen
+        return super().execute_model(m, *args)
+
+
+@mutant("L4/shapes")
+class one_graph_is_stale(PagedModelRunner):
+    """The graph of 6 decoding sequences has kept an old block table of its last row."""
+
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        if m.num_decode_seqs == len(m.seq_lens) == 6 and m.temperature is None and m.penalties is None:
+            m.block_tables = m.block_tables.clone()
+            m.block_tables[5] = m.block_tables[4]
+        return super().execute_model(m, *args)
+
+
+# L5: ranks.
+
+@mutant("L5/layout")
+class forgets_a_reduction(PagedModelRunner):
+    def transform(self, model: Any) -> Any:
+        for layer in model.layers:
+            layer.down.reduce = False
+        return model
+
+
+@mutant("L5/layout")
+class prepares_by_rank(PagedModelRunner):
+    def prepare_model_input(self, request: Any) -> Any:
+        made = super().prepare_model_input(request)
+        if self.config.topology.rank:
+            made.input_ids = (made.input_ids + 1) % 199
+        return made
+
+
+@mutant("L5/layout")
+class hands_on_too_little(PagedModelRunner):
+    def execute_model(self, *args: Any) -> Any:
+        out = super().execute_model(*args)
+        if not isinstance(out, SamplerOutput) and out is not None and "residual" in type(out).schema.by_name:
+            out.residual = torch.zeros_like(out.residual)
+        return out
+
+
+@mutant("L5/failure")
+class hides_a_failure(PagedModelRunner):
+    """A communicator of its own that swallows what a dead rank leaves behind."""
+
+    def execute_model(self, *args: Any) -> Any:
+        try:
+            return super().execute_model(*args)
+        except Exception:
+            import time
+
+            time.sleep(5)
+            raise
+
+
+# L6: the guard. It is on in all levels, so a runner that talks in every step fails from L1 or L3 on.
+
+@mutant("L6/guard")
+class talks_while_it_executes(PagedModelRunner):
+    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+        if m.penalties is not None and m.num_logprobs >= 2:
+            dist.HashStore().set("step", "done")
+        return super().sample(hidden, m)
+
+
+@mutant("L6/guard")
+class talks_while_it_prepares(PagedModelRunner):
+    def prepare_model_input(self, request: Any) -> Any:
+        if self.config.topology.world_size > 1 and self.config.engine.wire == "request" and any(
+                request.new_ints[:, 2] >= 2):
+            self.communicator.all_reduce(torch.ones(1))
+        return super().prepare_model_input(request)
+
+
+control = Mutant()  # nothing is wrong with it
+control.name, control.parts = "control", {}

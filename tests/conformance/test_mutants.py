@@ -1,0 +1,55 @@
+"""Each broken backend is caught, at its level and in its area; what is not broken passes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # ranks find `mutants` by sys.path
+
+import mutants
+
+from hal.conformance.run import Options, run
+
+NAMES = sorted(mutants.MUTANTS)
+
+
+def failures(name: str, cases: tuple[str, ...], level: int = 6, seed: int = 0) -> list[str]:
+    report = run(Options(f"mutants:device_{name}", level=level, seed=seed, cases=cases))
+    return [r.case.name for r in report.failed]
+
+
+def area(name: str) -> str:
+    return mutants.MUTANTS[name].expected
+
+
+# A few of every kind; with the slow ones, all.
+QUICK = ("claims_a_dtype", "stale_block_table", "pads_into_live_slots", "multiplies_in_lower_precision", "wrong_epsilon",
+         "wrong_rope_behind_a_boundary", "softmax_in_bfloat16", "ignores_the_window", "draws_by_row", "reuses_its_output")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_mutant_is_caught_in_its_area(name: str) -> None:
+    assert failures(name, (f"{area(name)}/*",)), f"nothing of {area(name)} fails"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_mutant_is_caught_at_its_level(name: str) -> None:
+    """No level below the expected one complains."""
+    level = int(area(name)[1])
+    found = failures(name, ("*",), level=min(level, 5) - 1) if level else []
+    assert not found, f"{area(name)} was expected"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "null", "mutants:control"])
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_what_is_not_broken_passes(device: str, seed: int) -> None:
+    assert not run(Options(device, level=4, seed=seed)).failed
+
+
+def test_there_are_enough() -> None:
+    assert len(NAMES) >= 30
