@@ -112,11 +112,9 @@ class FaultyRunner(NullRunner):
         return what if what in kinds and self.config.topology.rank == int(rank) and count == int(step) else None
 
     def load_model(self, *args: Any) -> None:
-        match self.fault("load-capacity", "load-bug", "load-die"):
+        match self.fault("load-capacity", "load-die"):
             case "load-capacity":
                 raise CapacityError("weights do not fit", got="3 bytes", expected="4 bytes", hint="buy one")
-            case "load-bug":
-                raise KeyError("load-bug")
             case "load-die":
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -160,25 +158,4 @@ class FaultyBackend(NullBackend):
         return FaultyRunner(*args)
 
 
-class TalkingRunner(NullRunner):
-    """Tries the communicator while it warms up."""
-
-    def warmup(self, *args: Any) -> None:
-        comm, topology = self.communicator, self.config.topology
-        tp, rank = topology.tp, topology.tp_rank
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
-            x = torch.full((3, 2), rank + 1).to(dtype)
-            assert comm.all_reduce(x[:, :1]).tolist() == [[tp * (tp + 1) // 2]] * 3, dtype
-            gathered = comm.all_gather(x.mul(10) + torch.arange(3).to(dtype)[:, None])
-            expected = [[10 * (r + 1) + row for r in range(tp) for _ in range(2)] for row in range(3)]
-            assert gathered.tolist() == expected and gathered.dtype == dtype, dtype
-
-
-class TalkingBackend(NullBackend):
-    name = "talking"
-
-    def make_runner(self, *args: Any) -> TalkingRunner:
-        return TalkingRunner(*args)
-
-
-faulty, talking = FaultyBackend(), TalkingBackend()
+faulty = FaultyBackend()
