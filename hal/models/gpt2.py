@@ -33,7 +33,7 @@ class GPT2Layer(nn.Module):
 
     def forward(self, index: int, x: torch.Tensor, attention: LayerAttention) -> torch.Tensor:
         normed = self.ops.layer_norm(x, self.attn_norm, self.attn_norm_bias, self.eps)
-        q, k, v = self.qkv(normed).view(x.shape[0], 3, self.heads, self.head_dim).unbind(1)
+        q, k, v = self.qkv(normed).view(-1, 3, self.heads, self.head_dim).unbind(1)
         x = x + self.out(attention(index, q, k, v))
         normed = self.ops.layer_norm(x, self.mlp_norm, self.mlp_norm_bias, self.eps)
         x += self.down(self.ops.activation(self.up(normed), self.act))

@@ -47,7 +47,7 @@ class LlamaLayer(nn.Module):
             x, residual = ops.rms_norm(x, self.attn_norm, self.eps), x
         else:
             x, residual = ops.add_rms_norm(x, residual, self.attn_norm, self.eps)
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        qkv = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         qk, v = qkv[:, :-self.kv_heads], qkv[:, -self.kv_heads:]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((ops.rms_norm(qk[:, :self.heads], self.q_norm, self.eps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from operator import is_
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -48,35 +49,41 @@ class Packed(Generic[T]):
         """The typed instance. On the host its tensors are views of the buffer; for another device the whole buffer is
         moved by one copy and the tensors are views of that."""
         schema = self.schema
+        if schema.kind == "ndarray":
+            return self.bind(self.arrays)
+        import torch
+
+        if device is None or torch.device(device).type == "cpu":
+            return self.bind({name: as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
+                              for name, array in self.arrays.items()})
+        return self.bind(self._stage(device))
+
+    def bind(self, arrays: Mapping[str, Any]) -> T:
+        """The typed instance over arrays that hold what `self.arrays` holds, wherever they are."""
+        schema = self.schema
         state = dict.fromkeys(schema.by_name)
         state.update(self.values)
-        if schema.kind == "ndarray":
-            state.update(self.arrays)
-        else:
-            import torch
-
-            if device is None or torch.device(device).type == "cpu":
-                for name, array in self.arrays.items():
-                    state[name] = as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
-            else:
-                self._stage(device, state)
+        state.update(arrays)
         instance = schema.cls.__new__(schema.cls)
         instance.__dict__.update(state)
         instance.__dict__["_packed"] = self, tuple(state.values())
         return instance
 
-    def _stage(self, device: Any, state: dict[str, Any]) -> None:
+    def _stage(self, device: Any) -> dict[str, Any]:
         import torch
 
         base = self.buffer.__array_interface__["data"][0]
         staged = torch.from_numpy(self.buffer).to(device)
+        found = {}
         for name, array in self.arrays.items():
             at = array.__array_interface__["data"][0] - base
             dtype = getattr(torch, self.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
-            state[name] = staged[at:at + array.nbytes].view(dtype).view(array.shape)
+            found[name] = staged[at:at + array.nbytes].view(dtype).view(array.shape)
+        return found
 
-    def padded(self, **bucket: int) -> Packed[T]:
-        """A copy in which the named symbols have a larger size; each array's new rows hold its declared padding.
+    def padded(self, also: Iterable[str] = (), /, **bucket: int) -> Packed[T]:
+        """A copy in which the named symbols have a larger size; each array's new rows hold its declared padding, and
+        the optional arrays of `also` that are absent hold nothing else.
 
         Raises:
             InputError: a size in `bucket` is smaller than the real one, or "edge" padding has no row to repeat.
@@ -87,7 +94,12 @@ class Packed(Generic[T]):
                 raise InputError(f"{self.schema.name} does not fit the bucket in {symbol!r}",
                                  got=dims.get(symbol, "no such symbol"), expected=f"at most {size}", fields=(symbol,))
         present = [n for n in self.arrays if n in self.schema.bits]
-        out = self.schema.allocate({**dims, **bucket}, present, **self.values)
+        out = self.schema.allocate({**dims, **bucket}, {*present, *also}, **self.values)
+        for name in also:
+            if name not in self.arrays:
+                spec = self.schema.by_name[name].array
+                assert spec is not None
+                out.arrays[name][...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
         for name, array in self.arrays.items():
             spec, into = self.schema.by_name[name].array, out.arrays[name]
             assert spec is not None
