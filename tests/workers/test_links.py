@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from hal import errors
 from hal.config import Topology
 from hal.errors import BackendError, CapacityError, ConfigError, GuardError, HalError, StateError, WorkerError
+from hal.schema import Array, Declared
 from workers.groups import lost, make_group
 from workers.planes import Channel, make_plane
 from workers.reports import Failure
+from workers.wire import Decoder
 
 
 @settings(max_examples=200, deadline=None)
@@ -95,3 +98,35 @@ def test_plane_is_chosen_by_name() -> None:
         make_plane("local", Topology(tp=2), None)
     with pytest.raises(BackendError, match="no such collectives"):
         make_group("pigeon", torch.distributed.HashStore(), "x", 0, 1)
+
+
+class Words(Declared):
+    ids: Annotated[torch.Tensor, Array("int32", "n")]
+    flags: Annotated[torch.Tensor | None, Array("int64", "n")] = None
+    limit: int = 0
+
+
+class Named(Words):
+    names: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize("kind", [Words, Named])
+def test_decoder_gives_what_decode_gives(kind: type[Words]) -> None:
+    """Over places that are written again, by messages of the same head and of others, changed instances in between."""
+    rng = np.random.default_rng(0)
+    places, decode = [np.zeros(1024, np.uint8) for _ in range(2)], Decoder(kind, torch.device("cpu"))
+    for i in range(200):
+        n, ids = int(rng.integers(3)), torch.from_numpy(rng.integers(0, 99, 3, np.int32))
+        extra = {"names": (f"name{rng.integers(10, 99)}",)} if kind is Named else {}
+        flags = ids[:n].long() if rng.random() < 0.3 else None
+        made = kind(ids=ids[:n], flags=flags, limit=int(rng.integers(2)), **extra)
+        place = places[i % 2]
+        place[:made.encode().size] = made.encode()
+        found, expected = decode(place), kind.decode(place)
+        found.validate("cpu")
+        assert repr(found) == repr(expected) and found.encode().tobytes() == made.encode().tobytes()
+        assert all(torch.equal(found[f], made[f]) for f in ("ids", "flags") if made[f] is not None)
+        found.limit, found.ids = 77, torch.zeros(9)  # a runner's own business
+    place[4] ^= 1
+    with pytest.raises(errors.WireError, match="corrupt"):
+        decode(place)
