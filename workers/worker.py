@@ -42,6 +42,11 @@ class Worker(LocalOrDistributedWorkerBase):
         super().__init__(config, backend)
         self.strict = os.environ.get("HAL_STRICT") == "1"
         self._links: list[ControlPlane | Communicator] = []
+        self.flight: Any = None
+        if os.environ.get("HAL_RECORD_ON_ERROR"):
+            from hal.recording.record import FlightRecorder
+
+            self.flight = FlightRecorder(os.environ["HAL_RECORD_ON_ERROR"], config, backend)
 
     def init_device(self) -> torch.device:
         self.device = self.backend.device(self.topology.rank)
@@ -88,6 +93,8 @@ class Worker(LocalOrDistributedWorkerBase):
         return step
 
     def execute_worker(self, worker_input: WorkerInput) -> None:
+        if self.flight is not None:
+            self.flight.moved(worker_input, self.cache.device[0].shape[1])
         self.cache.apply(worker_input)
 
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
@@ -99,7 +106,14 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def execute_runner(self, model_input: ModelInput,
                        intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
-        output = self.runner.execute_model(model_input, self.cache.device, intermediate)
+        try:
+            if self.flight is not None:
+                self.flight.began(model_input, self.runner)
+            output = self.runner.execute_model(model_input, self.cache.device, intermediate)
+        except Exception as error:
+            if self.flight is not None:
+                self.flight.save(self.steps, error)
+            raise
         if isinstance(output, IntermediateTensors):
             self._checked(output)
             dims = model_input.dims
@@ -123,7 +137,7 @@ class Worker(LocalOrDistributedWorkerBase):
                 text += f" ({type(self.model_input).__name__} of {dims}; crc {crc:08x})"
             except Exception as error:  # a description must not hide what is described
                 text += f" (its input cannot be described: {error})"
-        return text
+        return text + (self.flight.note if self.flight is not None else "")
 
     def _checked(self, value: D) -> D:
         """Structure always; meaning under HAL_STRICT=1. Raises InputError."""

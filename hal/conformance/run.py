@@ -148,44 +148,59 @@ def read_expected(path: str) -> list[Expected]:
                           expected="xfail entries with case, reason, link, and dtype where one alone fails") from None
 
 
-def run(options: Options, progress: Callable[[Result], None] = lambda _: None,
-        cases: list[Case] | None = None) -> Report:
-    """All chosen cases in this process, level by level.
+class Kit:
+    """A backend with the options of a run.
 
     Raises:
         BackendError: the backend does not load, or is not available here. ConfigError: no case or dtype is left.
     """
-    backend = backends.select(options.device)
-    expected = read_expected(options.expected_file) if options.expected_file else []
-    declared = backend.capabilities.dtypes
-    unknown = set(options.dtypes) - set(declared)
-    if unknown:
-        raise ConfigError("the backend does not declare this dtype", got=", ".join(sorted(unknown)),
-                          expected=", ".join(declared))
-    dtypes = tuple(d for d in declared if not options.dtypes or d in options.dtypes)
-    chosen = [c for c in (all_cases() if cases is None else cases) if c.level <= options.level
-              and any(fnmatch.fnmatch(c.name, p) for p in options.cases)]
-    if not chosen:
-        raise ConfigError("no case has this name", got=", ".join(options.cases), expected="`hal conformance --list`")
-    report = Report(header(backend, options), dtypes, tolerances=options.tolerances, partial=options.cases != ("*",))
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.backend = options, backends.select(options.device)
+        self.expected = read_expected(options.expected_file) if options.expected_file else []
+        declared = self.backend.capabilities.dtypes
+        unknown = set(options.dtypes) - set(declared)
+        if unknown:
+            raise ConfigError("the backend does not declare this dtype", got=", ".join(sorted(unknown)),
+                              expected=", ".join(declared))
+        self.dtypes = tuple(d for d in declared if not options.dtypes or d in options.dtypes)
+        self.errors: dict[tuple[str, str], list[np.ndarray]] = {}
+
+    def work(self) -> list[tuple[Case, str]]:
+        """The chosen cases by level, each with its dtypes."""
+        options = self.options
+        chosen = [c for c in all_cases() if c.level <= options.level
+                  and any(fnmatch.fnmatch(c.name, p) for p in options.cases)]
+        if not chosen:
+            raise ConfigError("no case has this name", got=", ".join(options.cases),
+                              hint="`hal conformance --list`")
+        return [(c, d) for c in chosen for d in ((ONCE,) if c.once else self.dtypes)]
+
+    def result(self, case: Case, dtype: str, scratch: Path) -> Result:
+        options = self.options
+        context = Context(self.backend, options.device, self.dtypes[0] if dtype == ONCE else dtype, options.seed,
+                          name=case.name, examples=options.examples, tolerances=options.tolerances, scratch=scratch,
+                          errors=self.errors)
+        start = time.perf_counter()
+        status, text = outcome(case, context)
+        known = next((e for e in self.expected if e.covers(case.name, dtype)), None)
+        if known and status == "fail":
+            status, text = "xfail", f"{known.reason} ({text})"
+        elif known and status == "pass":
+            status, text = "fail", f"it was expected to fail, and passes: {known.reason}"
+        return Result(case, dtype, status, text, time.perf_counter() - start, options.command(case.name, dtype),
+                      known.link if known else "")
+
+
+def run(options: Options, progress: Callable[[Result], None] = lambda _: None) -> Report:
+    """All chosen cases in this process. Raises as Kit."""
+    kit = Kit(options)
+    report = Report(header(kit.backend, options), kit.dtypes, errors=kit.errors, tolerances=options.tolerances,
+                    partial=options.cases != ("*",))
     with tempfile.TemporaryDirectory(prefix="hal-conformance-") as scratch, strict():
-        for case in chosen:
-            for dtype in (dtypes[:1] if case.once else dtypes):
-                shown = ONCE if case.once else dtype
-                context = Context(backend, options.device, dtype, options.seed, name=case.name, errors=report.errors,
-                                  examples=options.examples, tolerances=options.tolerances, scratch=Path(scratch))
-                start = time.perf_counter()
-                status, text = outcome(case, context)
-                known = next((e for e in expected if e.covers(case.name, shown)), None)
-                link = known.link if known else ""
-                if known and status == "fail":
-                    status, text = "xfail", f"{known.reason} ({text})"
-                elif known and status == "pass":
-                    status, text = "fail", f"it was expected to fail, and passes: {known.reason}"
-                result = Result(case, shown, status, text, time.perf_counter() - start,
-                                options.command(case.name, shown), link)
-                report.results.append(result)
-                progress(result)
+        for case, dtype in kit.work():
+            report.results.append(kit.result(case, dtype, Path(scratch)))
+            progress(report.results[-1])
     return report
 
 

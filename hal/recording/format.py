@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
-from hal.errors import ConfigError, WireError
+from hal.errors import ConfigError, InputError, WireError
 from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
 from hal.outputs import SamplerOutput
@@ -63,7 +63,7 @@ class Recording:
         engine = asdict(self.engine)
         engine["model"] = _BUNDLED if Path(engine["model"]) == BUNDLED_MODEL else engine["model"]
         head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
-                "schemas": {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}}
+                "schemas": _fingerprints()}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, str(path), {"hal": json.dumps(head)})
 
@@ -83,19 +83,26 @@ class Recording:
             raise ConfigError("the recording cannot be read", got=f"{path}: {error}") from None
         except (KeyError, ValueError):
             raise WireError("this safetensors file is not a recording", got=path) from None
-        ours = {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}
-        if head["format"] != FORMAT or head["schemas"] != ours:
-            raise WireError("the recording was made with other schemas", got=f"{head['schemas']}, format "
-                            f"{head['format']}", expected=f"{ours}, format {FORMAT}",
-                            hint="replay it with the version of the library that made it, or record it again")
         engine = head["engine"]
         engine["model"] = model or (str(BUNDLED_MODEL) if engine["model"] == _BUNDLED else engine["model"])
-        steps = [RecordedStep(
-            _restore(ExecuteModelRequest, f"{i:05}.request", scalars["request"], tensors),
-            _restore(PagedModelInput, f"{i:05}.input", scalars["input"], tensors),
-            _restore(SamplerOutput, f"{i:05}.output", scalars["output"], tensors) if "output" in scalars else None)
-            for i, scalars in enumerate(head["steps"])]
+        try:
+            steps = [RecordedStep(
+                _restore(ExecuteModelRequest, f"{i:05}.request", scalars["request"], tensors),
+                _restore(PagedModelInput, f"{i:05}.input", scalars["input"], tensors),
+                _restore(SamplerOutput, f"{i:05}.output", scalars["output"], tensors) if "output" in scalars else None)
+                for i, scalars in enumerate(head["steps"])]
+        except (KeyError, TypeError, InputError) as error:
+            raise WireError(f"the recording does not fit this library's schemas: {error}", got=head["schemas"],
+                            expected=_fingerprints(), hint="replay it with the version that made it") from None
+        if tensors:
+            raise WireError("the recording has fields that this library's schemas lack", got=", ".join(tensors)[:200],
+                            expected=_fingerprints(), hint="replay it with the version that made it")
         return cls(EngineConfig(**engine), ModelConfig.from_dict(head["model"]), head["info"], steps)
+
+
+def _fingerprints() -> dict[str, str]:
+    """They say whether the schemas are the same; others that have all that is recorded read it too."""
+    return {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}
 
 
 def _take(prefix: str, value: Declared, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def _take(prefix: str, value: Declared, tensors: dict[str, torch.Tensor]) -> dic
 def _restore(kind: type[D], prefix: str, scalars: dict[str, Any], tensors: dict[str, torch.Tensor]) -> D:
     arrays: dict[str, Any] = {}
     for f in kind.schema.fields:
-        found = tensors.get(f"{prefix}.{f.name}")
+        found = tensors.pop(f"{prefix}.{f.name}", None)
         if f.array and found is not None:
             arrays[f.name] = found if f.kind == "tensor" else found.numpy()
     made: D = kind(**arrays, **scalars)

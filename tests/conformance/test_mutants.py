@@ -26,8 +26,9 @@ def area(name: str) -> str:
 
 
 # A few of every kind; with the slow ones, all.
-QUICK = ("claims_a_dtype", "stale_block_table", "pads_into_live_slots", "multiplies_in_lower_precision", "wrong_epsilon",
-         "wrong_rope_behind_a_boundary", "softmax_in_bfloat16", "ignores_the_window", "draws_by_row", "reuses_its_output")
+QUICK = ("claims_a_dtype", "stale_block_table", "pads_into_live_slots", "multiplies_in_lower_precision",
+         "wrong_rope_behind_a_boundary", "softmax_in_bfloat16", "ignores_the_window", "draws_by_row",
+         "reuses_its_output", "wrong_epsilon")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
