@@ -13,9 +13,28 @@ import torch
 ASSET = Path(__file__).parents[1] / "hal" / "assets" / "add-tiny"
 
 
-@pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard"])
+@pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard", "hal.config", "hal.sampling.params", "hal.cli",
+                                    "runners.cpu"])
 def test_import_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_import_takes_under_50_ms() -> None:
+    code = "import time; t = time.perf_counter(); import hal; print(time.perf_counter() - t)"
+    times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+             for _ in range(3)]
+    assert min(times) < 0.050, times
+
+
+def test_the_cpu_runner_needs_neither_cuda_nor_xla() -> None:
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch_xla", "triton", "intel_extension_for_pytorch")))  # importing them fails
+import torch
+torch.cuda.is_available = torch.cuda.init = torch.cuda._lazy_init = None
+from runners.cpu.runner import CpuModelRunner
+"""
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

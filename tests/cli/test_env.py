@@ -71,8 +71,11 @@ def test_a_foreign_package_in_front_is_reported(tmp_path: Path) -> None:
 
 
 def test_generate_says_why_it_cannot_import_the_workers(tmp_path: Path) -> None:
+    environment = _foreign(tmp_path)
+    # An editable install finds the modules of ours that theirs does not have.
+    (tmp_path / "workers" / "executor.py").write_text("from workers import Pool\n")
     done = subprocess.run([sys.executable, "-m", "hal", "generate", "--device", "null", "1+1="], text=True,
-                          env=_foreign(tmp_path), capture_output=True, check=False, cwd=tmp_path)
+                          env=environment, capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith("hal: error: package 'workers' is another distribution's"), done.stderr
 

@@ -1,0 +1,191 @@
+"""Bad input: status 1, one named error that says what to do, no traceback; status 2 for wrong usage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hal.cli import main
+from hal.config import BUNDLED_MODEL
+
+Make = Callable[[Path], list[str]]
+
+
+def _model(path: Path, **changes: Any) -> Path:
+    """The bundled checkpoint, with other values in its config.json."""
+    shutil.copytree(BUNDLED_MODEL, path / "model")
+    config = json.loads((path / "model" / "config.json").read_text())
+    (path / "model" / "config.json").write_text(json.dumps({**config, **changes}))
+    return path / "model"
+
+
+def _no_weights(path: Path) -> list[str]:
+    directory = _model(path)
+    (directory / "model.safetensors").unlink()
+    return ["--model", str(directory), "1+1="]
+
+
+def _truncated(path: Path) -> list[str]:
+    file = _model(path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return ["--model", str(file.parent), "1+1="]
+
+
+def _no_shard(path: Path) -> list[str]:
+    directory = _model(path)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1-of-2.safetensors"}}')
+    return ["--model", str(directory), "1+1="]
+
+
+def _architecture(path: Path) -> list[str]:
+    return ["--model", str(_model(path, architectures=["MambaForCausalLM"], model_type="mamba")), "1+1="]
+
+
+def _not_json(path: Path) -> list[str]:
+    (_model(path) / "config.json").write_text('{"hidden_size": ')
+    return ["--model", str(path / "model"), "1+1="]
+
+
+def _no_tokenizer(path: Path) -> list[str]:
+    directory = _model(path)
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    return ["--model", str(directory), "1+1="]
+
+
+def _file(text: str | bytes) -> Make:
+    def make(path: Path) -> list[str]:
+        file = path / "in.jsonl"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return ["--input", str(file)]
+
+    return make
+
+
+def _args(*args: str) -> Make:
+    return lambda path: list(args)
+
+
+# What is wrong -> how to ask for it, and words that the message must have.
+BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "no model directory": (_args("--model", "/nowhere", "1+1="), ("model directory does not exist", "/nowhere")),
+    "no safetensors": (_no_weights, ("has no weights", "expected: model.safetensors")),
+    "no shard": (_no_shard, ("model-1-of-2.safetensors is missing",)),
+    "truncated safetensors": (_truncated, ("model.safetensors is damaged", "download it again")),
+    "damaged config": (_not_json, ("config.json cannot be read", "expected: a JSON object")),
+    "unsupported architecture": (_architecture, (
+        "not supported", "got: MambaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM", "GPT2LMHeadModel")),
+    "no tokenizer": (_no_tokenizer, ("no tokenizer", "prompt_token_ids")),
+    "prompt longer than the context": (_args("1" * 600), ("longer than the context", "600 tokens", "at most 511")),
+    "prompt longer than max_model_len": (_args("--max-model-len", "8", "12345678+1="), ("longer than the context",
+                                                                                    "max_model_len may be up to 512")),
+    "max_model_len longer than the context": (_args("--max-model-len", "513", "1+1="), ("max_model_len is longer",
+                                                                                      "at most 512")),
+    "empty prompt": (_args(""), ("the prompt is empty",)),
+    "empty token ids": (_file('{"prompt_token_ids": []}'), ("line 1: the prompt is empty",)),
+    "token id too high": (_file('{"prompt_token_ids": [16]}'), ("line 1: a token id is out of the vocabulary",
+                                                                "got: 16", "from 0 to 15")),
+    "token id below 0": (_file('{"prompt": "1+1="}\n{"prompt_token_ids": [-1]}'), ("line 2: a token id is out of",)),
+    "token id not a number": (_file('{"prompt_token_ids": [1.5]}'), ("prompt_token_ids is not a list of integers",)),
+    "temperature nan": (_args("--temperature", "nan", "1+1="), ("temperature is not usable", "got: nan")),
+    "temperature negative": (_args("--temperature", "-1", "1+1="), ("temperature is not usable", "at least 0")),
+    "temperature infinite": (_file('{"prompt": "1+1=", "temperature": Infinity}'), ("line 1: temperature is not",)),
+    "top_p": (_args("--top-p", "1.5", "1+1="), ("top_p is not usable", "at most 1")),
+    "top_k": (_args("--top-k", "-1", "1+1="), ("top_k is not usable",)),
+    "min_p": (_args("--min-p", "nan", "1+1="), ("min_p is not usable",)),
+    "repetition_penalty": (_args("--repetition-penalty", "0", "1+1="), ("repetition_penalty is not usable",)),
+    "presence_penalty": (_args("--presence-penalty", "nan", "1+1="), ("presence_penalty is not usable",)),
+    "max_tokens": (_args("--max-tokens", "0", "1+1="), ("max_tokens is not usable", "from 1")),
+    "logprobs": (_args("--logprobs", "-1", "1+1="), ("logprobs is not usable",)),
+    "logprobs beyond the vocabulary": (_args("--logprobs", "17", "1+1="), ("logprobs is larger than the vocabulary",)),
+    "cache too small for one request": (_args("--num-blocks", "3", "--max-tokens", "200", "1+1="), (
+        "the KV cache is too small for one", "num_blocks=3")),
+    "no cache at all": (_args("--num-blocks", "1", "1+1="), ("the KV cache is too small",)),
+    "unknown device": (_args("--device", "abacus", "1+1="), ("unknown device", "'abacus'", "auto", "cpu", "null")),
+    "device that does not load": (_args("--device", "no_such_module:backend", "1+1="), ("does not load",)),
+    "dtype that the device lacks": (_args("--device", "cpu", "--dtype", "float16", "1+1="), (
+        "no such dtype", "float16", "float32 or bfloat16")),
+    "tp that does not divide the heads": (_args("--device", "cpu", "--tp", "3", "1+1="), (
+        "tp=3 does not divide", "a multiple of 3", "choose another tp")),
+    "more stages than layers": (_args("--device", "cpu", "--pp", "5", "1+1="), ("more pipeline stages than layers",)),
+    "tp of 0": (_args("--tp", "0", "1+1="), ("tp is not usable",)),
+    "unknown control plane": (_args("--control-plane", "pigeon", "1+1="), ("unknown control_plane",)),
+    "unreadable input file": (_args("--input", "/nowhere/in.jsonl"), ("input file cannot be read", "/nowhere/in")),
+    "input file is a directory": (_args("--input", "/"), ("input file cannot be read",)),
+    "input file not UTF-8": (_file(b'{"prompt": "\xff"}'), ("input file cannot be read", "UTF-8")),
+    "bad JSON line": (_file('{"prompt": "1+1="}\n{"prompt": '), ("line 2: this is not JSON",)),
+    "JSON line not an object": (_file("[1, 2]"), ("line 1: this is not an object",)),
+    "line without a prompt": (_file('{"max_tokens": 3}'), ("line 1", "either prompt or prompt_token_ids")),
+    "line with both prompts": (_file('{"prompt": "1", "prompt_token_ids": [1]}'), ("either prompt or",)),
+    "line with an unknown key": (_file('{"prompt": "1+1=", "temprature": 1}'), ("got: temprature", "temperature")),
+    "empty input file": (_file("\n"), ("there is nothing to do",)),
+}
+USAGE = {"no prompt": [], "unknown option": ["--tempreture", "1", "1+1="], "not a number": ["--top-k", "many", "1+1="],
+         "unknown dtype": ["--dtype", "int3", "1+1="], "unknown wire": ["--wire", "pigeon", "1+1="]}
+AS_PROCESS = ("truncated safetensors", "prompt longer than the context", "tp that does not divide the heads")
+
+
+def _check(status: int, out: str, err: str, words: tuple[str, ...]) -> None:
+    assert (status, out) == (1, ""), err
+    assert err.startswith("hal: error: ") and err.count("hal: error:") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err, f"{word!r} is not in:\n{err}"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_named_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, words = BAD[name]
+    status = main(["generate", *make(tmp_path)])
+    _check(status, *capsys.readouterr(), words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AS_PROCESS)
+def test_named_error_of_a_process(name: str, tmp_path: Path) -> None:
+    make, words = BAD[name]
+    done = subprocess.run([sys.executable, "-m", "hal", "generate", *make(tmp_path)], text=True, capture_output=True,
+                          check=False, cwd=tmp_path)
+    _check(done.returncode, done.stdout, done.stderr, words)
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_wrong_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *USAGE[name]]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("usage: hal") and "Traceback" not in err
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sing"]) == 2
+    assert "generate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_traceback_where_asked_for(way: str, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HAL_DEBUG", "1" if way == "variable" else "0")
+    assert main(["generate", *(["--traceback"] if way == "option" else []), ""]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "\nhal: error: the prompt is empty" in err
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    code = f"{sys.executable} -m hal generate --json --device null 1+1= | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", code], text=True, capture_output=True, check=False, cwd=tmp_path)
+    assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only errors made on purpose are shortened."""
+    monkeypatch.setattr("hal.cli.batch.read_jobs", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", "--input", "-"])

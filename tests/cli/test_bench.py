@@ -1,0 +1,63 @@
+"""hal bench: its table and its JSON say the same, of the shape that was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hal.backend import select
+from hal.cli import main, measure
+from hal.cli.shapes import SHAPES
+from hal.models.hf_config import parse_config
+
+SMALL = ["--device", "cpu", "--prompt-len", "12", "--new-tokens", "4", "--repeat", "2", "--batch-sizes", "1,3"]
+
+
+def _json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main(["bench", "--json", *SMALL, *options]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def test_json_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {**SHAPES["tiny"], "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    report = _json(capsys, "--model-config", str(tmp_path / "config.json"))
+    assert report["parameters"] == parse_config(shape).num_params and report["random_weights"]
+    assert (report["device"], report["dtype"], report["tp"], report["prompt_len"]) == ("cpu", "float32", 1, 12)
+    assert report["measured_bandwidth"] > 1e8 and [r["batch_size"] for r in report["rows"]] == [1, 3]
+    for row in report["rows"]:
+        assert 0 < row["ttft"] <= row["batch_size"] * 12 / row["prefill_tokens_per_s"] * 1.001
+        assert row["share_of_measured"] == pytest.approx(row["achieved_bandwidth"] / report["measured_bandwidth"])
+        weights = 4 * report["parameters"]  # each decode step reads them all, and the cache
+        assert row["achieved_bandwidth"] > weights * row["decode_tokens_per_s"] / row["batch_size"]
+
+
+def test_table_of_the_bundled_checkpoint_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *SMALL, "--tp", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "add-tiny" in out and "checkpoint" in out and "tp 2" in out and "bfloat16" in out
+    rows = [line.split("|") for line in out.splitlines() if line.strip()[:1] in ("1", "3")]
+    assert [int(row[0]) for row in rows] == [1, 3] and all(float(cell) >= 0 for row in rows for cell in row[1:-1])
+
+
+def test_steps_in_which_all_decode_are_timed() -> None:
+    from hal.engine.llm import LLM
+
+    with LLM(device="null", max_num_batched_tokens=8, num_blocks=64) as llm:  # prompts are cut into chunks
+        run = measure.time_batch(llm, 16, 3, 12, 16)
+    assert 0 < run.ttft <= run.prefill and min(run.decode_step, run.tpot) > 0
+
+
+def test_bandwidth_is_that_of_memory() -> None:
+    assert 5e8 < measure.read_bandwidth(select("cpu")) < 5e12
+
+
+@pytest.mark.parametrize("options", [["--new-tokens", "2"], ["--model", ".", "--model-config", "tiny"],
+                                     ["--batch-sizes", "0"], ["--batch-sizes", "x"], ["--repeat", "0"]])
+def test_wrong_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *options]) == 2
+    assert "hal bench: error: " in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""hal generate: what it prints, for each way of asking."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+
+from hal.cli import main
+
+Run = Callable[..., list[str]]
+THREE, PLUS, TWO, EOS = 7, 14, 6, 2  # token ids of the bundled model
+
+
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The lines on stdout; nothing is on stderr."""
+
+    def run(*args: object) -> list[str]:
+        status = main(["generate", "--device", "cpu", "--num-blocks", "64", *map(str, args)])
+        out, err = capsys.readouterr()
+        assert (status, err) == (0, "")
+        return out.splitlines()
+
+    return run
+
+
+def _lines(path: Path, *requests: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n\n" for r in requests))  # blank lines are skipped
+    return path
+
+
+def test_one_prompt_prints_its_answer_alone(generate: Run) -> None:
+    assert generate("37+85=") == ["122"]
+
+
+def test_several_prompts_are_told_apart(generate: Run) -> None:
+    assert generate("37+85=", "123+456=") == ["> 37+85=", "122", "> 123+456=", "579"]
+
+
+def test_json_has_a_line_per_prompt_in_order(generate: Run) -> None:
+    first, second = map(json.loads, generate("--json", "999+1=", "3+2="))
+    assert first["text"] == "1000"
+    assert second == {"prompt": "3+2=", "prompt_token_ids": [THREE, PLUS, TWO, 15], "token_ids": [9, EOS], "text": "5",
+                      "finish_reason": "stop"}
+
+
+def test_input_file_with_overrides(generate: Run, tmp_path: Path) -> None:
+    path = _lines(tmp_path / "in.jsonl", {"prompt": "37+85="}, {"prompt": "37+85=", "max_tokens": 2},
+                  {"prompt_token_ids": [THREE, PLUS, TWO, 15], "stop_token_ids": [9]})
+    lines = [json.loads(line) for line in generate("--json", "--max-tokens", 3, "--input", path, "1+1=")]
+    assert [(r["prompt"], r["text"], r["finish_reason"]) for r in lines] == [
+        ("1+1=", "2", "stop"), ("37+85=", "122", "length"), ("37+85=", "12", "length"), (None, "", "stop")]
+    assert lines[3]["token_ids"] == [9]
+
+
+def test_standard_input(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"prompt": "250+250="}\n'))
+    assert generate("--input", "-") == ["500"]
+
+
+def test_logprobs(generate: Run) -> None:
+    line, = map(json.loads, generate("--json", "--logprobs", 3, "--prompt-logprobs", 0, "37+85="))
+    assert [entry["token_id"] for entry in line["logprobs"]] == line["token_ids"]
+    for entry in line["logprobs"]:
+        values = [value for _, value in entry["top"]]
+        assert entry["top"][0] == [entry["token_id"], entry["logprob"]]  # greedy takes the likeliest
+        assert len(values) == 3 and values == sorted(values, reverse=True) and values[0] <= 0
+    assert line["prompt_logprobs"][0] is None
+    assert [entry["token_id"] for entry in line["prompt_logprobs"][1:]] == line["prompt_token_ids"][1:]
+
+
+@pytest.mark.parametrize(("options", "text", "reason"), [
+    (["--stop", "2"], "1", "stop"), (["--stop", "9", "--stop", "22"], "1", "stop"),
+    (["--stop-token-ids", str(TWO)], "1", "stop"), (["--max-tokens", "1"], "1", "length"),
+    (["--ignore-eos", "--max-tokens", "5"], "122", "length")])
+def test_where_output_ends(generate: Run, options: list[str], text: str, reason: str) -> None:
+    line, = map(json.loads, generate("--json", *options, "37+85="))
+    assert (line["text"][:3], line["finish_reason"]) == (text, reason)
+
+
+def test_a_model_without_tokenizer_works_with_token_ids(generate: Run, checkpoint: Callable[[str], Path],
+                                                        tmp_path: Path) -> None:
+    directory, prompt = checkpoint("llama2-mha"), checkpoints.prompts()[0]
+    expected, _ = checkpoints.greedy(checkpoints.load(directory), prompt, 8)
+    path = _lines(tmp_path / "in.jsonl", {"prompt_token_ids": prompt})
+    options = "--model", directory, "--max-tokens", 8, "--input", path
+    assert generate(*options) == [" ".join(map(str, expected))]
+    line, = map(json.loads, generate("--json", *options))
+    assert (line["token_ids"], line["text"], line["prompt"]) == (expected, "", None)
+
+
+def test_sampling_options_reach_the_sampler(generate: Run) -> None:
+    options = "--json", "--temperature", 8, "--max-tokens", 12, "--ignore-eos", "37+85="
+    seeded = [generate("--seed", seed, *options) for seed in (1, 1, 2)]
+    assert seeded[0] == seeded[1] != seeded[2]
+    assert json.loads(generate("--seed", 1, "--top-k", 1, *options)[0])["text"].startswith("122")
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    command = "hal generate --device cpu --tp 2 --num-blocks 64 37+85= 123+456="
+    done = subprocess.run([sys.executable, "-m", *command.split()], text=True, capture_output=True, check=False,
+                          cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "> 37+85=\n122\n> 123+456=\n579\n", "")
