@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -117,15 +117,20 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """The output each time it has grown: the same object, whose text never shows part of a stop text. Closing the
-        iterator aborts the request. Raises as `generate`, at once."""
-        request, = self._add_all([prompt], [params or SamplingParams()])
-        return self._stream(request)
+        iterator aborts the request. Several streams may take turns. Raises as `generate`, at once."""
+        params = params or SamplingParams()
+        return self._stream(prompt, self.check(prompt, params), params)
 
-    def _stream(self, request: Request) -> Iterator[RequestOutput]:
+    def _stream(self, prompt: Prompt, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
+        request, seen = self._add(0, prompt, ids, params), 0  # here: an iterator that nobody starts enqueues nothing
+        output = request.output
         try:
-            while request.output.finish_reason is None:
-                if any(o is request.output for o in self.step()):
-                    yield request.output
+            while output.finish_reason is None:
+                while len(output.token_ids) == seen and output.finish_reason is None:
+                    self.step()
+                seen = len(output.token_ids)
+                request.write_text()  # it may have grown in the steps of another call
+                yield output
         finally:
             self._abandon([request])
 
@@ -140,13 +145,15 @@ class LLM:
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer", got="a text prompt", expected="token ids",
                                    hint=f"add tokenizer files to {self.config.model}, or give prompt_token_ids")
-            ids: list[int] = self.tokenizer(prompt).input_ids
-        else:
+            ids: list[int] = self.tokenizer(prompt, verbose=False).input_ids
+        elif isinstance(prompt, Iterable):
             ids = list(prompt)
-            for token in ids:
-                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                    raise RequestError("a token id is out of the vocabulary", got=repr(token),
-                                       expected=f"an integer from 0 to {vocab - 1}")
+        else:
+            raise RequestError("a prompt is neither a text nor token ids", got=repr(prompt))
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                raise RequestError("a token id is out of the vocabulary", got=repr(token),
+                                   expected=f"an integer from 0 to {vocab - 1}")
         if not ids:
             raise RequestError("the prompt is empty", expected="at least one token")
         if len(ids) >= self.max_model_len:
