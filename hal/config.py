@@ -31,7 +31,7 @@ class EngineConfig:
         async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
             backend runs steps while the host goes on. Not with pp > 1.
         wire: what crosses the control plane (see docs/architecture.md). control_plane: the mechanism; "auto" picks.
-            With "gloo" ranks share no memory, in the CPU's data plane neither.
+            With "gloo" ranks share no memory, and the CPU's data plane is gloo too.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
         seed: of requests that give none.
     """

@@ -17,7 +17,7 @@ from workers.shm_plane import Ring
 
 _PIECE = 1 << 20  # bytes that a rank shows at once
 _TWO_STEPS = 1 << 18  # bytes from which ranks share the additions
-_STAGE = 4, 1 << 20  # slots, and bytes of each, between two pipeline stages
+_STAGE = 16, 1 << 20  # slots, and bytes of each, between two pipeline stages
 I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
 
 

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import torch
 from rank_threads import on_ranks
+from worker_cases import MODEL, engine
 
 from hal.communicator import Communicator
-from hal.config import Topology
+from hal.config import Topology, WorkerConfig
 from hal.errors import GuardError, InputError, WireError, WorkerError
 from hal.guard import Phase, phase
 from hal.inputs import IntermediateTensors
 from hal.schema import Array
+from hal.testing.null import backend as null
 from workers.groups import make_group, serve_store
+from workers.links import connect
 from workers.shm_comm import ShmCommunicator
 from workers.torch_comm import TorchCommunicator
 
@@ -165,6 +168,20 @@ class TestEveryCommunicator:
                 assert communicator.all_reduce(torch.ones(1)).item() == 2
 
         on(kind, 2, 1, call)
+
+
+@pytest.mark.parametrize(("device", "plane", "kind"), [
+    ("cpu", "auto", ShmCommunicator), ("cpu", "shm", ShmCommunicator), ("cpu", "gloo", TorchCommunicator),
+    ("cuda", "shm", TorchCommunicator)])
+def test_ranks_of_one_host_share_memory_unless_told_otherwise(device: str, plane: str, kind: type) -> None:
+    def call(rank: int, store: Any) -> type:
+        config = WorkerConfig(engine(tp=2, control_plane=plane), MODEL, Topology(tp=2, rank=rank))
+        links = connect(config, null, torch.device(device), store)
+        for link in links:
+            link.close()
+        return type(links[1])
+
+    assert on_ranks(2, call) == [kind] * 2
 
 
 def test_sums_of_halves_are_rounded_once() -> None:
