@@ -29,6 +29,8 @@ class Capabilities:
         dtypes: of weights and KV cache, preferred first.
         max_tp, max_pp: largest parallel sizes it runs.
         swap: KV blocks can be swapped to host memory.
+        spmd: one process drives the devices of all tensor-parallel ranks (a compiler cuts the tensors), so a worker's
+            topology has tp=1 and EngineConfig.tp is left to its runner.
         asynchronous: execute_model returns before the device is done, and the runner relays sampled tokens (hal.relay).
         checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.
     """
@@ -37,6 +39,7 @@ class Capabilities:
     max_tp: int = 1
     max_pp: int = 1
     swap: bool = True
+    spmd: bool = False
     asynchronous: bool = False
     checkpoints: bool = True
 

@@ -32,6 +32,7 @@ class EngineConfig:
             backend runs steps while the host goes on. Not with pp > 1.
         wire: what crosses the control plane (see docs/architecture.md). control_plane: the mechanism; "auto" picks.
             With "gloo" ranks share no memory, and the CPU's data plane is gloo too.
+        graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
         seed: of requests that give none.
     """
@@ -52,6 +53,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
+    graphs: bool = True
     random_weights: bool = False
     seed: int = 0
 

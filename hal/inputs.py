@@ -50,8 +50,14 @@ class PagedModelInput(ModelInput):
     logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, doc="tokens whose logits are needed: "
                                                   "first those to sample after, in the order of their sequences, then "
                                                   "those whose next prompt token's logprob was asked for")]
+    # Asynchronous scheduling (see hal.relay).
+    relay: Annotated[torch.Tensor | None, Array("int32", "num_tokens", low=-1, pad=-1, doc="row whose last sampled "
+                                                "token is this one, not yet known on the host; else -1")] = None
+    sampled_rows: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=-1, pad=-1,
+                                                       doc="row of each sampled sequence")] = None
     block_size: Annotated[int, Doc("tokens per block")]
     num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token")] = 0
+    max_query_len: Annotated[int, Doc("most query tokens of a sequence; at 1 padding decodes too; 0: unknown")] = 0
     num_samples: Annotated[int, Doc("leading rows of logits_indices to sample")] = 0
 
     # Sampling, absent where no sampled sequence needs it; greedy where temperature is absent or 0.
@@ -70,11 +76,6 @@ class PagedModelInput(ModelInput):
                                                       "the prompt")] = None
     prompt_targets: Annotated[torch.Tensor | None, Array("int32", "num_targets", low=0, doc="the token whose logprob "
                                                          "is wanted, for the rows behind the sampled ones")] = None
-    # Asynchronous scheduling (see hal.relay).
-    relay: Annotated[torch.Tensor | None, Array("int32", "num_tokens", low=-1, pad=-1, doc="row whose last sampled "
-                                                "token is this one, not yet known on the host; else -1")] = None
-    sampled_rows: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=-1, pad=-1,
-                                                       doc="row of each sampled sequence")] = None
     num_logprobs: Annotated[int, Doc("most likely tokens to report beside each sampled one; -1: no logprobs")] = -1
     num_prompt_logprobs: Annotated[int, Doc("the same for prompt tokens")] = -1
 
@@ -98,6 +99,9 @@ class PagedModelInput(ModelInput):
         decodes = self.num_decode_seqs
         if not 0 <= decodes <= len(queries) or (queries[:decodes] != 1).any():
             self._refuse("num_decode_seqs", decodes, f"leading sequences of one query token, of queries {queries}")
+        longest = queries.max(initial=0)
+        if self.max_query_len not in (0, longest):
+            self._refuse("max_query_len", self.max_query_len, f"{longest}, or 0 where it is not known")
         seq = np.repeat(np.arange(len(queries)), queries)
         expected = np.arange(real) - starts[seq] + (lens - queries)[seq]
         positions = self.positions.cpu().numpy()[:real]

@@ -100,8 +100,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         size, tokens = self.config.engine.block_size, num_seqs * queries
         packed = self.input_type.schema.allocate(
             {"num_tokens": tokens, "num_seqs": num_seqs, "max_blocks": -(-queries // size), "num_logits": num_seqs},
-            block_size=size, num_decode_seqs=num_seqs if queries == 1 else 0, num_samples=num_seqs, num_logprobs=-1,
-            num_prompt_logprobs=-1)
+            block_size=size, num_decode_seqs=num_seqs if queries == 1 else 0, num_samples=num_seqs,
+            max_query_len=queries)
         for name, value in (("input_ids", 0), ("positions", torch.arange(tokens) % queries), ("seq_lens", queries),
                             ("slot_mapping", NULL_BLOCK * size), ("block_tables", NULL_BLOCK),
                             ("query_start_loc", torch.arange(num_seqs + 1) * queries),

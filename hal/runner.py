@@ -56,6 +56,18 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         """Zeroed caches, one a layer, dimension 1 counting blocks; block 0 is the null block."""
 
+    @staticmethod
+    def read_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[torch.Tensor]:
+        """Of each cache a copy of these blocks ([n] int64, on the host), wherever the runner likes; called between
+        steps, to copy blocks and to swap them to the host."""
+        return [cache[:, blocks.to(cache.device)] for cache in kv_caches]
+
+    @staticmethod
+    def write_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+        """Put `values`, which `read_blocks` gave, or the same on the host, into these blocks."""
+        for cache, value in zip(kv_caches, values, strict=True):
+            cache[:, blocks.to(cache.device)] = value.to(cache.device)
+
     @abc.abstractmethod
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards."""
@@ -77,3 +89,10 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
             SamplerOutput on the rank that samples, None on its tensor-parallel peers, IntermediateTensors on every
             rank of an earlier stage.
         """
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        """Begin to bring an output to the host; the result waits for it. A device that runs steps while the host goes
+        on must not wait there for steps that were submitted later."""
+        if output.token_ids.is_cpu:
+            return lambda: output
+        return lambda: SamplerOutput.decode(output.encode())

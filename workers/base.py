@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import importlib
+from collections.abc import Callable
 
 import torch
 
@@ -58,6 +59,10 @@ class WorkerBase(abc.ABC):
     @abc.abstractmethod
     def execute_model(self, request: ExecuteModelRequest) -> SamplerOutput | None:
         """Run a step that the scheduler asked for. The output, where this rank samples."""
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        """Begin to bring an output of this rank to the host; the result waits for it."""
+        return lambda: output
 
     @abc.abstractmethod
     def serve(self) -> None:

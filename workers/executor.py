@@ -50,24 +50,20 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
 class StepHandle:
     """A step that was submitted (see hal.executor.StepHandle)."""
 
-    def __init__(self, executor: WorkerExecutor, output: SamplerOutput | None) -> None:
-        self._executor, self._output = executor, output
-        self._on_host = False
+    def __init__(self, executor: WorkerExecutor, fetch: Callable[[], SamplerOutput] | None) -> None:
+        self._executor, self._fetch = executor, fetch
+        self._output: SamplerOutput | None = None
 
     def result(self) -> SamplerOutput:
-        if not self._on_host:
+        if self._output is None:
             self._executor.finish(self)
         assert self._output is not None
         return self._output
 
     def fetch(self, plane: ControlPlane) -> None:
         """Take the output from the rank that sampled, or from the device."""
-        output = self._output
-        if output is None:
-            output = SamplerOutput.decode(plane.receive_output().copy())
-        elif not output.token_ids.is_cpu:
-            output = SamplerOutput.decode(output.encode())
-        self._output, self._on_host = output, True
+        fetch = self._fetch
+        self._output = fetch() if fetch is not None else SamplerOutput.decode(plane.receive_output().copy())
 
 
 class WorkerExecutor:
@@ -76,8 +72,8 @@ class WorkerExecutor:
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
                  worker: str) -> None:
         guard.install()
-        configs = [WorkerConfig(engine, model, Topology(engine.tp, engine.pp, rank))
-                   for rank in range(engine.tp * engine.pp)]
+        tp = 1 if backend.capabilities.spmd else engine.tp
+        configs = [WorkerConfig(engine, model, Topology(tp, engine.pp, rank)) for rank in range(tp * engine.pp)]
         self._failure: WorkerError | None = None
         self._closed = False
         self._pending: deque[StepHandle] = deque()
@@ -129,9 +125,13 @@ class WorkerExecutor:
         failure = self._ranks.failure()
         if failure is not None:
             self._fail(failure, None)
-        handle = StepHandle(self, self._guarded(self._worker.execute_model, request))
+        handle = StepHandle(self, self._guarded(self._submit, request))
         self._pending.append(handle)
         return handle
+
+    def _submit(self, request: ExecuteModelRequest) -> Callable[[], SamplerOutput] | None:
+        output = self._worker.execute_model(request)
+        return None if output is None else self._worker.fetch(output)
 
     def finish(self, handle: StepHandle) -> None:
         """Fetch the outputs up to this handle's, in the order of the steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +69,7 @@ class Worker(LocalOrDistributedWorkerBase):
                             per_block=self.runner.kv_bytes_per_block(), host_memory=on_host)
 
     def initialize_cache(self, num_blocks: int) -> None:
-        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks)
+        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks, self.runner)
 
     def warmup(self, progress: Progress = no_progress) -> None:
         self.runner.warmup(self.cache.device, progress)
@@ -121,6 +122,9 @@ class Worker(LocalOrDistributedWorkerBase):
                 raise StateError(f"{type(output).__name__} is of another size than the step", got=output.dims,
                                  expected=dims)  # the next stage would wait for bytes that never come
         return output
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        return self.runner.fetch(output)
 
     def shutdown(self) -> None:
         for link in self._links:

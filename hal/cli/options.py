@@ -25,6 +25,7 @@ ENGINE_HELP = {
     "num_cpu_blocks": "KV blocks on the host, for preempted sequences; 0 recomputes them",
     "memory_fraction": "share of the free memory that the KV cache may take",
     "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
+    "graphs": "run every step eagerly",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
     "wire": "what crosses the control plane",
     "control_plane": "the mechanism that carries it",

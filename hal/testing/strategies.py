@@ -177,6 +177,7 @@ def _paged(draw: st.DrawFn, cls: type[PagedModelInput], min_size: int, max_size:
         arrays["relay"] = np.where((queries == 1)[rows] & (rng.random(len(rows)) < 0.5), rows, -1)
     fields = {name: _as(cls, name, array) for name, array in arrays.items()}
     scalars = {"block_size": size, "num_decode_seqs": int((queries == 1).sum()), "num_samples": len(sampled),
+               "max_query_len": int(queries.max(initial=0)),
                "num_logprobs": draw(st.integers(-1, 3)), "num_prompt_logprobs": draw(st.integers(-1, 3))}
     make: Any = cls  # mypy: each name's type is not known here
     return make(**fields, **scalars, **_further(draw, cls, fields, rng))

@@ -1,0 +1,84 @@
+"""The CUDA backend. Importing this loads no torch and needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from hal.backend import Backend, Capabilities
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.communicator import Communicator
+    from hal.config import WorkerConfig
+    from runners.cuda.runner import CudaModelRunner
+
+
+class CudaBackend(Backend):
+    name = "cuda"
+    priority = 10
+    capabilities = Capabilities(dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64, asynchronous=True)
+    collectives = "nccl"
+
+    def unavailable(self) -> str | None:
+        import torch
+
+        if torch.version.cuda is None:
+            return (f"PyTorch {torch.__version__} is built without CUDA: install a CUDA build of torch "
+                    "(pytorch.org/get-started lists them)")
+        if not torch.cuda.is_available():
+            return (f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU: check `nvidia-smi`, "
+                    "that the driver is new enough for this CUDA, and CUDA_VISIBLE_DEVICES")
+        if find_spec("triton") is None:
+            return "Triton is not installed, and the kernels are written in it: `pip install triton`"
+        return None
+
+    def device(self, local_rank: int) -> torch.device:
+        """Ranks beyond the number of GPUs share them (collectives must then be gloo: NCCL refuses)."""
+        import torch
+
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+
+    def free_memory(self, device: torch.device) -> int:
+        """What the driver has left, and what PyTorch holds without using it."""
+        import torch
+
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> CudaModelRunner:
+        from runners.cuda.runner import CudaModelRunner
+
+        return CudaModelRunner(config, device, communicator)
+
+    def versions(self) -> Mapping[str, str]:
+        import torch
+
+        found = {"torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+        if find_spec("triton") is not None:
+            import triton
+
+            found["triton"] = triton.__version__
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name()
+        return found
+
+    def synchronize(self, device: torch.device) -> None:
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+class SharedGpuBackend(CudaBackend):
+    """Ranks that share a GPU, which NCCL does not allow: collectives go through gloo, and steps are eager."""
+
+    name = "runners.cuda:shared_gpu"
+    collectives = "gloo"
+
+
+backend = CudaBackend()
+shared_gpu = SharedGpuBackend()

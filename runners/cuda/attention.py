@@ -1,0 +1,66 @@
+"""Paged attention in Triton: decoding sequences split over their contexts, the others by tiles of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hal.attention import AttentionSpec
+from hal.errors import ConfigError
+from hal.inputs import PagedModelInput
+from runners.cuda.kernels import attention as kernels
+
+_MAX_DIM, _MAX_SPLITS = 256, 64
+
+
+class CudaAttention:
+    """A hal.attention.Attention. Raises ConfigError for a head_dim that the kernels do not have."""
+
+    def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
+        self.specs, self.device = specs, device
+        spec = specs[0]
+        if spec.head_dim > _MAX_DIM or spec.head_dim % 2:
+            raise ConfigError("the CUDA attention kernels do not have this head_dim", got=spec.head_dim,
+                              expected=f"even, at most {_MAX_DIM}",
+                              hint="run this model on --device cpu, or give the runner hal's PagedAttention")
+        units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+        self.programs = 4 * units
+
+    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        spec = self.specs[0]
+        return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
+
+    def splits(self, num_seqs: int, context: int) -> int:
+        """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
+        from what a graph fixes, so replays need no other."""
+        wanted = self.programs // max(num_seqs * self.specs[0].num_kv_heads, 1)
+        return max(min(wanted, -(-context // 128), _MAX_SPLITS), 1)
+
+    def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
+        return CudaStep(self, model_input, kv_caches)
+
+
+class CudaStep:
+    """One step: nothing here reads the device."""
+
+    def __init__(self, attention: CudaAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
+        self.m, self.specs, self.caches = m, attention.specs, kv_caches
+        tokens, seqs = len(m.input_ids), len(m.seq_lens)
+        self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
+        self.splits = attention.splits(self.decodes, m.block_tables.shape[1] * m.block_size)
+        self.max_queries = m.max_query_len or tokens
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        m, spec, cache, n = self.m, self.specs[layer], self.caches[layer], self.decodes
+        kernels.write_kv(k, v, cache, m.slot_mapping)
+        # No kernel writes the padding of a step that is not all decodes.
+        make = torch.empty if n == len(q) else torch.zeros
+        out = make(q.shape, dtype=q.dtype, device=q.device)
+        if n:
+            kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, scale=spec.scale, window=spec.window,
+                           splits=self.splits)
+        if m.max_query_len != 1 and len(m.seq_lens) > n:
+            kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
+                            max_queries=self.max_queries, scale=spec.scale, window=spec.window)
+        return out.flatten(1)

@@ -1,0 +1,59 @@
+"""Decode steps as CUDA graphs: one for each batch size that is prepared, all in one memory pool."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hal.inputs import PagedModelInput
+from hal.schema.packed import Packed
+from runners.cuda.staging import end_of, views
+
+RELAYED = ("relay", "sampled_rows")  # optional fields that every graph has
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGraph:
+    """Attributes:
+        staged: uint8 on the device, what the graph reads: a packed input up to `size` bytes, and room behind it for
+            the sampling fields of a step, which the graph does not read.
+        logits: [num_seqs, vocab_size]; token_ids: int32 [num_seqs], the most likely ones. Written by a replay.
+        seconds, bytes: what capturing it cost.
+    """
+
+    num_seqs: int
+    staged: torch.Tensor
+    size: int
+    graph: Any
+    logits: torch.Tensor
+    token_ids: torch.Tensor
+    seconds: float
+    bytes: int
+
+
+def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, then every 8 up to 64, every 16 up to 256 and every 32 from there; and the limit."""
+    steps = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs, 32)]
+    return (*(n for n in steps if n < max_num_seqs), max_num_seqs)
+
+
+def capture(empty: Packed[Any], run: Callable[[PagedModelInput], tuple[torch.Tensor, torch.Tensor]], pool: Any,
+            room: int, device: torch.device) -> DecodeGraph:
+    """`empty`: a decode input of the graph's sizes in which every sequence is padding. `run`: to logits and token ids.
+    """
+    begin, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
+    staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
+    staged[:empty.buffer.size].copy_(torch.from_numpy(empty.buffer))
+    m: PagedModelInput = empty.bind(views(empty, staged))
+    run(m)  # kernels are compiled and libraries set up before anything is captured
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        logits, token_ids = run(m)
+    torch.cuda.synchronize(device)
+    return DecodeGraph(len(m.seq_lens), staged, end_of(empty, RELAYED[-1]), graph, logits, token_ids,
+                       time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0))

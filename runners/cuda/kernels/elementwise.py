@@ -1,0 +1,105 @@
+"""Small fused operations: norms, rotary embedding, SiLU-mul. Each reads its input once; arithmetic is fp32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    here = at < size
+    start = (row // inner).to(tl.int64) * stride + (row % inner) * inner_stride
+    value = tl.load(x + start + at, mask=here, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
+    normed = (value * scale).to(out.dtype.element_ty)  # rounded here, as transformers does
+    tl.store(out + row.to(tl.int64) * size + at, normed * tl.load(weight + at, mask=here, other=0.0), mask=here)
+
+
+@triton.jit
+def _add_rms_norm(x, residual, weight, out, total, size, eps, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * size
+    at = tl.arange(0, BLOCK)
+    here = at < size
+    value = tl.load(x + start + at, mask=here, other=0.0).to(tl.float32)
+    value += tl.load(residual + start + at, mask=here, other=0.0).to(tl.float32)
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(total + start + at, rounded, mask=here)
+    value = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
+    normed = (value * scale).to(out.dtype.element_ty)
+    tl.store(out + start + at, normed * tl.load(weight + at, mask=here, other=0.0), mask=here)
+
+
+@triton.jit
+def _rotary(x, positions, table, out, stride, heads, HALF: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    token, head = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    here = at < HALF
+    angle = tl.load(positions + token).to(tl.int64) * (2 * HALF) + at
+    cos = tl.load(table + angle, mask=here, other=0.0).to(DTYPE).to(tl.float32)  # rounded, as transformers does
+    sin = tl.load(table + angle + HALF, mask=here, other=0.0).to(DTYPE).to(tl.float32)
+    source = x + token.to(tl.int64) * stride + head * (2 * HALF) + at
+    first = tl.load(source, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=here, other=0.0).to(tl.float32)
+    into = out + (token.to(tl.int64) * heads + head) * (2 * HALF) + at
+    tl.store(into, (first * cos - second * sin).to(DTYPE), mask=here)
+    tl.store(into + HALF, (second * cos + first * sin).to(DTYPE), mask=here)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = at < size
+    gate = tl.load(gate_up + row * 2 * size + at, mask=here, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + at, mask=here, other=0.0)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
+    tl.store(out + row * size + at, silu * up, mask=here)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 16)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [rows, size], or [n, heads, size] with gaps between the first dimension's entries; contiguous result."""
+    size = x.shape[-1]
+    inner = x.shape[1] if x.ndim == 3 else 1
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(size)
+    _rms_norm[(x.shape[0] * inner,)](x, weight, out, x.stride(0), x.stride(1) if x.ndim == 3 else 0, inner, size, eps,
+                                     BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both [rows, size] and contiguous -> the norm of their sum, and the sum."""
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(x.shape[1])
+    _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.shape[1], eps, BLOCK=block, num_warps=_warps(block))
+    return out, total
+
+
+def rotary(heads: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """heads [n, heads, head_dim], tokens may have gaps; positions [n] int32; table [max_position, head_dim] fp32."""
+    n, count, dim = heads.shape
+    out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    _rotary[(n, count)](heads, positions, table, out, heads.stride(0), count, HALF=dim // 2, DTYPE=_TYPES[heads.dtype],
+                        BLOCK=triton.next_power_of_2(dim // 2), num_warps=1)
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[n, 2 * m] contiguous -> [n, m]."""
+    n, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul[(n, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024, num_warps=4)
+    return out
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

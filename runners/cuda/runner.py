@@ -1,0 +1,179 @@
+"""The CUDA runner: the default one with Triton's kernels, staged inputs, and decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from hal.communicator import Communicator
+from hal.config import WorkerConfig
+from hal.errors import CapacityError
+from hal.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
+from hal.outputs import SamplerOutput
+from hal.paged_runner import PagedModelRunner
+from hal.request import ExecuteModelRequest
+from hal.runner import Progress, no_progress
+from hal.schema.packed import Packed
+from runners.cuda.attention import CudaAttention
+from runners.cuda.graphs import RELAYED, DecodeGraph, batch_sizes, capture
+from runners.cuda.ops import CudaOps
+from runners.cuda.staging import Fetcher, PinnedRing, views
+
+_ROOM = 64 << 10  # bytes behind a graph's input for the sampling fields of a step
+_GRAPH_BYTES = 1 << 30  # that graphs are expected to take beside their pool's activations
+
+
+class CudaModelInput(PagedModelInput):
+    """A paged batch. A decode step is padded to a batch size for which there is a graph."""
+
+
+class CudaModelRunner(PagedModelRunner):
+    """Attributes: graphs: by batch size. sizes: those sizes, ascending; none when steps are eager."""
+
+    input_type = CudaModelInput
+
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        super().__init__(config, device, communicator, attention=CudaAttention, ops=CudaOps())
+        engine = config.engine
+        topology = config.topology
+        # Collectives of gloo cannot be captured, and a pipeline's stages hand tensors on between steps.
+        alone = topology.world_size == 1
+        self.sizes = batch_sizes(engine.max_num_seqs) if alone and engine.graphs else ()
+        self.graphs: dict[int, DecodeGraph] = {}
+        self.width = -(-config.max_model_len // engine.block_size)
+        self.pinned = PinnedRing(1 << 20)
+        self._fetch = Fetcher()
+
+    def load_model(self, progress: Progress = no_progress) -> None:
+        with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
+            super().load_model(progress)
+
+    @torch.inference_mode()
+    def reserve_bytes(self) -> int:
+        """Measured: what a step of the most tokens allocates, and what graphs take."""
+        engine = self.config.engine
+        tokens = min(engine.max_num_batched_tokens, engine.max_num_seqs * self.config.max_model_len)
+        queries = min(tokens, self.config.max_model_len)
+        seqs = min(max(tokens // queries, 1), engine.max_num_seqs)
+        with _memory("a step of max_num_batched_tokens", "a smaller max_num_batched_tokens or max_num_seqs"):
+            caches = self.make_kv_caches(1)
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self.execute_model(self.dummy_input(seqs, queries), caches, self.dummy_intermediate(seqs * queries))
+            torch.cuda.synchronize(self.device)
+            steps = torch.cuda.max_memory_allocated(self.device) - before
+        del caches
+        torch.cuda.empty_cache()
+        logits = engine.max_num_seqs * self.config.model.vocab_size * 16  # sampling in fp32, several copies
+        return steps + logits + (_GRAPH_BYTES if self.sizes else 0)
+
+    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
+        with _memory("the KV cache", "a smaller num_blocks or memory_fraction"):
+            return super().make_kv_caches(num_blocks)
+
+    @torch.inference_mode()
+    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+        super().warmup(kv_caches, progress)
+        pool = torch.cuda.graph_pool_handle() if self.sizes else None
+
+        def run(m: PagedModelInput) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden = self.model(self.relay.input_ids(m), m.positions, self.attention.begin(m, kv_caches), None)
+            logits = self.model.compute_logits(hidden)
+            token_ids = self.sampler.argmax(logits).int()
+            self.relay.keep(m, token_ids)
+            return logits, token_ids
+
+        with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
+            for done, num_seqs in enumerate(reversed(self.sizes)):  # the largest first: the others fit into its memory
+                progress("capturing graphs", done, len(self.sizes))
+                self.graphs[num_seqs] = capture(self._empty(num_seqs), run, pool, _ROOM, self.device)
+                self.compiled += 1
+        if self.sizes:
+            progress("capturing graphs", len(self.sizes), len(self.sizes))
+
+    def _empty(self, num_seqs: int) -> Packed[Any]:
+        """A decode input in which every sequence is padding: it writes the null block."""
+        packed = self.input_type.schema.allocate(
+            {"num_tokens": num_seqs, "num_seqs": num_seqs, "max_blocks": self.width, "num_logits": num_seqs,
+             "num_sampled": num_seqs}, RELAYED, block_size=self.config.engine.block_size, max_query_len=1,
+            num_samples=num_seqs)
+        for name, array in packed.arrays.items():
+            array[...] = -1 if name in RELAYED else NULL_BLOCK
+        return packed
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
+        self.state.apply(request)
+        packed: Packed[Any] = self.state.prepare(request)
+        graph = self._graph_for(packed)
+        if graph is not None:
+            n = graph.num_seqs
+            packed = packed.padded(RELAYED, num_tokens=n, num_seqs=n, num_logits=n, num_sampled=n,
+                                   max_blocks=self.width)
+        if graph is not None and packed.buffer.size <= graph.staged.numel():
+            staged = graph.staged
+        else:
+            staged = torch.empty(packed.buffer.size, dtype=torch.uint8, device=self.device)
+        self.pinned.copy(packed.buffer, staged)
+        result: PagedModelInput = packed.bind(views(packed, staged))
+        return result
+
+    def _graph_for(self, packed: Packed[Any]) -> DecodeGraph | None:
+        dims, values = packed.dims, packed.values
+        n = dims["num_seqs"]
+        if not self.graphs or values["max_query_len"] != 1 or dims["num_targets"] or values["num_samples"] != n:
+            return None
+        at = bisect.bisect_left(self.sizes, n)
+        return self.graphs[self.sizes[at]] if at < len(self.sizes) else None
+
+    @torch.inference_mode()
+    def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        m = model_input
+        graph = self.graphs.get(len(m.seq_lens)) if m.max_query_len == 1 and m.relay is not None else None
+        if graph is None or m.block_tables.shape[1] != self.width or len(m.logits_indices) != graph.num_seqs:
+            with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
+                return super().execute_model(m, kv_caches, intermediate)
+        storage = m.input_ids.untyped_storage()
+        if storage.data_ptr() != graph.staged.untyped_storage().data_ptr():
+            source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+            graph.staged[:graph.size].copy_(source[:graph.size])
+        graph.graph.replay()
+        n = m.num_samples
+        if m.temperature is None and m.penalties is None and m.num_logprobs < 0:
+            return SamplerOutput(token_ids=graph.token_ids[:n])
+        output = self.sampler(graph.logits[:n], m)
+        if m.temperature is not None or m.penalties is not None:
+            self.relay.keep(m, output.token_ids)
+        return output
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        return self._fetch(output)
+
+    def capture_report(self) -> str:
+        """What graphs cost, as a table."""
+        rows = [f"{'batch':>6} {'seconds':>8} {'MiB':>7}"]
+        rows += [f"{n:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}" for n, g in sorted(self.graphs.items())]
+        total = sum(g.seconds for g in self.graphs.values()), sum(g.bytes for g in self.graphs.values()) / 2**20
+        return "\n".join([*rows, f"{'all':>6} {total[0]:8.2f} {total[1]:7.1f}"])
+
+
+class _memory:
+    """Names what did not fit when the device is out of memory, and gives back what can be given back."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        self.what, self.hint = what, hint
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            raise CapacityError(f"device memory cannot hold {self.what}", got=str(error).split(". ")[0],
+                                expected=f"to fit into {free / 2**30:.1f} of {total / 2**30:.1f} GiB that are free",
+                                hint=self.hint) from error

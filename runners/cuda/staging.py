@@ -1,0 +1,85 @@
+"""Host memory to device memory and back, without waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hal.outputs import SamplerOutput
+from hal.schema.packed import Packed
+
+_SLOTS = 4  # more than steps in flight
+
+
+class PinnedRing:
+    """Page-locked buffers, taken in turn, from which the device copies while the host goes on."""
+
+    def __init__(self, size: int) -> None:
+        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_SLOTS)]
+        self._copied = [torch.cuda.Event() for _ in range(_SLOTS)]
+        self._next = 0
+
+    def copy(self, source: np.ndarray[Any, np.dtype[np.uint8]], into: torch.Tensor) -> None:
+        """`source` to the beginning of `into` (uint8, on the device), in the order of the current stream. `source` may
+        be changed at once."""
+        slot, size = self._next, source.size
+        self._next = (slot + 1) % _SLOTS
+        self._copied[slot].synchronize()  # done long ago, unless the device is _SLOTS steps behind
+        if self._buffers[slot].numel() < size:
+            self._buffers[slot] = torch.empty(size + size // 2, dtype=torch.uint8, pin_memory=True)
+        pinned = self._buffers[slot][:size]
+        pinned.numpy()[:] = source
+        into[:size].copy_(pinned, non_blocking=True)
+        self._copied[slot].record()
+
+
+def views(packed: Packed[Any], staged: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The arrays of `packed` as tensors over a device buffer of the same bytes."""
+    base, found = packed.buffer.__array_interface__["data"][0], {}
+    for name, array in packed.arrays.items():
+        at = array.__array_interface__["data"][0] - base
+        spec = packed.schema.by_name[name].array
+        assert spec is not None
+        found[name] = staged[at:at + array.nbytes].view(getattr(torch, spec.dtype)).view(array.shape)
+    return found
+
+
+def end_of(packed: Packed[Any], name: str) -> int:
+    """The offset behind an array."""
+    array = packed.arrays[name]
+    begin: int = array.__array_interface__["data"][0] - packed.buffer.__array_interface__["data"][0]
+    return begin + array.nbytes
+
+
+class Fetcher:
+    """Outputs to the host: page-locked tensors are kept by shape and used in turn."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
+        self._events: list[torch.cuda.Event] = []
+
+    def __call__(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        """Starts the copies; the result waits for them, and for no step that was submitted later."""
+        copies = {}
+        for field in type(output).schema.fields:
+            tensor = output[field.name]
+            if tensor is not None:
+                key = field.name, tuple(tensor.shape), tensor.dtype
+                kept = self._kept.setdefault(key, [])
+                host = kept.pop() if kept else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                copies[field.name] = key, host.copy_(tensor, non_blocking=True)
+        event = self._events.pop() if self._events else torch.cuda.Event()
+        event.record()
+
+        def result() -> SamplerOutput:
+            event.synchronize()
+            self._events.append(event)
+            found = SamplerOutput(**{name: host.clone() for name, (_, host) in copies.items()})
+            for key, host in copies.values():
+                self._kept[key].append(host)
+            return found
+
+        return result
