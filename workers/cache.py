@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from hal.config import WorkerConfig
 from hal.errors import CapacityError, InputError
 from hal.inputs import NULL_BLOCK, WorkerInput
+from hal.runner import ModelRunnerBase
 
 MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy")
 
@@ -53,10 +55,12 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
 class CacheEngine:
     """Attributes:
         device: one tensor a layer; dimension 1 counts blocks. host: the same with num_cpu_blocks, on the host.
+        runner: reads and writes the device's blocks.
     """
 
-    def __init__(self, device: Sequence[torch.Tensor], num_cpu_blocks: int) -> None:
-        self.device = device
+    def __init__(self, device: Sequence[torch.Tensor], num_cpu_blocks: int,
+                 runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase) -> None:
+        self.device, self.runner = device, runner
         pin = num_cpu_blocks > 0 and device[0].is_cuda
         self.host = [torch.zeros((c.shape[0], num_cpu_blocks, *c.shape[2:]), dtype=c.dtype, pin_memory=pin)
                      for c in device]
@@ -80,14 +84,13 @@ class CacheEngine:
         limits = ((blocks, host_blocks), (host_blocks, blocks), (blocks, blocks))
         (out_from, out_to), (in_from, in_to), (copy_from, copy_to) = (
             _indices(name, p, *limit) for name, p, limit in zip(MOVES, pairs, limits, strict=True))
-        for device, host in zip(self.device, self.host, strict=True):
-            leaving = device[:, out_from.to(device.device)].cpu() if len(out_from) else None
-            if len(in_from):
-                device[:, in_to.to(device.device)] = host[:, in_from].to(device.device)
-            if leaving is not None:
-                host[:, out_to] = leaving
-            if len(copy_from):
-                device[:, copy_to.to(device.device)] = device[:, copy_from.to(device.device)]
+        leaving = [x.cpu() for x in self.runner.read_blocks(self.device, out_from)] if len(out_from) else []
+        if len(in_from):
+            self.runner.write_blocks(self.device, in_to, [host[:, in_from] for host in self.host])
+        for host, blocks_out in zip(self.host, leaving, strict=False):
+            host[:, out_to] = blocks_out
+        if len(copy_from):
+            self.runner.write_blocks(self.device, copy_to, self.runner.read_blocks(self.device, copy_from))
 
 
 def _indices(name: str, pairs: np.ndarray | None, sources: int, targets: int) -> torch.Tensor:

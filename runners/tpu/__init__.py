@@ -1,0 +1,95 @@
+"""The XLA backend: TPUs, and XLA's CPU client where PJRT_DEVICE=CPU. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from glob import glob
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from hal.backend import Backend, Capabilities
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.communicator import Communicator
+    from hal.config import WorkerConfig
+    from runners.tpu.runner import TpuModelRunner
+
+_INSTALL = "pip install torch=={torch}.* torch_xla=={torch}.*"
+_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # of TPU v4 and older, of v5 and newer
+_CPU_SHARE = 8  # XLA's CPU client shares the host's memory with everything: the cache gets at most this part
+
+
+class TpuBackend(Backend):
+    name = "tpu"
+    capabilities = Capabilities(dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True)
+
+    @property
+    def priority(self) -> int:  # type: ignore[override]
+        """A TPU is what "auto" means where there is one; XLA's CPU client never is."""
+        return 20 if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" else -50
+
+    def unavailable(self) -> str | None:
+        found = self._packages()
+        torch_version = ".".join(found.get("torch", "2.8").split(".")[:2])
+        if "torch_xla" not in found or importlib.util.find_spec("torch_xla") is None:
+            return f"torch_xla is not installed: {_INSTALL.format(torch=torch_version)}"
+        xla_version = ".".join(found["torch_xla"].split(".")[:2])
+        if xla_version != torch_version:
+            return (f"torch_xla {found['torch_xla']} does not load with torch {found['torch']}: "
+                    f"{_INSTALL.format(torch=xla_version)}")
+        kind = os.environ.get("PJRT_DEVICE")
+        chips = any(map(glob, _CHIPS))
+        if kind is None and not chips:
+            return "no TPU is attached: set PJRT_DEVICE=CPU to run on XLA's CPU client"
+        if kind == "TPU" and not chips:
+            return "PJRT_DEVICE=TPU, but no TPU is attached: run on a TPU host, or set PJRT_DEVICE=CPU"
+        if kind not in (None, "TPU", "CPU"):
+            return f"PJRT_DEVICE={kind} is not served by this backend: set it to TPU or CPU"
+        return None
+
+    def device(self, local_rank: int) -> torch.device:
+        from runners.tpu import lowering
+
+        return lowering.device()
+
+    def free_memory(self, device: torch.device) -> int:
+        from runners.tpu import lowering
+
+        free = lowering.free_bytes() if lowering.device_kind() != "CPU" else None
+        return free or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // _CPU_SHARE
+
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> TpuModelRunner:
+        from runners.tpu.runner import TpuModelRunner
+
+        return TpuModelRunner(config, device, communicator)
+
+    def versions(self) -> Mapping[str, str]:
+        """With what PJRT sees, where it can be asked."""
+        found = self._packages()
+        if self.unavailable() is None:
+            from runners.tpu import lowering
+
+            found["PJRT devices"] = lowering.devices_seen()
+        return found
+
+    def synchronize(self, device: torch.device) -> None:
+        from runners.tpu import lowering
+
+        lowering.wait()
+
+    @staticmethod
+    def _packages() -> dict[str, str]:
+        found = {}
+        for package in ("torch", "torch_xla"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                continue
+        return found
+
+
+backend = TpuBackend()

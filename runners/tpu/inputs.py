@@ -1,0 +1,73 @@
+"""The TPU's step input: a paged batch padded to its bucket, whose arrays go to the device by one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from hal.inputs import PagedModelInput
+from hal.schema import Packed
+from hal.schema.packed import as_tensor, packed_source
+from hal.shape_plan import Bucket, ShapePlan
+from runners.tpu import lowering
+
+RANDOM = ("temperature", "seeds")
+FILTERS = ("top_k", "top_p", "min_p")
+PENALTIES = ("penalties", "history", "prompt_lens")
+
+
+class TpuModelInput(PagedModelInput):
+    """A paged batch in one of the plan's shapes. Only what `prompt_targets` adds has a size of its own: no program of
+    the step takes it whole."""
+
+    @classmethod
+    def decode(cls, buffer: Any, device: Any = None) -> TpuModelInput:
+        # A copy: the message is valid until the next one, and the transfer may take longer.
+        packed: Packed[TpuModelInput] = cls.schema.unpack(np.array(buffer))
+        return packed.to(device) if device is None or torch.device(device).type == "cpu" else stage(packed)
+
+    def check(self) -> None:
+        """On the host, since on the device every comparison would be a program. Raises InputError."""
+        if self.input_ids.is_cpu:
+            super().check()
+        else:
+            (packed_source(self) or type(self).schema.pack(self)).to().check()
+
+
+def stage(packed: Packed[TpuModelInput]) -> TpuModelInput:
+    """The instance on the device. Arrays are not cut from one buffer there, since XLA would compile the cutting."""
+    tensors = [as_tensor(array, packed.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
+               for name, array in packed.arrays.items()]
+    return packed.bind(dict(zip(packed.arrays, lowering.to_device(tensors), strict=True)))
+
+
+def bucket_for(plan: ShapePlan, packed: Packed[TpuModelInput]) -> Bucket:
+    """A step of decoding sequences alone is of kind "decode", every other of kind "mixed"."""
+    decodes = packed.values["num_decode_seqs"]
+    kind = "decode" if decodes == int(packed.arrays["query_start_loc"][-1]) else "mixed"
+    return plan.bucket_for(kind, packed.dims)
+
+
+def fit(packed: Packed[TpuModelInput], plan: ShapePlan, max_history: int) -> Packed[TpuModelInput]:
+    """The batch in its bucket's shapes; the same object where it has them already. Sampling fields are completed to one
+    of four sets: none, random, filtered, penalised."""
+    dims, here = packed.dims, packed.arrays
+    sizes = bucket_for(plan, packed).dims
+    seqs = sizes["num_seqs"]
+    sizes.setdefault("num_tokens", seqs)
+    present: set[str] = set()
+    if any(name in here for name in PENALTIES):
+        present.update(RANDOM, FILTERS, PENALTIES)
+        sizes["max_history"] = max_history
+    elif any(name in here for name in FILTERS):
+        present.update(RANDOM, FILTERS)
+    elif any(name in here for name in RANDOM):
+        present.update(RANDOM)
+    if present:
+        sizes["num_sampled"] = seqs
+    sizes["num_logits"] = max(seqs, packed.values["num_samples"] + dims["num_targets"])
+    if all(dims[symbol] == size for symbol, size in sizes.items()) and present <= here.keys():
+        return packed
+    return packed.padded(present, **sizes)

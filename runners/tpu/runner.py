@@ -1,0 +1,292 @@
+"""The TPU's runner: static shapes, compiled before the first step and never after."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hal.batch import BatchState
+from hal.communicator import Communicator
+from hal.config import WorkerConfig
+from hal.errors import BackendError, StateError
+from hal.inputs import NULL_BLOCK, SAMPLING_FIELDS, IntermediateTensors
+from hal.models.causal_lm import CausalLM
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+from hal.runner import ModelRunnerBase, Progress, no_progress
+from hal.sampling.sampler import logprobs
+from hal.schema.packed import packed_source
+from hal.shape_plan import Bucket
+from runners.tpu import lowering
+from runners.tpu.attention import TILE, TpuAttention
+from runners.tpu.inputs import FILTERS, PENALTIES, RANDOM, TpuModelInput, bucket_for, fit, stage
+from runners.tpu.plan import make_plan
+from runners.tpu.sampler import sample
+from runners.tpu.spmd import load
+
+FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
+SAMPLERS = {"random": RANDOM, "filtered": RANDOM + FILTERS, "penalised": RANDOM + FILTERS + PENALTIES}
+BLOCKS_AT_ONCE = 8  # blocks that are copied or swapped by one call
+TOP = 20  # most likely tokens that the device finds; more are looked for on the host
+
+
+class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
+    """Programs, by name: ("step", bucket) from a step's input to logits and the most likely token; ("random" and so on,
+    sequences) the samplers; ("logprobs", rows); ("head", tokens) logits of prompt tokens. Token ids leave the device,
+    and logprobs where they were asked for.
+
+    Attributes:
+        plan: the shapes. mesh: of tensor parallelism, or None.
+    """
+
+    input_type = TpuModelInput
+    model: CausalLM
+
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        super().__init__(config, device, communicator)
+        engine = config.engine
+        if engine.async_scheduling:
+            raise BackendError("backend 'tpu' does not relay sampled tokens", got="async_scheduling=True",
+                               expected="async_scheduling=False")
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
+        self.mesh = lowering.use_mesh(engine.tp) if engine.tp > 1 else None
+        self.plan = make_plan(config)
+        self.seq_rungs = sorted({b.dims["num_seqs"] for b in self.plan.buckets()})
+        self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
+                                self.input_type)
+        self.programs: dict[tuple[str, Any], lowering.Program] = {}
+        self.strict = os.environ.get("HAL_STRICT") == "1"
+
+    @property
+    def compiled(self) -> int:  # type: ignore[override]
+        return lowering.compiles()
+
+    def load_model(self, progress: Progress = no_progress) -> None:
+        engine = self.config.engine
+        self.model = load(engine, self.config.model, self.config.topology.pp_rank, self.dtype, self.mesh, progress)
+        self.intermediate_type = self.model.intermediate_type
+        kernel = lowering.device_kind() == "TPU" and engine.tp == 1
+        self.attention = TpuAttention(self.model.attention_specs, ranks=engine.tp, kernel=kernel)
+
+    def _cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        return self.attention.cache_shape(num_blocks, self.config.engine.block_size)
+
+    def kv_bytes_per_block(self) -> int:
+        whole = math.prod(self._cache_shape(1)) * self.dtype.itemsize * len(self.model.attention_specs)
+        return whole // self.config.engine.tp
+
+    def reserve_bytes(self) -> int:
+        """Of the largest step: activations of a layer, the contexts that its tiles gather, scores, and logits in the
+        sampler's copies. An estimate from above."""
+        engine, c, spec = self.config.engine, self.config.model, self.model.attention_specs[0]
+        tokens, item = max(engine.max_num_batched_tokens, engine.max_num_seqs), self.dtype.itemsize
+        tiles = tokens // TILE + engine.max_num_seqs
+        keys = tiles * self.config.max_model_len
+        contexts = 2 * keys * spec.num_kv_heads * 2 * spec.head_dim * item
+        scores = keys * TILE * spec.num_heads * (item + 8)
+        layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size // engine.tp) * item
+        return contexts + scores + layer + engine.max_num_seqs * c.vocab_size * (item + 24)
+
+    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
+        shape = self._cache_shape(num_blocks)
+        return [lowering.zeros(shape, self.dtype, self.mesh, 3) for _ in self.model.attention_specs]
+
+    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+        """Every program, compiled or read from the persistent cache; none runs yet."""
+        todo: list[Callable[[], None]] = [lambda b=b: self._compile_step(b, kv_caches)  # type: ignore[misc]
+                                          for b in self.plan.buckets()]
+        if self.config.topology.is_last_stage:
+            todo += [lambda s=s, n=n: self._compile_sampler(s, n) for n in self.seq_rungs  # type: ignore[misc]
+                     for s in SAMPLERS]
+            todo += [lambda n=n: self._compile_logprobs(n) for n in self.seq_rungs]  # type: ignore[misc]
+            todo += [lambda t=t: self._compile_head(t) for t in sorted(  # type: ignore[misc]
+                {b.dims.get("num_tokens", b.dims["num_seqs"]) for b in self.plan.buckets()})]
+        todo.append(lambda: self._compile_moves(kv_caches))
+        for done, compile_one in enumerate(todo):
+            progress("compiling", done, len(todo))
+            compile_one()
+        progress("compiling", len(todo), len(todo))
+        lowering.wait()
+        self._warm = self.compiled
+
+    def read_blocks(self, kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor,  # type: ignore[override]
+                    ) -> list[torch.Tensor]:
+        """On the host, in pieces of one shape."""
+        parts = []
+        for at in range(0, len(blocks), BLOCKS_AT_ONCE):
+            ids, count = self._some_blocks(blocks, at)
+            parts.append([x.cpu()[:, :count] for x in self.programs["read", None]([ids, *kv_caches])])
+        return [torch.cat(of_layer, 1) for of_layer in zip(*parts, strict=True)]
+
+    def write_blocks(self, kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor,  # type: ignore[override]
+                     values: Sequence[torch.Tensor]) -> None:
+        for at in range(0, len(blocks), BLOCKS_AT_ONCE):
+            ids, count = self._some_blocks(blocks, at)
+            fill = (0, 0) * (values[0].ndim - 2) + (0, BLOCKS_AT_ONCE - count)
+            some = lowering.to_device([F.pad(v[:, at:at + count], fill) for v in values])
+            self.programs["write", None]([ids, *some], kv_caches)
+
+    @staticmethod
+    def _some_blocks(blocks: torch.Tensor, at: int) -> tuple[torch.Tensor, int]:
+        """Those from `at` on and the null block in place of what is missing, and how many they are."""
+        some = blocks[at:at + BLOCKS_AT_ONCE]
+        ids, = lowering.to_device([F.pad(some, (0, BLOCKS_AT_ONCE - len(some)), value=NULL_BLOCK)])
+        return ids, len(some)
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> TpuModelInput:
+        self.state.apply(request)
+        packed: Any = self.state.prepare(request)
+        return stage(fit(packed, self.plan, self.config.max_model_len))
+
+    def execute_model(self, model_input: TpuModelInput, kv_caches: Sequence[torch.Tensor],
+                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        m = model_input
+        packed = packed_source(m) or TpuModelInput.schema.pack(m)
+        fitted = fit(packed, self.plan, self.config.max_model_len)
+        if fitted is not packed:
+            m, packed = stage(fitted), fitted
+        bucket = bucket_for(self.plan, packed)
+        arguments = [m[name] for name in FIELDS]
+        seqs = bucket.dims["num_seqs"]
+        if arguments[-1].shape[0] != seqs:  # rows for prompt logprobs follow
+            arguments[-1], = lowering.to_device([torch.from_numpy(packed.arrays["logits_indices"][:seqs])])
+        if intermediate is not None:
+            arguments += [intermediate[name] for name in self.model.intermediates]
+        results = self.programs["step", bucket](arguments, kv_caches)
+        if self.config.topology.is_last_stage:
+            output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
+        else:
+            output = self.model.hand_on(*results)
+        if self.strict and self.compiled != self._warm:
+            raise StateError("a step compiled a program", got=f"{self.compiled - self._warm} after warm-up", expected=0,
+                             hint=f"{bucket} is in the plan: look for a tensor operation outside the programs")
+        return output
+
+    def _sample(self, m: TpuModelInput, packed: Any, hidden: torch.Tensor, logits: torch.Tensor, greedy: torch.Tensor,
+                positions: torch.Tensor) -> SamplerOutput:
+        n, seqs = m.num_samples, logits.shape[0]
+        tokens = greedy
+        for name in ("penalised", "filtered", "random"):
+            if all(m[field] is not None for field in SAMPLERS[name]):
+                tokens, = self.programs[name, seqs]([logits, positions, *(m[field] for field in SAMPLERS[name])])
+                break
+        found: dict[str, torch.Tensor] = {}
+        if m.num_logprobs >= 0:
+            chosen, ids, top = self._logprobs(logits, tokens, m.num_logprobs)
+            found = {"logprobs": chosen[:n]}
+            if m.num_logprobs:
+                found |= {"top_ids": ids[:n], "top_logprobs": top[:n]}
+        if m.prompt_targets is not None:
+            found |= self._prompt_logprobs(packed, hidden, m.num_prompt_logprobs)
+        return SamplerOutput(token_ids=tokens.cpu()[:n], **found)
+
+    def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:
+        """On the host: of the given tokens, and of the `top` most likely with their ids."""
+        if top > TOP:
+            return logprobs(logits.cpu(), tokens.cpu(), top)
+        chosen, ids, values = (x.cpu() for x in self.programs["logprobs", logits.shape[0]]([logits, tokens]))
+        top = max(top, 0)
+        return chosen, ids[:, :top].contiguous(), values[:, :top].contiguous()
+
+    def _prompt_logprobs(self, packed: Any, hidden: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
+        rows, n = self.seq_rungs[-1], packed.values["num_samples"]
+        targets = packed.arrays["prompt_targets"]
+        indices = packed.arrays["logits_indices"][n:n + len(targets)]
+        parts = []
+        for at in range(0, len(targets), rows):
+            some = np.zeros((2, rows), np.int32)
+            count = min(rows, len(targets) - at)
+            some[:, :count] = indices[at:at + rows], targets[at:at + rows]
+            which, wanted = lowering.to_device(list(torch.from_numpy(some)))
+            logits, = self.programs["head", hidden.shape[0]]([hidden, which])
+            parts.append([x[:count] for x in self._logprobs(logits, wanted, top)])
+        chosen, ids, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        more = {"prompt_top_ids": ids, "prompt_top_logprobs": values} if top > 0 else {}
+        return {"prompt_logprobs": chosen, **more}
+
+    # Programs. Their arguments while tracing are of the right shapes, and of no value.
+
+    def _compile_step(self, bucket: Bucket, kv_caches: Sequence[torch.Tensor]) -> None:
+        decode, dims = bucket.kind == "decode", bucket.dims
+        seqs, blocks = dims["num_seqs"], dims["max_blocks"]
+        tokens = dims.get("num_tokens", seqs)
+        shapes = [(tokens,)] * 3 + [(seqs + 1,), (seqs,), (seqs, blocks), (seqs,)]
+        arguments = lowering.to_device([torch.zeros(shape, dtype=torch.int32) for shape in shapes])
+        first, last = self.config.topology.is_first_stage, self.config.topology.is_last_stage
+        if not first:
+            state = torch.zeros(tokens, self.config.model.hidden_size, dtype=self.dtype)
+            arguments += lowering.to_device([state.clone() for _ in self.model.intermediates])
+        size = self.config.engine.block_size
+
+        def step(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
+            m: Any = SimpleNamespace(**dict(zip(FIELDS, given, strict=False)), block_size=size)
+            before = None if first else self.model.hand_on(*given[len(FIELDS):])
+            attention = self.attention.begin(m, caches, decode)
+            hidden: Any = self.model(m.input_ids, m.positions, attention, before)
+            caches = [self._split(cache) for cache in attention.caches]
+            if not last:
+                return caches, [self._whole(hidden[name]) for name in self.model.intermediates]
+            logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).contiguous()
+            at = m.positions.index_select(0, m.logits_indices)
+            return caches, [self._whole(hidden), self._whole(logits), logits.argmax(-1).int(), at]
+
+        self.programs["step", bucket] = lowering.Program(step, arguments, kv_caches)
+
+    def _compile_moves(self, kv_caches: Sequence[torch.Tensor]) -> None:
+        ids = torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)
+        values = [torch.zeros(1, BLOCKS_AT_ONCE, *cache.shape[2:], dtype=self.dtype) for cache in kv_caches]
+        ids, *values = lowering.to_device([ids, *values])
+
+        def read(given: Sequence[torch.Tensor], _: Sequence[torch.Tensor]) -> Any:
+            return [], [self._whole(cache[0].index_select(0, given[0])[None]) for cache in given[1:]]
+
+        def write(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
+            new = [cache.view(cache.shape[1:]).index_copy(0, given[0], v.view(v.shape[1:])).view(cache.shape)
+                   for cache, v in zip(caches, given[1:], strict=True)]
+            return [self._split(cache) for cache in new], []
+
+        self.programs["read", None] = lowering.Program(read, [ids, *kv_caches])
+        self.programs["write", None] = lowering.Program(write, [ids, *values], kv_caches)
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.mesh is None else lowering.shard(tensor, self.mesh, None)
+
+    def _split(self, cache: torch.Tensor) -> torch.Tensor:
+        return cache if self.mesh is None else lowering.shard(cache, self.mesh, 3)
+
+    def _compile_sampler(self, name: str, rows: int) -> None:
+        fields, schema = SAMPLERS[name], TpuModelInput.schema
+        dims = {"num_sampled": rows, "max_history": self.config.max_model_len}
+        arguments = [torch.zeros(rows, self.config.model.vocab_size, dtype=self.dtype),
+                     torch.zeros(rows, dtype=torch.int32)]
+        for field in fields:
+            array = schema.by_name[field].array
+            assert array is not None
+            arguments.append(torch.zeros([d.size(dims) for d in array.dims], dtype=getattr(torch, array.dtype)))
+        absent = dict.fromkeys(SAMPLING_FIELDS)
+
+        def program(given: Sequence[torch.Tensor], _: Sequence[torch.Tensor]) -> Any:
+            m = SimpleNamespace(**absent | dict(zip(fields, given[2:], strict=True)))
+            return [], [sample(given[0], given[1], m)]
+
+        self.programs[name, rows] = lowering.Program(program, lowering.to_device(arguments))
+
+    def _compile_logprobs(self, rows: int) -> None:
+        arguments = [torch.zeros(rows, self.config.model.vocab_size, dtype=self.dtype),
+                     torch.zeros(rows, dtype=torch.int32)]
+        self.programs["logprobs", rows] = lowering.Program(
+            lambda given, _: ([], logprobs(given[0], given[1], TOP)), lowering.to_device(arguments))
+
+    def _compile_head(self, tokens: int) -> None:
+        arguments = [torch.zeros(tokens, self.config.model.hidden_size, dtype=self.dtype),
+                     torch.zeros(self.seq_rungs[-1], dtype=torch.int32)]
+        self.programs["head", tokens] = lowering.Program(
+            lambda given, _: ([], [self.model.compute_logits(given[0].index_select(0, given[1])).contiguous()]),
+            lowering.to_device(arguments))

@@ -1,0 +1,37 @@
+"""Sampling of static shapes, by the same rules and the same noise as `hal.sampling.sampler`: the same tokens.
+
+The default sampler looks at some candidates and sorts a whole row only where it must, which it finds out on the host.
+Here a filtered row is always sorted: whether to is not for a program to decide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hal.sampling.noise import exponential, row_keys
+from hal.sampling.sampler import penalised, threshold
+
+
+def sample(logits: torch.Tensor, positions: torch.Tensor, m: Any) -> torch.Tensor:
+    """A token a row, [n] int32; greedy where the temperature is 0.
+
+    Args:
+        logits: [n, vocab]. positions: [n], of the tokens that the logits follow.
+        m: the sampling fields of PagedModelInput, of n rows each: temperature and seeds; all filters or none of them;
+            all that penalties need or none of it.
+    """
+    scores = logits.float()
+    if m.penalties is not None:
+        scores = penalised(scores, m.penalties, m.history, m.prompt_lens)
+    greedy = m.temperature == 0
+    best = scores.argmax(-1)
+    scores = scores / torch.where(greedy, 1.0, m.temperature)[:, None]
+    ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
+    race = scores - exponential(row_keys(m.seeds, positions + 1), ids).log()
+    if m.top_k is not None:
+        top_k, top_p, min_p = (x[:, None] for x in (m.top_k, m.top_p, m.min_p))
+        lowest = threshold(scores.sort(-1, descending=True).values, top_k, top_p, min_p, scores.logsumexp(-1, True))
+        race = race.masked_fill(scores < lowest, -torch.inf)
+    return torch.where(greedy, best, race.argmax(-1)).int()

@@ -1,0 +1,126 @@
+"""Tensor parallelism in one process: the shares of all ranks side by side, cut over the mesh by the compiler.
+
+The models' own tensor-parallel code runs once. Where a rank would hold its part of a parameter, the parameter holds all
+parts in a new first dimension, annotated as sharded; between a column-parallel layer and the row-parallel one behind
+it, the first dimension of activations counts the tokens of one share after another; and where ranks would reduce, the
+shares are summed, of which the compiler (GSPMD, arXiv 2105.04663) makes an all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hal.communicator import LocalCommunicator
+from hal.config import EngineConfig, Topology
+from hal.models import build_model
+from hal.models.causal_lm import CausalLM
+from hal.models.config import ModelConfig
+from hal.models.layers import Linear, placement
+from hal.models.loader import load_weights, random_weights
+from hal.models.ops import Ops
+from hal.runner import Progress
+from runners.tpu import lowering
+
+
+class TpuOps(Ops):
+    """Linear layers over `ranks` shares. x of a column-parallel layer is [n, in], of a row-parallel one [R * n, in]."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if weight.ndim == 2:
+            return super().linear(x, weight, bias)
+        if getattr(weight, "row_parallel", False):
+            y = torch.einsum("rni,roi->rno", x.view(self.ranks, -1, x.shape[-1]), weight)
+        else:
+            y = torch.einsum("ni,roi->rno", x, weight)
+        if bias is not None:
+            y = y + bias[:, None]
+        return y.reshape(-1, y.shape[-1])
+
+    def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
+        begun = super().begin_rotary(positions, table, dtype)
+        return begun if self.ranks == 1 else tuple(x.repeat(self.ranks, 1, 1) for x in begun)
+
+
+class MeshCommunicator(LocalCommunicator):
+    """What the tensor-parallel ranks of a model would say to each other, as arithmetic over shares."""
+
+    def __init__(self, topology: Topology, mesh: Any) -> None:
+        self.topology, self.mesh = topology, mesh
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """[R * n, size] -> [n, size], the same on every device."""
+        return lowering.shard(x.view(self.topology.tp, -1, x.shape[-1]).sum(0), self.mesh, None)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[R * n, size] -> [n, R * size], the same on every device."""
+        parts = x.view(self.topology.tp, -1, x.shape[-1])
+        return lowering.shard(parts.transpose(0, 1).reshape(parts.shape[1], -1), self.mesh, None)
+
+
+class MeshEmbedding(nn.Module):
+    """Rows of a vocabulary in R shares, [R, vocab / R, hidden]: each share finds its own, and the shares are summed."""
+
+    def __init__(self, weight: torch.Tensor, communicator: MeshCommunicator) -> None:
+        super().__init__()
+        self.weight, self.communicator = weight, communicator
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        ranks, share, hidden = self.weight.shape
+        local = input_ids[None] - torch.arange(ranks, dtype=torch.int32, device=input_ids.device)[:, None] * share
+        foreign = (local < 0) | (local >= share)
+        index = local.masked_fill(foreign, 0).long()[:, :, None].expand(-1, -1, hidden)
+        rows = self.weight.gather(1, index).masked_fill(foreign[:, :, None], 0)
+        return self.communicator.all_reduce(rows.view(-1, hidden))
+
+
+def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.dtype, mesh: Any,
+         progress: Progress) -> CausalLM:
+    """The stage's model on the device, with the shares of all tensor-parallel ranks. Raises as load_weights does."""
+    topologies = [Topology(engine.tp, engine.pp, pp_rank * engine.tp + r) for r in range(engine.tp)]
+    communicator = MeshCommunicator(topologies[0], mesh) if engine.tp > 1 else LocalCommunicator()
+    ops, shares = TpuOps(engine.tp), []
+    for topology in topologies:
+        share = build_model(config, topology, communicator, ops, dtype, torch.device("cpu"))
+        if engine.random_weights:
+            random_weights(share, engine.seed)
+        else:
+            load_weights(share, engine.model, progress)
+        shares.append(share)
+    return _place(shares, communicator, mesh)
+
+
+def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: Any) -> CausalLM:
+    """The first share, its parameters replaced by those of all on the device."""
+    model, moved = shares[0], dict[nn.Parameter, torch.Tensor]()
+    modules = [dict(share.named_modules()) for share in shares]
+    for name, module in list(model.named_modules()):
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, key, lowering.place(buffer, mesh, None))
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in moved:
+                moved[parameter] = _together([found[name] for found in modules], key, mesh)
+            del module._parameters[key]
+            setattr(module, key, moved[parameter])
+    if len(shares) > 1 and hasattr(model, "embed"):
+        assert isinstance(communicator, MeshCommunicator)
+        model.embed = MeshEmbedding(model.embed.weight, communicator)  # type: ignore[assignment]
+    return model
+
+
+def _together(modules: Sequence[nn.Module], key: str, mesh: Any) -> torch.Tensor:
+    """A parameter on the device: as it is where the ranks share it, else their parts in a new first dimension."""
+    first = modules[0].get_parameter(key)
+    reduces = isinstance(modules[0], Linear) and modules[0].reduce
+    if len(modules) == 1 or (placement(first).dim is None and not reduces):
+        return lowering.place(first.data, mesh, None)
+    parts = [getattr(module, key) for module in modules]  # the first rank alone adds the bias of a sum
+    tensor = lowering.place(torch.stack([torch.zeros_like(first) if p is None else p.data for p in parts]), mesh, 0)
+    tensor.row_parallel = reduces  # type: ignore[attr-defined]
+    return tensor
