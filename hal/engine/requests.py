@@ -24,9 +24,9 @@ class Request:
 
     def write_text(self) -> None:
         """Bring output.text up to the tokens there are; a stop text cuts the tokens' text, not the tokens."""
-        if self.text is None:
-            return
         output, done = self.output, self.seq.finish_reason is not None
+        if self.text is None or (self.shown == len(output.token_ids) and not done):
+            return
         tokens = output.token_ids[self.shown:]
         self.shown = len(output.token_ids)
         if done and tokens and self.seq.finish_reason == "stop" and not self.text.stopped:

@@ -42,7 +42,9 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.stopped = "", False
-        self._ids = list(prompt[-_CONTEXT:])
+        starts = [max(len(prompt) - _CONTEXT - more, 0) for more in range(4)]  # a character has up to 4 bytes
+        whole = (prompt[at:] for at in starts if not self._decode(prompt[at:]).startswith(_HALF))
+        self._ids = list(next(whole, prompt[starts[0]:]))
         self._begin, self._read = 0, len(self._ids)  # text up to `_read` is out; decoding starts at `_begin`
 
     @property
@@ -60,15 +62,18 @@ class TextStream:
         self._ids += token_ids
         known = self._decode(self._ids[self._begin:self._read])
         now = self._decode(self._ids[self._begin:])
+        begin = self._read
+        if not now.startswith(known):  # the prompt ended in a character that the output completes
+            known, begin = known.rstrip(_HALF), self._begin
         if len(now) <= len(known) or (now.endswith(_HALF) and not last):
             return
         before = len(self.text)
         self.text += now[len(known):]
-        self._begin, self._read = self._read, len(self._ids)
+        self._begin, self._read = begin, len(self._ids)
         found = [at for stop in self.stops if (at := self.text.find(stop, max(before - len(stop) + 1, 0))) >= 0]
         if found:
             self.text, self.stopped = self.text[:min(found)], True
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         return text
