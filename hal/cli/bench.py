@@ -98,7 +98,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     rows = []
     for batch, runs in cells.items():
         step = statistics.median(r.decode_step for r in runs)
-        achieved = _bytes_per_step(model, dtype, batch, args.prompt_len + args.new_tokens // 2) / ranks / step
+        achieved = bytes_per_step(model, dtype, batch, args.prompt_len + args.new_tokens // 2) / ranks / step
         rows.append(Row(batch, statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
                         batch * args.prompt_len / statistics.median(r.prefill for r in runs), batch / step, achieved,
                         achieved / bandwidth))
@@ -122,7 +122,7 @@ def _shape(name: str) -> dict[str, Any]:
     return data
 
 
-def _bytes_per_step(model: ModelConfig, dtype: str, batch: int, context: int) -> float:
+def bytes_per_step(model: ModelConfig, dtype: str, batch: int, context: int) -> float:
     """What a decode step has to read of weights and KV cache, over all ranks. Of the input embedding only the batch's
     rows are read, unless it is the output head as well; each layer reads its window of the context."""
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]

@@ -1,0 +1,184 @@
+"""The CUDA runner's figures: `python benchmarks/cuda.py [sections] [--json FILE]`, all sections by default.
+
+A step's floor is the time that reading its weights and KV cache takes at the copy bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hal.cli.bench import bytes_per_step
+from hal.cli.measure import time_batch
+from hal.cli.shapes import SHAPES
+from hal.engine.llm import LLM
+from hal.models.hf_config import read_config
+from hal.sampling.params import SamplingParams
+
+RESULTS: dict[str, Any] = {}
+
+
+def milliseconds(call: Callable[[], object], rounds: int = 30) -> float:
+    for _ in range(5):
+        call()
+    spent = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        spent.append(begin.elapsed_time(end))
+    return statistics.median(spent)
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s, read and written."""
+    x = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / milliseconds(lambda: y.copy_(x), 10) * 1e3
+
+
+def attention(bandwidth: float) -> None:
+    from hal.attention import AttentionSpec
+    from runners.cuda.attention import CudaAttention
+    from runners.cuda.kernels import attention as kernels
+
+    spec, device, dtype = AttentionSpec(32, 8, 128, 128 ** -0.5), torch.device("cuda"), torch.bfloat16
+    maker = CudaAttention([spec], device=device, dtype=dtype)
+    for seqs, context, size in ((64, 2048, 16), (1, 2048, 16), (32, 1088, 16), (128, 1088, 16)):
+        blocks = context // size
+        cache = torch.randn(maker.cache_shape(seqs * blocks + 1, size), device=device).to(dtype)
+        tables = (torch.randperm(seqs * blocks, device=device) + 1).int().view(seqs, blocks)
+        lens = torch.full((seqs,), context, dtype=torch.int32, device=device)
+        q = torch.randn(seqs, 32, 128, device=device).to(dtype)
+        out = torch.empty_like(q)
+        splits = maker.splits(seqs, context)
+        ms = milliseconds(lambda: kernels.decode(q, cache, tables, lens, out, scale=spec.scale, window=None,  # noqa: B023
+                                                 splits=splits))  # noqa: B023
+        rate = seqs * context * 2 * 8 * 128 * 2 / ms * 1e3
+        print(f"decode attention {seqs:>4} x {context}: {ms * 1e3:8.1f} us, {rate / 1e12:.2f} TB/s, "
+              f"{rate / bandwidth:.2f} of copy (splits {splits})", flush=True)
+        RESULTS[f"attention_decode_{seqs}x{context}"] = rate / bandwidth
+    seqs, length, size = 8, 2048, 16
+    cache = torch.randn(maker.cache_shape(seqs * length // size + 1, size), device=device).to(dtype)
+    tables = (torch.randperm(seqs * length // size, device=device) + 1).int().view(seqs, -1)
+    lens = torch.full((seqs,), length, dtype=torch.int32, device=device)
+    starts = torch.arange(seqs + 1, device=device, dtype=torch.int32) * length
+    q = torch.randn(seqs * length, 32, 128, device=device).to(dtype)
+    out = torch.empty_like(q)
+    ours = milliseconds(lambda: kernels.prefill(q, cache, tables, lens, starts, out, first_seq=0, max_queries=length,
+                                                scale=spec.scale, window=None))
+    qs = q.view(seqs, length, 32, 128).transpose(1, 2)
+    k, v = (torch.randn(seqs, 8, length, 128, device=device).to(dtype) for _ in range(2))
+    k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        flash = milliseconds(lambda: F.scaled_dot_product_attention(qs, k, v, is_causal=True))
+    print(f"prefill attention 8 x 2048: {ours:.2f} ms, torch's flash SDPA {flash:.2f} ms, ratio {flash / ours:.2f}")
+    RESULTS["attention_prefill_vs_flash"] = flash / ours
+
+
+def linears(bandwidth: float) -> None:
+    from runners.cuda.kernels.gemv import TILES, gemv
+    from runners.cuda.ops import fastest_tile
+
+    for rows, size in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)):
+        copies = max(3, (1 << 28) // (rows * size * 2))
+        weights = [torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        x = torch.randn(1, size, device="cuda", dtype=torch.bfloat16)
+
+        def rate(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor] = weights) -> float:
+            graph = torch.cuda.CUDAGraph()
+            for w in weights:
+                call(w)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                for w in weights:
+                    call(w)
+            return len(weights) * weights[0].numel() * 2 / milliseconds(graph.replay, 10) * 1e3 / 1e12
+
+        found = {"cublas": rate(lambda w: F.linear(x, w))}  # noqa: B023
+        found |= {str(tuple(t)): rate(lambda w: gemv(x, w, None, t)) for t in TILES}  # noqa: B023
+        chosen = fastest_tile(weights[0])
+        print(f"linear {rows} x {size}, TB/s:", {k: round(v, 2) for k, v in found.items()}, "chosen", chosen, flush=True)
+
+
+def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_tokens: int = 100, **options: Any) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        model = read_config(scratch)
+        begin = time.perf_counter()
+        most = max(b for b, _ in cells)
+        longest = max(p for _, p in cells) + new_tokens
+        options = {"max_num_seqs": most, "max_model_len": longest, "prefix_caching": False, **options}
+        with LLM(scratch, device="cuda", random_weights=True, **options) as llm:
+            start = time.perf_counter() - begin
+            runner = llm.executor._worker.runner
+            print(f"{shape}: started in {start:.1f} s\n{runner.capture_report()}\ntiles {runner.ops.tiles}", flush=True)
+            RESULTS[f"{shape}_start_s"] = start
+            for batch, prompt in cells:
+                time_batch(llm, model.vocab_size, batch, prompt, 8)
+                step = statistics.median(time_batch(llm, model.vocab_size, batch, prompt, new_tokens).decode_step
+                                         for _ in range(3))
+                graph = next(g for n, g in sorted(runner.graphs.items()) if n >= batch)
+                bare = milliseconds(graph.graph.replay)
+                moved = bytes_per_step(model, "bfloat16", batch, prompt + new_tokens // 2)
+                floor = moved / bandwidth
+                print(f"{shape} batch {batch:>4}, prompt {prompt:>5}: {step * 1e3:7.3f} ms a step, {batch / step:9.0f} tok/s, "
+                      f"{moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor ({floor * 1e3:.2f} ms); "
+                      f"bare graph {bare:.3f} ms, ratio {step * 1e3 / bare:.3f}", flush=True)
+                RESULTS[f"{shape}_{batch}x{prompt}"] = {"ms": step * 1e3, "of_floor": floor / step, "bare_ms": bare}
+
+
+def steady() -> None:
+    """1,000 decode steps after warm-up: captures, device allocations, and synchronising calls."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(SHAPES["qwen2-0.5b"]))
+        with LLM(scratch, device="cuda", random_weights=True, max_num_seqs=16, max_model_len=2048) as llm:
+            runner = llm.executor._worker.runner
+            for _ in range(16):
+                llm.add_request([1] * 64, SamplingParams(max_tokens=1500, ignore_eos=True))
+            for _ in range(20):
+                llm.step(text=False)
+            before = runner.compiled, torch.cuda.memory_stats()["num_device_alloc"]
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(1000):
+                llm.step(text=False)
+            torch.cuda.set_sync_debug_mode("default")
+            after = runner.compiled, torch.cuda.memory_stats()["num_device_alloc"]
+            print(f"1,000 steps: {after[0] - before[0]} captures, {after[1] - before[1]} device allocations, 0 syncs")
+            RESULTS["steady"] = {"captures": after[0] - before[0], "allocations": after[1] - before[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("sections", nargs="*", default=["attention", "linears", "small", "steady", "8b"])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    RESULTS.update({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bandwidth": bandwidth})
+    torch.cuda.empty_cache()
+    sections: dict[str, Callable[[], None]] = {
+        "attention": lambda: attention(bandwidth), "linears": lambda: linears(bandwidth),
+        "small": lambda: engine("qwen2-0.5b", [(1, 128), (32, 128)], bandwidth), "steady": steady,
+        "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,
+                             max_num_batched_tokens=8192)}
+    for name in args.sections:
+        sections[name]()
+        torch.cuda.empty_cache()
+    if args.json:
+        args.json.write_text(json.dumps(RESULTS, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The whole stack on a GPU, against transformers and against itself in other modes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import parity
+import pytest
+import torch
+
+from hal.config import BUNDLED_MODEL
+from hal.engine.llm import LLM
+from hal.sampling.params import SamplingParams
+
+Checkpoint = Callable[[str], Path]
+SHARED = "runners.cuda:shared_gpu"
+PROBLEMS = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mode", parity.MODES)
+@pytest.mark.parametrize("name", checkpoints.NAMES)
+def test_fp32_is_transformers(checkpoint: Checkpoint, name: str, mode: str) -> None:
+    outputs, llm = parity.run(checkpoint(name), "cuda", max_num_seqs=8, **parity.MODES[mode])
+    parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
+    assert (llm.stats().preemptions > 0) == ("num_blocks" in parity.MODES[mode])
+
+
+@pytest.mark.parametrize("options", [{"graphs": False}, {"async_scheduling": False}, {"passes": 2}], ids=str)
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral-window"])
+def test_modes_agree(checkpoint: Checkpoint, name: str, options: dict[str, Any]) -> None:
+    """Eager, step by step, and from cached prefixes."""
+    outputs, _ = parity.run(checkpoint(name), "cuda", max_num_seqs=8, **options)
+    parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", checkpoints.NAMES)
+def test_low_precision(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
+    outputs, _ = parity.run(checkpoint(name), "cuda", dtype=str(dtype).removeprefix("torch."), max_num_seqs=8)
+    parity.assert_close_choices(checkpoint(name), outputs, dtype)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=str)
+def test_processes_that_share_the_gpu(checkpoint: Checkpoint, layout: dict[str, int]) -> None:
+    for name in ("qwen3", "gpt2"):
+        outputs, _ = parity.run(checkpoint(name), SHARED, max_num_seqs=8, memory_fraction=0.2, num_blocks=120,
+                                max_model_len=128, **layout)
+        parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"graphs": False}, {"dtype": "bfloat16"}, {"dtype": "float32"},
+                                     {"device": SHARED, "tp": 2, "num_blocks": 2100},
+                                     {"device": SHARED, "pp": 2, "num_blocks": 2100}], ids=str)
+def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
+    with LLM(**{"device": "cuda", **options}) as llm:
+        outputs = llm.generate([p["prompt"] for p in PROBLEMS])
+    assert sum(o.text == p["answer"] for o, p in zip(outputs, PROBLEMS, strict=True)) >= 990
+
+
+def test_a_seeded_request_is_the_same_alone_and_among_64(checkpoint: Checkpoint) -> None:
+    mine = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, top_k=50, repetition_penalty=1.1, seed=5)
+    plain = SamplingParams(max_tokens=24, temperature=1.0, seed=9)
+    prompts = checkpoints.prompts(64, longest=30)
+    with LLM(str(checkpoint("qwen3")), device="cuda", dtype="float32", block_size=4, num_blocks=1200,
+             max_model_len=64) as llm:
+        for params in (mine, plain):
+            together = llm.generate(prompts, params)
+            for i in (0, 31, 63):
+                assert llm.generate([prompts[i]], params)[0].token_ids == together[i].token_ids
+
+
+def test_nothing_is_captured_or_allocated_in_steady_decoding(checkpoint: Checkpoint) -> None:
+    with LLM(str(checkpoint("qwen3")), device="cuda", dtype="bfloat16", max_num_seqs=8) as llm:
+        runner = llm.executor._worker.runner
+        for prompt in checkpoints.prompts(8, longest=12):
+            llm.add_request(prompt, SamplingParams(max_tokens=240, ignore_eos=True))
+        for _ in range(20):
+            llm.step(text=False)
+        captured, allocated = runner.compiled, torch.cuda.memory_stats()["num_device_alloc"]
+        torch.cuda.set_sync_debug_mode("error")  # an event's own synchronize is not counted
+        try:
+            for _ in range(200):
+                llm.step(text=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert (runner.compiled, torch.cuda.memory_stats()["num_device_alloc"]) == (captured, allocated)
+
+
+def test_out_of_memory_is_named_and_leaves_the_device_usable(checkpoint: Checkpoint) -> None:
+    from hal.errors import CapacityError
+
+    with pytest.raises(CapacityError, match="memory"):
+        LLM(str(checkpoint("qwen3")), device="cuda", num_blocks=1 << 24)
+    with LLM(str(checkpoint("qwen3")), device="cuda", max_num_seqs=4) as llm:
+        assert len(llm.generate([[1, 2, 3]])[0].token_ids) == 128
