@@ -199,6 +199,7 @@ def run(rank: int, world: int, store: Store, folder: str, extra: str) -> None:
             send()
             worst = max(struct.unpack("d", ack.recv_bytes())[0] for ack in acks)
             print(f"  a rank that waits for 3 s, {name}: {100 * worst:.2f}% of a core")
+    dist.destroy_process_group()
 
 
 def main() -> None:
