@@ -89,7 +89,7 @@ def histogram(title: str, errors: np.ndarray, tolerance: float) -> str:
     at = (np.log10(tolerance) - _LOW) / (_HIGH - _LOW) * _WIDTH
     labels = "".join(f"<text x='{(d - _LOW) / (_HIGH - _LOW) * _WIDTH:.0f}' y='{_HEIGHT + 14}' font-size='10' "
                      f"fill='#667' text-anchor='middle'>1e{d}</text>" for d in range(_LOW + 1, _HIGH, 3))
-    return (f"<figure style='margin:0'><figcaption><b>{escape(title)}</b><br><span class='note'>worst "
+    return (f"<figure style='margin:0'><figcaption><b>{escape(title)}</b><br/><span class='note'>worst "
             f"{errors.max():.2g} of {tolerance:g} allowed, median {np.median(errors):.2g}, {len(errors):,} elements"
             f"</span></figcaption><svg viewBox='0 0 {_WIDTH} {_HEIGHT + 18}' width='100%' role='img' "
             f"aria-label='{escape(title, quote=True)}'>"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hal import backend as backends
 from hal.backend import Backend
@@ -230,17 +231,22 @@ def _last_frame(error: Exception) -> str:
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Every check and the strict guard are on, here and in the ranks that are started."""
+    """Every check and the strict guard are on, here and in the ranks that are started; and unless the environment says
+    otherwise each takes one thread, since tiny models gain nothing from more, and wait for each other's."""
     from hal import guard
 
-    before, tier = os.environ.get("HAL_STRICT"), guard.installed_tier()
+    before, tier = dict(os.environ), guard.installed_tier()
     os.environ["HAL_STRICT"] = "1"
+    if "OMP_NUM_THREADS" not in before:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     guard.install(strict=True)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["HAL_STRICT"]
+        for name in ("HAL_STRICT", "OMP_NUM_THREADS"):
+            os.environ.pop(name)
+            os.environ |= {name: before[name]} if name in before else {}
         if tier != "strict":
             guard.uninstall()
             if tier is not None:

@@ -28,22 +28,22 @@ MUTANTS: dict[str, Mutant] = {}
 
 
 class Mutant(CpuBackend):
-    """Attributes: expected: "L2/attention", the lowest level that fails, and the area that must be among its failures.
+    """Attributes: _expected: "L2/attention", the lowest level that fails, and the area that must be among its failures.
     """
 
     name = ""
-    expected: str
-    parts: dict[str, Any]
-    runner: type[PagedModelRunner] = PagedModelRunner
-    state: type[BatchState] | None = None
+    _expected: str
+    _parts: dict[str, Any]
+    _runner: type[PagedModelRunner] = PagedModelRunner
+    _state: type[BatchState] | None = None
     capabilities = Capabilities(dtypes=("float32",), max_tp=64, max_pp=64)
 
     def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
-        made = self.runner(config, device, communicator, **{k: v() if k != "attention" else v
-                                                            for k, v in self.parts.items()})
-        if self.state is not None:
+        made = self._runner(config, device, communicator, **{k: v() if k != "attention" else v
+                                                            for k, v in self._parts.items()})
+        if self._state is not None:
             engine = config.engine
-            made.state = self.state(engine.max_num_seqs, config.max_model_len, engine.block_size,
+            made.state = self._state(engine.max_num_seqs, config.max_model_len, engine.block_size,
                                     config.model.vocab_size, made.input_type)
         return made
 
@@ -55,12 +55,12 @@ def mutant(expected: str) -> Callable[[type], type]:
     """Make a backend of a spoilt part: operations, attention, sampler, runner, batch state, or the backend itself."""
     def make(kind: type) -> type:
         backend = kind() if issubclass(kind, Mutant) else Mutant()
-        backend.name, backend.expected = kind.__name__, expected
-        backend.parts = {name: kind for base, name in _PARTS.items() if issubclass(kind, base)}
+        backend.name, backend._expected = kind.__name__, expected
+        backend._parts = {name: kind for base, name in _PARTS.items() if issubclass(kind, base)}
         if issubclass(kind, PagedModelRunner):
-            backend.runner = kind
+            backend._runner = kind
         if issubclass(kind, BatchState):
-            backend.state = kind
+            backend._state = kind
         assert isinstance(backend, Mutant)
         MUTANTS[backend.name] = globals()[f"device_{backend.name}"] = backend
         return kind
@@ -606,7 +606,7 @@ class hides_a_failure(PagedModelRunner):
 @mutant("L6/guard")
 class talks_while_it_executes(PagedModelRunner):
     def sample(self, hidden: torch.Tensor, m: Any) -> Any:
-        if m.penalties is not None and m.num_logprobs >= 2:
+        if m.penalties is not None and m.top_p is not None and m.top_k is None and m.num_logprobs >= 2:
             dist.HashStore().set("step", "done")
         return super().sample(hidden, m)
 
@@ -621,4 +621,4 @@ class talks_while_it_prepares(PagedModelRunner):
 
 
 control = Mutant()  # nothing is wrong with it
-control.name, control.parts = "control", {}
+control.name, control._parts = "control", {}

@@ -22,7 +22,7 @@ def failures(name: str, cases: tuple[str, ...], level: int = 6, seed: int = 0) -
 
 
 def area(name: str) -> str:
-    return mutants.MUTANTS[name].expected
+    return mutants.MUTANTS[name]._expected
 
 
 # A few of every kind; with the slow ones, all.

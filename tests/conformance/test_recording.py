@@ -1,0 +1,123 @@
+"""Record, replay, bisect; and a step that fails, run again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).parent))  # `planted`
+
+import planted
+
+from hal import backend as backends
+from hal.cli import main
+from hal.conformance.cases.guard import GOLDEN
+from hal.engine.llm import LLM
+from hal.errors import ConfigError, WireError, WorkerError
+from hal.executor import make_executor
+from hal.recording.bisect import bisect
+from hal.recording.format import Recording
+from hal.recording.replay import replay
+from hal.sampling.params import SamplingParams
+
+SMALL = {"dtype": "float32", "num_blocks": 65, "block_size": 4, "max_model_len": 128, "max_num_seqs": 4}
+GREEDY = GOLDEN / "cpu-float32-greedy.safetensors"
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.safetensors")), ids=lambda p: p.stem)
+def test_golden_recordings_replay_on_the_cpu(path: Path) -> None:
+    comparison = replay(path, backends.load("cpu"), "cpu", dtype="float32")
+    assert not comparison.wrong(2e-4), comparison.table()
+    assert sum(s.tokens for s in comparison.steps) > 20
+
+
+def test_a_recording_is_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.safetensors"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert main(["record", "--output", str(path), "--device", "cpu", *options, "37+85=", "37+5="]) == 0
+    assert capsys.readouterr().out == "122\n42\n"
+    with safe_open(path, framework="pt") as file:
+        head = json.loads(file.metadata()["hal"])
+        assert file.get_tensor("00000.input.input_ids").dtype == torch.int32
+    assert head["info"]["device"] == "cpu" and head["info"]["versions"]["torch"] == torch.__version__
+    assert head["schemas"].keys() == {"ExecuteModelRequest", "PagedModelInput", "SamplerOutput"}
+    assert main(["replay", str(path), "--device", "cpu"]) == 0
+    assert "equal to the last bit" in capsys.readouterr().out
+    assert main(["bisect", str(path), "--device", "cpu", "--against", "cpu"]) == 0
+    assert "no token is another" in capsys.readouterr().out
+
+
+def test_what_differs_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PLANT", "add_rms_norm 7")
+    assert main(["replay", str(GREEDY), "--device", "planted:planted"]) == 1
+    assert "largest logprob error 0.0003" in capsys.readouterr().out
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Recording.load(tmp_path / "nowhere")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Recording.load(tmp_path / "text")
+    save_file({"a": torch.ones(1)}, tmp_path / "foreign")
+    with pytest.raises(WireError, match="not a recording"):
+        Recording.load(tmp_path / "foreign")
+
+
+# In each step of the bundled model (4 layers): which call is spoilt, and what bisect must name.
+PLANTS = [("rms_norm 0", 0, "layers.0.attn_norm"), ("linear 0", 0, "layers.0.qkv"), ("linear 5", 1, "layers.1.out"),
+          ("linear 14", 3, "layers.3.gate_up"), ("linear 11", 2, "layers.2.down"), ("linear 16", None, "head"),
+          ("rotary 2", 2, ""), ("silu_mul 1", 1, ""), ("add_rms_norm 4", 2, "layers.2.mlp_norm"),
+          ("attention 3", 3, ""), ("add_rms_norm 7", None, "norm")]
+
+
+@pytest.mark.parametrize(("what", "layer", "name"), PLANTS)
+def test_bisect_names_the_planted_operation(monkeypatch: pytest.MonkeyPatch, what: str, layer: int | None,
+                                            name: str) -> None:
+    monkeypatch.setenv("PLANT", what)
+    found = bisect(GREEDY, "planted:planted", "cpu").divergence
+    assert found is not None
+    assert (found.call.layer, found.call.op, found.call.name, found.between) == (layer, what.split()[0], name, False)
+    assert found.error > found.tolerance
+
+
+def test_bisect_refuses_a_runner_without_parts() -> None:
+    with pytest.raises(Exception, match="cannot be bisected"):
+        bisect(GREEDY, "null", "cpu")
+
+
+@pytest.mark.parametrize(("at", "options"), [
+    (3, {}), (9, {"max_num_batched_tokens": 7}), (14, {"num_blocks": 34, "num_cpu_blocks": 40, "max_num_seqs": 8}),
+    (20, {"num_blocks": 34}), pytest.param(6, {"tp": 2}, marks=pytest.mark.slow)], ids=str)
+def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int,
+                                            options: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts that share a prefix, drawn and penalised tokens, blocks that are swapped: the failing step, on a fresh
+    cache, samples what it sampled before it failed."""
+    monkeypatch.setenv("HAL_RECORD_ON_ERROR", str(tmp_path / "failed"))
+    monkeypatch.setenv("FAIL_AT", str(at))
+    prompt = torch.randint(0, 12, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    params = [SamplingParams(max_tokens=24, ignore_eos=True, temperature=t, repetition_penalty=p, seed=i)
+              for i, (t, p) in enumerate(((0.0, 1.0), (0.9, 1.0), (1.3, 1.2), (0.0, 1.4)))]
+    with pytest.raises(WorkerError) as error, LLM(device="planted:failing", **{**SMALL, **options}) as llm:
+        llm.generate([prompt, [*prompt[:37], 1, 2], prompt, prompt[5:]], params)
+    path = next((tmp_path / "failed").glob("*rank-0*"))
+    assert f"hal replay {path} --device planted:failing" in str(error.value)
+    recording = Recording.load(path)
+    assert recording.info["error"] == "ArithmeticError: the device gave up"
+    config = recording.config(device="cpu")
+    executor = make_executor(config.engine, config.model, backends.load("cpu"))
+    outputs = [executor.execute_model(step.request).result().token_ids.tolist() for step in recording.steps]
+    executor.shutdown()
+    if "tp" not in options:
+        assert outputs[-1] == planted.FailingRunner.tokens and outputs[-1]
+        assert not any(outputs[:-1])
+    monkeypatch.delenv("HAL_RECORD_ON_ERROR")
+    assert main(["replay", str(path), "--device", "cpu", "--tp", "1"]) == 0
+    assert "here: it ran" in capsys.readouterr().out
