@@ -125,9 +125,11 @@ class LLM:
         request, seen = self._add(0, prompt, ids, params), 0  # here: an iterator that nobody starts enqueues nothing
         output = request.output
         try:
-            while output.finish_reason is None:
+            while True:
                 while len(output.token_ids) == seen and output.finish_reason is None:
                     self.step()
+                if len(output.token_ids) == seen:
+                    return
                 seen = len(output.token_ids)
                 request.write_text()  # it may have grown in the steps of another call
                 yield output

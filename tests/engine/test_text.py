@@ -39,7 +39,7 @@ PARTS = st.integers(256, 263).map(lambda i: [i]) | st.sampled_from("é€😀").
 @settings(max_examples=200, deadline=None)
 @given(st.lists(PARTS, min_size=1, max_size=9), st.lists(PARTS, max_size=9))
 def test_pieces(before: list[list[int]], after: list[list[int]]) -> None:
-    prompt, token_ids = sum(before, []), sum(after, [])
+    prompt, token_ids = ([token for part in parts for token in part] for parts in (before, after))
     texts = shown(TextStream(PIECES, prompt, ()), token_ids)
     assert PIECES.decode(prompt) + texts[-1] == PIECES.decode(prompt + token_ids) and "\ufffd" not in "".join(texts)
     assert all(texts[-1].startswith(text) for text in texts)
