@@ -66,10 +66,12 @@ def ours(rank: int, world: int, store: Store) -> dict[str, Mechanism]:
     topology, model_input, request = Topology(tp=world, rank=rank), step(), diff()
     shm, gloo = (make_plane(name, topology, store) for name in ("shm", "gloo"))
     decode = Decoder(PagedModelInput, CPU)
-    ids = np.frombuffer("\n".join(IDS).encode(), np.uint8)
 
     def receive(plane: Any) -> object:
         return decode(plane.receive()[0])
+
+    def send_ids() -> None:
+        shm.broadcast([model_input.encode(), np.frombuffer("\n".join(IDS).encode(), np.uint8)])
 
     def receive_owned() -> object:
         model, names = shm.receive()
@@ -83,7 +85,7 @@ def ours(rank: int, world: int, store: Store) -> dict[str, Mechanism]:
         return ExecuteModelRequest.decode(shm.receive()[0])
 
     return {"shm": (lambda: shm.broadcast([model_input.encode()]), lambda: receive(shm)),
-            "shm, ids and copies": (lambda: shm.broadcast([model_input.encode(), ids]), receive_owned),
+            "shm, ids and copies": (send_ids, receive_owned),
             "shm, request diff": (lambda: shm.broadcast([request.encode()]), receive_request),
             "gloo, flat": (lambda: gloo.broadcast([model_input.encode()]), lambda: receive(gloo))}
 
