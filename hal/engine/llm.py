@@ -263,19 +263,19 @@ class LLM:
             self._take_prompt_logprobs(step, Logprobs.prompt(result))
         logprobs = Logprobs.sampled(result)
         self.scheduler.update(step, tokens)
-        grown = []
+        grown, requests = [], self._requests
         for row, (seq, token) in enumerate(zip(step.sampled, tokens.tolist(), strict=True)):
-            request = self._requests.get(seq.request_id)
+            request = requests.get(seq.request_id)
             if request is None:  # aborted, or it ended a step ago
                 continue
-            output, wanted = request.output, seq.params.logprobs
+            output = request.output
             output.token_ids.append(token)
-            if wanted is not None and logprobs is not None:
-                cast(list[Any], output.logprobs).append(logprobs.of(row, token, wanted))
             grown.append(output)
-            if text or seq.params.stop:
+            if logprobs is not None and output.logprobs is not None:
+                output.logprobs.append(logprobs.of(row, token, seq.params.logprobs or 0))
+            if request.text is not None and (text or seq.params.stop):
                 request.write_text()
-                if request.text is not None and request.text.stopped:
+                if request.text.stopped:
                     self.scheduler.finish(seq, "stop")
             if seq.finish_reason is not None:
                 del self._requests[seq.request_id]

@@ -308,7 +308,7 @@ def test_what_ends_an_engine_ends_its_requests(make: Make, monkeypatch: pytest.M
     with pytest.raises(raised):
         llm.generate(TEXTS)
     assert not llm.unfinished
-    with pytest.raises(later, match="shut down|failed"):
+    with pytest.raises(later, match=r"shut down|failed"):
         llm.generate("a")
 
 
