@@ -1,0 +1,66 @@
+"""The tutorial's blocks, in order: files are written, commands are run, in a folder of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "numpy-backend"
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(info string, content) of every fenced block."""
+    return re.findall(r"^```(.+?)\n(.*?)^```$", TUTORIAL.read_text(), re.M | re.S)
+
+
+def install(package: Path, into: Path) -> None:
+    """What pip does, without a network or the environment being changed: entry points are found on the path."""
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index",
+                    "--target", str(into), str(package)], check=True, capture_output=True, timeout=120)
+
+
+def run(words: list[str], folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(site)})
+
+
+@pytest.mark.slow
+def test_every_block_does_what_the_text_says(tmp_path: Path) -> None:
+    folder, site = tmp_path / "my-device", tmp_path / "site"
+    ran = []
+    for info, content in blocks():
+        kind, _, name = info.partition(" file=")
+        if name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(content)
+            continue
+        assert kind == "sh"
+        install(folder, site)
+        for line in content.splitlines():
+            words = shlex.split(line)
+            assert words[0] == "hal"
+            done = run(words, folder, site)
+            assert done.returncode == 0, done.stdout + done.stderr
+            ran.append(done.stdout)
+            if "--level" in words:
+                shutil.rmtree(site)
+    assert [ran[0], ran[2]] == ["122\n", "122\n"]
+    assert ran[1].endswith("Conformant L1 (float32)\n") and ran[3].endswith("Conformant L4 (float32)\n")
+    assert (folder / "out" / "report.html").is_file()
+
+
+def test_the_example_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    copied = tmp_path / "source"  # building leaves files beside the sources
+    shutil.copytree(EXAMPLE, copied, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
+    install(copied, tmp_path / "site")
+    words = ["hal", "generate", "--device", "numpy", "--dtype", "float32", "37+85="]
+    done = run(words, tmp_path, tmp_path / "site")
+    assert done.stdout == "122\n", done.stderr
