@@ -89,7 +89,7 @@ def load(name: str) -> Backend:
     Raises:
         BackendError: unknown, or its module fails to import, or it is not a Backend.
     """
-    entry = EntryPoint(name, name, GROUP) if ":" in name else _entries().get(name)
+    entry = EntryPoint(name, name, GROUP) if all(name.partition(":")) else _entries().get(name)
     if entry is None:
         raise BackendError("unknown device", got=repr(name), expected=", ".join(["auto", *names()]),
                            hint="install the package that provides it, or give module:attribute")

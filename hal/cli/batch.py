@@ -50,11 +50,11 @@ def _parse(name: str, lines: Iterable[str], options: dict[str, Any]) -> Iterator
             origin = f"{name}, line {number}"
             try:
                 yield _job(json.loads(line), options, origin)
-            except json.JSONDecodeError as error:
-                raise RequestError(f"{origin}: this is not JSON", got=f"{line.strip()[:80]!r}: {error}",
-                                   expected='an object, such as {"prompt": "37+85=", "max_tokens": 8}') from None
             except HalError as error:
                 raise at(error, origin) from None
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+                raise RequestError(f"{origin}: this is not JSON", got=f"{line.strip()[:80]!r}: {error}",
+                                   expected='an object, such as {"prompt": "37+85=", "max_tokens": 8}') from None
 
 
 def at(error: HalError, origin: str) -> HalError:

@@ -85,7 +85,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from hal.models.hf_config import read_config
 
     length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
-    block_size = chosen.get("block_size", EngineConfig().block_size)
+    block_size = EngineConfig(**chosen).block_size
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
                              "num_blocks": 1 + largest * -(-length // block_size), **chosen, "prefix_caching": False})
     model = read_config(config.model)

@@ -147,6 +147,10 @@ class LLM:
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer", got="a text prompt", expected="token ids",
                                    hint=f"add tokenizer files to {self.config.model}, or give prompt_token_ids")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:  # half a surrogate pair: how Python shows bytes that are not UTF-8
+                raise RequestError("the prompt is not a text", got=str(error), expected="text in UTF-8") from None
             ids: list[int] = self.tokenizer(prompt, verbose=False).input_ids
         elif isinstance(prompt, Iterable):
             ids = list(prompt)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from hal.errors import RequestError
 
+_LARGEST = 3.4e38  # what float32 holds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -57,7 +59,11 @@ class SamplingParams:
                 _integer(name, getattr(self, name), 0, 1000)
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
+            if not isinstance(value, (str, int, list, tuple, set, frozenset)):
+                raise RequestError(f"{name} is not usable", got=repr(value), expected="a list")
             object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(value))
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos is not usable", got=repr(self.ignore_eos), expected="true or false")
         if not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("stop holds something that is not a text", got=repr(self.stop), expected="non-empty str")
         for token in self.stop_token_ids:
@@ -69,7 +75,7 @@ class SamplingParams:
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if not good or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         span = f"a finite number {'above' if open_low else 'of at least'} {low:g}" if low > -math.inf else "finite"
         raise RequestError(f"{name} is not usable", got=repr(value),

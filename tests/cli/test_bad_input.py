@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from hal.cli import main
 from hal.config import BUNDLED_MODEL
+from hal.testing.null import NullBackend
 
 Make = Callable[[Path], list[str]]
 
@@ -61,6 +63,23 @@ def _no_tokenizer(path: Path) -> list[str]:
     return ["--model", str(directory), "1+1="]
 
 
+def _damaged_tokenizer(path: Path) -> list[str]:
+    (_model(path) / "tokenizer.json").write_text("{")
+    return ["--model", str(path / "model"), "1+1="]
+
+
+def _other_vocabulary(path: Path) -> list[str]:
+    return ["--model", str(_model(path, vocab_size=17)), "1+1="]
+
+
+def _more_layers(path: Path) -> list[str]:
+    return ["--model", str(_model(path, num_hidden_layers=9)), "1+1="]
+
+
+def _yarn(path: Path) -> list[str]:
+    return ["--model", str(_model(path, rope_scaling={"rope_type": "yarn", "factor": 2.0})), "1+1="]
+
+
 def _file(text: str | bytes) -> Make:
     def make(path: Path) -> list[str]:
         file = path / "in.jsonl"
@@ -74,16 +93,27 @@ def _args(*args: str) -> Make:
     return lambda path: list(args)
 
 
+class _Absent(NullBackend):
+    def unavailable(self) -> str:
+        return "it is in another room: fetch it"
+
+
+absent = _Absent()
 # What is wrong -> how to ask for it, and words that the message must have.
 BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "no model directory": (_args("--model", "/nowhere", "1+1="), ("model directory does not exist", "/nowhere")),
     "no safetensors": (_no_weights, ("has no weights", "expected: model.safetensors")),
     "no shard": (_no_shard, ("model-1-of-2.safetensors is missing",)),
     "truncated safetensors": (_truncated, ("model.safetensors is damaged", "download it again")),
+    "weights of another vocabulary": (_other_vocabulary, ("'model.embed_tokens.weight'", "has the wrong shape",
+                                                          "[16, 128]", "[17, 128]")),
+    "weights of fewer layers": (_more_layers, ("lacks the tensor 'layers.4.",)),
+    "unsupported rope": (_yarn, ("rope type 'yarn', which is not supported", "llama3")),
     "damaged config": (_not_json, ("config.json cannot be read", "expected: a JSON object")),
     "unsupported architecture": (_architecture, (
         "not supported", "got: MambaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
         "Qwen3ForCausalLM", "GPT2LMHeadModel")),
+    "damaged tokenizer": (_damaged_tokenizer, ("the tokenizer cannot be read", "give token ids")),
     "no tokenizer": (_no_tokenizer, ("no tokenizer", "prompt_token_ids")),
     "prompt longer than the context": (_args("1" * 600), ("longer than the context", "600 tokens", "at most 511")),
     "prompt longer than max_model_len": (_args("--max-model-len", "8", "12345678+1="), ("longer than the context",
@@ -91,6 +121,8 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "max_model_len longer than the context": (_args("--max-model-len", "513", "1+1="), ("max_model_len is longer",
                                                                                       "at most 512")),
     "empty prompt": (_args(""), ("the prompt is empty",)),
+    "prompt not UTF-8": (_args(os.fsdecode(b"1+\xff=")), ("the prompt is not a text", "UTF-8")),
+    "half a surrogate pair": (_file('{"prompt": "\\ud800"}'), ("line 1: the prompt is not a text",)),
     "empty token ids": (_file('{"prompt_token_ids": []}'), ("line 1: the prompt is empty",)),
     "token id too high": (_file('{"prompt_token_ids": [16]}'), ("line 1: a token id is out of the vocabulary",
                                                                 "got: 16", "from 0 to 15")),
@@ -99,6 +131,17 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "temperature nan": (_args("--temperature", "nan", "1+1="), ("temperature is not usable", "got: nan")),
     "temperature negative": (_args("--temperature", "-1", "1+1="), ("temperature is not usable", "at least 0")),
     "temperature infinite": (_file('{"prompt": "1+1=", "temperature": Infinity}'), ("line 1: temperature is not",)),
+    "temperature of 400 digits": (_file('{"prompt": "1", "temperature": %s}' % ("9" * 400)), (
+        "line 1: temperature is not",)),
+    "temperature not a number": (_file('{"prompt": "1+1=", "temperature": "hot"}'), ("line 1: temperature is not",
+                                                                                 "got: 'hot'")),
+    "seed of 5,000 digits": (_file('{"prompt": "1+1=", "seed": %s}' % ("9" * 5000)), ("line 1: ",)),
+    "seed beyond 64 bits": (_args("--seed", str(2**64), "1+1="), ("seed is not usable", str(2**63 - 1))),
+    "ignore_eos not a truth value": (_file('{"prompt": "1+1=", "ignore_eos": "no"}'), ("line 1: ignore_eos is not",)),
+    "no list of stop texts": (_file('{"prompt": "1+1=", "stop": null}'), ("line 1: stop is not usable", "got: None")),
+    "stop texts with meanings": (_file('{"prompt": "1+1=", "stop": {"a": 1}}'), ("line 1: stop is not usable",)),
+    "empty stop text": (_args("--stop", "", "1+1="), ("stop holds something that is not a text",)),
+    "stop_token_ids": (_file('{"prompt": "1+1=", "stop_token_ids": 1.5}'), ("line 1: stop_token_ids is not usable",)),
     "top_p": (_args("--top-p", "1.5", "1+1="), ("top_p is not usable", "at most 1")),
     "top_k": (_args("--top-k", "-1", "1+1="), ("top_k is not usable",)),
     "min_p": (_args("--min-p", "nan", "1+1="), ("min_p is not usable",)),
@@ -111,6 +154,10 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
         "the KV cache is too small for one", "num_blocks=3")),
     "no cache at all": (_args("--num-blocks", "1", "1+1="), ("the KV cache is too small",)),
     "unknown device": (_args("--device", "abacus", "1+1="), ("unknown device", "'abacus'", "auto", "cpu", "null")),
+    "device without an attribute": (_args("--device", "mymodule:", "1+1="), ("unknown device", "module:attribute")),
+    "device that is not here": (_args("--device", f"{__name__}:absent", "1+1="), (
+        "not available here", "got: it is in another room", "expected: one of: cpu", "hal env")),
+    "device that is something else": (_args("--device", "json:dumps", "1+1="), ("json:dumps is not a backend",)),
     "device that does not load": (_args("--device", "no_such_module:backend", "1+1="), ("does not load",)),
     "dtype that the device lacks": (_args("--device", "cpu", "--dtype", "float16", "1+1="), (
         "no such dtype", "float16", "float32 or bfloat16")),
@@ -123,6 +170,7 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "input file is a directory": (_args("--input", "/"), ("input file cannot be read",)),
     "input file not UTF-8": (_file(b'{"prompt": "\xff"}'), ("input file cannot be read", "UTF-8")),
     "bad JSON line": (_file('{"prompt": "1+1="}\n{"prompt": '), ("line 2: this is not JSON",)),
+    "deep JSON": (_file("[" * 100_000), ("line 1: this is not JSON",)),
     "JSON line not an object": (_file("[1, 2]"), ("line 1: this is not an object",)),
     "line without a prompt": (_file('{"max_tokens": 3}'), ("line 1", "either prompt or prompt_token_ids")),
     "line with both prompts": (_file('{"prompt": "1", "prompt_token_ids": [1]}'), ("either prompt or",)),

@@ -56,6 +56,17 @@ def test_bandwidth_is_that_of_memory() -> None:
     assert 5e8 < measure.read_bandwidth(select("cpu")) < 5e12
 
 
+@pytest.mark.parametrize(("options", "words"), [
+    (["--model-config", "huge"], ("neither a known shape nor", "qwen2-0.5b")),
+    (["--model-config", "tiny", "--block-size", "0"], ("block_size is not usable",)),
+    (["--model-config", "tiny", "--prompt-len", "5000"], ("max_model_len is longer", "at most 512")),
+    (["--model-config", "tiny", "--num-blocks", "1"], ("the KV cache is too small",))])
+def test_named_error(options: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *SMALL, *options]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("hal: error: ") and all(word in err for word in words)
+
+
 @pytest.mark.parametrize("options", [["--new-tokens", "2"], ["--model", ".", "--model-config", "tiny"],
                                      ["--batch-sizes", "0"], ["--batch-sizes", "x"], ["--repeat", "0"]])
 def test_wrong_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,7 @@ def test_sampling_options_reach_the_sampler(generate: Run) -> None:
     assert json.loads(generate("--seed", 1, "--top-k", 1, *options)[0])["text"].startswith("122")
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     command = "hal generate --device cpu --tp 2 --num-blocks 64 37+85= 123+456="
     done = subprocess.run([sys.executable, "-m", *command.split()], text=True, capture_output=True, check=False,
