@@ -141,7 +141,9 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, mesh: Any, dim: int | None
 
 
 def to_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Host tensors, moved by one call."""
+    """Host tensors, moved by one call; under SPMD to every device."""
+    if _xla().runtime.is_spmd():
+        return [tensor.to("xla:0") for tensor in tensors]
     moved: list[torch.Tensor] = _xla()._XLAC._xla_tensors_from_aten(list(tensors), ["xla:0"] * len(tensors))
     return moved
 
@@ -175,7 +177,6 @@ class Program:
         xla, c = _xla(), _xla()._XLAC
         xla.sync(wait=True)
         given = [*arguments, *state]
-        place = {c._xla_get_tensor_id(tensor): i for i, tensor in enumerate(given)}
         for tensor in state:
             c._set_buffer_donation(tensor, True)
         fallbacks = set(xla.debug.metrics.executed_fallback_ops())
@@ -186,8 +187,14 @@ class Program:
             raise BackendError("a program uses operations that XLA cannot run", got=", ".join(sorted(new)),
                                hint="write them with others, or give the backend its own")
         wait()  # scalars that tracing put on the device
-        ids, values = c._get_tensors_xla_device_data_node(outputs)
-        self._inputs = [(place.get(i), None if i in place else value) for i, value in zip(ids, values, strict=True)]
+        _, values = c._get_tensors_xla_device_data_node(outputs)
+        # By the identity of the data: under SPMD a tensor's own id is none of its data's.
+        places = {handle: i for i, handle in enumerate(c._get_tensors_handle(given))}
+        found = [places.get(handle) for handle in c._get_tensors_handle(values)]
+        self._inputs = [(i, None if i is not None else value) for i, value in zip(found, values, strict=True)]
+        used = set(found)
+        if not used.issuperset(range(len(arguments), len(given))):
+            raise StateError("a program does not take its state as input", got=used, expected=f"{len(state)} tensors")
         with xla.utils.buffer_donor_context.alias_with_buffer_donor_config():
             self._hash = c._get_graph_hash(outputs)
             c._xla_warm_up_cache(outputs, [])
