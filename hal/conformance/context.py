@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ Execute = Callable[[ExecuteModelRequest], SamplerOutput]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)
 BLOCK_SIZE = 16
 # What runs are given unless a case says otherwise: small, and the same for every device.
-ENGINE = {"block_size": BLOCK_SIZE, "num_blocks": 65, "max_num_seqs": 8, "max_num_batched_tokens": 64,
+ENGINE = {"block_size": BLOCK_SIZE, "num_blocks": 65, "max_num_seqs": 8, "max_num_batched_tokens": checkpoint.LENGTH,
           "max_model_len": checkpoint.LENGTH, "prefix_caching": False, "async_scheduling": False}
+# Options that the scheduler alone is told of, so that a device that compiles its shapes need not do so again.
+_SCHEDULING = ("num_blocks", "max_num_batched_tokens", "max_num_seqs", "prefix_caching")
 
 
 @dataclass
@@ -113,8 +115,10 @@ class Session:
         self.inputs.append(self.prepare(request))
         return SamplerOutput.decode(self.execute(self.inputs[-1]).encode())
 
-    def scheduler(self) -> Scheduler:
-        return Scheduler(self.config.engine, self.config.engine.num_blocks or 65)
+    def scheduler(self, **options: Any) -> Scheduler:
+        """Of steps within what the runner was made for; options narrow it."""
+        engine = replace(self.config.engine, **options)
+        return Scheduler(engine, engine.num_blocks or 65)
 
 
 class Context:
@@ -178,8 +182,9 @@ class Context:
         engine = EngineConfig(**{**ENGINE, "model": str(path), "device": self.device, "dtype": self.dtype, **options})
         return WorkerConfig(engine, read_config(path), Topology())
 
-    def session(self, shape: str = "llama", **options: Any) -> Session:
-        return Session(self.backend, self.config(shape, **options)).warm()
+    def session(self, shape: str = "llama", *, warm: bool = True, **options: Any) -> Session:
+        session = Session(self.backend, self.config(shape, **options))
+        return session.warm() if warm else session
 
     def part(self, session: Session, name: str) -> Any:
         """A component that the runner is composed of. Raises NotApplicable: it has none of this name."""
@@ -191,11 +196,12 @@ class Context:
     def engine(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY, *,
                shape: str = "llama", apart: int = 0, **options: Any) -> list[Run]:
         """Prompts through the executor, each of them `apart` steps after the one before it."""
+        narrowed = {name: options.pop(name) for name in _SCHEDULING if name in options}
         config = self.config(shape, **options)
         executor = make_executor(config.engine, config.model, self.backend)
         try:
-            ahead = bool(config.engine.async_scheduling)
-            scheduler = Scheduler(config.engine, executor.num_blocks, executor.num_cpu_blocks, ahead=ahead)
+            engine, ahead = replace(config.engine, **narrowed), bool(config.engine.async_scheduling)
+            scheduler = Scheduler(engine, engine.num_blocks or 65, executor.num_cpu_blocks, ahead=ahead)
             if ahead:
                 return drive(lambda r: executor.execute_model(r), scheduler, prompts, params, apart, in_flight=2)
             return drive(lambda r: executor.execute_model(r).result(), scheduler, prompts, params, apart)
@@ -206,7 +212,7 @@ class Context:
               shape: str = "llama") -> list[Run]:
         """The same one after another, each in one piece on a cache that nothing else uses."""
         many = params if isinstance(params, list) else [params] * len(prompts)
-        session, runs = self.session(shape, max_num_batched_tokens=checkpoint.LENGTH), []
+        session, runs = self.session(shape), []
         for i, (prompt, each) in enumerate(zip(prompts, many, strict=True)):
             for cache in session.caches:
                 cache.zero_()

@@ -27,7 +27,7 @@ class Batch:
     """
 
     def __init__(self, ctx: Context, specs: list[AttentionSpec], block_size: int, sequences: int) -> None:
-        session = ctx.session()
+        session = ctx.session(warm=False)
         self.ctx, self.specs, self.size, self.device = ctx, specs, block_size, session.device
         self.input_type = session.runner.input_type
         self.attention = ctx.part(session, "make_attention")(specs, device=session.device, dtype=ctx.torch_dtype)

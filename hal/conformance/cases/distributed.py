@@ -47,15 +47,15 @@ _register("tp2_requests", "tp", "Tensors cut in two, each rank preparing for its
 _register("pp2_requests", "pp", "Layers cut in two, each rank preparing for itself.", True, pp=2, wire="request")
 _register("tp2_pp2", "tp", "Both at once.", True, tp=2, pp=2)
 _register("tp4_shared_heads", "tp", "More ranks than key-value heads.", True, tp=4)
-for _plane in ("gloo", "shm", "nccl", "ray"):
+for _plane in ("gloo", "shm", "ray"):
     _register(_plane, "tp", f"The control plane {_plane!r}, where there is one.", True, tp=2, control_plane=_plane)
 
 
 @case(5, "layout", "tp", "swap", once=True)
 def swapping_on_every_rank(ctx: Context) -> None:
     """Block moves reach both ranks' caches."""
-    runs = ctx.engine(ctx.prompts(40, 40, 40), SamplingParams(max_tokens=24, ignore_eos=True), tp=2, block_size=4,
-                      num_blocks=41, num_cpu_blocks=64, max_model_len=96)
+    runs = ctx.engine(ctx.prompts(40, 40, 40), SamplingParams(max_tokens=24, ignore_eos=True), tp=2,
+                      num_blocks=11, num_cpu_blocks=16)
     ctx.check(sum(r.preemptions for r in runs) > 0, "nothing was preempted: the case shows nothing")
     ctx.verify(runs, what="swapped on two ranks")
 

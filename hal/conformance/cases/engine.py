@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from hal.conformance.case import case
 from hal.conformance.context import GREEDY, Context, Run
@@ -15,15 +14,14 @@ _SAMPLED = [SamplingParams(max_tokens=10, temperature=0.9, seed=5), SamplingPara
             SamplingParams(max_tokens=10, repetition_penalty=1.3, frequency_penalty=0.4),
             SamplingParams(max_tokens=10, temperature=1.0, min_p=0.05, presence_penalty=0.6, seed=11)]
 _SAMPLED = [replace(p, ignore_eos=True) for p in _SAMPLED]
-# 3 sequences of 40 + 24 tokens want 48 blocks of 4; there are 40.
-_CROWDED: dict[str, Any] = {"block_size": 4, "num_blocks": 41, "max_model_len": 96}
+_CROWDED = 11  # blocks, one of them the null block: 3 sequences of 40 + 24 tokens want 12
 _LONG = replace(GREEDY, max_tokens=24)
 
 
 @case(3, "scheduling")
 def continuous_batching(ctx: Context) -> None:
     """Sequences enter and leave while others run, in chunks; rows and blocks are given anew."""
-    runs = ctx.engine(ctx.prompts(30, 5, 17, 44, 1, 12, 26, 9, 3, 20, 7), apart=2, max_num_seqs=4, num_blocks=25,
+    runs = ctx.engine(ctx.prompts(30, 5, 17, 44, 1, 12, 26, 9, 3, 20, 7), apart=2, max_num_seqs=4, num_blocks=13,
                       max_num_batched_tokens=24)
     ctx.verify(runs, what="continuous batching")
 
@@ -33,7 +31,7 @@ def prefix_reuse(ctx: Context) -> None:
     """Prompts that begin alike share blocks: whole prompts, parts of them, and one that is found complete."""
     shared = ctx.prompts(48)[0]
     prompts = [shared, shared + ctx.prompts(5)[0], shared[:33] + ctx.prompts(9)[0], shared[:32], shared]
-    runs = ctx.engine(prompts, apart=3, prefix_caching=True, num_blocks=40)
+    runs = ctx.engine(prompts, apart=3, prefix_caching=True, num_blocks=20)
     ctx.check(sum(r.cached > 0 for r in runs) >= 3, f"the scheduler found {[r.cached for r in runs]} tokens cached")
     ctx.verify(runs, what="prefix reuse")
 
@@ -41,13 +39,13 @@ def prefix_reuse(ctx: Context) -> None:
 @case(3, "scheduling")
 def preemption_by_recomputing(ctx: Context) -> None:
     """Sequences lose their blocks half way and are computed anew into others."""
-    _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, **_CROWDED))
+    _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, num_blocks=_CROWDED))
 
 
 @case(3, "scheduling", "swap")
 def preemption_by_swapping(ctx: Context) -> None:
     """Sequences' blocks go to the host and come back elsewhere."""
-    _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, num_cpu_blocks=64, **_CROWDED))
+    _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, num_blocks=_CROWDED, num_cpu_blocks=16))
 
 
 def _preempted(ctx: Context, runs: list[Run]) -> None:
@@ -79,5 +77,5 @@ def whatever_else_is_in_the_batch(ctx: Context) -> None:
 @case(3, "scheduling", "asynchronous")
 def ahead_of_its_tokens(ctx: Context) -> None:
     """Steps that are issued before the tokens of the ones before them are known on the host."""
-    runs = ctx.engine(ctx.prompts(12, 30, 5, 21, 9, 2), _SAMPLED, apart=2, async_scheduling=True, num_blocks=40)
+    runs = ctx.engine(ctx.prompts(12, 30, 5, 21, 9, 2), _SAMPLED, apart=2, async_scheduling=True, num_blocks=20)
     ctx.verify(runs, what="asynchronous")

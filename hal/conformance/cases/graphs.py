@@ -43,12 +43,12 @@ def every_length(ctx: Context) -> None:
 @case(4, "warm-up", once=True)
 def nothing_compiles_afterwards(ctx: Context) -> None:
     """Steps of every kind add nothing to what the runner, or torch.compile, has counted after the warm-up."""
-    session = ctx.session(prefix_caching=True)
+    session = ctx.session()
     before = _compiled(session)
     prompts = ctx.prompts(40, 3, 17, 64, 1, 9, 30, 22, 5)
     sampled = SamplingParams(max_tokens=6, temperature=0.8, top_k=9, top_p=0.9, repetition_penalty=1.1, logprobs=2,
                              ignore_eos=True)
-    drive(session.step, session.scheduler(), [*prompts, *prompts[:3]],
+    drive(session.step, session.scheduler(prefix_caching=True), [*prompts, *prompts[:3]],
           [GREEDY, sampled, _SHORT] * 4, apart=1)
     ctx.equal("compiled or captured after the warm-up", _compiled(session) - before, 0)
     if not before:

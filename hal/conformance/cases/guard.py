@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from hal import guard
 from hal.conformance.case import Mismatch, NotApplicable, case
 from hal.conformance.context import GREEDY, Context, drive
+from hal.engine.scheduler import Scheduler
 from hal.errors import GuardError
 from hal.executor import make_executor
 from hal.sampling.params import SamplingParams
@@ -23,9 +25,10 @@ def prepare_and_execute_are_silent(ctx: Context) -> None:
     """Under the strict guard, steps of every kind communicate nowhere but through the communicator, and not at all
     while they prepare."""
     guard.install(strict=True)
-    session = ctx.session(prefix_caching=True)
+    session = ctx.session()
     prompts = ctx.prompts(30, 4, 17, 1)
-    drive(session.step, session.scheduler(), [*prompts, prompts[0]], [GREEDY, _SAMPLED, GREEDY, _SAMPLED, GREEDY])
+    drive(session.step, session.scheduler(prefix_caching=True), [*prompts, prompts[0]],
+          [GREEDY, _SAMPLED, GREEDY, _SAMPLED, GREEDY])
 
 
 @case(6, "guard", "tp", once=True)
@@ -74,20 +77,15 @@ def its_own_recording(ctx: Context) -> None:
     from hal.recording.record import RecordingExecutor
     from hal.recording.replay import replay
 
-    config = ctx.config(prefix_caching=True)
+    config = ctx.config()
     recorder = RecordingExecutor(make_executor(config.engine, config.model, ctx.backend), config, ctx.backend)
     path = ctx.scratch / "own.safetensors"
     try:
-        drive(lambda r: recorder.execute_model(r).result(), ctx_scheduler(config, recorder), ctx.prompts(20, 3, 9),
+        scheduler = Scheduler(replace(config.engine, prefix_caching=True), recorder.num_blocks)
+        drive(lambda r: recorder.execute_model(r).result(), scheduler, ctx.prompts(20, 3, 9),
               [GREEDY, _SAMPLED, GREEDY], apart=2)
         recorder.save(path)
     finally:
         recorder.shutdown()
     comparison = replay(path, ctx.backend, ctx.device)
     ctx.check(comparison.exact, f"a replay on the same device differs:\n{comparison.table()}")
-
-
-def ctx_scheduler(config: Any, executor: Any) -> Any:
-    from hal.engine.scheduler import Scheduler
-
-    return Scheduler(config.engine, executor.num_blocks)

@@ -33,7 +33,7 @@ def examples(ctx: Context, drawn: st.SearchStrategy[Any], check: Callable[[Any],
 
 
 def _input_type(ctx: Context) -> type[ModelInput]:
-    return ctx.session().runner.input_type
+    return ctx.session(warm=False).runner.input_type
 
 
 def _same(ctx: Context, got: Declared, expected: Declared) -> None:
@@ -93,9 +93,9 @@ def padding_is_harmless(ctx: Context) -> None:
     examples(ctx, instances(kind, min_size=1), check)
 
 
-def schedule(ctx: Context, session: Session, steps: int = 40, **state: Any) -> list[ExecuteModelRequest]:
+def schedule(ctx: Context, session: Session, steps: int = 40) -> list[ExecuteModelRequest]:
     """Requests of an engine whose sequences come and go, share prefixes and are preempted. Nothing is computed."""
-    scheduler, rng = session.scheduler(), ctx.rng
+    scheduler, rng = session.scheduler(**_CROWDED), ctx.rng
     shared, requests = ctx.prompts(40)[0], []
     for i in range(steps):
         if rng.random() < 0.5:
@@ -111,18 +111,18 @@ def schedule(ctx: Context, session: Session, steps: int = 40, **state: Any) -> l
     return requests
 
 
-_CROWDED: dict[str, Any] = {"block_size": 4, "num_blocks": 40, "max_num_batched_tokens": 24, "prefix_caching": True}
+_CROWDED: dict[str, Any] = {"num_blocks": 14, "max_num_batched_tokens": 24, "prefix_caching": True}
 
 
 @case(1, "prepare", once=True)
 def follows_the_request(ctx: Context) -> None:
     """Over schedules with chunks, shared prefixes, rows and blocks given anew, a prepared step says what the library's
     own batch state says, on the device, without any communication."""
-    session = ctx.session(**_CROWDED)
+    session = ctx.session()
     kind = session.runner.input_type
     if not issubclass(kind, PagedModelInput):
         raise NotApplicable(f"{kind.__name__} is not a PagedModelInput")
-    state = BatchState(8, 128, 4, 199, relay=bool(session.config.engine.async_scheduling))
+    state = BatchState(8, 128, 16, 199, relay=bool(session.config.engine.async_scheduling))
     for request in schedule(ctx, session):
         state.apply(request)
         _holds(ctx, session.prepare(request), state.prepare(request).to(), request.step)
@@ -167,7 +167,7 @@ def a_lost_step_is_named(ctx: Context) -> None:
 @case(1, "prepare", once=True)
 def repeats_itself(ctx: Context) -> None:
     """Two runners given the same requests prepare the same steps."""
-    sessions = [ctx.session(**_CROWDED) for _ in range(2)]
+    sessions = [ctx.session() for _ in range(2)]
     for request in schedule(ctx, sessions[0], 25):
         a, b = (s.prepare(request) for s in sessions)
         _same(ctx, a, b)

@@ -7,31 +7,31 @@ from typing import Any
 import torch
 
 from hal.conformance.case import NotApplicable, case
-from hal.conformance.context import GREEDY, Context, Session, drive
+from hal.conformance.context import BLOCK_SIZE, GREEDY, Context, Session, drive
 from hal.inputs import NULL_BLOCK, PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
 
 
-def _runs(name: str, doc: str, *needs: str, shape: str = "llama", **options: Any) -> None:
+def _runs(name: str, doc: str, *needs: str, shape: str = "llama", block_size: int = BLOCK_SIZE, **scheduling: Any,
+          ) -> None:
     """Register a case that runs a model of some shape."""
     def check(ctx: Context) -> None:
-        session, prompts = ctx.session(shape, **options), ctx.prompts(40, 17, 16, 1)
-        ctx.verify(drive(session.step, session.scheduler(), prompts, GREEDY), shape, name)
+        session, prompts = ctx.session(shape, block_size=block_size), ctx.prompts(40, 17, 16, 1)
+        ctx.verify(drive(session.step, session.scheduler(**scheduling), prompts, GREEDY), shape, name)
 
     check.__name__, check.__doc__ = name, doc
     case(3, "model", *needs)(check)
 
 
-_WHOLE: dict[str, Any] = {"max_num_batched_tokens": 128}
-_runs("llama", "Grouped queries, rotary positions, a gated MLP: prefill, then decoding in a batch.", **_WHOLE)
-_runs("sliding_window", "Every layer sees 8 tokens back; contexts grow to 52.", "checkpoints", shape="window", **_WHOLE)
+_runs("llama", "Grouped queries, rotary positions, a gated MLP: prefill, then decoding in a batch.")
+_runs("sliding_window", "Every layer sees 8 tokens back; contexts grow to 52.", "checkpoints", shape="window")
 _runs("qwen3", "Norms of queries and keys, heads wider than hidden_size / num_heads, the embedding as output head.",
-      "checkpoints", shape="qwen3", **_WHOLE)
+      "checkpoints", shape="qwen3")
 _runs("gpt2", "Learned positions, layer norms, biases everywhere, weights stored the other way round.", "checkpoints",
-      shape="gpt2", **_WHOLE)
+      shape="gpt2")
 _runs("chunked_prefill", "Prompts in pieces of at most 13 tokens, mixed with decoding.", max_num_batched_tokens=13)
-_runs("small_blocks", "Blocks of 4 tokens: slots follow from the block size of the step.", block_size=4, num_blocks=129)
+_runs("small_blocks", "Blocks of 4 tokens: slots follow from the block size of the step.", block_size=4)
 
 
 @case(3, "model")

@@ -21,7 +21,7 @@ _ROWS = (1, 2, 7, 33)  # decoding alone, a small batch, sizes that no vector wid
 
 
 def _ops(ctx: Context) -> tuple[Any, torch.device]:
-    session = ctx.session()
+    session = ctx.session(warm=False)
     return ctx.part(session, "ops"), session.device
 
 

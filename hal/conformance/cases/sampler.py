@@ -27,7 +27,7 @@ _ALL = (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temper
 def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor,
             num_logprobs: int = -1) -> SamplerOutput:
     """One step's sampling of (parameters, seed, all tokens so far)."""
-    session = ctx.session()
+    session = ctx.session(warm=False)
     n, longest = len(rows), max(len(h) for _, _, h in rows)
     params = [p for p, _, _ in rows]
     history = np.full((n, longest), -1)
