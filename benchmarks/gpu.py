@@ -1,4 +1,4 @@
-"""The CUDA runner's figures: `python benchmarks/cuda.py [sections] [--json FILE]`, all sections by default.
+"""The CUDA runner's figures: `python benchmarks/gpu.py [sections] [--json FILE]`, all sections by default.
 
 A step's floor is the time that reading its weights and KV cache takes at the copy bandwidth measured in the same run.
 """
