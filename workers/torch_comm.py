@@ -29,6 +29,8 @@ class TorchCommunicator:
     def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any) -> None:
         self.topology, self.device = topology, device
         self._tp, self._world = tp_group, world_group
+        # The groups carry memory of the host and of CUDA; what passes between stages on another device goes by the host.
+        self._carrier = device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         with data_plane("all_reduce"):
@@ -54,7 +56,7 @@ class TorchCommunicator:
                 if tensor is None:
                     raise InputError(f"{type(tensors).__name__}.{name} is missing", fields=(name,),
                                      expected="all tensors, since the next stage waits for each")
-            self._run("send", lambda: [self._world.send([t], to, 0) for t in found.values()])
+            self._run("send", lambda: [self._world.send([t.to(self._carrier)], to, 0) for t in found.values()])
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
         with data_plane("recv"):
@@ -62,10 +64,10 @@ class TorchCommunicator:
             for field in kind.schema.fields:
                 assert field.array is not None  # `declare` takes arrays only
                 shape = tuple(d.size(dims) for d in field.array.dims)
-                found[field.name] = torch.empty(shape, dtype=getattr(torch, field.array.dtype), device=self.device)
+                found[field.name] = torch.empty(shape, dtype=getattr(torch, field.array.dtype), device=self._carrier)
             source = self.topology.rank - self.topology.tp
             self._run("recv", lambda: [self._world.recv([t], source, 0) for t in found.values()])
-            return kind(**found)
+            return kind(**{name: tensor.to(self.device) for name, tensor in found.items()})
 
     def close(self) -> None:
         self._tp = self._world = None
