@@ -29,7 +29,7 @@ class TorchCommunicator:
     def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any) -> None:
         self.topology, self.device = topology, device
         self._tp, self._world = tp_group, world_group
-        # The groups carry memory of the host and of CUDA; what passes between stages on another device goes by the host.
+        # The groups carry memory of the host and of CUDA; between stages on another device the host relays.
         self._carrier = device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
