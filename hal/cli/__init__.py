@@ -1,8 +1,9 @@
-"""The command line: `hal generate`, `hal env`, `hal bench`. Nothing loads torch before a command needs it."""
+"""The command line: `hal COMMAND`. Nothing loads torch before a command needs it."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not hasattr(args, "run"):
         parser.print_help()
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a model says need not fit the terminal's encoding
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -68,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _forget_stdout()
         return _BROKEN_PIPE
-    except (HalError, ImportError) as error:
-        shown = error if isinstance(error, HalError) else _foreign_package()
+    except (HalError, ImportError, OSError) as error:
+        shown = _explain(error)
         if shown is None:
             raise
         if args.traceback or os.environ.get("HAL_DEBUG") == "1":
@@ -78,6 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"on rank {error.rank}:\n{error.remote_traceback}", file=sys.stderr)
         print(f"hal: error: {shown}", file=sys.stderr)
         return 1
+
+
+def _explain(error: Exception) -> HalError | None:
+    if isinstance(error, OSError):
+        _forget_stdout()
+        return ConfigError("the system refuses", got=error, hint="--traceback shows where")
+    return error if isinstance(error, HalError) else _foreign_package()
 
 
 def _foreign_package() -> HalError | None:
@@ -91,11 +101,11 @@ def _foreign_package() -> HalError | None:
 
 
 def _forget_stdout() -> None:
-    """Nobody reads it: let the interpreter's last flush go nowhere."""
+    """Where nobody takes it, let the interpreter's last flush go nowhere."""
     try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass
 
 
 __all__ = ["build_parser", "main"]

@@ -78,7 +78,7 @@ def _stream(llm: LLM, job: batch.Job) -> None:
 
 def _lines(outputs: list[RequestOutput], as_json: bool) -> Iterator[str]:
     if as_json:
-        yield from (json.dumps(to_json(output), ensure_ascii=False) for output in outputs)
+        yield from (json.dumps(to_json(output), ensure_ascii=sys.stdout.encoding != "utf-8") for output in outputs)
     elif len(outputs) == 1:
         yield _text(outputs[0])
     else:

@@ -54,6 +54,7 @@ class Recording:
                             Topology())
 
     def save(self, path: Path) -> None:
+        """Raises ConfigError."""
         tensors: dict[str, torch.Tensor] = {}
         scalars: list[dict[str, Any]] = []
         for i, step in enumerate(self.steps):
@@ -64,8 +65,11 @@ class Recording:
         engine["model"] = _BUNDLED if Path(engine["model"]) == BUNDLED_MODEL else engine["model"]
         head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
                 "schemas": _fingerprints()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(path), {"hal": json.dumps(head)})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, str(path), {"hal": json.dumps(head)})
+        except (OSError, SafetensorError) as error:
+            raise ConfigError("the recording cannot be written", got=f"{path}: {error}") from error
 
     @classmethod
     def load(cls, path: Path, model: str | None = None) -> Recording:

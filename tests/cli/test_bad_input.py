@@ -226,10 +226,31 @@ def test_traceback_where_asked_for(way: str, monkeypatch: pytest.MonkeyPatch,
     assert err.startswith("Traceback") and "\nhal: error: the prompt is empty" in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     code = f"{sys.executable} -m hal generate --json --device null 1+1= | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", code], text=True, capture_output=True, check=False, cwd=tmp_path)
     assert done.stdout.strip() in ("0", "141") and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_an_output_that_takes_nothing_is_an_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m hal generate --device null 1+1= > /dev/full"
+    done = subprocess.run(command, shell=True, text=True, capture_output=True, check=False, cwd=tmp_path)
+    _check(done.returncode, done.stdout, done.stderr, ("the system refuses", "No space left"))
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    (["record", "--output", "{}/file/run.safetensors", "1+1="], ("the recording cannot be written", "/file")),
+    (["record", "--output", "{}", "1+1="], ("the recording cannot be written",)),
+    (["replay", "{}/none"], ("the recording cannot be read", "/none")),
+    (["replay", str(BUNDLED_MODEL / "model.safetensors")], ("is not a recording",)),
+    (["bisect", "{}/file", "--device", "cpu"], ("the recording cannot be read", "/file"))])
+def test_recordings(command: list[str], words: tuple[str, ...], tmp_path: Path,
+                    capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("no recording")
+    status = main([part.format(tmp_path) for part in command])
+    _check(status, *capsys.readouterr(), words)
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,16 @@ def test_sampling_options_reach_the_sampler(generate: Run) -> None:
     assert json.loads(generate("--seed", 1, "--top-k", 1, *options)[0])["text"].startswith("122")
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_text_that_the_output_cannot_encode(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["generate", "--device", "cpu", "--num-blocks", "64", *options, "é1+1=", "1+1="]) == 0
+    out.seek(0)
+    lines = out.read().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["é1+1=", "1+1="] if options else lines[0] == r"> \xe91+1="
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     command = "hal generate --device cpu --tp 2 --num-blocks 64 37+85= 123+456="
