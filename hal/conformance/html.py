@@ -22,7 +22,7 @@ th { background: #f3f5f9 } td.pass { background: #dff2e7 } td.bad { background: 
 td.na { background: #eceff4; color: #667 } td.xfail { background: #fcf0cf }
 code { background: #f3f5f9; padding: .1rem .3rem; border-radius: 3px; font-size: .85em }
 pre { background: #f3f5f9; padding: .6rem; overflow-x: auto; white-space: pre-wrap; font-size: .82rem }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 1rem }
+.plots { display: flex; flex-wrap: wrap } figure { width: 320px; margin: 0 1.5rem 1.5rem 0 }
 .note { color: #667; font-size: .9rem } details { margin: .4rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .8rem 0 }
 dt { color: #667 } dd { margin: 0; overflow-wrap: anywhere }
@@ -89,7 +89,7 @@ def histogram(title: str, errors: np.ndarray, tolerance: float) -> str:
     at = (np.log10(tolerance) - _LOW) / (_HIGH - _LOW) * _WIDTH
     labels = "".join(f"<text x='{(d - _LOW) / (_HIGH - _LOW) * _WIDTH:.0f}' y='{_HEIGHT + 14}' font-size='10' "
                      f"fill='#667' text-anchor='middle'>1e{d}</text>" for d in range(_LOW + 1, _HIGH, 3))
-    return (f"<figure style='margin:0'><figcaption><b>{escape(title)}</b><br/><span class='note'>worst "
+    return (f"<figure><figcaption><b>{escape(title)}</b><br/><span class='note'>worst "
             f"{errors.max():.2g} of {tolerance:g} allowed, median {np.median(errors):.2g}, {len(errors):,} elements"
             f"</span></figcaption><svg viewBox='0 0 {_WIDTH} {_HEIGHT + 18}' width='100%' role='img' "
             f"aria-label='{escape(title, quote=True)}'>"
