@@ -25,6 +25,18 @@ from hal.models.hf_config import read_config
 from hal.sampling.params import SamplingParams
 
 RESULTS: dict[str, Any] = {}
+PROFILE = False
+
+
+def graphed(call: Callable[[], object]) -> float:
+    """Milliseconds of a call inside a graph of several, without what launching costs the host."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            call()
+    return milliseconds(graph.replay) / 4
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 30) -> float:
@@ -63,8 +75,8 @@ def attention(bandwidth: float) -> None:
         q = torch.randn(seqs, 32, 128, device=device).to(dtype)
         out = torch.empty_like(q)
         splits = maker.splits(seqs, context)
-        ms = milliseconds(lambda: kernels.decode(q, cache, tables, lens, out, scale=spec.scale, window=None,  # noqa: B023
-                                                 splits=splits))  # noqa: B023
+        ms = graphed(lambda: kernels.decode(q, cache, tables, lens, out, scale=spec.scale, window=None,  # noqa: B023
+                                            splits=splits))  # noqa: B023
         rate = seqs * context * 2 * 8 * 128 * 2 / ms * 1e3
         print(f"decode attention {seqs:>4} x {context}: {ms * 1e3:8.1f} us, {rate / 1e12:.2f} TB/s, "
               f"{rate / bandwidth:.2f} of copy (splits {splits})", flush=True)
@@ -87,29 +99,18 @@ def attention(bandwidth: float) -> None:
     RESULTS["attention_prefill_vs_flash"] = flash / ours
 
 
-def linears(bandwidth: float) -> None:
-    from runners.cuda.kernels.gemv import TILES, gemv
-    from runners.cuda.ops import fastest_tile
+def profile(runner: Any, batch: int) -> None:
+    """Where a replay's time goes, by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
 
-    for rows, size in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)):
-        copies = max(3, (1 << 28) // (rows * size * 2))
-        weights = [torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-        x = torch.randn(1, size, device="cuda", dtype=torch.bfloat16)
-
-        def rate(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor] = weights) -> float:
-            graph = torch.cuda.CUDAGraph()
-            for w in weights:
-                call(w)
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                for w in weights:
-                    call(w)
-            return len(weights) * weights[0].numel() * 2 / milliseconds(graph.replay, 10) * 1e3 / 1e12
-
-        found = {"cublas": rate(lambda w: F.linear(x, w))}  # noqa: B023
-        found |= {str(tuple(t)): rate(lambda w: gemv(x, w, None, t)) for t in TILES}  # noqa: B023
-        chosen = fastest_tile(weights[0])
-        print(f"linear {rows} x {size}, TB/s:", {k: round(v, 2) for k, v in found.items()}, "chosen", chosen, flush=True)
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(3):
+            runner.graphs[batch].graph.replay()
+        torch.cuda.synchronize()
+    rows = sorted(found.key_averages(), key=lambda r: -r.device_time_total)[:14]
+    for r in rows:
+        print(f"    {r.device_time_total / 3:8.1f} us in {r.count // 3:>4} x {r.key[:70]}")
 
 
 def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_tokens: int = 100, **options: Any) -> None:
@@ -123,7 +124,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         with LLM(scratch, device="cuda", random_weights=True, **options) as llm:
             start = time.perf_counter() - begin
             runner = llm.executor._worker.runner
-            print(f"{shape}: started in {start:.1f} s\n{runner.capture_report()}\ntiles {runner.ops.tiles}", flush=True)
+            print(f"{shape}: started in {start:.1f} s\n{runner.capture_report()}\ntiles {runner.ops.tiles}\n"
+                  f"gated {runner.ops.gated}", flush=True)
             RESULTS[f"{shape}_start_s"] = start
             for batch, prompt in cells:
                 time_batch(llm, model.vocab_size, batch, prompt, 8)
@@ -133,10 +135,12 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                 bare = milliseconds(graph.graph.replay)
                 moved = bytes_per_step(model, "bfloat16", batch, prompt + new_tokens // 2)
                 floor = moved / bandwidth
-                print(f"{shape} batch {batch:>4}, prompt {prompt:>5}: {step * 1e3:7.3f} ms a step, {batch / step:9.0f} tok/s, "
-                      f"{moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor ({floor * 1e3:.2f} ms); "
-                      f"bare graph {bare:.3f} ms, ratio {step * 1e3 / bare:.3f}", flush=True)
+                print(f"{shape} batch {batch:>4}, prompt {prompt:>5}: {step * 1e3:7.3f} ms a step, "
+                      f"{batch / step:9.0f} tok/s, {moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor "
+                      f"({floor * 1e3:.2f} ms); bare graph {bare:.3f} ms, ratio {step * 1e3 / bare:.3f}", flush=True)
                 RESULTS[f"{shape}_{batch}x{prompt}"] = {"ms": step * 1e3, "of_floor": floor / step, "bare_ms": bare}
+                if PROFILE:
+                    profile(runner, graph.num_seqs)
 
 
 def steady() -> None:
@@ -161,15 +165,18 @@ def steady() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("sections", nargs="*", default=["attention", "linears", "small", "steady", "8b"])
+    parser.add_argument("sections", nargs="*", default=["attention", "small", "steady", "8b"])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true", help="time by kernel")
     args = parser.parse_args()
+    global PROFILE
+    PROFILE = args.profile
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     RESULTS.update({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_bandwidth": bandwidth})
     torch.cuda.empty_cache()
     sections: dict[str, Callable[[], None]] = {
-        "attention": lambda: attention(bandwidth), "linears": lambda: linears(bandwidth),
+        "attention": lambda: attention(bandwidth),
         "small": lambda: engine("qwen2-0.5b", [(1, 128), (32, 128)], bandwidth), "steady": steady,
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,
                              max_num_batched_tokens=8192)}

@@ -55,7 +55,7 @@ class LlamaLayer(nn.Module):
         qk = ops.rotary(qk, rotary)
         x = self.out(attention(index, qk[:, :self.heads], qk[:, self.heads:], v))
         x, residual = ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        return self.down(ops.silu_mul(self.gate_up(x))), residual
+        return self.down(ops.gated_linear(self.gate_up, x)), residual
 
 
 class Llama(CausalLM):

@@ -60,6 +60,11 @@ class Ops:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
+    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """x [n, in] through a layer whose outputs are a gate and the other factor -> [n, m]: for a device that does
+        both in one go."""
+        return self.silu_mul(layer(x))
+
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """`kind` as in ModelConfig.activation, except the gated one."""
         if kind == "relu":

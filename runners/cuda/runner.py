@@ -36,6 +36,7 @@ class CudaModelRunner(PagedModelRunner):
     input_type = CudaModelInput
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        self.ops: CudaOps
         super().__init__(config, device, communicator, attention=CudaAttention, ops=CudaOps())
         engine = config.engine
         topology = config.topology
@@ -50,6 +51,9 @@ class CudaModelRunner(PagedModelRunner):
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
+        progress("choosing kernels", 0, 1)
+        self.ops.choose_tiles()
+        progress("choosing kernels", 1, 1)
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -105,6 +109,7 @@ class CudaModelRunner(PagedModelRunner):
             array[...] = -1 if name in RELAYED else NULL_BLOCK
         return packed
 
+    @torch.inference_mode()
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
         packed: Packed[Any] = self.state.prepare(request)

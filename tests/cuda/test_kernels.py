@@ -116,3 +116,6 @@ def test_gemv(dtype: torch.dtype, rows: int, size: int) -> None:
     for tile in TILES:
         close(gemv(x, weight, None, tile), expected, dtype)
         close(gemv(x, weight, bias, tile), expected + bias.double(), dtype)
+        if rows % 2 == 0:
+            gate, up = expected.chunk(2, -1)
+            close(gemv(x, weight, None, tile, gated=True), torch.nn.functional.silu(gate) * up, dtype)

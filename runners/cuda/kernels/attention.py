@@ -10,10 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.cuda.kernels.launch import launch_options, wait_for_inputs
+
 
 @triton.jit
 def _write_kv(k, v, cache, slots, k_stride, v_stride, kv_offset, block_stride, head_stride, size,
-              HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+              HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+              PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None]
@@ -27,7 +31,8 @@ def _write_kv(k, v, cache, slots, k_stride, v_stride, kv_offset, block_stride, h
 def _decode(q, cache, tables, lens, part_out, part_max, part_sum, out, q_stride, table_stride, kv_offset, block_stride,
             head_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
             WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+            BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + seq)
     first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
@@ -73,7 +78,8 @@ def _decode(q, cache, tables, lens, part_out, part_max, part_sum, out, q_stride,
 
 @triton.jit
 def _join(part_out, part_max, part_sum, out, SPLITS: tl.constexpr, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
-          BLOCK_D: tl.constexpr):
+          BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)  # of sequences times heads
     split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     there = split < SPLITS
@@ -92,7 +98,8 @@ def _join(part_out, part_max, part_sum, out, SPLITS: tl.constexpr, DIM: tl.const
 def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_stride, kv_offset, block_stride,
              head_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
              WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-             PRECISION: tl.constexpr):
+             PRECISION: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     seq, head = tl.program_id(2) + first_seq, tl.program_id(1)
     start = tl.load(starts + seq)
     queries = tl.load(starts + seq + 1) - start
@@ -143,7 +150,7 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slots: torch
     n, heads, dim = k.shape
     _write_kv[(n,)](k, v, cache, slots, k.stride(0), v.stride(0), cache.stride(0), cache.stride(1), cache.stride(2),
                     cache.shape[3], HEADS=heads, DIM=dim, BLOCK_H=triton.next_power_of_2(heads),
-                    BLOCK_D=triton.next_power_of_2(dim), num_warps=2)
+                    BLOCK_D=triton.next_power_of_2(dim), num_warps=2, **launch_options(k))
 
 
 def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, out: torch.Tensor, *,
@@ -166,10 +173,10 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
         WINDOW=window or 0, SPLITS=splits, BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d,
         BLOCK_N=32 if wide or block_d > 128 else 64, PRECISION="ieee" if wide else "tf32", num_warps=4,
-        num_stages=2 if wide else 3)
+        num_stages=2 if wide or block_d > 128 else 4, **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, SPLITS=splits, DIM=dim,
-                            BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=block_d, num_warps=4)
+                            BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=block_d, num_warps=4, **launch_options(q))
 
 
 def prefill(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, starts: torch.Tensor,
@@ -190,4 +197,4 @@ def prefill(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: to
         q, cache, tables, lens, starts, out, first_seq, q.stride(0), tables.stride(0), cache.stride(0), cache.stride(1),
         cache.stride(2), scale, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SIZE=size, WINDOW=window or 0,
         BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32",
-        num_warps=8 if block_m == 128 else 4, num_stages=2 if wide or block_d > 128 else 3)
+        num_warps=8 if block_m == 128 else 4, num_stages=2 if wide or block_d > 128 else 3, **launch_options(q))

@@ -6,9 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.cuda.kernels.launch import launch_options, wait_for_inputs
+
 
 @triton.jit
-def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     here = at < size
@@ -20,7 +23,8 @@ def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, total, size, eps, BLOCK: tl.constexpr):
+def _add_rms_norm(x, residual, weight, out, total, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     start = tl.program_id(0).to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     here = at < size
@@ -35,7 +39,9 @@ def _add_rms_norm(x, residual, weight, out, total, size, eps, BLOCK: tl.constexp
 
 
 @triton.jit
-def _rotary(x, positions, table, out, stride, heads, HALF: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _rotary(x, positions, table, out, stride, heads, HALF: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+            PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     token, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     here = at < HALF
@@ -51,7 +57,8 @@ def _rotary(x, positions, table, out, stride, heads, HALF: tl.constexpr, DTYPE: 
 
 
 @triton.jit
-def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr):
+def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < size
@@ -72,7 +79,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     _rms_norm[(x.shape[0] * inner,)](x, weight, out, x.stride(0), x.stride(1) if x.ndim == 3 else 0, inner, size, eps,
-                                     BLOCK=block, num_warps=_warps(block))
+                                     BLOCK=block, num_warps=_warps(block), **launch_options(x))
     return out
 
 
@@ -81,7 +88,8 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     """Both [rows, size] and contiguous -> the norm of their sum, and the sum."""
     out, total = torch.empty_like(x), torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.shape[1], eps, BLOCK=block, num_warps=_warps(block))
+    _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.shape[1], eps, BLOCK=block,
+                                 num_warps=_warps(block), **launch_options(x))
     return out, total
 
 
@@ -90,7 +98,7 @@ def rotary(heads: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) ->
     n, count, dim = heads.shape
     out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     _rotary[(n, count)](heads, positions, table, out, heads.stride(0), count, HALF=dim // 2, DTYPE=_TYPES[heads.dtype],
-                        BLOCK=triton.next_power_of_2(dim // 2), num_warps=1)
+                        BLOCK=triton.next_power_of_2(dim // 2), num_warps=1, **launch_options(heads))
     return out
 
 
@@ -98,7 +106,8 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[n, 2 * m] contiguous -> [n, m]."""
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(n, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024, num_warps=4)
+    _silu_mul[(n, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024, num_warps=4,
+                                                 **launch_options(gate_up))
     return out
 
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.cuda.kernels.launch import launch_options, wait_for_inputs
+
 
 class Tile(NamedTuple):
     """Weights that a program reads at a time: rows, columns; and its warps."""
@@ -17,34 +19,60 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = (Tile(4, 1024, 4), Tile(8, 512, 4), Tile(8, 1024, 8), Tile(16, 256, 4), Tile(2, 2048, 4))
+TILES = (Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(1, 4096, 4), Tile(1, 2048, 2), Tile(1, 1024, 1), Tile(8, 1024, 8))
 
 
 @triton.jit
-def _gemv(x, weight, bias, out, rows, size, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(source, at, size, mine):
+    return tl.load(source + at[None], mask=mine[:, None] & (at < size)[None], other=0.0)
+
+
+@triton.jit
+def _gemv(x, weight, bias, out, rows, size, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
     mine = row < rows
     source = weight + row.to(tl.int64)[:, None] * size
+    other = source + rows.to(tl.int64) * size
+    # The weights are there before the row is: the first tile is read while the kernel before this one ends.
+    tile = _tile(source, at, size, mine)
+    if GATED:
+        second = _tile(other, at, size, mine)
+        more = tl.zeros((ROWS, COLUMNS), tl.float32)
+    wait_for_inputs(PDL)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, size, COLUMNS):
         column = start + at
-        here = column < size
-        value = tl.load(x + column, mask=here, other=0.0).to(tl.float32)
-        tile = tl.load(source + column[None], mask=mine[:, None] & here[None], other=0.0,
-                       eviction_policy="evict_first").to(tl.float32)
-        acc += tile * value[None]
+        value = tl.load(x + column, mask=column < size, other=0.0).to(tl.float32)
+        following = _tile(source, column + COLUMNS, size, mine)
+        acc += tile.to(tl.float32) * value[None]
+        tile = following
+        if GATED:
+            following = _tile(other, column + COLUMNS, size, mine)
+            more += second.to(tl.float32) * value[None]
+            second = following
     total = tl.sum(acc, 1)
     if HAS_BIAS:
         total += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out + row, total.to(out.dtype.element_ty), mask=mine)
+    kind = out.dtype.element_ty
+    if GATED:
+        up = tl.sum(more, 1)
+        if HAS_BIAS:
+            up += tl.load(bias + rows + row, mask=mine, other=0.0).to(tl.float32)
+        gate = total.to(kind).to(tl.float32)  # rounded where the unfused operations round
+        total = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
+    tl.store(out + row, total.to(kind), mask=mine)
 
 
-def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
-    """x [1, in] and weight [out, in], contiguous -> [1, out]; sums are fp32."""
+def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gated: bool = False,
+         ) -> torch.Tensor:
+    """x [1, in] and weight [out, in], contiguous -> [1, out]; sums are fp32. `gated`: SiLU of the first half of the
+    outputs times the second half, [1, out / 2]."""
     rows, size = weight.shape
+    rows = rows // 2 if gated else rows
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
-    _gemv[(triton.cdiv(rows, tile.rows),)](x, weight, weight if bias is None else bias, out, rows, size,
-                                           HAS_BIAS=bias is not None, ROWS=tile.rows, COLUMNS=tile.columns,
-                                           num_warps=tile.warps, num_stages=2)
+    _gemv[(triton.cdiv(rows, tile.rows),)](
+        x, weight, weight if bias is None else bias, out, rows, size, HAS_BIAS=bias is not None, GATED=gated,
+        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **launch_options(x))
     return out
