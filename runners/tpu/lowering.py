@@ -105,14 +105,13 @@ def use_mesh(tp: int) -> Any:
     Raises:
         BackendError: the devices cannot be arranged so.
     """
-    xla = _xla()
-    if not xla.runtime.is_spmd():
-        xla.runtime.use_spmd()
-    count = num_devices()
+    xla, count = _xla(), num_devices()
     if count % tp:
         raise BackendError(f"tp={tp} does not fit the devices that PJRT shows", got=devices_seen(),
                            expected=f"a multiple of {tp} devices",
                            hint=f"with PJRT_DEVICE=CPU set CPU_NUM_DEVICES={tp} before the process starts")
+    if not xla.runtime.is_spmd():
+        xla.runtime.use_spmd()
     return xla.distributed.spmd.Mesh(np.arange(count), (count // tp, tp), ("copy", "tp"))
 
 

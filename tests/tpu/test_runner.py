@@ -1,0 +1,165 @@
+"""Nothing compiles after warm-up; caches are updated in place; the kernel's layout; the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.engine.llm import LLM
+from hal.errors import WorkerError
+from hal.models.hf_config import read_config
+from hal.sampling.params import SamplingParams
+from hal.shape_plan import ShapePlan
+
+Checkpoint = Callable[[str], Path]
+TPU = "runners.tpu:backend"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_plan_holds_every_legal_step(data: st.DataObject) -> None:
+    """Any configuration and any batch within its limits: one bucket, the smallest that holds it, of those declared."""
+    from runners.tpu.plan import budget, make_plan, seconds_each
+
+    engine = EngineConfig(max_num_seqs=data.draw(st.integers(1, 300)), block_size=data.draw(st.sampled_from((1, 16))),
+                          max_num_batched_tokens=data.draw(st.integers(1, 5000)),
+                          max_model_len=data.draw(st.integers(1, 3000)))
+    model = read_config(EngineConfig().model)
+    plan = make_plan(WorkerConfig(engine, model, Topology()))
+    buckets = plan.buckets()
+    assert len(set(buckets)) == len(buckets) == len(plan)
+    assert plan.seconds(seconds_each(model.num_layers)) <= budget() or len(plan) == 2
+    seqs = data.draw(st.integers(1, min(engine.max_num_seqs, engine.max_num_batched_tokens)))
+    kind = data.draw(st.sampled_from(("decode", "mixed")))
+    tokens = seqs if kind == "decode" else data.draw(st.integers(seqs, engine.max_num_batched_tokens))
+    assert engine.max_model_len is not None
+    blocks = data.draw(st.integers(1, -(-engine.max_model_len // engine.block_size)))
+    dims = {"num_tokens": tokens, "num_seqs": seqs, "max_blocks": blocks, "num_logits": seqs}
+    bucket = plan.bucket_for(kind, dims)
+    holding = [b for b in buckets if b.kind == kind and all(size >= dims[s] for s, size in b.sizes)]
+    assert bucket in holding
+    assert all(size <= dict(other.sizes)[symbol] for other in holding for symbol, size in bucket.sizes)
+
+
+def batches(llm: LLM, steps: int, seed: int = 11) -> tuple[int, set[int]]:
+    """Requests that come, go and are aborted at random; how many steps ran, and how wide they were."""
+    rng, widths, start = np.random.default_rng(seed), set(), llm.stats().steps
+    while llm.stats().steps - start < steps:
+        if rng.random() < 0.3 or not llm.unfinished:
+            ids = rng.integers(0, 199, rng.integers(1, 60)).tolist()
+            llm.add_request(ids, SamplingParams(max_tokens=int(rng.integers(1, 40)), seed=5, temperature=float(
+                rng.choice([0.0, 0.9])), top_p=float(rng.choice([1.0, 0.8])), presence_penalty=float(
+                rng.choice([0.0, 0.0, 1.0])), logprobs=rng.choice([None, 3])))
+        llm.step()
+        widths.add(llm.stats().running)
+    return llm.stats().steps - start, widths
+
+
+@pytest.mark.torch_release
+@pytest.mark.usefixtures("xla")
+def test_500_steps_compile_nothing(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 1 to 6 sequences and all lengths, over a plan with several rungs."""
+    from runners.tpu import lowering
+
+    monkeypatch.setenv("HAL_COMPILE_BUDGET", "30")
+    with LLM(str(checkpoint("qwen2-tied")), device=TPU, dtype="float32", block_size=4, max_num_seqs=6, num_blocks=150,
+             max_num_batched_tokens=48, max_model_len=100) as llm:
+        before = lowering.compiles()
+        steps, widths = batches(llm, 500)
+        assert steps >= 500 and {1, 6} <= widths
+        assert lowering.compiles() == before
+
+
+@pytest.mark.torch_release
+@pytest.mark.usefixtures("xla")
+def test_a_step_that_compiles_is_refused(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runners.tpu.runner import TpuModelRunner
+
+    execute = TpuModelRunner.execute_model
+
+    def careless(self: Any, m: Any, *args: Any) -> Any:
+        (m.input_ids * 3 + 1).cpu()
+        return execute(self, m, *args)
+
+    monkeypatch.setattr(TpuModelRunner, "execute_model", careless)
+    monkeypatch.setenv("HAL_STRICT", "1")
+    with engine(checkpoint("gpt2")) as llm, pytest.raises(WorkerError, match="a step compiled a program"):
+        llm.generate([[1, 2, 3]])
+
+
+@pytest.mark.torch_release
+@pytest.mark.usefixtures("xla")
+@pytest.mark.parametrize("method", ["prepare_model_input", "execute_model"])
+@pytest.mark.parametrize("call", ["all_reduce", "rendezvous"])
+def test_communication_in_a_phase_is_refused(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, method: str,
+                                             call: str) -> None:
+    import torch_xla.core.xla_model as xm
+
+    from runners.tpu.runner import TpuModelRunner
+
+    original = getattr(TpuModelRunner, method)
+
+    def talkative(self: Any, *args: Any) -> Any:
+        getattr(xm, call)(*(("sum", [torch.ones(1)]) if call == "all_reduce" else ("here",)))
+        return original(self, *args)
+
+    monkeypatch.setattr(TpuModelRunner, method, talkative)
+    monkeypatch.setenv("HAL_STRICT", "1")
+    with engine(checkpoint("gpt2")) as llm, pytest.raises(WorkerError, match=call) as caught:
+        llm.generate([[1, 2, 3]])
+    assert caught.value.cause == "GuardError"
+
+
+def engine(path: Path) -> LLM:
+    return LLM(str(path), device=TPU, dtype="float32", block_size=4, max_num_seqs=4, max_num_batched_tokens=64,
+               max_model_len=128, num_blocks=200)
+
+
+@pytest.mark.torch_release
+@pytest.mark.usefixtures("xla")
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_is_what_the_tpu_kernel_computes(window: int | None) -> None:
+    """Layout and arguments of the ragged kernel, by its own reference; only its speed needs a TPU."""
+    from types import SimpleNamespace
+
+    from hal.attention import AttentionSpec
+    from runners.tpu import lowering
+    from runners.tpu.attention import TpuAttention
+
+    torch.manual_seed(0)
+    size, lens, queries = 4, [9, 1, 17, 40], [1, 1, 17, 35]
+    starts = np.cumsum([0, *queries])
+    tables = torch.randperm(39)[:40 - 4].add(1).view(4, 9)
+    tables = torch.cat((tables, torch.arange(4)[:, None] + 40), 1).int()
+    positions = np.concatenate([np.arange(n - q, n) for n, q in zip(lens, queries, strict=True)])
+    owner = np.repeat(np.arange(4), queries)
+    slots = tables.numpy()[owner, positions // size] * size + positions % size
+    arrays = [positions, positions, slots, starts, np.array(lens), tables.numpy()]
+    given = lowering.to_device([torch.from_numpy(a.astype(np.int32)) for a in arrays])
+    m: Any = SimpleNamespace(**dict(zip(("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens",
+                                         "block_tables"), given, strict=True)), block_size=size)
+    attention = TpuAttention([AttentionSpec(4, 2, 16, 0.25, window)])
+    cache = torch.randn(attention.cache_shape(50, size)).to("xla:0")
+    q, k, v = (torch.randn(len(slots), heads, 16).to("xla:0") for heads in (4, 2, 2))
+    step = attention.begin(m, [cache], decode=False)
+    got = step(0, q, k, v).cpu()
+    expected = lowering.ragged_attention(q, step.caches[0][0], m.seq_lens, m.block_tables, m.query_start_loc, 0.25,
+                                         window, kernel=False).cpu()
+    torch.testing.assert_close(got, expected.reshape(got.shape), atol=1e-5, rtol=1e-4)
+
+
+def test_plan_limits_and_text() -> None:
+    from hal.errors import CapacityError
+
+    plan = ShapePlan({"decode": {"num_seqs": (1, 4)}})
+    assert [str(b) for b in plan.buckets()] == ["decode(num_seqs=4)", "decode(num_seqs=1)"]
+    with pytest.raises(CapacityError, match="max_num_seqs"):
+        plan.bucket_for("decode", {"num_seqs": 5})
