@@ -11,7 +11,7 @@ from typing import Any
 from hal.conformance.case import Mismatch, NotApplicable, case
 from hal.conformance.context import GREEDY, Context, drive
 from hal.engine.scheduler import Scheduler
-from hal.errors import ConfigError, WorkerError
+from hal.errors import BackendError, ConfigError, WorkerError
 from hal.executor import make_executor
 from hal.sampling.params import SamplingParams
 
@@ -26,6 +26,8 @@ def _layout(ctx: Context, shape: str = "llama", **options: Any) -> None:
         raise NotApplicable(f"the backend declares tp up to {can.max_tp} and pp up to {can.max_pp}")
     try:
         runs = ctx.engine(ctx.prompts(33, 6, 18), _PARAMS, shape=shape, **{"max_num_batched_tokens": 24, **options})
+    except BackendError as error:
+        raise NotApplicable(f"not on this machine: {error}".replace("\n", ";")) from None
     except ConfigError as error:
         if "control_plane" in options and "control_plane" in str(error):
             raise NotApplicable(str(error).replace("\n", ";")) from None
@@ -77,11 +79,14 @@ def _gone(pids: set[int]) -> bool:
 
 
 def _killed(ctx: Context, **layout: Any) -> None:
-    if not os.path.exists("/proc/self/task"):
-        raise NotApplicable("this system does not list a process's children")
+    if ctx.backend.capabilities.spmd or not os.path.exists("/proc/self/task"):
+        raise NotApplicable("ranks have no processes of their own, or this system does not list them")
     before = _children()
     config = ctx.config(**layout)
-    executor = make_executor(config.engine, config.model, ctx.backend)
+    try:
+        executor = make_executor(config.engine, config.model, ctx.backend)
+    except BackendError as error:
+        raise NotApplicable(f"not on this machine: {error}".replace("\n", ";")) from None
     ranks = _children() - before
     scheduler, steps, killed = Scheduler(config.engine, executor.num_blocks), 0, 0.0
 
