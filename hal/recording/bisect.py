@@ -141,6 +141,11 @@ class _Traced:
     def __init__(self, inner: Any, trace: _Trace) -> None:
         self._inner, self._trace = inner, trace
 
+    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """In the two operations that it stands for."""
+        result: torch.Tensor = self.silu_mul(layer(x))
+        return result
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
         return partial(self._trace.run, name, found) if name in _TRACED else found

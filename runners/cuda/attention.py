@@ -25,7 +25,7 @@ class CudaAttention:
                               expected=f"even, at most {_MAX_DIM}",
                               hint="run this model on --device cpu, or give the runner hal's PagedAttention")
         units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self.programs = 4 * units
+        self.programs = 2 * units
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         spec = self.specs[0]
@@ -35,7 +35,7 @@ class CudaAttention:
         """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
         from what a graph fixes, so replays need no other."""
         wanted = self.programs // max(num_seqs * self.specs[0].num_kv_heads, 1)
-        return max(min(wanted, -(-context // 128), _MAX_SPLITS), 1)
+        return max(min(wanted, -(-context // 256), _MAX_SPLITS), 1)
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
