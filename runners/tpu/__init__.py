@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hal.config import WorkerConfig
     from runners.tpu.runner import TpuModelRunner
 
-_INSTALL = "pip install torch=={torch}.* torch_xla=={torch}.*"
+_INSTALL = "pip install torch==2.8.0 torch_xla==2.8.1"  # the pair that is tested; torch_xla ended with 2.9
 _CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # of TPU v4 and older, of v5 and newer
 _CPU_SHARE = 8  # XLA's CPU client shares the host's memory with everything: the cache gets at most this part
 
@@ -34,13 +34,10 @@ class TpuBackend(Backend):
 
     def unavailable(self) -> str | None:
         found = self._packages()
-        torch_version = ".".join(found.get("torch", "2.8").split(".")[:2])
         if "torch_xla" not in found or importlib.util.find_spec("torch_xla") is None:
-            return f"torch_xla is not installed: {_INSTALL.format(torch=torch_version)}"
-        xla_version = ".".join(found["torch_xla"].split(".")[:2])
-        if xla_version != torch_version:
-            return (f"torch_xla {found['torch_xla']} does not load with torch {found['torch']}: "
-                    f"{_INSTALL.format(torch=xla_version)}")
+            return f"torch_xla is not installed: {_INSTALL}"
+        if found["torch_xla"].split(".")[:2] != found.get("torch", "").split(".")[:2]:
+            return f"torch_xla {found['torch_xla']} does not load with torch {found.get('torch')}: {_INSTALL}"
         kind = os.environ.get("PJRT_DEVICE")
         chips = any(map(glob, _CHIPS))
         if kind is None and not chips:

@@ -13,9 +13,9 @@ from runners import tpu
 
 
 @pytest.mark.parametrize(("packages", "pjrt", "chips", "told"), [
-    ({"torch": "2.8.0"}, "CPU", False, "torch_xla is not installed: pip install torch==2.8.* torch_xla==2.8.*"),
+    ({"torch": "2.8.0"}, "CPU", False, "torch_xla is not installed: pip install torch==2.8.0 torch_xla==2.8.1"),
     ({"torch": "2.13.0+cpu", "torch_xla": "2.8.1"}, "CPU", False,
-     "torch_xla 2.8.1 does not load with torch 2.13.0+cpu: pip install torch==2.8.* torch_xla==2.8.*"),
+     "torch_xla 2.8.1 does not load with torch 2.13.0+cpu: pip install torch==2.8.0 torch_xla==2.8.1"),
     ({"torch": "2.8.0", "torch_xla": "2.8.1"}, None, False, "set PJRT_DEVICE=CPU"),
     ({"torch": "2.8.0", "torch_xla": "2.8.1"}, "TPU", False, "run on a TPU host, or set PJRT_DEVICE=CPU"),
     ({"torch": "2.8.0", "torch_xla": "2.8.1"}, "NEURON", False, "set it to TPU or CPU"),

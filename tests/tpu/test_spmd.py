@@ -46,7 +46,8 @@ def run(path: Path, dump: Path, tp: int) -> tuple[list[list[list[int]]], list[st
 
 @pytest.mark.parametrize(("name", "tp"), [
     ("llama3-gqa", 2), ("gpt2", 4), pytest.param("llama3-gqa", 4, marks=pytest.mark.slow),  # 2 kv heads for 4 ranks
-    pytest.param("qwen3", 2, marks=pytest.mark.slow), pytest.param("llama-linear-biases", 2, marks=pytest.mark.slow)])
+    pytest.param("qwen3", 2, marks=pytest.mark.slow), pytest.param("qwen2-tied", 2, marks=pytest.mark.slow),
+    pytest.param("llama-linear-biases", 2, marks=pytest.mark.slow)])
 def test_shares_of_one_process(checkpoint: Checkpoint, tmp_path: Path, name: str, tp: int) -> None:
     tokens, programs = run(checkpoint(name), tmp_path, tp)
     expected = [greedy for greedy, _ in parity.oracle(checkpoint(name))]
