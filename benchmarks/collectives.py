@@ -29,7 +29,7 @@ Hidden = IntermediateTensors.declare("Hidden", x=Array("bfloat16", "num_tokens",
 def run(rank: int, world: int, store: Store) -> None:
     topology, device = Topology(tp=world, rank=rank), torch.device("cpu")
     comms = {"shm": ShmCommunicator(topology, device, store),
-             "gloo": TorchCommunicator(topology, device, make_group("gloo", store, "tp", rank, world), None)}
+             "gloo": TorchCommunicator(topology, device, make_group("gloo", store, "tp", rank, world), None, device)}
     cases: dict[tuple[str, int, str], Callable[[], object]] = {}
     for size in SIZES:
         for name, comm in comms.items():
@@ -40,8 +40,8 @@ def run(rank: int, world: int, store: Store) -> None:
     if world == 2:
         topology, store = Topology(pp=2, rank=rank), dist.PrefixStore("pp", store)
         world_group = make_group("gloo", store, "world", rank, world)
-        pipes = {"shm": ShmCommunicator(topology, device, store), "gloo": TorchCommunicator(topology, device, None,
-                                                                                            world_group)}
+        pipes = {"shm": ShmCommunicator(topology, device, store),
+                 "gloo": TorchCommunicator(topology, device, None, world_group, device)}
         for size in SIZES:
             for name, comm in pipes.items():
                 cases["send + recv", size, name] = stage(comm, size // 2048, rank)

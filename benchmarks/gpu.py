@@ -6,7 +6,9 @@ A step's floor is the time that reading its weights and KV cache takes at the co
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -163,9 +165,89 @@ def steady() -> None:
             RESULTS["steady"] = {"captures": after[0] - before[0], "allocations": after[1] - before[1]}
 
 
+def mix(count: int) -> list[tuple[list[int], int]]:
+    """(prompt, new tokens): prompts of 64 to 1,024 tokens, 64 to 256 new ones."""
+    draw = random.Random(0)
+    return [([draw.randrange(1000, 100000) for _ in range(draw.randint(64, 1024))], draw.randint(64, 256))
+            for _ in range(count)]
+
+
+def rate(jobs: list[tuple[list[int], int]], seconds: float) -> float:
+    return sum(len(prompt) + new for prompt, new in jobs) / seconds
+
+
+def serving() -> None:
+    """256 requests that arrive together, against transformers on the same shape: continuous batching where it works,
+    else `generate` over batches of similar prompts; a quarter of the requests, since it takes long."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(SHAPES["llama-3-8b"]))
+        jobs = mix(256)
+        with LLM(scratch, device="cuda", random_weights=True, max_num_seqs=256, max_model_len=2048,
+                 max_num_batched_tokens=8192) as llm:
+            begin = time.perf_counter()
+            llm.generate([p for p, _ in jobs], [SamplingParams(max_tokens=n, ignore_eos=True) for _, n in jobs])
+            ours = rate(jobs, time.perf_counter() - begin)
+            print(f"serving mix: {ours:.0f} tokens/s, {llm.stats()}", flush=True)
+        del llm
+        gc.collect()
+        torch.cuda.empty_cache()
+        theirs, how = transformers_rate(scratch, jobs[:64])
+    print(f"transformers, {how}: {theirs:.0f} tokens/s; ratio {ours / theirs:.2f}", flush=True)
+    RESULTS["serving"] = {"tokens_per_s": ours, "transformers": theirs, "how": how}
+
+
+def transformers_rate(directory: str, jobs: list[tuple[list[int], int]]) -> tuple[float, str]:
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(directory)
+
+    def build(attention: str) -> Any:
+        with torch.device("cuda"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
+
+    found: list[tuple[float, str]] = []
+    model = build("sdpa")
+    with torch.inference_mode():
+        for batch in (1, 32):
+            ids = torch.randint(1000, 100000, (batch, 128), device="cuda")
+            args = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+            model.generate(ids, max_new_tokens=2, min_new_tokens=2, **args)
+            begin = time.perf_counter()
+            model.generate(ids, max_new_tokens=18, min_new_tokens=18, **args)
+            torch.cuda.synchronize()
+            print(f"transformers {transformers.__version__} generate, eager, batch {batch}: "
+                  f"{(time.perf_counter() - begin) / 18 * 1e3:.1f} ms a step", flush=True)
+        jobs = sorted(jobs, key=lambda job: len(job[0]))
+        begin = time.perf_counter()
+        for at in range(0, len(jobs), 32):
+            some = jobs[at:at + 32]
+            width, new = max(len(p) for p, _ in some), max(n for _, n in some)
+            ids = torch.tensor([[0] * (width - len(p)) + p for p, _ in some], device="cuda")
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in some], device="cuda")
+            model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                           pad_token_id=0)
+        torch.cuda.synchronize()
+        found.append((rate(jobs, time.perf_counter() - begin), "generate in batches of 32"))
+    print(found[-1], flush=True)
+    for attention in ("sdpa_paged", "paged|sdpa"):
+        try:
+            model.set_attn_implementation(attention)
+            options = GenerationConfig(do_sample=False, max_new_tokens=160, eos_token_id=-1, pad_token_id=0)
+            begin = time.perf_counter()
+            outputs = model.generate_batch(inputs=[p for p, _ in jobs], generation_config=options)
+            seconds = time.perf_counter() - begin
+            if len(outputs) == len(jobs):
+                found.append((rate([(p, 160) for p, _ in jobs], seconds), f"generate_batch ({attention})"))
+                break
+        except Exception as error:
+            print(f"generate_batch ({attention}): {type(error).__name__}: {str(error)[:200]}", flush=True)
+    return max(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("sections", nargs="*", default=["attention", "small", "steady", "8b"])
+    parser.add_argument("sections", nargs="*", default=["attention", "small", "steady", "8b", "serving"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     args = parser.parse_args()
@@ -178,6 +260,7 @@ def main() -> None:
     sections: dict[str, Callable[[], None]] = {
         "attention": lambda: attention(bandwidth),
         "small": lambda: engine("qwen2-0.5b", [(1, 128), (32, 128)], bandwidth), "steady": steady,
+        "serving": serving,
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,
                              max_num_batched_tokens=8192)}
     for name in args.sections:

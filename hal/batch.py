@@ -95,7 +95,7 @@ class BatchState:
              "num_sampled": len(sampled), "num_targets": len(wanted),
              "max_history": fields["history"].shape[1] if "history" in fields else 0},
             fields, block_size=size, num_decode_seqs=decodes, num_samples=len(sampled),
-            max_query_len=1 if total == n else int(queries.max(initial=0)),
+            max_query_len=1 if total == n > 0 else int(queries.max(initial=0)),
             num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs)
         into = packed.arrays
         into["input_ids"][...] = input_ids

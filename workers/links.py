@@ -34,4 +34,6 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
         tp_group = make_group(backend.collectives, store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
     if topology.pp > 1:
         world_group = make_group(backend.collectives, store, "world", topology.rank, topology.world_size)
-    return plane, TorchCommunicator(topology, device, tp_group, world_group)
+    # Gloo reduces tensors of a GPU, but sends the host's memory alone: given another's, it ends the process.
+    carrier = device if backend.collectives == "nccl" else torch.device("cpu")
+    return plane, TorchCommunicator(topology, device, tp_group, world_group, carrier)

@@ -21,16 +21,16 @@ class TorchCommunicator:
 
     Args:
         tp_group: of this stage's ranks, by tp_rank; None when tp is 1. world_group: of all ranks; None when pp is 1.
+        carrier: the device whose memory the world group sends: of another one the host relays.
 
     Raises (all methods):
         WorkerError: of rank -1, when another rank is gone.
     """
 
-    def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any) -> None:
+    def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any,
+                 carrier: torch.device) -> None:
         self.topology, self.device = topology, device
-        self._tp, self._world = tp_group, world_group
-        # The groups carry memory of the host and of CUDA; between stages on another device the host relays.
-        self._carrier = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        self._tp, self._world, self._carrier = tp_group, world_group, carrier
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         with data_plane("all_reduce"):

@@ -305,8 +305,12 @@ def test_what_ends_an_engine_ends_its_requests(make: Make, monkeypatch: pytest.M
                                                raised: type[BaseException], later: Any) -> None:
     monkeypatch.setattr(backends, "load", lambda name: FailingBackend(failure))
     llm = make()
-    with pytest.raises(raised):
-        llm.generate(TEXTS)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(raised):
+            llm.generate(TEXTS)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not llm.unfinished
     with pytest.raises(later, match=r"shut down|failed"):
         llm.generate("a")

@@ -13,7 +13,7 @@ from guard_env import Env
 from hal.guard import uninstall
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its default process group must not outlive these tests
 def env() -> Iterator[Env]:
     uninstall()
     env = Env()

@@ -42,7 +42,7 @@ def make(kind: str, topology: Topology, store: Any) -> Communicator:
         return ShmCommunicator(topology, CPU, store)
     tp = topology.tp > 1 and make_group("gloo", store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
     world = topology.pp > 1 and make_group("gloo", store, "world", topology.rank, topology.world_size)
-    return TorchCommunicator(topology, CPU, tp or None, world or None)
+    return TorchCommunicator(topology, CPU, tp or None, world or None, CPU)
 
 
 def on(kind: str, tp: int, pp: int, call: Any) -> list[Any]:

@@ -85,10 +85,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [rows, size] and contiguous -> the norm of their sum, and the sum."""
+    """Both [..., size] and contiguous -> the norm of their sum, and the sum."""
     out, total = torch.empty_like(x), torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    _add_rms_norm[(x.shape[0],)](x, residual, weight, out, total, x.shape[1], eps, BLOCK=block,
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    _add_rms_norm[(x.numel() // size,)](x, residual, weight, out, total, size, eps, BLOCK=block,
                                  num_warps=_warps(block), **launch_options(x))
     return out, total
 
