@@ -81,6 +81,12 @@ def free_bytes() -> int | None:
         return None
 
 
+def settle(tensors: Sequence[torch.Tensor]) -> None:
+    """Compute what was written to these tensors by other means than a program."""
+    if any(_xla()._XLAC._check_tensor_need_materialization(list(tensors))):
+        _xla().sync(wait=True)
+
+
 def wait() -> None:
     _xla().core.xla_model.wait_device_ops()
 

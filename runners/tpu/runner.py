@@ -114,7 +114,6 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             compile_one()
         progress("compiling", len(todo), len(todo))
         lowering.wait()
-        self._warm = self.compiled
 
     def read_blocks(self, kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor,  # type: ignore[override]
                     ) -> list[torch.Tensor]:
@@ -147,7 +146,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
     def execute_model(self, model_input: TpuModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
-        m = model_input
+        lowering.settle(kv_caches)
+        m, before = model_input, self.compiled
         packed = packed_source(m) or TpuModelInput.schema.pack(m)
         fitted = fit(packed, self.plan, self.config.max_model_len)
         if fitted is not packed:
@@ -164,8 +164,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
         else:
             output = self.model.hand_on(*results)
-        if self.strict and self.compiled != self._warm:
-            raise StateError("a step compiled a program", got=f"{self.compiled - self._warm} after warm-up", expected=0,
+        if self.strict and self.compiled != before:
+            raise StateError("a step compiled a program", got=self.compiled - before, expected=0,
                              hint=f"{bucket} is in the plan: look for a tensor operation outside the programs")
         return output
 

@@ -83,13 +83,13 @@ def test_500_steps_compile_nothing(checkpoint: Checkpoint, monkeypatch: pytest.M
 def test_a_step_that_compiles_is_refused(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     from runners.tpu.runner import TpuModelRunner
 
-    execute = TpuModelRunner.execute_model
+    sample = TpuModelRunner._sample
 
     def careless(self: Any, m: Any, *args: Any) -> Any:
         (m.input_ids * 3 + 1).cpu()
-        return execute(self, m, *args)
+        return sample(self, m, *args)
 
-    monkeypatch.setattr(TpuModelRunner, "execute_model", careless)
+    monkeypatch.setattr(TpuModelRunner, "_sample", careless)
     monkeypatch.setenv("HAL_STRICT", "1")
     with engine(checkpoint("gpt2")) as llm, pytest.raises(WorkerError, match="a step compiled a program"):
         llm.generate([[1, 2, 3]])
