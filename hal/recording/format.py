@@ -101,7 +101,20 @@ class Recording:
         if tensors:
             raise WireError("the recording has fields that this library's schemas lack", got=", ".join(tensors)[:200],
                             expected=_fingerprints(), hint="replay it with the version that made it")
-        return cls(EngineConfig(**engine), ModelConfig.from_dict(head["model"]), head["info"], steps)
+        config = ModelConfig.from_dict(head["model"])
+        context = -(-(engine["max_model_len"] or config.max_position) // engine["block_size"])
+        # The device that made it may have had room for many more.
+        engine["num_blocks"] = 1 + max([context, *(_highest_block(step.request) for step in steps)])
+        return cls(EngineConfig(**engine), config, head["info"], steps)
+
+
+def _highest_block(request: ExecuteModelRequest) -> int:
+    found = [request.new_blocks]
+    for pairs, columns in ((request.blocks_to_copy, slice(0, 2)), (request.blocks_to_swap_in, slice(1, 2)),
+                           (request.blocks_to_swap_out, slice(0, 1))):
+        if pairs is not None:
+            found.append(pairs[:, columns].ravel())
+    return max(int(blocks.max(initial=0)) for blocks in found)
 
 
 def _fingerprints() -> dict[str, str]:

@@ -25,7 +25,7 @@ class CudaAttention:
                               expected=f"even, at most {_MAX_DIM}",
                               hint="run this model on --device cpu, or give the runner hal's PagedAttention")
         units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self.programs = 2 * units
+        self.programs = 4 * units
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         spec = self.specs[0]
