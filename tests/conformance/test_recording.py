@@ -34,7 +34,7 @@ GREEDY = GOLDEN / "cpu-float32-greedy.safetensors"
 def test_golden_recordings_replay_on_the_cpu(path: Path) -> None:
     comparison = replay(path, backends.load("cpu"), "cpu", dtype="float32")
     assert not comparison.wrong(2e-4), comparison.table()
-    assert sum(s.tokens for s in comparison.steps) > 20
+    assert sum(s.tokens for s in comparison.steps) >= 8
 
 
 def test_a_recording_is_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
