@@ -187,7 +187,8 @@ class Kit:
                           name=case.name, examples=options.examples, tolerances=options.tolerances, scratch=scratch,
                           errors=self.errors)
         start = time.perf_counter()
-        apart = case.level == 5 and self.backend.capabilities.spmd and _CHILD not in os.environ
+        several = case.level == 5 or "tp" in case.needs
+        apart = several and self.backend.capabilities.spmd and _CHILD not in os.environ
         status, text = self._apart(case, dtype, scratch) if apart else outcome(case, context)
         known = next((e for e in self.expected if e.covers(case.name, dtype)), None)
         if known and status == "fail":

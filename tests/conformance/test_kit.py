@@ -156,6 +156,7 @@ def test_histogram_shows_every_element() -> None:
 def test_every_case_says_what_it_shows() -> None:
     cases = all_cases()
     assert {c.level for c in cases} == set(range(len(LEVELS)))
+    assert not any(" " in c.name for c in cases)  # names are words of a command
     assert all(c.doc.endswith(".") for c in cases), [c.name for c in cases if not c.doc.endswith(".")]
 
 

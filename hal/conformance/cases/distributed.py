@@ -40,7 +40,7 @@ def _register(name: str, need: str, doc: str, once: bool, **options: Any) -> Non
         _layout(ctx, **options)
 
     check.__name__, check.__doc__ = name, doc
-    case(5, "layout" if "control_plane" not in options else "control plane", need, once=once)(check)
+    case(5, "layout" if "control_plane" not in options else "control-plane", need, once=once)(check)
 
 
 _register("tp2", "tp", "Tensors cut in two.", False, tp=2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
+
 from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import GREEDY, Context, Session, drive
 from hal.sampling.params import SamplingParams
@@ -38,6 +40,25 @@ def every_length(ctx: Context) -> None:
         scheduler.epoch = i
         runs += drive(session.step, scheduler, ctx.prompts(*lengths), _SHORT)
     ctx.verify(runs, what="every length")
+
+
+@case(4, "shapes")
+def eager_steps_agree(ctx: Context) -> None:
+    """Without graphs (EngineConfig.graphs) the same requests give the same tokens, and logprobs as close as rounding
+    leaves them."""
+    captured = ctx.session()
+    eager = ctx.session(graphs=False)
+    if eager.runner.compiled >= captured.runner.compiled:
+        raise NotApplicable("the runner captures no graphs that could be left out")
+    prompts = ctx.prompts(17, 3, 30, 9, 1)
+    with_graphs, without = (drive(s.step, s.scheduler(), prompts, GREEDY, apart=1) for s in (captured, eager))
+    ctx.verify(without, what="eager")
+    for i, (a, b) in enumerate(zip(with_graphs, without, strict=True)):
+        same = next((n for n, pair in enumerate(zip(a.output, b.output, strict=True)) if pair[0] != pair[1]),
+                    len(a.output))
+        ctx.close("model", torch.tensor(a.logprobs[:same]), torch.tensor(b.logprobs[:same]).double(),
+                  f"graphs and eager steps, sequence {i}")
+    ctx.verify(with_graphs, what="with graphs")
 
 
 @case(4, "warm-up", once=True)
