@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="of each request (default: 64)")
     parser.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--profile", metavar="FILE", help="write a trace of one more batch, for Perfetto")
     options.add_engine_options(parser, skip=("prefix_caching",))
 
 
@@ -93,7 +94,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
     bandwidth = measure.read_bandwidth(backend)
     cells = measure.run(config, model, args.batch_sizes, args.prompt_len, args.new_tokens, args.repeat,
-                        progress=sys.stderr.isatty())
+                        progress=sys.stderr.isatty(), profile=args.profile)
     ranks = config.tp * config.pp
     rows = []
     for batch, runs in cells.items():

@@ -18,7 +18,7 @@ from hal.engine.llm import LLM
 from hal.models.config import ModelConfig
 from hal.sampling.params import SamplingParams
 
-_WARM_TOKENS = 4
+_WARM_TOKENS, _PROFILED_TOKENS = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,12 @@ class Run:
 
 
 def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], prompt_len: int, new_tokens: int,
-        repeat: int, *, progress: bool = False) -> dict[int, list[Run]]:
-    """Batch sizes take turns in every repeat, so that a machine that slows down slows all of them. Raises as LLM."""
+        repeat: int, *, progress: bool = False, profile: str | None = None) -> dict[int, list[Run]]:
+    """Batch sizes take turns in every repeat, so that a machine that slows down slows all of them. Raises as LLM.
+
+    Args:
+        profile: where to write a trace (for chrome://tracing or Perfetto) of one more batch of the largest size.
+    """
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     with LLM(**options, progress=progress) as llm:
         for batch in batch_sizes:
@@ -47,6 +51,10 @@ def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], pr
         for _ in range(repeat):
             for batch in batch_sizes:
                 found[batch].append(time_batch(llm, model.vocab_size, batch, prompt_len, new_tokens))
+        if profile is not None:
+            with torch.profiler.profile() as trace:
+                time_batch(llm, model.vocab_size, max(batch_sizes), prompt_len, min(new_tokens, _PROFILED_TOKENS))
+            trace.export_chrome_trace(profile)
     return found
 
 

@@ -25,7 +25,9 @@ def _json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
 def test_json_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = {**SHAPES["tiny"], "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    report = _json(capsys, "--model-config", str(tmp_path / "config.json"))
+    trace = tmp_path / "trace.json"
+    report = _json(capsys, "--model-config", str(tmp_path / "config.json"), "--profile", str(trace))
+    assert any("linear" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
     assert report["parameters"] == parse_config(shape).num_params and report["random_weights"]
     assert (report["device"], report["dtype"], report["tp"], report["prompt_len"]) == ("cpu", "float32", 1, 12)
     assert report["measured_bandwidth"] > 1e8 and [r["batch_size"] for r in report["rows"]] == [1, 3]
