@@ -24,6 +24,8 @@ def _layout(ctx: Context, shape: str = "llama", **options: Any) -> None:
     can = ctx.backend.capabilities
     if options.get("tp", 1) > can.max_tp or options.get("pp", 1) > can.max_pp:
         raise NotApplicable(f"the backend declares tp up to {can.max_tp} and pp up to {can.max_pp}")
+    if can.spmd and "control_plane" in options:
+        raise NotApplicable("one process drives the devices of all ranks: nothing crosses a control plane")
     try:
         runs = ctx.engine(ctx.prompts(33, 6, 18), _PARAMS, shape=shape, **{"max_num_batched_tokens": 24, **options})
     except BackendError as error:
