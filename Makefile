@@ -1,11 +1,11 @@
 # Two environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
-# only the tests whose outcome depends on the torch release).
+# only the tests whose outcome depends on the torch release; `test-xla` adds the XLA runner's slow ones).
 PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-xla lint clean
 
 # The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
 demo: .venv/.made
@@ -23,7 +23,10 @@ demo: .venv/.made
 
 test: lint .venv-xla/.made
 	.venv/bin/python -m pytest tests
-	.venv-xla/bin/python -m pytest tests -m torch_release
+	.venv-xla/bin/python -m pytest tests -m "torch_release and not slow"
+
+test-xla: .venv-xla/.made
+	.venv-xla/bin/python -m pytest tests/tpu
 
 test-fast: .venv/.made
 	.venv/bin/python -m pytest -q tests -m "not slow"
