@@ -23,7 +23,7 @@ demo: .venv/.made
 
 test: lint .venv-xla/.made
 	.venv/bin/python -m pytest tests
-	.venv-xla/bin/python -m pytest tests -m "torch_release and not slow"
+	.venv-xla/bin/python -m pytest tests -m torch_release -k "not (tpu and slow)"
 
 test-xla: .venv-xla/.made
 	.venv-xla/bin/python -m pytest tests/tpu
