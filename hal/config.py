@@ -32,6 +32,7 @@ class EngineConfig:
             backend runs steps while the host goes on. Not with pp > 1.
         wire: what crosses the control plane (see docs/architecture.md). control_plane: the mechanism; "auto" picks.
             With "gloo" ranks share no memory, and the CPU's data plane is gloo too.
+        heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
         seed: of requests that give none.
@@ -53,6 +54,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
+    heartbeat: float = 30.0
     graphs: bool = True
     random_weights: bool = False
     seed: int = 0
@@ -67,6 +69,8 @@ class EngineConfig:
         _at_least("num_cpu_blocks", self.num_cpu_blocks, 0)
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError("memory_fraction is out of range", got=self.memory_fraction, expected="above 0, up to 1")
+        if not 0.0 < self.heartbeat <= 86400.0:
+            raise ConfigError("heartbeat is out of range", got=self.heartbeat, expected="above 0, up to 86400 seconds")
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")

@@ -91,7 +91,8 @@ class WorkerError(HalError):
 
     Attributes:
         rank: the rank that failed first, or -1 when unknown.
-        cause: type name of the original exception, or "died" when the process ended without a word.
+        cause: type name of the original exception, "died" when the process ended without a word, or "silent" when it
+            gave no sign of life for EngineConfig.heartbeat seconds.
         remote_traceback: the failing rank's traceback as text, or "".
     """
 

@@ -72,6 +72,10 @@ class WorkerBase(abc.ABC):
     def shutdown(self) -> None:
         """Release what the rank holds. Idempotent."""
 
+    def facts(self) -> dict[str, str]:
+        """What all ranks must have in common once their models are loaded, by name."""
+        return {}
+
     def describe_step(self) -> str:
         """The step that runs or ran last, for an error message."""
         return ""

@@ -21,6 +21,7 @@ from hal.models.config import ModelConfig
 from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
 from hal.runner import Progress, no_progress
+from workers.agreement import agree, facts_of
 from workers.base import make_worker
 from workers.groups import serve_store
 from workers.links import connect
@@ -102,11 +103,13 @@ class WorkerExecutor:
             store, port = serve_store(len(configs))
             ranks.start(configs[1:], name, port)
         device = worker.init_device()
-        self._expect("up")
+        agree(facts_of(configs[0]), self._expect("up"))
         self._plane, communicator = connect(configs[0], worker.backend, device, store)
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
-        blocks: int = min([worker.determine_num_blocks(), *(report["blocks"] for report in self._expect("sized"))])
+        own, reports = worker.determine_num_blocks(), self._expect("sized")
+        agree(worker.facts(), reports)
+        blocks: int = min([own, *(report["blocks"] for report in reports)])
         ranks.tell(blocks=blocks)
         worker.initialize_cache(blocks)
         worker.warmup(progress)

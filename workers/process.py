@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from queue import SimpleQueue
 from typing import IO, Any
 
@@ -19,19 +20,22 @@ def main() -> None:
     start = json.loads(inbox.get())
     sys.path[:] = start["path"]  # the driver's, before anything is imported that may be found there
     os.set_inheritable(start["reports"], False)  # else a child of this process would hide its death
-    reports = os.fdopen(start["reports"], "w", buffering=1)
-    run(start, inbox, reports)
+    reports, writing = os.fdopen(start["reports"], "w", buffering=1), threading.Lock()
+    threading.Thread(target=_beat, args=(reports, writing, start["beat"]), daemon=True).start()
+    run(start, inbox, reports, writing)
 
 
-def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str]) -> None:
+def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str], writing: threading.Lock) -> None:
     from hal import guard
     from hal.config import WorkerConfig
+    from workers.agreement import facts_of
     from workers.base import make_worker
     from workers.links import connect
     from workers.reports import Failure
 
     def report(event: str, **content: Any) -> None:
-        reports.write(json.dumps({"event": event, **content}) + "\n")
+        with writing:
+            reports.write(json.dumps({"event": event, **content}) + "\n")
 
     config = WorkerConfig.from_json(start["config"])
     worker = None
@@ -39,10 +43,10 @@ def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str]) -> Non
         guard.install()
         worker = make_worker(start["worker"], config)
         device = worker.init_device()
-        report("up")
+        report("up", rank=config.topology.rank, facts=facts_of(config))
         worker.connect(*connect(config, worker.backend, device, start["port"]))
         worker.load_model()
-        report("sized", blocks=worker.determine_num_blocks())
+        report("sized", rank=config.topology.rank, facts=worker.facts(), blocks=worker.determine_num_blocks())
         worker.initialize_cache(json.loads(inbox.get())["blocks"])
         worker.warmup()
         report("ready")
@@ -54,6 +58,13 @@ def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str]) -> Non
         report("failed", **{name: getattr(failure, name) for name in Failure.__slots__})
         # At once, whatever threads still run: closed connections free the ranks that wait for this one.
         os._exit(1)
+
+
+def _beat(reports: IO[str], writing: threading.Lock, seconds: float) -> None:
+    while True:
+        time.sleep(seconds)
+        with writing:
+            reports.write("\n")
 
 
 def _listen(inbox: SimpleQueue[str]) -> None:

@@ -18,6 +18,7 @@ from workers.reports import Failure
 
 _SCRIPT = Path(__file__).with_name("process.py")
 _GRACE = 0.5  # seconds that a rank's own report may come later than another's that only finds it gone
+_BEATS = 4  # signs of life within EngineConfig.heartbeat
 PATIENCE = 3.0  # seconds that a process is given to end by itself
 
 
@@ -25,7 +26,7 @@ class RankProcess:
     """One worker process. `send` writes a JSON line to it; its reports are read from `reports`."""
 
     def __init__(self, config: WorkerConfig, worker: str, port: int, environment: dict[str, str]) -> None:
-        self.rank = config.topology.rank
+        self.rank, self.heartbeat = config.topology.rank, config.engine.heartbeat
         self.reports, theirs = os.pipe()
         try:
             # The script's path, not -m: a folder named workers where the user works must not be taken for ours. What it
@@ -35,8 +36,10 @@ class RankProcess:
         finally:
             os.close(theirs)
         path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
-        self.send(config=config.to_json(), worker=worker, port=port, path=path, reports=theirs)
+        self.send(config=config.to_json(), worker=worker, port=port, path=path, reports=theirs,
+                  beat=config.engine.heartbeat / _BEATS)
         self.buffer = b""
+        self.missed = 0  # signs of life, one after another
 
     def send(self, **content: Any) -> None:
         assert self.process.stdin is not None
@@ -49,8 +52,9 @@ class RankProcess:
     def read(self) -> list[dict[str, Any]] | None:
         """Reports that have arrived, or None when there will be no more."""
         data = os.read(self.reports, 1 << 16)
+        self.missed = 0
         *lines, self.buffer = (self.buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines] if data else None
+        return [json.loads(line) for line in lines if line] if data else None
 
     def status(self) -> int | None:
         """Of the process that has closed its reports: it ends, or None if it does not."""
@@ -124,11 +128,13 @@ class Ranks:
     def _listen(self) -> None:
         failures: list[Failure] = []
         since = 0.0
+        tick = self.processes[0].heartbeat / _BEATS
+        due = time.monotonic() + tick
         with selectors.DefaultSelector() as selector:
             for process in self.processes:
                 selector.register(process.reports, selectors.EVENT_READ, process)
             while selector.get_map():
-                events = selector.select(_GRACE if failures and self._failure is None else None)
+                events = selector.select(_GRACE if failures and self._failure is None else tick)
                 for key, _ in events:
                     reports = key.data.read()
                     if reports is None:
@@ -142,6 +148,12 @@ class Ranks:
                             failures.append(Failure(**report))
                         else:
                             self._reported.setdefault(event, {})[key.data.rank] = report
+                if time.monotonic() >= due:  # ticks, not seconds: this process may have been stopped too
+                    due = time.monotonic() + tick
+                    for key in selector.get_map().values():
+                        key.data.missed += 1
+                        if key.data.missed > _BEATS and not self._ending and not failures:
+                            failures.append(Failure.silence(key.data.rank, key.data.heartbeat))
                 with self._changed:
                     if failures and self._failure is None:
                         # Where it began: a rank's own error before a death, and both before finding others gone.

@@ -15,7 +15,7 @@ _PLAIN = ("ConfigError", "RequestError", "ModelLoadError", "CapacityError", "Bac
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Attributes:
-        cause: the exception's type, or "died".
+        cause: the exception's type, or "died", or "silent".
         what, got, expected, hint: of a HalError; of another exception `what` alone, its text.
         step: the step it happened in, or "".
         lost: the rank only found others gone, so the first failure is elsewhere.
@@ -45,6 +45,11 @@ class Failure:
         how = "" if status is None else f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         hint = "it may have been out of memory: see the system's log" if status == -9 else None
         return cls(rank, "died", how or "its connection closed", hint=hint)
+
+    @classmethod
+    def silence(cls, rank: int, seconds: float) -> Failure:
+        return cls(rank, "silent", f"no sign of life for {seconds:g} s",
+                   hint="its process is stopped, or waits for memory or the processor; else raise `heartbeat`")
 
     def at_start(self) -> HalError:
         """The same error as on that rank where the library has one, which names what the user can change."""

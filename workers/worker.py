@@ -20,6 +20,7 @@ from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.schema import Declared
 from hal.schema.packed import Buffer
+from workers.agreement import schemas_of
 from workers.base import LocalOrDistributedWorkerBase
 from workers.cache import CacheEngine, count_blocks
 from workers.wire import Decoder, Step
@@ -61,6 +62,10 @@ class Worker(LocalOrDistributedWorkerBase):
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
         self._decode = Decoder(self.runner.input_type, self.device)
+
+    def facts(self) -> dict[str, str]:
+        handed_on = self.runner.intermediate_type
+        return schemas_of(self.runner.input_type, *([] if handed_on is None else [handed_on]))
 
     def determine_num_blocks(self) -> int:
         on_host = self.device.type == "cpu"

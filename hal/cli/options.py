@@ -29,6 +29,7 @@ ENGINE_HELP = {
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
     "wire": "what crosses the control plane",
     "control_plane": "the mechanism that carries it",
+    "heartbeat": "seconds of silence after which a rank counts as failed",
     "seed": "of requests that give none",
     "random_weights": "initialise instead of loading",
 }

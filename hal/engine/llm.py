@@ -16,7 +16,7 @@ from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
 from hal.engine.step import Step
 from hal.engine.text import TextStream, load_tokenizer
-from hal.errors import ConfigError, HalError, RequestError, StateError
+from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
 from hal.executor import StepHandle, make_executor
 from hal.models.hf_config import read_config
 from hal.runner import no_progress
@@ -220,6 +220,26 @@ class LLM:
         counts["cached_tokens"] += sum(s.num_cached for s in live)
         counts["preemptions"] += sum(s.preemptions for s in live)
         return Stats(**counts, running=len(self.scheduler.running), waiting=len(self.scheduler.waiting))
+
+    def restart(self) -> None:
+        """New workers after a WorkerError, or at any time. Unfinished requests keep the tokens that they have and go on
+        from them; steps in flight are void, and give the same tokens again.
+
+        Raises:
+            As making an LLM; CapacityError also where a request no longer fits. The engine is then shut down.
+        """
+        self.executor.shutdown()
+        self._pending.clear()
+        self.executor = make_executor(self.config, self.model_config, self.backend)
+        scheduler = self.scheduler
+        scheduler.num_blocks, scheduler.num_cpu_blocks = self.executor.num_blocks, self.executor.num_cpu_blocks
+        try:
+            for seq in scheduler.restart():
+                seq.finish_reason, seq.num_computed, seq.blocks, seq.host_blocks = None, 0, [], []
+                scheduler.add(seq)
+        except CapacityError:
+            self.executor.shutdown()
+            raise
 
     def shutdown(self) -> None:
         """End the workers. Idempotent."""

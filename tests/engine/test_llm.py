@@ -341,3 +341,19 @@ def test_the_bundled_model_is_right_on_what_it_has_not_seen() -> None:
         outputs = llm.generate([p["prompt"] for p in problems], SamplingParams(max_tokens=8))
     right = sum(o.text == p["answer"] for o, p in zip(outputs, problems, strict=True))
     assert len(problems) == 1000 and right >= 990
+
+
+@pytest.mark.parametrize("options", [{}, {"async_scheduling": True}, {"num_blocks": 40, "num_cpu_blocks": 20}], ids=str)
+def test_restart_goes_on_from_what_there_is(make: Make, options: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0.8, seed=3, logprobs=0)
+    expected = make(**options).generate(TEXTS, params)
+    llm, outputs = make(**options), {}
+    ids = [llm.add_request(text, params) for text in TEXTS]
+    for steps in (3, 1, 7):
+        for _ in range(steps):
+            outputs |= {o.request_id: o for o in llm.step()}
+        llm.restart()
+    while llm.unfinished:
+        outputs |= {o.request_id: o for o in llm.step()}
+    assert [outputs[i].token_ids for i in ids] == [o.token_ids for o in expected]
+    assert [outputs[i].text for i in ids] == [o.text for o in expected] and is_clean(llm)

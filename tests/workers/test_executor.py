@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import shutil
@@ -20,7 +21,9 @@ import torch
 import worker_cases
 from worker_cases import MODEL, Driver, executor, ints
 
+from hal.config import Topology, WorkerConfig
 from hal.errors import BackendError, CapacityError, ConfigError, InputError, StateError, WorkerError
+from workers.agreement import agree, facts_of
 from workers.base import WorkerBase
 from workers.executor import WorkerExecutor
 
@@ -52,17 +55,26 @@ def descriptors() -> dict[str, str]:
     return found
 
 
+def descendants() -> set[str]:
+    """Ids of this process's children, those that ended and were not waited for among them."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended
+            if path.read_text().rpartition(")")[2].split()[1] == str(os.getpid()):
+                found.add(path.parent.name)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left(opened_once: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No descriptor (pipe, socket, shared memory), process or file stays behind a test."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    before, shared = descriptors(), os.listdir("/dev/shm")
+    before, shared, others = descriptors(), os.listdir("/dev/shm"), descendants()  # other tests' compilers, say
     yield
     # Raised errors keep frames alive, and those the groups: until the collector sees them.
     assert wait(lambda: gc.collect() >= 0 and descriptors().items() <= before.items(), 2), descriptors()
     assert not list(tmp_path.iterdir()) and set(os.listdir("/dev/shm")) <= set(shared)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert descendants() <= others
 
 
 def run(temperature: float = 0.0, **options: Any) -> list[list[int]]:
@@ -321,3 +333,36 @@ def test_bad_block_moves_are_a_named_failure() -> None:
     with pytest.raises(WorkerError, match="blocks_to_copy") as error:
         Driver(made, PROMPTS).run(1, blocks_to_copy=np.array([[1, 10**6]], np.int32))
     assert error.value.cause == "InputError" and isinstance(error.value.__cause__, InputError)
+
+
+@on_each_torch
+@pytest.mark.parametrize("plane", ["shm", "gloo"])
+def test_stopped_rank_is_named_within_the_heartbeat(plane: str) -> None:
+    made = executor(tp=2, heartbeat=1.0, control_plane=plane)
+    driver, pids = Driver(made, PROMPTS), children(made)
+    driver.run(2)
+    os.kill(pids[0], signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=r"rank 1 .* no sign of life for 1 s") as error:
+        driver.run(1)
+    assert (error.value.rank, error.value.cause) == (1, "silent") and time.monotonic() - start < 2.5 and gone(pids)
+
+
+def test_an_idle_rank_is_not_silent() -> None:
+    made = executor(tp=2, heartbeat=0.4)
+    driver = Driver(made, PROMPTS)
+    driver.run(1)
+    time.sleep(1.5)
+    driver.run(1)
+    made.shutdown()
+
+
+def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StateError, match=r"rank 1 differs from the driver in schema (PagedModelInput|OtherInput)"):
+        failing(monkeypatch, "differ 1 0", tp=2)
+    config = worker_cases.engine()
+    own = facts_of(WorkerConfig(config, MODEL, Topology(2, 1, 0)))
+    other = facts_of(WorkerConfig(dataclasses.replace(config, block_size=8), MODEL, Topology(2, 1, 1)))
+    agree(own, [{"rank": 1, "facts": own}])
+    with pytest.raises(StateError, match=r"rank 2 differs from the driver in engine\.block_size"):
+        agree(own, [{"rank": 1, "facts": own}, {"rank": 2, "facts": other}])

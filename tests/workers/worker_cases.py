@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hal import backend as backends
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.errors import CapacityError
+from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
 from hal.request import ExecuteModelRequest
 from hal.testing.null import NullBackend, NullRunner
@@ -101,6 +102,10 @@ class Driver:
         return [s.tokens for s in self.seqs]
 
 
+class OtherInput(PagedModelInput):
+    """Of another version of the library."""
+
+
 class FaultyRunner(NullRunner):
     """Fails as TEST_FAULT says: "what rank step"."""
 
@@ -112,11 +117,13 @@ class FaultyRunner(NullRunner):
         return what if what in kinds and self.config.topology.rank == int(rank) and count == int(step) else None
 
     def load_model(self, *args: Any) -> None:
-        match self.fault("load-capacity", "load-die"):
+        match self.fault("load-capacity", "load-die", "differ"):
             case "load-capacity":
                 raise CapacityError("weights do not fit", got="3 bytes", expected="4 bytes", hint="buy one")
             case "load-die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "differ":
+                self.input_type = OtherInput
 
     def warmup(self, *args: Any) -> None:
         if self.fault("warmup-bug"):
