@@ -95,22 +95,24 @@ def test_attention_is_what_one_query_at_a_time_gives(cls: type[PagedAttention], 
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), seqs=st.integers(0, 3), tokens=st.integers(0, 5),
-       blocks=st.integers(0, 3), windows=st.sampled_from(((None,), (5,))))
+       blocks=st.integers(0, 3), heads=st.sampled_from(((4, 2), (4, 4))), windows=st.sampled_from(((None,), (5,))))
 @settings(max_examples=200, deadline=None)
-def test_padding_changes_no_real_row(cls: type[PagedAttention], m: PagedModelInput, seed: int, seqs: int, tokens: int,
-                                     blocks: int, windows: tuple[int | None, ...]) -> None:
-    spec = specs_of(4, 2, 8, windows)[0]
-    attention = cls([spec], device=CPU, dtype=torch.float32)
+def test_padding_changes_no_real_row(cls: type[PagedAttention], dtype: torch.dtype, m: PagedModelInput, seed: int,
+                                     seqs: int, tokens: int, blocks: int, heads: tuple[int, int],
+                                     windows: tuple[int | None, ...]) -> None:
+    spec = specs_of(*heads, 8, windows)[0]
+    attention = cls([spec], device=CPU, dtype=dtype)
     dims = m.dims
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
                     max_blocks=dims["max_blocks"] + blocks)
     wide.check()
     cache = make_cache(attention, m, seed)
     padded_cache = cache.clone()
-    q, k, v = draw_tensors(m, spec, seed, torch.float32)
+    q, k, v = draw_tensors(m, spec, seed, dtype)
     wide_q, wide_k, wide_v = (torch.cat([x, torch.full_like(x[:1], 7.0).expand(tokens, -1, -1)]) if len(x) else
-                              torch.full((tokens, *x.shape[1:]), 7.0) for x in (q, k, v))
+                              torch.full((tokens, *x.shape[1:]), 7.0, dtype=dtype) for x in (q, k, v))
     real = attention.begin(m, [cache])(0, q, k, v)
     got = attention.begin(wide, [padded_cache])(0, wide_q, wide_k, wide_v)
     assert torch.equal(got[:len(q)], real)

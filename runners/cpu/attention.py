@@ -25,9 +25,11 @@ class CpuAttention(PagedAttention):
 
     def decode(self, q: torch.Tensor, cache: torch.Tensor, part: Part, spec: AttentionSpec) -> torch.Tensor:
         if self.ipex is not None and spec.window is None:
-            out = torch.empty(q.shape, dtype=q.dtype)
+            assert part.tables is not None
+            # The extension takes rows to lie back to back; these do not where another sequence has more blocks.
+            tables, out = part.tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
             self.ipex.single_query_cached_kv_attention(out, q.contiguous(), cache[0], cache[1], self.head_map,
-                                                       spec.scale, part.tables, part.lens, cache.shape[3], part.context,
+                                                       spec.scale, tables, part.lens, cache.shape[3], part.context,
                                                        None)
             return out
         if self.single:  # two equal rows are faster than one
