@@ -15,8 +15,8 @@ def on_ranks(run: Callable[..., None], world: int, *arguments: Any) -> None:
     """`run(rank, world, store, *arguments)` here as rank 0, and in processes of the script `run` is in as the others;
     its `main` begins with `as_rank`. One thread each; arguments arrive there as strings."""
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-    store, port = serve_store(world)
-    others = [subprocess.Popen([sys.executable, sys.argv[0], "--rank", str(rank), str(world), str(port),
+    store, address = serve_store(world)
+    others = [subprocess.Popen([sys.executable, sys.argv[0], "--rank", str(rank), str(world), address,
                                 *map(str, arguments)]) for rank in range(1, world)]
     try:
         run(0, world, store, *arguments)
@@ -31,8 +31,8 @@ def as_rank(run: Callable[..., None]) -> bool:
     """Whether this process is another rank; if so, it has run."""
     if sys.argv[1:2] != ["--rank"]:
         return False
-    rank, world, port = map(int, sys.argv[2:5])
-    store: Store = join_store(port, world)
+    rank, world = map(int, sys.argv[2:4])
+    store: Store = join_store(sys.argv[4], world)
     run(rank, world, store, *sys.argv[5:])
     sys.stdout.flush()
     os._exit(0)

@@ -14,6 +14,7 @@ from hal.models.config import ModelConfig
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 WirePolicy = Literal["model-input", "request", "none"]
+ExecutorName = Literal["multiprocess", "ray"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +31,11 @@ class EngineConfig:
         prefix_caching: reuse the KV blocks of equal prefixes.
         async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
             backend runs steps while the host goes on. Not with pp > 1.
-        wire: what crosses the control plane (see docs/architecture.md). control_plane: the mechanism; "auto" picks.
-            With "gloo" ranks share no memory, and the CPU's data plane is gloo too.
+        executor: who starts the other ranks: processes of this host, or a Ray cluster's nodes.
+        wire: what crosses the control plane (see docs/architecture.md). With "none" nothing does: torchrun starts every
+            rank, each runs this same program, and their schedulers decide alike.
+        control_plane: the mechanism; "auto" picks. With "gloo" ranks share no memory, and the CPU's data plane is gloo
+            too.
         heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
@@ -52,6 +56,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     async_scheduling: bool | None = None
+    executor: ExecutorName = "multiprocess"
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
     heartbeat: float = 30.0
@@ -74,7 +79,7 @@ class EngineConfig:
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
-        for name, kind in (("dtype", DType), ("wire", WirePolicy)):
+        for name, kind in (("dtype", DType), ("wire", WirePolicy), ("executor", ExecutorName)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"unknown {name}", got=repr(getattr(self, name)), expected=", ".join(get_args(kind)))
 

@@ -17,23 +17,41 @@ from hal.errors import BackendError, WorkerError
 
 dist: Any = torch.distributed  # its stubs leave out what its documentation has
 Store = Any
-_HOST = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 _CONNECT = timedelta(seconds=60)
 # Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
 _FOREVER = timedelta(days=3650)
 
 
-def serve_store(world_size: int) -> tuple[Store, int]:
-    """The meeting place, on a free port of the loopback interface; and the port."""
-    listener = socket.create_server((_HOST, 0))
+def serve_store(world_size: int, host: str = LOOPBACK) -> tuple[Store, str]:
+    """The meeting place, on a free port of this host's address `host`; and where that is, "host:port"."""
+    listener = socket.create_server((host, 0))
     port: int = listener.getsockname()[1]
-    store = dist.TCPStore(_HOST, port, world_size, True, timeout=_CONNECT, wait_for_workers=False,
+    store = dist.TCPStore(host, port, world_size, True, timeout=_CONNECT, wait_for_workers=False,
                           master_listen_fd=listener.detach())
-    return store, port
+    return store, f"{host}:{port}"
 
 
-def join_store(port: int, world_size: int) -> Store:
-    return dist.TCPStore(_HOST, port, world_size, False, timeout=_CONNECT, wait_for_workers=False)
+def join_store(address: str, world_size: int) -> Store:
+    """The store at "host:port". Raises WorkerError: nobody serves it."""
+    host, _, port = address.rpartition(":")
+    try:
+        return dist.TCPStore(host, int(port), world_size, False, timeout=_CONNECT, wait_for_workers=False)
+    except RuntimeError as error:
+        raise lost("connecting", error) from error
+
+
+def local_address(store: Store) -> str:
+    """This host's address on the way to the store, where other ranks reach it too; no packet is sent."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, dist.TCPStore):
+        return LOOPBACK
+    family = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((store.host, store.port))
+        address: str = probe.getsockname()[0]
+    return address
 
 
 def make_group(kind: str, store: Store, name: str, rank: int, size: int) -> Any:
@@ -48,7 +66,7 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int) -> Any:
         if kind == "gloo":
             gloo = dist.ProcessGroupGloo
             options = gloo._Options()
-            options._devices, options._timeout = [gloo.create_device(hostname=_HOST)], _CONNECT
+            options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], _CONNECT
             with _stdout_to_stderr():
                 group = gloo(prefixed, rank, size, options)
             group._set_default_timeout(_FOREVER)

@@ -16,10 +16,10 @@ from workers.torch_comm import TorchCommunicator
 
 
 def connect(config: WorkerConfig, backend: Backend, device: torch.device,
-            store: Store | int | None) -> tuple[ControlPlane, Communicator]:
-    """A rank's links. All ranks call it at the same time; `store` is where they meet, or its port."""
+            store: Store | str | None) -> tuple[ControlPlane, Communicator]:
+    """A rank's links. All ranks call it at the same time; `store` is where they meet, or its "host:port"."""
     topology = config.topology
-    if isinstance(store, int):
+    if isinstance(store, str):
         store = join_store(store, topology.world_size)
     plane = make_plane(config.engine.control_plane, topology, store)
     if store is None:

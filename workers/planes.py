@@ -31,7 +31,7 @@ PLANES = {"local": "workers.planes:LocalPlane", "shm": "workers.shm_plane:ShmPla
 
 def make_plane(name: str, topology: Topology, store: Store | None) -> ControlPlane:
     """Raises ConfigError: there is no such control plane, or it does not reach that far."""
-    if name == "auto" and topology.world_size == 1:
+    if topology.world_size == 1 and name in ("auto", *PLANES):
         name = "local"
     if name == "auto":
         try:

@@ -44,7 +44,7 @@ def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str], writin
         worker = make_worker(start["worker"], config)
         device = worker.init_device()
         report("up", rank=config.topology.rank, facts=facts_of(config))
-        worker.connect(*connect(config, worker.backend, device, start["port"]))
+        worker.connect(*connect(config, worker.backend, device, start["store"]))
         worker.load_model()
         report("sized", rank=config.topology.rank, facts=worker.facts(), blocks=worker.determine_num_blocks())
         worker.initialize_cache(json.loads(inbox.get())["blocks"])

@@ -25,7 +25,7 @@ PATIENCE = 3.0  # seconds that a process is given to end by itself
 class RankProcess:
     """One worker process. `send` writes a JSON line to it; its reports are read from `reports`."""
 
-    def __init__(self, config: WorkerConfig, worker: str, port: int, environment: dict[str, str]) -> None:
+    def __init__(self, config: WorkerConfig, worker: str, store: str, environment: dict[str, str]) -> None:
         self.rank, self.heartbeat = config.topology.rank, config.engine.heartbeat
         self.reports, theirs = os.pipe()
         try:
@@ -36,7 +36,7 @@ class RankProcess:
         finally:
             os.close(theirs)
         path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
-        self.send(config=config.to_json(), worker=worker, port=port, path=path, reports=theirs,
+        self.send(config=config.to_json(), worker=worker, store=store, path=path, reports=theirs,
                   beat=config.engine.heartbeat / _BEATS)
         self.buffer = b""
         self.missed = 0  # signs of life, one after another
@@ -76,12 +76,12 @@ class Ranks:
         self._ending = False
         self._listener: threading.Thread | None = None
 
-    def start(self, configs: Sequence[WorkerConfig], worker: str, port: int) -> None:
+    def start(self, configs: Sequence[WorkerConfig], worker: str, store: str) -> None:
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(configs) + 1)))
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         for config in configs:
-            self.processes.append(RankProcess(config, worker, port, environment))
+            self.processes.append(RankProcess(config, worker, store, environment))
         self._listener = threading.Thread(target=self._listen, name="hal-ranks", daemon=True)
         self._listener.start()
 

@@ -27,6 +27,7 @@ ENGINE_HELP = {
     "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
     "graphs": "run every step eagerly",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
+    "executor": "who starts the other ranks",
     "wire": "what crosses the control plane",
     "control_plane": "the mechanism that carries it",
     "heartbeat": "seconds of silence after which a rank counts as failed",

@@ -13,8 +13,8 @@ from workers.links import connect  # noqa: F401  # what a worker process imports
 from workers.planes import make_plane
 from workers.shm_comm import ShmCommunicator
 
-what, port = sys.argv[1], int(sys.argv[2])
-store, topology = join_store(port, 2), Topology(tp=2, rank=1)
+what, address = sys.argv[1], sys.argv[2]
+store, topology = join_store(address, 2), Topology(tp=2, rank=1)
 joined = ShmCommunicator(topology, torch.device("cpu"), store) if what == "data" else make_plane(what, topology, store)
 print("joined", flush=True)
 time.sleep(60)

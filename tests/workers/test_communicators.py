@@ -205,8 +205,8 @@ def test_another_size_than_declared_is_a_named_error() -> None:
 
 
 def test_a_killed_peer_frees_who_waits_for_it() -> None:
-    store, port = serve_store(2)
-    with subprocess.Popen([sys.executable, str(DYING), "data", str(port)], stdout=subprocess.PIPE) as other:
+    store, address = serve_store(2)
+    with subprocess.Popen([sys.executable, str(DYING), "data", address], stdout=subprocess.PIPE) as other:
         communicator = ShmCommunicator(Topology(tp=2), CPU, store)
         assert other.stdout is not None and other.stdout.readline() == b"joined\n"
         killed: list[float] = []

@@ -130,8 +130,8 @@ class TestEveryPlane:
                 assert error.value.rank == -1
 
     def test_a_killed_peer_frees_who_waits_for_it(self, name: str) -> None:
-        store, port = serve_store(2)
-        with subprocess.Popen([sys.executable, str(DYING), name, str(port)], stdout=subprocess.PIPE) as other:
+        store, address = serve_store(2)
+        with subprocess.Popen([sys.executable, str(DYING), name, address], stdout=subprocess.PIPE) as other:
             plane = make_plane(name, Topology(pp=2), store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"
             killed: list[float] = []

@@ -1,0 +1,91 @@
+"""What executors have in common: steps that were submitted and wait to be taken over, and how a failure ends them."""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from hal.errors import StateError, WorkerError
+from hal.outputs import SamplerOutput
+from hal.request import ExecuteModelRequest
+from workers.reports import Failure
+
+A = TypeVar("A")
+R = TypeVar("R")
+Take = Callable[[], SamplerOutput]
+
+
+class StepHandle:
+    """A step that was submitted (see hal.executor.StepHandle)."""
+
+    def __init__(self, executor: StepExecutor, take: Take) -> None:
+        self._executor, self.take = executor, take
+        self.output: SamplerOutput | None = None
+
+    def result(self) -> SamplerOutput:
+        if self.output is None:
+            self._executor.finish(self)
+        assert self.output is not None
+        return self.output
+
+    def fetch(self, _: None = None) -> None:
+        self.output = self.take()
+
+
+class StepExecutor(abc.ABC):
+    """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks."""
+
+    def __init__(self) -> None:
+        self._failure: WorkerError | None = None
+        self._closed = False
+        self._pending: deque[StepHandle] = deque()
+
+    @abc.abstractmethod
+    def _submit(self, request: ExecuteModelRequest) -> Take:
+        """Begin a step; the result waits for its output."""
+
+    @abc.abstractmethod
+    def _blame(self, error: BaseException) -> Failure:
+        """What failed first, given what failed here in a step."""
+
+    @abc.abstractmethod
+    def _end(self, patience: float) -> None:
+        """End the ranks that this executor has, which are given `patience` seconds to end by themselves."""
+
+    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+        if self._closed:
+            raise self._failure or StateError("the executor is shut down", hint="make a new engine")
+        handle = StepHandle(self, self._guarded(self._submit, request))
+        self._pending.append(handle)
+        return handle
+
+    def finish(self, handle: StepHandle) -> None:
+        """Take over the outputs up to this handle's, in the order of the steps."""
+        if self._closed:
+            raise self._failure or StateError("the executor is shut down", hint="fetch results before shutdown")
+        first = None
+        while first is not handle:
+            first = self._pending.popleft()
+            self._guarded(first.fetch, None)
+
+    def _guarded(self, call: Callable[[A], R], argument: A) -> R:
+        """Run a part of a step; when it fails, nothing of the engine remains."""
+        try:
+            return call(argument)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt: ranks no longer agree about the step
+                self._close(0)
+                raise
+            self._fail(self._blame(error), error)
+
+    def _fail(self, failure: Failure, error: Exception | None) -> NoReturn:
+        self._failure = failure.in_step()
+        self._close(0)
+        raise self._failure from error
+
+    def _close(self, patience: float) -> None:
+        self._closed = True
+        self._pending.clear()
+        self._end(patience)
