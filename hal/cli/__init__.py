@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a model says need not fit the terminal's encoding
     if getattr(args, "wire", None) == "none" and os.environ.get("RANK", "0") != "0":
-        sys.stdout = open(os.devnull, "w")  # every rank runs this; the first one speaks
+        sys.stdout = io.StringIO()  # every rank runs this; the first one speaks
     try:
         status: int = args.run(args)
         sys.stdout.flush()

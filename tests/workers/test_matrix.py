@@ -1,0 +1,79 @@
+"""One matrix: every topology, wire policy and control plane that is legal there gives one process's tokens; and what
+fails where torchrun starts the ranks."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch_case import PROBLEMS, generate
+
+from hal.engine.llm import LLM
+from hal.errors import ConfigError
+
+TOPOLOGIES = [(2, 1), (1, 2), (2, 2)]
+PLANES = ["shm", "gloo"]
+
+
+@functools.cache
+def alone() -> dict[str, Any]:
+    found = generate()
+    assert found["right"] >= 0.99 * len(PROBLEMS)
+    return found
+
+
+def launch(world: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(script), *arguments]
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("wire", ["model-input", "request", "none"])
+def test_a_world_of_one_under_every_policy(wire: str) -> None:
+    assert generate(wire=wire) == alone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize("wire", ["model-input", "request"])
+@pytest.mark.parametrize(("tp", "pp"), TOPOLOGIES)
+def test_ranks_that_the_driver_starts(tp: int, pp: int, wire: str, plane: str) -> None:
+    assert generate(tp=tp, pp=pp, wire=wire, control_plane=plane) == alone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plane", PLANES)
+@pytest.mark.parametrize(("tp", "pp"), TOPOLOGIES)
+def test_ranks_that_torchrun_starts(tp: int, pp: int, plane: str, tmp_path: Path) -> None:
+    options = {"tp": tp, "pp": pp, "wire": "none", "control_plane": plane}
+    done = launch(tp * pp, Path(__file__).with_name("launch_case.py"), json.dumps(options), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for rank in range(tp * pp):
+        assert json.loads((tmp_path / str(rank)).read_text()) == alone()
+
+
+@pytest.mark.parametrize(("fault", "expected"), [
+    ("execute-bug 1 3", "WorkerError: rank 1 failed in step 3 .*'execute-bug'"),
+    ("load-capacity 1 0", "CapacityError: (rank 1: )?weights do not fit"),
+    ("warmup-bug 1 0", "WorkerError: rank 1 failed while it started: 'warmup-bug'"),
+    ("differ", "WorkerError: rank 1 failed in step 1 .*went different ways")])
+def test_a_rank_that_fails_is_named_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str,
+                                           expected: str) -> None:
+    monkeypatch.setenv("TEST_FAULT", fault if " " in fault else "none 0 0")
+    launch(2, Path(__file__).with_name("launch_fault.py"), str(tmp_path), fault)
+    for rank in range(2):
+        assert re.match(expected, (tmp_path / str(rank)).read_text()), (rank, (tmp_path / str(rank)).read_text())
+
+
+def test_no_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)no launcher started this one.*RANK.*torchrun --nproc-per-node 2"):
+        LLM(tp=2, wire="none")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"(?s)another number of ranks.*WORLD_SIZE=3.*tp \* pp = 2"):
+        LLM(tp=2, wire="none")
