@@ -359,7 +359,7 @@ def test_an_idle_rank_is_not_silent() -> None:
 
 def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StateError, match=r"rank 1 differs from the driver in schema (PagedModelInput|OtherInput)"):
-        failing(monkeypatch, "differ 1 0", tp=2)
+        failing(monkeypatch, "load-differ 1 0", tp=2)
     config = worker_cases.engine()
     own = facts_of(WorkerConfig(config, MODEL, Topology(2, 1, 0)))
     other = facts_of(WorkerConfig(dataclasses.replace(config, block_size=8), MODEL, Topology(2, 1, 1)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from hal.models.config import ModelConfig
 from hal.request import ExecuteModelRequest
 from hal.testing.null import NullBackend, NullRunner
 from workers.executor import WorkerExecutor, make_executor
+from workers.worker import Worker
 
 MODEL = ModelConfig(family="llama", architecture="Null", vocab_size=97, hidden_size=8, num_layers=3, num_heads=2,
                     num_kv_heads=2, head_dim=4, intermediate_size=8, max_position=64, dtype="float32")
@@ -106,38 +109,59 @@ class OtherInput(PagedModelInput):
     """Of another version of the library."""
 
 
+def fault(phase: str, rank: int, count: int = 0) -> str | None:
+    """Fail as TEST_FAULT says: "phase-kind rank count". Returns a kind that is not the same everywhere."""
+    what, at_rank, at_count = os.environ["TEST_FAULT"].split()
+    where, _, kind = what.partition("-")
+    if (where, at_rank, at_count) != (phase, str(rank), str(count)):
+        return None
+    match kind:
+        case "bug":
+            raise KeyError(what)
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "oom":
+            run_out_of_memory()
+    return kind
+
+
+def run_out_of_memory() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), limits[1]))
+    try:
+        torch.ones(1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 class FaultyRunner(NullRunner):
-    """Fails as TEST_FAULT says: "what rank step"."""
+    """Fails as `fault` says."""
 
     executed = prepared = 0
 
-    def fault(self, *kinds: str) -> str | None:
-        what, rank, step = os.environ["TEST_FAULT"].split()
-        count = self.prepared if kinds[0].startswith("prepare") else self.executed
-        return what if what in kinds and self.config.topology.rank == int(rank) and count == int(step) else None
+    def fault(self, phase: str, count: int = 0) -> str | None:
+        return fault(phase, self.config.topology.rank, count)
 
     def load_model(self, *args: Any) -> None:
-        match self.fault("load-capacity", "load-die", "differ"):
-            case "load-capacity":
+        match self.fault("load"):
+            case "capacity":
                 raise CapacityError("weights do not fit", got="3 bytes", expected="4 bytes", hint="buy one")
-            case "load-die":
-                os.kill(os.getpid(), signal.SIGKILL)
             case "differ":
                 self.input_type = OtherInput
 
     def warmup(self, *args: Any) -> None:
-        if self.fault("warmup-bug"):
-            raise KeyError("warmup-bug")
+        self.fault("warmup")
         self.communicator.all_reduce(torch.ones(1))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> Any:
         self.prepared += 1
-        match self.fault("prepare-bug", "prepare-talk", "prepare-invalid"):
-            case "prepare-bug":
-                raise KeyError("prepare-bug")
-            case "prepare-talk":
+        match self.fault("prepare", self.prepared):
+            case "talk":
                 self.communicator.all_reduce(torch.ones(1))
-            case "prepare-invalid":
+            case "invalid":
                 made = super().prepare_model_input(request)
                 made.slot_mapping = made.slot_mapping[:-1]
                 return made
@@ -145,17 +169,21 @@ class FaultyRunner(NullRunner):
 
     def execute_model(self, *args: Any) -> Any:
         self.executed += 1
-        match self.fault("execute-bug", "execute-die", "execute-talk", "execute-nothing"):
-            case "execute-bug":
-                raise KeyError("execute-bug")
-            case "execute-die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "execute-talk":
+        match self.fault("execute", self.executed):
+            case "talk":
                 dist.HashStore().set("a", "b")
-            case "execute-nothing":
+            case "nothing":
                 super().execute_model(*args)
                 return 3
         return super().execute_model(*args)
+
+
+class FaultyWorker(Worker):
+    """Fails at its end."""
+
+    def shutdown(self) -> None:
+        fault("shutdown", self.topology.rank)
+        super().shutdown()
 
 
 class FaultyBackend(NullBackend):

@@ -1,0 +1,169 @@
+"""The failure drill: what fails (an exception, a kill, a stop, no memory), when, on which rank and in which topology.
+
+In each case the driver gets an error that names the rank and the cause within the deadline; then no process and nothing
+in shared memory is left, and the next engine starts.
+
+    python tests/workers/drill.py [--loops N] [--only TEXT]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker_cases import MODEL, Driver, executor
+
+from hal.errors import WorkerError
+
+HEARTBEAT = 1.0
+GONE = 5.0  # seconds until every process has ended
+STEP = 3  # in which it happens
+# Seconds to the error, from the step's submission or, at the start, from where the fault is raised: a stopped rank is
+# noticed after a heartbeat, and a start includes loading torch in every process.
+IN_STEP, AT_START = {"stop": 2.5 * HEARTBEAT}, 20.0
+CAUSES = {"bug": "KeyError", "die": "died", "stop": "silent", "oom": "RuntimeError"}
+
+
+@dataclass(frozen=True)
+class Case:
+    topology: tuple[int, int]
+    phase: str
+    kind: str
+    rank: int
+    plane: str
+    wire: str = "model-input"
+
+    def __str__(self) -> str:
+        tp, pp = self.topology
+        return f"tp{tp}pp{pp}-{self.phase}-{self.kind}-rank{self.rank}-{self.plane}-{self.wire}"
+
+
+def cases() -> list[Case]:
+    found = []
+    for topology, ranks in (((2, 1), [1]), ((1, 2), [1]), ((2, 2), [1, 3])):
+        for rank in ranks:
+            found += [(topology, phase, kind, rank) for phase in ("load", "warmup", "execute")
+                      for kind in ("bug", "die", "stop", "oom")]
+        found += [(topology, phase, kind, 0) for phase, kind in (("load", "bug"), ("prepare", "bug"), ("execute", "bug"),
+                                                                 ("execute", "oom"))]
+        found += [(topology, "shutdown", kind, ranks[-1]) for kind in ("bug", "die", "stop")]
+        found += [(topology, "parent", kind, 0) for kind in ("die", "interrupt")]
+    planes = "shm", "gloo"
+    made = [Case(*case, planes[i % 2]) for i, case in enumerate(found)]
+    return made + [Case((2, 1), "prepare", kind, 1, plane, "request")
+                   for kind, plane in (("bug", "shm"), ("die", "gloo"), ("stop", "shm"))]
+
+
+def run(case: Case) -> float:
+    """Seconds to the error. Raises AssertionError: the case went wrong."""
+    os.environ["TEST_FAULT"] = f"{case.phase}-{case.kind} {case.rank} " + (
+        str(STEP) if case.phase in ("prepare", "execute") else "0")
+    before = set(os.listdir("/dev/shm")), descendants(os.getpid())
+    took = parent(case) if case.phase == "parent" else driver(case)
+    end = time.monotonic() + GONE
+    while (left := descendants(os.getpid()) - before[1]) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not left, f"processes left: {left}"
+    assert set(os.listdir("/dev/shm")) <= before[0], "something left in shared memory"
+    return took
+
+
+def driver(case: Case) -> float:
+    tp, pp = case.topology
+    start = time.monotonic()
+    made = None
+    try:
+        made = executor(device="worker_cases:faulty", worker="worker_cases:FaultyWorker", tp=tp, pp=pp,
+                        wire=case.wire, control_plane=case.plane, heartbeat=HEARTBEAT)
+        steps = Driver(made, [[1, 2, 3], [4] * 9])
+        for _ in range(STEP + 2):
+            start = time.monotonic()
+            steps.run(1)
+    except Exception as error:
+        took = time.monotonic() - start
+        assert isinstance(error, WorkerError), repr(error)
+        assert (error.rank, error.cause) == (case.rank, CAUSES[case.kind]), repr(error)
+        assert (f"step {STEP}" in str(error)) == (made is not None and case.kind in ("bug", "oom")), str(error)
+        limit = AT_START if made is None else IN_STEP.get(case.kind, 1.0)
+        assert took <= limit, f"{took:.1f} s, more than {limit} s: {error}"
+        return took
+    assert case.phase == "shutdown", "no error"
+    start = time.monotonic()
+    made.shutdown()
+    took = time.monotonic() - start
+    assert took <= GONE, f"the end took {took:.1f} s"
+    return took
+
+
+def parent(case: Case) -> float:
+    """The driver is a process of its own, which is killed or interrupted in the middle of its steps."""
+    tp, pp = case.topology
+    script = f"drive({{'tp': {tp}, 'pp': {pp}, 'control_plane': {case.plane!r}}})"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+               f"from drill import drive\n{script}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        pids = {int(pid) for pid in process.stdout.readline().split()}
+        assert len(pids) == tp * pp - 1, "the driver did not start"
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT if case.kind == "interrupt" else signal.SIGKILL)
+        status = process.wait(GONE)
+        assert status == -(signal.SIGINT if case.kind == "interrupt" else signal.SIGKILL), status
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            assert time.monotonic() < start + GONE, "ranks outlive their driver"
+            time.sleep(0.01)
+        return time.monotonic() - start
+
+
+def drive(options: dict[str, Any]) -> None:
+    made = executor(dataclasses.replace(MODEL, max_position=1 << 14), **options)
+    print(*(p.process.pid for p in made._ranks.processes), flush=True)
+    driver = Driver(made, [[1, 2, 3]])
+    while True:
+        driver.run(1)
+
+
+def descendants(pid: int) -> set[int]:
+    """Ids of this process's children, those that ended and were not waited for among them."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if path.read_text().rpartition(")")[2].split()[1] == str(pid):
+                found.add(int(path.parent.name))
+        except OSError:
+            pass  # it ended
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--loops", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    args = parser.parse_args()
+    chosen = [case for case in cases() if args.only in str(case)]
+    failed, slowest = 0, 0.0
+    begin = time.monotonic()
+    for loop in range(args.loops):
+        for case in chosen:
+            try:
+                took = run(case)
+                slowest = max(slowest, took if case.phase in ("prepare", "execute") else 0.0)
+                print(f"{case}: {took:.2f} s", flush=True)
+            except AssertionError as error:
+                failed += 1
+                print(f"{case}: FAILED in loop {loop}: {error}", flush=True)
+    print(f"{len(chosen)} cases x {args.loops}: {failed} failed; {time.monotonic() - begin:.0f} s; "
+          f"slowest error in a step {slowest:.2f} s")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
