@@ -52,8 +52,8 @@ def cases() -> list[Case]:
         for rank in ranks:
             found += [(topology, phase, kind, rank) for phase in ("load", "warmup", "execute")
                       for kind in ("bug", "die", "stop", "oom")]
-        found += [(topology, phase, kind, 0) for phase, kind in (("load", "bug"), ("prepare", "bug"), ("execute", "bug"),
-                                                                 ("execute", "oom"))]
+        found += [(topology, phase, "bug", 0) for phase in ("load", "prepare", "execute")]
+        found += [(topology, "execute", "oom", 0)]
         found += [(topology, "shutdown", kind, ranks[-1]) for kind in ("bug", "die", "stop")]
         found += [(topology, "parent", kind, 0) for kind in ("die", "interrupt")]
     planes = "shm", "gloo"
