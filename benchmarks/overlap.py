@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive python benchmarks/overlap.py [--repeat N] [--batch N]
 
-Two stages with a thread each stand beside one process with one thread; two tensor-parallel ranks with one each beside one
-process with two. Random weights, float32; the batch is large enough that arithmetic counts and not only reading weights,
-and half of it is on its way in each virtual engine.
+Two stages with a thread each stand beside one process with one thread; two tensor-parallel ranks with one each
+beside one process with two. Random weights, float32; the batch is large enough that arithmetic counts and not only
+reading weights, and half of it is on its way in each virtual engine.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ def parent(case: Case) -> float:
 
 
 def drive(options: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     made = executor(dataclasses.replace(MODEL, max_position=1 << 14), **options)
     print(*(p.process.pid for p in made._ranks.processes), flush=True)
     driver = Driver(made, [[1, 2, 3]])
@@ -157,7 +158,7 @@ def main() -> None:
                 took = run(case)
                 slowest = max(slowest, took if case.phase in ("prepare", "execute") else 0.0)
                 print(f"{case}: {took:.2f} s", flush=True)
-            except AssertionError as error:
+            except (AssertionError, subprocess.TimeoutExpired) as error:
                 failed += 1
                 print(f"{case}: FAILED in loop {loop}: {error}", flush=True)
     print(f"{len(chosen)} cases x {args.loops}: {failed} failed; {time.monotonic() - begin:.0f} s; "
