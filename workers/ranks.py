@@ -97,9 +97,10 @@ class Ranks:
 
     def failure(self, timeout: float = 0.0) -> Failure | None:
         """The first failure, waiting up to `timeout` seconds for one."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure, timeout if self.processes else 0)
-            return self._failure
+        if timeout and self.processes:
+            with self._changed:
+                self._changed.wait_for(lambda: self._failure, timeout)
+        return self._failure
 
     def end(self, patience: float = PATIENCE) -> None:
         """End all processes; those that do not by themselves within `patience` seconds are killed. Idempotent."""

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import worker_cases
+from own_worker import refuse
 from worker_cases import MODEL, Driver, executor, ints
 
 from hal.config import Topology, WorkerConfig
@@ -296,6 +298,17 @@ def test_a_worker_of_ones_own_replaces_the_generic_one() -> None:
     assert made.num_blocks == 40 and isinstance(made._worker, WorkerBase)
     Driver(made, PROMPTS).run(2)
     made.shutdown()
+
+
+@pytest.mark.parametrize("plane", ["shm", "gloo"])
+@pytest.mark.parametrize("wire", ["model-input", "request"])
+def test_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch, plane: str, wire: str) -> None:
+    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)  # and again in the other ranks
+    made = executor(tp=2, pp=2, worker="own_worker:NoPickleWorker", control_plane=plane, wire=wire)
+    tokens = Driver(made, PROMPTS).run(STEPS)
+    made.shutdown()
+    assert tokens == run()
 
 
 def test_use_after_shutdown_is_refused() -> None:
