@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import threading
 import weakref
-from typing import Any, cast
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -30,6 +33,7 @@ from workers.reports import Failure
 from workers.steps import StepExecutor, StepHandle, Take
 
 GENERIC_WORKER = "workers.worker:Worker"
+R = TypeVar("R")
 _BLAME = 2.0  # seconds that the cause may take to arrive after a connection broke
 # Who starts the ranks but the driver, by EngineConfig.executor: a class like workers.ranks.Ranks.
 EXECUTORS = {"multiprocess": "workers.ranks:Ranks", "ray": "workers.ray_ranks:RayRanks"}
@@ -86,7 +90,7 @@ class WorkerExecutor(StepExecutor):
             ranks.start(configs[1:], name, address)
         device = worker.init_device()
         agree(facts_of(configs[0]), self._expect("up"))
-        self._plane, communicator = connect(configs[0], worker.backend, device, store)
+        self._plane, communicator = self._unless_one_fails(lambda: connect(configs[0], worker.backend, device, store))
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
         own, reports = worker.determine_num_blocks(), self._expect("sized")
@@ -97,6 +101,24 @@ class WorkerExecutor(StepExecutor):
         worker.warmup(progress)
         self._expect("ready")
         return blocks
+
+    def _unless_one_fails(self, call: Callable[[], R]) -> R:
+        """Run what waits for the other ranks, and would not be told that one is gone: then it is left to its own
+        deadline, which is minutes."""
+        future: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="hal-connect", daemon=True).start()
+        while not wait([future], 0.1).done:
+            failure = self._ranks.failure()
+            if failure is not None:
+                raise failure.at_start()
+        return future.result()
 
     def _expect(self, event: str) -> list[dict[str, Any]]:
         reports: list[dict[str, Any]] | Failure = self._ranks.expect(event)

@@ -58,6 +58,7 @@ def cases() -> list[Case]:
         found += [(topology, "parent", kind, 0) for kind in ("die", "interrupt")]
     planes = "shm", "gloo"
     made = [Case(*case, planes[i % 2]) for i, case in enumerate(found)]
+    made += [Case((2, pp), "connect", kind, 1, "gloo") for pp in (1, 2) for kind in ("bug", "die", "stop", "oom")]
     return made + [Case((2, 1), "prepare", kind, 1, plane, "request")
                    for kind, plane in (("bug", "shm"), ("die", "gloo"), ("stop", "shm"))]
 

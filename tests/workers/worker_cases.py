@@ -188,6 +188,16 @@ class FaultyWorker(Worker):
 
 class FaultyBackend(NullBackend):
     name = "faulty"
+    rank = 0
+
+    def device(self, local_rank: int) -> torch.device:
+        self.rank = local_rank
+        return super().device(local_rank)
+
+    @property
+    def collectives(self) -> str:  # asked for while ranks connect to each other
+        fault("connect", self.rank)
+        return "gloo"
 
     def make_runner(self, *args: Any) -> FaultyRunner:
         return FaultyRunner(*args)
