@@ -13,7 +13,7 @@ demo: .venv/.made
 
 .venv/.made: pyproject.toml constraints/venv.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -c constraints/venv.txt -e '.[test,lint]'
+	.venv/bin/pip install -q -c constraints/venv.txt -e '.[test,lint,ray]'
 	touch $@
 
 .venv-xla/.made: pyproject.toml constraints/venv-xla.txt

@@ -86,7 +86,7 @@ class WorkerExecutor(StepExecutor):
         if len(configs) > 1:
             if "OMP_NUM_THREADS" not in os.environ:  # else each rank would take all cores, and wait for the others'
                 torch.set_num_threads(threads_per_rank(len(configs)))
-            store, address = serve_store(len(configs))
+            store, address = serve_store(len(configs), ranks.host())
             ranks.start(configs[1:], name, address)
         device = worker.init_device()
         agree(facts_of(configs[0]), self._expect("up"))

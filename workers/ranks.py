@@ -16,6 +16,7 @@ from typing import Any
 from hal.config import WorkerConfig
 from workers.reports import Failure
 
+LOOPBACK = "127.0.0.1"
 _SCRIPT = Path(__file__).with_name("process.py")
 _GRACE = 0.5  # seconds that a rank's own report may come later than another's that only finds it gone
 _BEATS = 4  # signs of life within EngineConfig.heartbeat
@@ -56,12 +57,31 @@ class RankProcess:
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         return [json.loads(line) for line in lines if line] if data else None
 
-    def status(self) -> int | None:
+    def status(self) -> int | str | None:
         """Of the process that has closed its reports: it ends, or None if it does not."""
         try:
             return self.process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             return None
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def hang_up(self) -> None:
+        """Let it know that the driver has no more to say, which ends it."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended; after `seconds` it is killed."""
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
 class Ranks:
@@ -76,14 +96,21 @@ class Ranks:
         self._ending = False
         self._listener: threading.Thread | None = None
 
+    def host(self) -> str:
+        """This host's address, as the ranks reach it."""
+        return LOOPBACK
+
     def start(self, configs: Sequence[WorkerConfig], worker: str, store: str) -> None:
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(configs) + 1)))
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-        for config in configs:
-            self.processes.append(RankProcess(config, worker, store, environment))
+        self.launch(configs, worker, store, environment)
         self._listener = threading.Thread(target=self._listen, name="hal-ranks", daemon=True)
         self._listener.start()
+
+    def launch(self, configs: Sequence[WorkerConfig], worker: str, store: str, environment: dict[str, str]) -> None:
+        for config in configs:
+            self.processes.append(RankProcess(config, worker, store, environment))
 
     def expect(self, event: str) -> list[dict[str, Any]] | Failure:
         """Wait until every rank has reported `event`; or the first failure."""
@@ -108,18 +135,10 @@ class Ranks:
         deadline = time.monotonic() + patience
         for process in self.processes:
             if patience == 0:
-                process.process.kill()
-            if process.process.stdin is not None:
-                try:
-                    process.process.stdin.close()
-                except BrokenPipeError:
-                    pass
+                process.kill()
+            process.hang_up()
         for process in self.processes:
-            try:
-                process.process.wait(max(deadline - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                process.process.kill()
-                process.process.wait()
+            process.wait(max(deadline - time.monotonic(), 0))
         if self._listener is not None and self._listener is not threading.current_thread():
             self._listener.join()
             for process in self.processes:
@@ -162,7 +181,7 @@ class Ranks:
                         if not first.lost or time.monotonic() >= since + _GRACE:
                             self._failure = first
                             for process in self.processes:
-                                process.process.kill()
+                                process.kill()
                     self._changed.notify_all()
 
 

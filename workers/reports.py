@@ -41,8 +41,10 @@ class Failure:
         return cls(rank, type(error).__name__, error.what, got, expected, error.hint, text, step, lost)
 
     @classmethod
-    def death(cls, rank: int, status: int | None) -> Failure:
-        how = "" if status is None else f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    def death(cls, rank: int, status: int | str | None) -> Failure:
+        how = status if isinstance(status, str) else ""
+        if isinstance(status, int):
+            how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
         hint = "it may have been out of memory: see the system's log" if status == -9 else None
         return cls(rank, "died", how or "its connection closed", hint=hint)
 

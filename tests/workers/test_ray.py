@@ -1,0 +1,103 @@
+"""Ranks as Ray actors: two nodes simulated on this host."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from worker_cases import Driver, executor
+
+from hal.errors import BackendError, CapacityError, WorkerError
+from workers.ray_ranks import RayRanks
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    os.environ["TEST_FAULT"] = "load-capacity 1 0"  # of the backend `faulty` alone; nodes pass it on to their actors
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+    cluster.shutdown()
+    del os.environ["TEST_FAULT"]
+
+
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    """Ended, or ended and not yet waited for by Ray's own process."""
+    def alive(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(alive, pids))
+
+
+def pids(made: Any, ray: Any) -> list[int]:
+    return [pid for rank in made._ranks.processes for pid in ray.get(rank._actor.pids.remote())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plane", ["auto", "gloo"])
+def test_bundled_model_is_right_on_two_nodes(ray: Any, plane: str) -> None:
+    from hal import LLM, SamplingParams
+
+    llm = LLM(executor="ray", tp=2, device="cpu", control_plane=plane)
+    try:
+        found = pids(llm.executor, ray)
+        outputs = llm.generate(["37+85=", "123+456=", "999+1="], SamplingParams(max_tokens=8))
+        assert [o.text.strip() for o in outputs] == ["122", "579", "1000"]
+    finally:
+        llm.shutdown()
+    assert gone(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1], ids=["actor", "process"])
+def test_killed_actor_is_named(ray: Any, victim: int) -> None:
+    made = executor(tp=3, executor="ray")
+    driver, found = Driver(made, PROMPTS), pids(made, ray)
+    driver.run(2)
+    start = time.monotonic()
+    os.kill(found[2 + victim], signal.SIGKILL)  # rank 2's
+    with pytest.raises(WorkerError, match="rank 2 died") as error:
+        while time.monotonic() < start + 10:
+            driver.run(1)
+    seconds = time.monotonic() - start
+    print(f"named after {seconds:.2f} s: {error.value}")
+    assert (error.value.rank, error.value.cause) == (2, "died") and seconds < 5
+    made.shutdown()
+    assert gone(found)
+
+
+@pytest.mark.slow
+def test_load_failure_is_named(ray: Any) -> None:
+    with pytest.raises(CapacityError, match="rank 1: weights do not fit"):
+        executor(tp=2, executor="ray", device="worker_cases:faulty")
+
+
+def test_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any) -> Any:
+        if name.partition(".")[0] == "ray":
+            raise ImportError("No module named 'ray'")
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(BackendError, match=r"hal-runtime\[ray\]"):
+        RayRanks()
