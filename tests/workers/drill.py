@@ -23,12 +23,12 @@ from worker_cases import MODEL, Driver, executor
 
 from hal.errors import WorkerError
 
-HEARTBEAT = 1.0
+HEARTBEAT = 3.0  # less, and a rank that loads torch on a busy machine is taken for a stopped one
 GONE = 5.0  # seconds until every process has ended
 STEP = 3  # in which it happens
 # Seconds to the error, from the step's submission or, at the start, from where the fault is raised: a stopped rank is
 # noticed after a heartbeat, and a start includes loading torch in every process.
-IN_STEP, AT_START = {"stop": 2.5 * HEARTBEAT}, 20.0
+IN_STEP, AT_START = {"stop": 1.5 * HEARTBEAT + 1.0}, 20.0
 CAUSES = {"bug": "KeyError", "die": "died", "stop": "silent", "oom": "RuntimeError"}
 
 
