@@ -89,7 +89,7 @@ class RayRank(RankProcess):
 
 
 class RayRanks(Ranks):
-    """Uses the Ray that runs (initialised, or at RAY_ADDRESS), else starts one on this host, which ends with this process.
+    """Uses the Ray that runs (initialised, or at RAY_ADDRESS), else starts one here, which ends with this process.
 
     Raises:
         BackendError: Ray is not installed.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from hal.engine.sequence import Sequence
 from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+
+# Most steps bring nothing new, and making eight empty arrays takes as long as what they carry.
+_NONE = np.zeros(0, np.int32)
+_NO_FLOATS = np.zeros((0, len(FLOAT_PARAMS)), np.float32)
+_NO_INTS = np.zeros((0, len(INT_PARAMS)), np.int64)
 
 
 @dataclass(slots=True)
@@ -51,11 +55,11 @@ class Changes:
         """Args: rows, counts, computed: int [num_seqs]. append_rows, append_tokens: int [num_appended]."""
         new, grown = self.entered, self.grown
         return ExecuteModelRequest(
-            finished_rows=_ints(self.finished), new_rows=_ints(s.row for s in new),
-            new_lens=_ints(len(s.token_ids) for s in new), new_prompt_lens=_ints(s.num_prompt for s in new),
-            new_tokens=_ints(t for s in new for t in s.token_ids),
-            new_floats=np.array([s.floats for s in new], np.float32).reshape(-1, len(FLOAT_PARAMS)),
-            new_ints=np.array([s.ints for s in new], np.int64).reshape(-1, len(INT_PARAMS)),
+            finished_rows=_ints(self.finished), new_rows=_ints([s.row for s in new]),
+            new_lens=_ints([len(s.token_ids) for s in new]), new_prompt_lens=_ints([s.num_prompt for s in new]),
+            new_tokens=_ints([t for s in new for t in s.token_ids]),
+            new_floats=np.array([s.floats for s in new], np.float32) if new else _NO_FLOATS,
+            new_ints=np.array([s.ints for s in new], np.int64) if new else _NO_INTS,
             append_rows=append_rows.astype(np.int32), append_tokens=append_tokens.astype(np.int32),
             block_rows=_ints([s.row for s in new] + [row for row, _, _ in grown]),
             block_starts=_ints([0] * len(new) + [column for _, column, _ in grown]),
@@ -66,8 +70,8 @@ class Changes:
             blocks_to_swap_out=_pairs(self.swap_out), **values)
 
 
-def _ints(values: Iterable[int]) -> np.ndarray:
-    return np.array(list(values), np.int32)
+def _ints(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int32) if values else _NONE
 
 
 def _pairs(pairs: list[tuple[int, int]]) -> np.ndarray | None:
