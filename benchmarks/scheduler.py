@@ -20,8 +20,7 @@ def main(num_seqs: int = 256, steps: int = 800) -> None:
     rng = np.random.default_rng(0)
     for i in range(num_seqs):
         prompt = rng.integers(3, 1000, int(rng.integers(1, 64))).tolist()
-        scheduler.add(Sequence(request_id=i, token_ids=prompt, num_prompt=len(prompt), params=SamplingParams(), seed=i,
-                               limit=2000))
+        scheduler.add(Sequence(request_id=i, prompt_ids=prompt, params=SamplingParams(), seed=i, limit=2000))
     times: dict[str, list[float]] = {"schedule": [], "update": [], "both": []}
     for n in range(steps + 20):
         t0 = time.perf_counter()

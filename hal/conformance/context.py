@@ -270,7 +270,7 @@ def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, p
     many = params if isinstance(params, list) else [params] * len(prompts)
     runs = [Run(list(p), len(p), each, each.seed if each.seed is not None else first_seed + i)
             for i, (p, each) in enumerate(zip(prompts, many, strict=True))]
-    seqs = [EngineSequence(request_id=i, token_ids=list(r.tokens), num_prompt=r.prompt, params=r.params, seed=r.seed,
+    seqs = [EngineSequence(request_id=i, prompt_ids=r.tokens, params=r.params, seed=r.seed,
                            limit=r.prompt + r.params.max_tokens) for i, r in enumerate(runs)]
     entering, steps = deque(seqs), 0
     pending: deque[tuple[Any, Any]] = deque()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 
 
-def extend_hashes(hashes: list[bytes], token_ids: Sequence[int], block_size: int, count: int) -> None:
-    """Grow `hashes` to the first `count` full blocks of `token_ids`. A block's address is BLAKE2b-128 over its parent's
-    address and its tokens, so equal addresses mean equal prefixes, collisions being out of reach."""
+def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], block_size: int, count: int) -> None:
+    """Grow `hashes` to the first `count` full blocks; `tokens(start, end)` gives the token ids there. A block's
+    address is BLAKE2b-128 over its parent's address and its tokens, so equal addresses mean equal prefixes, collisions
+    being out of reach."""
     for i in range(len(hashes), count):
         parent = hashes[i - 1] if i else b""
-        tokens = array("i", token_ids[i * block_size:(i + 1) * block_size])
-        hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+        block = struct.pack(f"<{block_size}i", *tokens(i * block_size, (i + 1) * block_size))
+        hashes.append(blake2b(parent + block, digest_size=16).digest())
 
 
 class BlockManager:

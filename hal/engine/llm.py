@@ -85,6 +85,7 @@ class LLM:
         self._pending: deque[tuple[Step, StepHandle]] = deque()
         self._requests: dict[int, Request] = {}
         self._next_id = 0
+        self._stop_texts = 0  # unfinished requests that have such
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
     def generate(self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None, *,
@@ -106,7 +107,7 @@ class LLM:
             waiting = {r.output.request_id for r in requests}
             while waiting:
                 before = self._counts.copy()
-                done = {o.request_id for o in self.step(text=False) if o.finish_reason is not None} & waiting
+                done = waiting & {r.seq.request_id for r in self._advance(text=False)[1]}
                 waiting -= done
                 prefill, decode = (self._counts[n] - before[n] for n in ("prefill_tokens", "decode_tokens"))
                 bar.step(prefill, decode, len(done))
@@ -181,7 +182,7 @@ class LLM:
 
     def abort(self, request_id: int) -> None:
         """End a request now; one that is finished or unknown stays as it is. Its output appears in no further step."""
-        request = self._requests.pop(request_id, None)
+        request = self._requests.get(request_id)
         if request is not None:
             self.scheduler.finish(request.seq, "abort")
             self._complete(request)
@@ -202,6 +203,9 @@ class LLM:
         Raises:
             WorkerError: a rank failed; the engine is shut down.
         """
+        return [request.output for request in self._advance(text)[0]]
+
+    def _advance(self, text: bool) -> tuple[list[Request], list[Request]]:
         step = self.scheduler.schedule()
         if step is not None:
             self._pending.append((step, self.executor.execute_model(step.request)))
@@ -209,10 +213,10 @@ class LLM:
         if not self._pending:
             if self.scheduler.unfinished:
                 raise StateError("requests wait, and none can run", hint="this is a defect of the scheduler: report it")
-            return []
+            return [], []
         if step is None or len(self._pending) >= self._steps_in_flight:
             return self._take_over(*self._pending.popleft(), text)
-        return []
+        return [], []
 
     def stats(self) -> Stats:
         live = [r.seq for r in self._requests.values()]
@@ -268,43 +272,41 @@ class LLM:
     def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams) -> Request:
         number, self._next_id = self._next_id, self._next_id + 1
         seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
-        seq = Sequence(request_id=number, token_ids=ids.copy(), num_prompt=len(ids), params=params, seed=seed,
-                       limit=self._limit(ids, params))
-        output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids,
+        seq = Sequence(request_id=number, prompt_ids=ids, params=params, seed=seed, limit=self._limit(ids, params))
+        output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids.copy(), seq.output_ids,
                                logprobs=None if params.logprobs is None else [],
                                prompt_logprobs=None if params.prompt_logprobs is None else [None])
         text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop)
-        request = self._requests[number] = Request(seq, output, text)
+        request = self._requests[number] = seq.owner = Request(seq, output, text)
+        self._stop_texts += bool(params.stop)
         self.scheduler.add(seq)
         return request
 
-    def _take_over(self, step: Step, handle: StepHandle, text: bool) -> list[RequestOutput]:
+    def _take_over(self, step: Step, handle: StepHandle, text: bool) -> tuple[list[Request], list[Request]]:
+        """The requests that grew, and those of them that are complete."""
         result = handle.result()
         tokens = result.token_ids.numpy()
         self._counts["prefill_tokens"] += step.num_prefill
         self._counts["decode_tokens"] += len(tokens)
         if step.prompt_targets:
             self._take_prompt_logprobs(step, Logprobs.prompt(result))
+        grown: list[Request] = [seq.owner for seq in step.sampled if seq.finish_reason is None]
         logprobs = Logprobs.sampled(result)
-        self.scheduler.update(step, tokens)
-        grown, requests = [], self._requests
-        for row, (seq, token) in enumerate(zip(step.sampled, tokens.tolist(), strict=True)):
-            request = requests.get(seq.request_id)
-            if request is None:  # aborted, or it ended a step ago
-                continue
-            output = request.output
-            output.token_ids.append(token)
-            grown.append(output)
-            if logprobs is not None and output.logprobs is not None:
-                output.logprobs.append(logprobs.of(row, token, seq.params.logprobs or 0))
-            if request.text is not None and (text or seq.params.stop):
-                request.write_text()
-                if request.text.stopped:
-                    self.scheduler.finish(seq, "stop")
-            if seq.finish_reason is not None:
-                del self._requests[seq.request_id]
-                self._complete(request)
-        return grown
+        if logprobs is not None:
+            for row, (seq, token) in enumerate(zip(step.sampled, tokens.tolist(), strict=True)):
+                if seq.finish_reason is None and seq.params.logprobs is not None:
+                    seq.owner.output.logprobs.append(logprobs.of(row, token, seq.params.logprobs))
+        complete: list[Request] = [seq.owner for seq in self.scheduler.update(step, tokens)]
+        if text or self._stop_texts:
+            for request in grown:
+                if request.text is not None and (text or request.seq.params.stop):
+                    request.write_text()
+                    if request.text.stopped and request.seq.finish_reason is None:
+                        self.scheduler.finish(request.seq, "stop")
+                        complete.append(request)
+        for request in complete:
+            self._complete(request)
+        return grown, complete
 
     def _take_prompt_logprobs(self, step: Step, logprobs: Logprobs | None) -> None:
         row = 0
@@ -315,11 +317,13 @@ class LLM:
                 if request is not None and logprobs is not None and request.output.prompt_logprobs is not None \
                         and len(request.output.prompt_logprobs) == at:
                     request.output.prompt_logprobs.append(
-                        logprobs.of(row, seq.token_ids[at], seq.params.prompt_logprobs or 0))
+                        logprobs.of(row, seq.prompt_ids[at], seq.params.prompt_logprobs or 0))
                 row += 1
 
     def _complete(self, request: Request) -> None:
         seq = request.seq
+        del self._requests[seq.request_id]
+        self._stop_texts -= bool(seq.params.stop)
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
         self._counts["cached_tokens"] += seq.num_cached

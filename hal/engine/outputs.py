@@ -21,6 +21,7 @@ class TokenLogprob:
 class RequestOutput:
     """Attributes:
         index: place of the prompt in the call.
+        token_ids: of the output; the engine's own list, to be read only.
         text: of the output alone; "" without a tokenizer. Stop texts are cut from it.
         finish_reason: "stop" (end of sequence, stop text or id), "length", "abort"; None while it runs.
         logprobs: one per output token. prompt_logprobs: one per prompt token, None for the first.

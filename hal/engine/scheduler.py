@@ -90,7 +90,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Raises CapacityError (see `check`)."""
-        self.check(seq.num_prompt, seq.limit)
+        self.check(len(seq.prompt_ids), seq.limit)
         insort(self.waiting, seq, key=_AGE)
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
@@ -134,7 +134,7 @@ class Scheduler:
                 seq = self.waiting[0]
                 if not self._enter(seq, pinned):
                     break
-                chunks.append((seq.row, min(len(seq.token_ids) - seq.num_computed, budget)))
+                chunks.append((seq.row, min(len(seq) - seq.num_computed, budget)))
                 budget -= chunks[-1][1]
         if not len(decodes) and not chunks:
             return None
@@ -142,9 +142,9 @@ class Scheduler:
         self.blocks.release(pinned)
         return step
 
-    def update(self, step: Step, token_ids: np.ndarray) -> None:
-        """Take over a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete:
-        their finish_reason is set and their blocks are free.
+    def update(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
+        """Take over a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete,
+        which are returned: their finish_reason is set and their blocks are free.
 
         Raises:
             StateError: the number of tokens is not that of the sampled sequences.
@@ -159,20 +159,25 @@ class Scheduler:
         self._last[rows] = tokens
         for seq, token in zip(step.sampled, tokens.tolist(), strict=True):
             if seq.finish_reason is None:
-                seq.token_ids.append(token)
+                seq.output_ids.append(token)
         done = (self.length[rows] - self.unknown[rows] >= self._limit[rows]) | self._own_stops[rows]
         stopped = (tokens[:, None] == self._eos).any(1) & self._ends_at_eos[rows]
+        ended = []
         for i in np.flatnonzero(done | stopped).tolist():
             seq = step.sampled[i]
             if seq.finish_reason is None:
-                if stopped[i] or seq.token_ids[-1] in seq.params.stop_token_ids:
+                if stopped[i] or seq.output_ids[-1] in seq.params.stop_token_ids:
                     self.finish(seq, "stop")
-                elif len(seq.token_ids) >= seq.limit:
+                elif len(seq) >= seq.limit:
                     self.finish(seq, "length")
+                else:
+                    continue
+                ended.append(seq)
         if self._leaving:
             for seq in [s for s in self._leaving if not self._in_flight[s.row]]:
                 self._leaving.remove(seq)
                 self._leave(seq)
+        return ended
 
     def _can_run(self, rows: np.ndarray) -> np.ndarray:
         """Which rows need nothing that is still in flight."""
@@ -257,11 +262,11 @@ class Scheduler:
     def _enter(self, seq: Sequence, pinned: list[int]) -> bool:
         """Give a waiting sequence a row and blocks for all its tokens, those of its prefix that are cached first; False
         when there are not enough. `pinned` takes blocks to release once the step is issued."""
-        blocks, size, length = self.blocks, self.block_size, len(seq.token_ids)
+        blocks, size, length = self.blocks, self.block_size, len(seq)
         total, hits, source = -(-length // size), list[int](), list[int]()
         reserve = max(1, self.num_blocks // 100) if self.running else 0  # against starting what must leave at once
         if not seq.host_blocks and self.prefix_caching and not seq.wants_prompt_logprobs:
-            extend_hashes(seq.hashes, seq.token_ids, size, length // size)
+            extend_hashes(seq.hashes, seq.tokens, size, length // size)
             hits = blocks.match(seq.hashes)
             if len(hits) * size == length:  # the last token is needed all the same: in a copy, as others hold the block
                 source = [hits.pop()]
@@ -334,8 +339,8 @@ class Scheduler:
             for row, first, end in zip(rows.tolist(), computed.tolist(), ends.tolist(), strict=True):
                 seq = at[row]
                 assert seq is not None
-                if seq.wants_prompt_logprobs and first + 1 < seq.num_prompt:
-                    targets.append((seq, first + 1, min(end + 1, seq.num_prompt)))
+                if seq.wants_prompt_logprobs and first + 1 < len(seq.prompt_ids):
+                    targets.append((seq, first + 1, min(end + 1, len(seq.prompt_ids))))
         sequences: list[Sequence] = [at[row] for row in sampled.tolist()]
         return Step(request, rows, sampled, sequences, targets, int(counts.sum()),
                     int(counts.sum()) - len(decodes))
@@ -345,7 +350,7 @@ class Scheduler:
         for i in np.flatnonzero(full > self._registered[rows]).tolist():
             seq, count = self._at[rows[i]], int(full[i])
             assert seq is not None
-            extend_hashes(seq.hashes, seq.token_ids, self.block_size, count)
+            extend_hashes(seq.hashes, seq.tokens, self.block_size, count)
             for column in range(int(self._registered[rows[i]]), count):
                 self.blocks.register(seq.blocks[column], seq.hashes[column])
             self._registered[rows[i]] = count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
 from hal.engine.outputs import FinishReason
 from hal.sampling.params import SamplingParams
@@ -13,7 +14,8 @@ from hal.sampling.params import SamplingParams
 class Sequence:
     """Attributes:
         request_id: grows with arrival; smaller ones go first.
-        token_ids: prompt, then output.
+        prompt_ids, output_ids: its tokens; the scheduler appends to the latter.
+        owner: what the engine keeps beside it.
         limit: length at which it ends (prompt + max_tokens, at most the context).
         row: in the ranks' batch state while it runs, else -1.
         num_computed: tokens in the cache when it last entered a row (0 after a preemption that dropped its blocks).
@@ -25,11 +27,12 @@ class Sequence:
     """
 
     request_id: int
-    token_ids: list[int]
-    num_prompt: int
+    prompt_ids: list[int]
+    output_ids: list[int] = field(default_factory=list)
     params: SamplingParams
     seed: int
     limit: int
+    owner: Any = None
     row: int = -1
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -41,10 +44,25 @@ class Sequence:
     tokens_computed: int = 0
     preemptions: int = 0
 
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output, as a new list."""
+        return self.prompt_ids + self.output_ids
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """token_ids[start:end], without the rest."""
+        at = len(self.prompt_ids)
+        if start >= at:
+            return self.output_ids[start - at:end - at]
+        return self.prompt_ids[start:end] + self.output_ids[:max(end - at, 0)]
+
     @property
     def wants_prompt_logprobs(self) -> bool:
         """Some prompt logprobs are still to come: they are complete once the first token is sampled."""
-        return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt
+        return self.params.prompt_logprobs is not None and not self.output_ids
 
     @property
     def floats(self) -> list[float]:

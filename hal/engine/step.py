@@ -56,7 +56,7 @@ class Changes:
         new, grown = self.entered, self.grown
         return ExecuteModelRequest(
             finished_rows=_ints(self.finished), new_rows=_ints([s.row for s in new]),
-            new_lens=_ints([len(s.token_ids) for s in new]), new_prompt_lens=_ints([s.num_prompt for s in new]),
+            new_lens=_ints([len(s) for s in new]), new_prompt_lens=_ints([len(s.prompt_ids) for s in new]),
             new_tokens=_ints([t for s in new for t in s.token_ids]),
             new_floats=np.array([s.floats for s in new], np.float32) if new else _NO_FLOATS,
             new_ints=np.array([s.ints for s in new], np.int64) if new else _NO_INTS,

@@ -164,8 +164,8 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
             prompt = length if m.prompt_lens is None else int(m.prompt_lens[ends.index(end)])
         else:
             tokens.append(0)  # it goes on: so it is not sampled here either
-        seq = Sequence(request_id=row, token_ids=tokens, num_prompt=prompt, params=params, seed=seed, limit=length + 1,
-                       row=row, blocks=blocks)
+        seq = Sequence(request_id=row, prompt_ids=tokens[:prompt], output_ids=tokens[prompt:], params=params, seed=seed,
+                       limit=length + 1, row=row, blocks=blocks)
         last.append((seq, count, length - count))
         for at in range(0, length - count, most):
             issue([(seq, min(most, length - count - at), at)])

@@ -51,7 +51,7 @@ def run(seqs: list[Sequence], config: EngineConfig, num_blocks: int, aborts: dic
 
 def requests(lens: list[int], kinds: list[int]) -> list[Sequence]:
     rng = np.random.default_rng(len(lens))
-    return [Sequence(request_id=i, token_ids=rng.integers(4, 97, n).tolist(), num_prompt=n, params=PARAMS[k], seed=i,
+    return [Sequence(request_id=i, prompt_ids=rng.integers(4, 97, n).tolist(), params=PARAMS[k], seed=i,
                      limit=min(n + PARAMS[k].max_tokens, 64)) for i, (n, k) in enumerate(zip(lens, kinds, strict=True))]
 
 

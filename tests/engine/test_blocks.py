@@ -58,14 +58,14 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
 def test_hashes_address_prefixes() -> None:
     def hashes(tokens: list[int]) -> list[bytes]:
         found: list[bytes] = []
-        extend_hashes(found, tokens, 2, len(tokens) // 2)
+        extend_hashes(found, lambda start, end: tokens[start:end], 2, len(tokens) // 2)
         return found
 
     a, b, c = hashes([1, 2, 3, 4, 5]), hashes([1, 2, 3, 5]), hashes([9, 2, 3, 4])
     assert len(a) == 2 and a[0] == b[0] and a[1] != b[1]
     assert not set(a) & set(c)  # the same second block after another first one is another prefix
     grown = a[:1]
-    extend_hashes(grown, [1, 2, 3, 4], 2, 2)
+    extend_hashes(grown, lambda start, end: [1, 2, 3, 4][start:end], 2, 2)
     assert grown == a
 
 

@@ -46,7 +46,7 @@ def expected(prompt: list[int], params: SamplingParams) -> tuple[list[int], str]
 
 def make(number: int, prompt: list[int], **params: Any) -> Sequence:
     chosen = SamplingParams(**params)
-    return Sequence(request_id=number, token_ids=list(prompt), num_prompt=len(prompt), params=chosen, seed=number,
+    return Sequence(request_id=number, prompt_ids=list(prompt), params=chosen, seed=number,
                     limit=min(len(prompt) + chosen.max_tokens, MODEL.max_position))
 
 
@@ -151,7 +151,7 @@ def test_every_sequence_gets_its_tokens(
         assert turns < 3000
     r.executor.shutdown()
     for seq in seqs:
-        tokens, reason = expected(seq.token_ids[:seq.num_prompt], seq.params)
+        tokens, reason = expected(seq.prompt_ids, seq.params)
         if seq.finish_reason == "abort":
             assert seq.token_ids == tokens[:len(seq.token_ids)]
         else:
@@ -203,7 +203,7 @@ def test_a_long_prompt_does_not_hold_up_decodes() -> None:
     r.scheduler.add(late)
     before = len(early.token_ids)
     chunks = []
-    while late.num_prompt == len(late.token_ids):
+    while not late.output_ids:
         step = r.turn()
         assert step is not None
         chunks.append(step.num_prefill)
@@ -226,7 +226,7 @@ def test_restart_voids_what_was_there() -> None:
         r.scheduler.add(seq)
     r.drain()
     r.executor.shutdown()
-    assert [s.token_ids for s in again] == [expected(s.token_ids[:s.num_prompt], s.params)[0] for s in again]
+    assert [s.token_ids for s in again] == [expected(s.prompt_ids, s.params)[0] for s in again]
     assert r.scheduler.epoch == 1 and r.is_clean()
 
 

@@ -102,7 +102,7 @@ def schedule(ctx: Context, session: Session, steps: int = 40) -> list[ExecuteMod
             own = ctx.prompts(int(rng.integers(1, 30)))[0]
             prompt = shared[:int(rng.integers(0, 41))] + own
             params = _PARAMS[int(rng.integers(len(_PARAMS)))]
-            scheduler.add(Sequence(request_id=i, token_ids=prompt, num_prompt=len(prompt), params=params, seed=i,
+            scheduler.add(Sequence(request_id=i, prompt_ids=prompt, params=params, seed=i,
                                    limit=len(prompt) + int(rng.integers(1, 40))))
         step = scheduler.schedule()
         if step is not None:
