@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hal.config import Topology
+from hal.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -15,13 +16,22 @@ I = TypeVar("I", bound="IntermediateTensors")  # noqa: E741
 
 
 class Communicator(Protocol):
-    """Every method but `close` runs inside `hal.guard.data_plane`, so that the guard lets it pass in `execute`.
+    """Every method that communicates runs inside `hal.guard.data_plane`, so that the guard lets it pass in `execute`.
 
     Attributes:
         topology: of this rank.
+        fingerprint: of the step that runs; the worker begins it, collectives count in it.
     """
 
     topology: Topology
+    fingerprint: Fingerprint
+
+    def begin_step(self, step: int, digest: int) -> None:
+        """The worker: a step begins, of this number and input, which are the same on all ranks. Raises StateError where
+        they are not, now or in a collective of the step."""
+
+    def end_step(self) -> None:
+        """The worker: this rank has executed its part of the step."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the tensor-parallel ranks, in place where possible; the result has x's shape and dtype."""
@@ -43,6 +53,13 @@ class LocalCommunicator:
     """A world of one: reductions are the identity, and there is no other stage."""
 
     topology = Topology()
+    fingerprint = Fingerprint()  # there is nobody to differ from
+
+    def begin_step(self, step: int, digest: int) -> None:
+        pass
+
+    def end_step(self) -> None:
+        pass
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x

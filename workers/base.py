@@ -65,6 +65,10 @@ class WorkerBase(abc.ABC):
         return lambda: output
 
     @abc.abstractmethod
+    def receive_output(self) -> Callable[[], Buffer]:
+        """The driver: waits for the output, encoded, of the step that was executed last; another rank sampled it."""
+
+    @abc.abstractmethod
     def serve(self) -> None:
         """Run the steps that the driver announces, until it announces the end."""
 
@@ -138,13 +142,20 @@ class LocalOrDistributedWorkerBase(WorkerBase):
             while (step := self.wire.receive(self)) is not None:
                 self.execute_step(*step)
 
+    def receive_output(self) -> Callable[[], Buffer]:
+        fingerprint = self.communicator.fingerprint.copy()
+        return lambda: fingerprint.open(self.plane.receive_output().copy(), "the rank that samples")
+
     def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> SamplerOutput | None:
         """What every rank does with a step, whoever prepared it."""
         topology, self.model_input = self.topology, model_input
+        if topology.world_size > 1:
+            self.communicator.begin_step(self.steps, model_input.checksum())
         self.execute_worker(worker_input)
         intermediate = None if topology.is_first_stage else self.receive_intermediate(model_input)
         with phase(Phase.EXECUTE, topology.rank):
             output = self.execute_runner(model_input, intermediate)
+        self.communicator.end_step()
         wanted: type = SamplerOutput if topology.samples else type(None)
         if not topology.is_last_stage:
             wanted = IntermediateTensors
@@ -156,7 +167,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         elif isinstance(output, SamplerOutput):
             if topology.is_driver:
                 return output
-            self.plane.send_output(output.encode())
+            self.plane.send_output(self.communicator.fingerprint.seal(output.encode()))
         return None
 
 

@@ -134,11 +134,10 @@ class WorkerExecutor(StepExecutor):
 
     def _submit(self, request: ExecuteModelRequest) -> Take:
         output = self._worker.execute_model(request)
-        return self._receive if output is None else self._worker.fetch(output)
-
-    def _receive(self) -> SamplerOutput:
-        """From the rank that sampled."""
-        return SamplerOutput.decode(self._plane.receive_output().copy())
+        if output is not None:
+            return self._worker.fetch(output)
+        receive = self._worker.receive_output()
+        return lambda: SamplerOutput.decode(receive())
 
     def shutdown(self) -> None:
         if not self._closed:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from hal.models.config import ModelConfig
 from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
 from hal.runner import Progress
+from hal.schema.packed import Buffer
 from workers.agreement import agree, facts_of
 from workers.base import make_worker
 from workers.groups import Store, dist, lost
@@ -91,14 +93,18 @@ class LaunchedExecutor(StepExecutor):
     def _submit(self, request: ExecuteModelRequest) -> Take:
         output = self._worker.execute_model(request)
         digest = np.array([request.step, request.chain()], np.int64)
-        return partial(self._share, None if output is None else self._worker.fetch(output), digest)
+        if not self._topology.is_driver:
+            return partial(self._told, digest)
+        fetch = self._worker.receive_output() if output is None else self._worker.fetch(output)
+        return partial(self._tell, fetch, digest)
 
-    def _share(self, fetch: Take | None, digest: np.ndarray) -> SamplerOutput:
-        if self._topology.is_driver:
-            output = None if fetch is None else fetch()
-            packed = self._plane.receive_output().copy() if output is None else output.encode()
-            self._plane.broadcast([packed, digest.view(np.uint8)])
-            return output or SamplerOutput.decode(packed)
+    def _tell(self, fetch: Callable[[], SamplerOutput | Buffer], digest: np.ndarray) -> SamplerOutput:
+        output = fetch()
+        packed = output.encode() if isinstance(output, SamplerOutput) else output
+        self._plane.broadcast([packed, digest.view(np.uint8)])
+        return output if isinstance(output, SamplerOutput) else SamplerOutput.decode(packed)
+
+    def _told(self, digest: np.ndarray) -> SamplerOutput:
         packed, theirs = self._plane.receive()
         step, crc = theirs.view(np.int64)
         if [step, crc] != digest.tolist():

@@ -14,6 +14,7 @@ import platform
 import select
 import threading
 import weakref
+from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
@@ -124,7 +125,7 @@ class Segment:
         """Show the others what this rank wrote, and wake those that wait for it."""
         if self._words is None:
             raise _closed()
-        self._order()
+        self.order()
         self._words[counter] = value & _MASK
         _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
 
@@ -133,9 +134,10 @@ class Segment:
         if self._spin_most and self._words is not None:
             _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
 
-    def wait(self, counter: int, value: int, peer: int, limit: float | None = LIMIT) -> None:
+    def wait(self, counter: int, value: int, peer: int, limit: float | None = LIMIT,
+             waiting: Callable[[int], None] | None = None) -> None:
         """Until `peer` has posted `value` or more: asleep, unless waits have lately been short, there is a core for
-        each rank, and no other process wants this one.
+        each rank, and no other process wants this one. `waiting(peer)` is called now and then.
 
         Raises:
             WorkerError: of rank -1, when the peer is gone, or after `limit` seconds.
@@ -144,10 +146,11 @@ class Segment:
         if words is None:
             raise _closed()
         if _behind(words[counter], value):
-            self._wait(words, counter, value, peer, limit)
-        self._order()
+            self._wait(words, counter, value, peer, limit, waiting)
+        self.order()
 
-    def _wait(self, words: memoryview, counter: int, value: int, peer: int, limit: float | None) -> None:
+    def _wait(self, words: memoryview, counter: int, value: int, peer: int, limit: float | None,
+              waiting: Callable[[int], None] | None) -> None:
         start = now = perf_counter()
         spin = start + self._spin
         while _behind(seen := words[counter], value):
@@ -159,6 +162,8 @@ class Segment:
                 raise _lost(f"rank {peer} is gone")
             if limit is not None and now > start + limit:
                 raise _lost(f"rank {peer} was waited for {limit:.0f} s")
+            if waiting is not None and now > start + _SLICE and _behind(words[counter], value):
+                waiting(peer)
             if _syscall(_FUTEX, self._address + 4 * counter, _WAIT, seen, _slice_at) == 0:
                 spin = perf_counter() + self._spin_most  # it may be a `call`
         self._spin = self._spin_most if now < start + _SPIN else self._spin / 2
@@ -166,7 +171,7 @@ class Segment:
     def lives(self, peer: int) -> bool:
         return not self._peers[peer].poll(0)
 
-    def _order(self) -> None:
+    def order(self) -> None:
         """What this thread read and wrote before comes before what it will. To release a lock and then to acquire it
         is a barrier on every processor."""
         with self._fence:

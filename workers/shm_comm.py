@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from hal.config import Topology
-from hal.errors import InputError, WireError
+from hal.errors import InputError, StateError, WireError
+from hal.fingerprint import SEAL, STEP, Fingerprint
 from hal.guard import data_plane
 from hal.inputs import IntermediateTensors
 from workers.groups import Store
@@ -29,26 +31,43 @@ class ShmCommunicator:
     Raises:
         BackendError: on all ranks, where they cannot share memory.
         WorkerError (all methods): of rank -1, when another rank is gone.
+        StateError (all methods): another rank is at another place: in another step, on another input, in another
+            collective, or beyond this one.
     """
 
     def __init__(self, topology: Topology, device: torch.device, store: Store) -> None:
-        self.topology, self.device = topology, device
+        self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
         tp, world = topology.tp, topology.world_size
         links = [Topology(tp, topology.pp, rank) for rank in range(world - tp)]
-        segment = Segment("data", topology.rank, world, store, 2 * world * _PIECE + len(links) * _STAGE[0] * _STAGE[1])
+        size = world * (2 * _PIECE + 3 * 64) + len(links) * _STAGE[0] * _STAGE[1]
+        segment = Segment("data", topology.rank, world, store, size)
         self._segment, self._count = segment, START
         places = [[torch.from_numpy(segment.take(_PIECE)) for _ in range(2)] for _ in range(world)]
         counters = [segment.counter() for _ in range(world)]
         stage = range(topology.rank - topology.tp_rank, topology.rank - topology.tp_rank + tp)
         self._places = {torch.uint8: [[places[rank][turn] for rank in stage] for turn in range(2)]}
         self._counter = counters[topology.rank]
+        # What each rank of the stage is at, in turn like its tensors; and where it stood when its last step ended.
+        self._lines = [[segment.take(64).data for _ in range(2)] for _ in range(world)]
+        self._ended = [segment.take(64).data.cast("q") for _ in range(world)]
         self._peers = [(counters[rank], rank) for rank in stage if rank != topology.rank]
         rings = {link.rank: Ring(segment, link.rank, [link.rank + tp], *_STAGE) for link in links}
         self._to, self._source = rings.get(topology.rank), rings.get(topology.rank - tp)
 
+    def begin_step(self, step: int, digest: int) -> None:
+        self.fingerprint.begin(step, digest)
+
+    def end_step(self) -> None:
+        if self.topology.tp > 1:
+            ended, own = self._ended[self.topology.rank], self.fingerprint
+            ended[1] = own.collectives
+            self._segment.order()
+            ended[0] = own.step
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         with data_plane("all_reduce"):
             if self.topology.tp > 1:
+                self.fingerprint.count("all_reduce", x.nbytes)
                 x = x.contiguous()
                 for piece in self._pieces(x):
                     if self.topology.tp > 2 and piece.nbytes >= _TWO_STEPS:
@@ -62,6 +81,7 @@ class ShmCommunicator:
             tp = self.topology.tp
             if tp == 1:
                 return x
+            self.fingerprint.count("all_gather", x.nbytes)
             pieces = list(self._pieces(x.contiguous()))
             if len(pieces) == 1:
                 return torch.cat([shown.view(x.shape) for shown in self._show(pieces[0])], -1)
@@ -75,12 +95,13 @@ class ShmCommunicator:
     def send(self, tensors: IntermediateTensors) -> None:
         with data_plane("send"):
             assert self._to is not None  # the worker asks only where there is a next stage
+            seal = np.frombuffer(self.fingerprint.pack(), np.uint8)
             for field in type(tensors).schema.fields:
                 tensor = tensors[field.name]
                 if tensor is None:
                     raise InputError(f"{type(tensors).__name__}.{field.name} is missing", fields=(field.name,),
                                      expected="all tensors, since the next stage waits for each")
-                self._to.send([tensor.reshape(-1).view(torch.uint8).numpy()])
+                self._to.send([tensor.reshape(-1).view(torch.uint8).numpy(), seal])
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
         with data_plane("recv"):
@@ -89,7 +110,9 @@ class ShmCommunicator:
             for field in kind.schema.fields:
                 assert field.array is not None  # `declare` takes arrays only
                 shape, dtype = [d.size(dims) for d in field.array.dims], getattr(torch, field.array.dtype)
-                part = torch.from_numpy(self._source.receive(own=True)[0])
+                data, seal = self._source.receive(own=True)
+                self.fingerprint.compare(seal, f"rank {self._source.writer}", STEP)
+                part = torch.from_numpy(data)
                 wanted = dtype.itemsize * torch.Size(shape).numel()
                 if len(part) != wanted:
                     raise WireError(f"{kind.__name__}.{field.name} arrived in another size", got=f"{len(part)} bytes",
@@ -99,7 +122,7 @@ class ShmCommunicator:
 
     def close(self) -> None:
         self._segment.close()
-        self._places, self._to, self._source = {}, None, None
+        self._places, self._lines, self._ended, self._to, self._source = {}, [], [], None, None
 
     def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         flat, step = x.view(-1), _PIECE // x.itemsize
@@ -131,11 +154,26 @@ class ShmCommunicator:
         return [place[:len(piece)] for place in places[self._count & 1]]
 
     def _publish(self) -> None:
-        """Show the others what this rank wrote; returns when all have done so."""
+        """Show the others what this rank wrote; returns when all have done so, in the same collective."""
+        turn, own = self._count & 1, self.fingerprint.pack()
+        self._lines[self.topology.rank][turn][:SEAL] = own
         self._count += 1
         self._segment.post(self._counter, self._count)
         for counter, rank in self._peers:
-            self._segment.wait(counter, self._count, rank)
+            self._segment.wait(counter, self._count, rank, waiting=self._still_in_step)
+            theirs = self._lines[rank][turn][:SEAL]
+            if theirs != own:
+                self.fingerprint.compare(theirs, f"rank {rank}")
+
+    def _still_in_step(self, rank: int) -> None:
+        """Raises StateError: the rank that is waited for has ended this step with fewer collectives."""
+        ended, own = self._ended[rank], self.fingerprint
+        if own.step and ended[0] == own.step:
+            self._segment.order()
+            if ended[1] < own.collectives:
+                raise StateError(f"rank {rank} ended step {own.step} while rank {self.topology.rank} is in one more "
+                                 "collective", got=f"{ended[1]} collectives", expected=f"{own.collectives}",
+                                 hint="which collectives a runner calls must not depend on the rank")
 
 
 def _add(shown: list[torch.Tensor], into: torch.Tensor) -> None:

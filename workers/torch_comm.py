@@ -9,6 +9,7 @@ import torch
 
 from hal.config import Topology
 from hal.errors import InputError
+from hal.fingerprint import Fingerprint
 from hal.guard import data_plane
 from hal.inputs import IntermediateTensors
 from workers.groups import lost
@@ -22,19 +23,29 @@ class TorchCommunicator:
     Args:
         tp_group: of this stage's ranks, by tp_rank; None when tp is 1. world_group: of all ranks; None when pp is 1.
         carrier: the device whose memory the world group sends: of another one the host relays.
+        check_group: gloo's, of this stage's ranks, which compare fingerprints over it before each collective and at the
+            end of a step; None does without. On the data plane's own group a check would meet another's collective.
 
     Raises (all methods):
         WorkerError: of rank -1, when another rank is gone.
+        StateError: another rank is at another place (see check_group).
     """
 
     def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any,
-                 carrier: torch.device) -> None:
-        self.topology, self.device = topology, device
-        self._tp, self._world, self._carrier = tp_group, world_group, carrier
+                 carrier: torch.device, check_group: Any = None) -> None:
+        self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
+        self._tp, self._world, self._carrier, self._checks = tp_group, world_group, carrier, check_group
+
+    def begin_step(self, step: int, digest: int) -> None:
+        self.fingerprint.begin(step, digest)
+
+    def end_step(self) -> None:
+        self._check()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         with data_plane("all_reduce"):
             if self.topology.tp > 1:
+                self._check("all_reduce", x)
                 x = x.contiguous()
                 self._run("all_reduce", lambda: [self._tp.allreduce([x])])
             return x
@@ -44,6 +55,7 @@ class TorchCommunicator:
             tp = self.topology.tp
             if tp == 1:
                 return x
+            self._check("all_gather", x)
             flat = x.new_empty(tp * x.numel())
             self._run("all_gather", lambda: [self._tp._allgather_base(flat, x.reshape(-1))])
             return torch.cat(flat.view(tp, *x.shape).unbind(), -1)
@@ -70,7 +82,20 @@ class TorchCommunicator:
             return kind(**{name: tensor.to(self.device) for name, tensor in found.items()})
 
     def close(self) -> None:
-        self._tp = self._world = None
+        self._tp = self._world = self._checks = None
+
+    def _check(self, kind: str = "", x: torch.Tensor | None = None) -> None:
+        """Count a collective, or the end of the step; where ranks check, find out whether all are at the same one."""
+        if x is not None:
+            self.fingerprint.count(kind, x.nbytes)
+        if self._checks is None:
+            return
+        own = torch.frombuffer(bytearray(self.fingerprint.pack()), dtype=torch.uint8)
+        found = own.new_empty(self.topology.tp * len(own))
+        self._run("check", lambda: [self._checks._allgather_base(found, own)])
+        first = self.topology.rank - self.topology.tp_rank
+        for i, theirs in enumerate(found.view(self.topology.tp, -1)):
+            self.fingerprint.compare(theirs.numpy(), f"rank {first + i}")
 
     def _run(self, what: str, launch: Any) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -135,15 +134,15 @@ class Worker(LocalOrDistributedWorkerBase):
         for link in self._links:
             link.close()
         self._links = []
-        self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker
+        self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker,
+        self.__dict__.pop("runner", None)  # and so does that of the weights
 
     def describe_step(self) -> str:
         text = f"step {self.steps}"
         if self.model_input is not None:
             try:
                 dims = ", ".join(f"{k}={v}" for k, v in self.model_input.dims.items() if v)
-                crc = zlib.crc32(self.model_input.encode().data)
-                text += f" ({type(self.model_input).__name__} of {dims}; crc {crc:08x})"
+                text += f" ({type(self.model_input).__name__} of {dims}; crc {self.model_input.checksum():08x})"
             except Exception as error:  # a description must not hide what is described
                 text += f" (its input cannot be described: {error})"
         return text + (self.flight.note if self.flight is not None else "")

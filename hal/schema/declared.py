@@ -60,6 +60,10 @@ class Declared:
         packed = packed_source(self) or type(self).schema.pack(self)
         return packed.wire
 
+    def checksum(self) -> int:
+        """CRC-32 of what travels: equal instances have equal ones. The shapes must be valid."""
+        return (packed_source(self) or type(self).schema.pack(self)).checksum()
+
     @property
     def dims(self) -> dict[str, int]:
         """The size of each symbol; the shapes must be valid."""

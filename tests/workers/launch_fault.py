@@ -11,9 +11,10 @@ import worker_cases
 
 from hal.errors import HalError
 
-folder, rank, different = Path(sys.argv[1]), os.environ["RANK"], sys.argv[2:] == ["differ"]
-prompts = [[1, 2, 3], [4] * (5 if different and rank == "1" else 6)]
+folder, rank, fault = Path(sys.argv[1]), os.environ["RANK"], sys.argv[2]
+prompts = [[1, 2, 3], [4] * (5 if "differ" in fault and rank == "1" else 6)]
 try:
-    worker_cases.Driver(worker_cases.executor(device="worker_cases:faulty", tp=2, wire="none"), prompts).run(6)
+    worker_cases.Driver(worker_cases.executor(device="worker_cases:faulty", tp=2, wire="none",
+                                              control_plane="gloo" if "gloo" in fault else "auto"), prompts).run(6)
 except HalError as error:
     (folder / rank).write_text(f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from worker_cases import MODEL, engine
 
 from hal.communicator import Communicator
 from hal.config import Topology, WorkerConfig
-from hal.errors import GuardError, InputError, WireError, WorkerError
+from hal.errors import GuardError, InputError, StateError, WireError, WorkerError
 from hal.guard import Phase, phase
 from hal.inputs import IntermediateTensors
 from hal.schema import Array
@@ -42,7 +42,8 @@ def make(kind: str, topology: Topology, store: Any) -> Communicator:
         return ShmCommunicator(topology, CPU, store)
     tp = topology.tp > 1 and make_group("gloo", store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
     world = topology.pp > 1 and make_group("gloo", store, "world", topology.rank, topology.world_size)
-    return TorchCommunicator(topology, CPU, tp or None, world or None, CPU)
+    checks = topology.tp > 1 and make_group("gloo", store, f"check{topology.pp_rank}", topology.tp_rank, topology.tp)
+    return TorchCommunicator(topology, CPU, tp or None, world or None, CPU, checks or None)
 
 
 def on(kind: str, tp: int, pp: int, call: Any) -> list[Any]:
@@ -160,6 +161,46 @@ class TestEveryCommunicator:
 
         on(kind, 1, 2, call)
 
+    @pytest.mark.parametrize(("calls", "field"), [
+        (lambda c, r: (c.begin_step(3 + r, 5), c.all_reduce(torch.ones(2))), "step"),
+        (lambda c, r: (c.begin_step(3, 5 + r), c.all_gather(torch.ones(2))), "input digest"),
+        (lambda c, r: (c.begin_step(3, 5), (c.all_gather if r else c.all_reduce)(torch.ones(2))), "operation"),
+        (lambda c, r: (c.begin_step(3, 5), c.all_reduce(torch.ones(2 + r))), "bytes"),
+        (lambda c, r: (c.begin_step(3, 5), c.all_reduce(torch.ones(400_000 * (1 + r)))), "bytes")])
+    def test_ranks_that_went_different_ways_are_named_before_they_hang(self, kind: str, calls: Any, field: str) -> None:
+        def call(communicator: Communicator) -> None:
+            rank = communicator.topology.rank
+            for step in (1, 2):  # in these they agree
+                communicator.begin_step(step, 99)
+                for _ in range(3):
+                    communicator.all_reduce(torch.ones(5))
+                communicator.end_step()
+            with pytest.raises(StateError, match=f"rank {1 - rank} .*differ in {field}"):
+                calls(communicator, rank)
+
+        on(kind, 2, 1, call)
+
+    def test_a_rank_with_fewer_collectives_is_named(self, kind: str) -> None:
+        """It waits for the next step, which the other would never reach."""
+        def call(communicator: Communicator) -> None:
+            rank = communicator.topology.rank
+            communicator.begin_step(1, 9)
+            for _ in range(2):
+                communicator.all_reduce(torch.ones(5))
+            start = time.monotonic()
+            if rank == 0:
+                with pytest.raises(StateError, match="rank 1 .*collectives?") as error:
+                    communicator.all_reduce(torch.ones(5))
+                assert "2" in error.value.got and "3" in error.value.expected
+                assert time.monotonic() - start < 1
+            elif kind == "shm":
+                communicator.end_step()
+            else:
+                with pytest.raises(StateError, match="differ in number of collectives"):
+                    communicator.end_step()
+
+        on(kind, 2, 1, call)
+
     def test_prepare_has_no_data_plane(self, kind: str) -> None:
         def call(communicator: Communicator) -> None:
             with phase(Phase.PREPARE), pytest.raises(GuardError, match="prepare"):
@@ -200,6 +241,18 @@ def test_another_size_than_declared_is_a_named_error() -> None:
             with pytest.raises(WireError, match=r"Other\.hidden arrived in another size") as error:
                 communicator.recv(Other, {"num_tokens": 4})
             assert "384 bytes" in error.value.got and "320 bytes" in error.value.expected
+
+    on("shm", 1, 2, call)
+
+
+def test_stages_in_different_steps_are_named() -> None:
+    def call(communicator: Communicator) -> None:
+        communicator.begin_step(4 + communicator.topology.rank, 1)
+        if communicator.topology.is_first_stage:
+            communicator.send(stage(4, 0))
+        else:
+            with pytest.raises(StateError, match="rank 0 .*differ in step"):
+                communicator.recv(Stage, {"num_tokens": 4})
 
     on("shm", 1, 2, call)
 

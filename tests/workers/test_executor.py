@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import os
+import re
 import pickle
 import shutil
 import signal
@@ -246,6 +247,23 @@ def test_failure_in_prepare_is_named(monkeypatch: pytest.MonkeyPatch, options: d
     error, seconds = step_error(failing(monkeypatch, f"{fault} {rank} 3", **options))
     assert (error.rank, error.cause) == (rank, cause) and text in str(error) and "step 3" in str(error)
     assert seconds < 1
+
+
+@pytest.mark.parametrize(("fault", "text", "options"), [
+    ("prepare-differ 1 3", "differ in input digest", {"tp": 2, "wire": "request"}),
+    ("prepare-differ 1 3", "differ in input digest", {"pp": 2, "wire": "request"}),
+    ("prepare-differ 1 3", "differ in input digest", {"pp": 2, "wire": "request", "control_plane": "gloo"}),
+    ("execute-more 1 3", "differ in (bytes|number)", {"tp": 2}),
+    ("execute-more 0 3", "differ in (bytes|number)", {"tp": 2, "control_plane": "gloo"}),
+    ("execute-last 0 3", "rank 1 .*collective", {"tp": 2}),
+    ("execute-last 1 3", "rank 0 .*(collective|step)", {"tp": 2}),
+    ("execute-last 0 3", "rank 1 .*collective", {"tp": 2, "control_plane": "gloo"})], ids=str)
+def test_ranks_that_go_different_ways_are_named(monkeypatch: pytest.MonkeyPatch, fault: str, text: str,
+                                                options: dict[str, Any]) -> None:
+    """With an input of its own, or a collective that the others do not call: it would hang, or give a wrong token."""
+    error, seconds = step_error(failing(monkeypatch, fault, **options))
+    assert error.cause == "StateError" and re.search(text, str(error)), str(error)
+    assert re.search("step [34]", str(error)) and seconds < 1
 
 
 @on_each_torch

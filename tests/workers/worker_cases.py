@@ -165,6 +165,10 @@ class FaultyRunner(NullRunner):
                 made = super().prepare_model_input(request)
                 made.slot_mapping = made.slot_mapping[:-1]
                 return made
+            case "differ":
+                made = super().prepare_model_input(request)
+                made.input_ids = (made.input_ids + 1) % 97
+                return made
         return super().prepare_model_input(request)
 
     def execute_model(self, *args: Any) -> Any:
@@ -175,6 +179,12 @@ class FaultyRunner(NullRunner):
             case "nothing":
                 super().execute_model(*args)
                 return 3
+            case "more":
+                self.communicator.all_reduce(torch.ones(1))
+            case "last":
+                output = super().execute_model(*args)
+                self.communicator.all_reduce(torch.ones(1))
+                return output
         return super().execute_model(*args)
 
 

@@ -1,0 +1,68 @@
+"""What ranks compare while a step runs: its number, what it computes on, and how far each has come. Ranks that went
+different ways would otherwise wait for each other in different collectives, or give a wrong token."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hal.errors import StateError
+from hal.schema.packed import Buffer
+
+KINDS = "nothing yet", "all_reduce", "all_gather"
+STEP = "step", "input digest"  # what all ranks have in common; the rest, those of a pipeline stage
+FIELDS = *STEP, "number of collectives", "operation", "bytes"
+_FORM = struct.Struct(f"<{len(FIELDS)}q")
+SEAL = _FORM.size
+_HINT = ("what ranks prepare and compute may depend on their shard alone; with wire='none' all must be given the same "
+         "requests, in the same order")
+
+
+@dataclass(slots=True)
+class Fingerprint:
+    """Attributes:
+        step: number of the step that runs, from 1; 0 before the first. digest: checksum of its ModelInput.
+        collectives: begun in it. kind, nbytes: the last one's, as an index of KINDS, and its tensor's size here.
+    """
+
+    step: int = 0
+    digest: int = 0
+    collectives: int = 0
+    kind: int = 0
+    nbytes: int = 0
+
+    def begin(self, step: int, digest: int) -> None:
+        self.step, self.digest, self.collectives, self.kind, self.nbytes = step, digest, 0, 0, 0
+
+    def count(self, kind: str, nbytes: int) -> None:
+        self.collectives, self.kind, self.nbytes = self.collectives + 1, KINDS.index(kind), nbytes
+
+    def pack(self) -> bytes:
+        """SEAL bytes."""
+        return _FORM.pack(self.step, self.digest, self.collectives, self.kind, self.nbytes)
+
+    def compare(self, theirs: Any, peer: str, fields: tuple[str, ...] = FIELDS) -> None:
+        """Args: theirs: packed by `peer`, in any buffer. Raises StateError: names the first field that differs."""
+        for field, own, other in zip(FIELDS, _FORM.unpack(self.pack()), _FORM.unpack(theirs), strict=True):
+            if own != other and field in fields:
+                raise StateError(f"{peer} went another way than this one: they differ in {field}",
+                                 got=self._shown(field, other), expected=self._shown(field, own), hint=_HINT)
+
+    def _shown(self, field: str, value: int) -> str:
+        text = {"operation": dict(enumerate(KINDS)).get(value, "unknown"), "input digest": f"{value:08x}"}.get(field)
+        return f"{text or value} (in step {self.step})"
+
+    def seal(self, message: Buffer) -> Buffer:
+        """The message with this behind it, where its decoder does not read."""
+        return np.concatenate([message, np.frombuffer(self.pack(), np.uint8)])
+
+    def open(self, sealed: Buffer, peer: str) -> Buffer:
+        """The message that `peer` sealed in the same step. Raises StateError."""
+        self.compare(sealed[-SEAL:], peer, STEP)
+        return sealed[:-SEAL]
+
+    def copy(self) -> Fingerprint:
+        return replace(self)
