@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from operator import is_
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from hal.errors import InputError
-from hal.schema.layout import bfloat16_bits
+from hal.schema.layout import HEAD_SIZE, bfloat16_bits
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +46,22 @@ class Packed(Generic[T]):
     def dims(self) -> dict[str, int]:
         return dict(zip(self.schema.symbols, self.sizes, strict=True))
 
-    def to(self, device: torch.device | str | None = None) -> T:
+    def checksum(self) -> int:
+        """CRC-32 of what travels, but for the gaps between the fields, which hold anything."""
+        schema = self.schema
+        crc = zlib.crc32(self.buffer[:HEAD_SIZE + schema.head.size].data)
+        for field in schema.replicated:
+            array = self.arrays.get(field.name)
+            if array is not None:
+                crc = zlib.crc32(array.data, crc)
+        for field in schema.texts:
+            crc = zlib.crc32(repr(self.values[field.name]).encode(), crc)
+        return crc
+
+    def to(self, device: torch.device | str | None = None, non_blocking: bool = False) -> T:
         """The typed instance. On the host its tensors are views of the buffer; for another device the whole buffer is
-        moved by one copy and the tensors are views of that."""
+        moved by one copy and the tensors are views of that. With `non_blocking` the device may copy later: until it has
+        done so, nobody writes the buffer."""
         schema = self.schema
         if schema.kind == "ndarray":
             return self.bind(self.arrays)
@@ -56,7 +70,7 @@ class Packed(Generic[T]):
         if device is None or torch.device(device).type == "cpu":
             return self.bind({name: as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
                               for name, array in self.arrays.items()})
-        return self.bind(self._stage(device))
+        return self.bind(self._stage(device, non_blocking))
 
     def bind(self, arrays: Mapping[str, Any]) -> T:
         """The typed instance over arrays that hold what `self.arrays` holds, wherever they are."""
@@ -69,11 +83,11 @@ class Packed(Generic[T]):
         instance.__dict__["_packed"] = self, tuple(state.values())
         return instance
 
-    def _stage(self, device: Any) -> dict[str, Any]:
+    def _stage(self, device: Any, non_blocking: bool) -> dict[str, Any]:
         import torch
 
         base = self.buffer.__array_interface__["data"][0]
-        staged = torch.from_numpy(self.buffer).to(device)
+        staged = torch.from_numpy(self.buffer).to(device, non_blocking=non_blocking)
         found = {}
         for name, array in self.arrays.items():
             at = array.__array_interface__["data"][0] - base
@@ -130,6 +144,14 @@ def host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
     tensor = tensor.cpu()
     bits: np.ndarray[Any, Any] = (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
     return bits
+
+
+def on_host(instance: Declared, name: str) -> np.ndarray[Any, Any]:
+    """The values of an array field, as host_view gives them. Of an instance that was moved to a device they are those
+    that were moved, so that nobody waits for the device."""
+    packed = None if instance[name].is_cpu else packed_source(instance)
+    field = type(instance).schema.by_name[name]
+    return host_view(instance[name], field.array.dtype) if packed is None else packed.arrays[name]  # type: ignore[union-attr]
 
 
 def packed_source(instance: Declared) -> Packed[Any] | None:

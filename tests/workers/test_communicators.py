@@ -189,7 +189,7 @@ class TestEveryCommunicator:
                 communicator.all_reduce(torch.ones(5))
             start = time.monotonic()
             if rank == 0:
-                with pytest.raises(StateError, match="rank 1 .*collectives?") as error:
+                with pytest.raises(StateError, match=r"rank 1 .*collectives?") as error:
                     communicator.all_reduce(torch.ones(5))
                 assert "2" in error.value.got and "3" in error.value.expected
                 assert time.monotonic() - start < 1
@@ -251,7 +251,7 @@ def test_stages_in_different_steps_are_named() -> None:
         if communicator.topology.is_first_stage:
             communicator.send(stage(4, 0))
         else:
-            with pytest.raises(StateError, match="rank 0 .*differ in step"):
+            with pytest.raises(StateError, match=r"rank 0 .*differ in step"):
                 communicator.recv(Stage, {"num_tokens": 4})
 
     on("shm", 1, 2, call)

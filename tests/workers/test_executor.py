@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import gc
 import os
-import re
 import pickle
+import re
 import shutil
 import signal
 import subprocess
