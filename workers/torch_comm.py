@@ -9,7 +9,7 @@ import torch
 
 from hal.config import Topology
 from hal.errors import InputError
-from hal.fingerprint import Fingerprint
+from hal.fingerprint import STEP, Fingerprint
 from hal.guard import data_plane
 from hal.inputs import IntermediateTensors
 from workers.groups import lost
@@ -25,6 +25,7 @@ class TorchCommunicator:
         carrier: the device whose memory the world group sends: of another one the host relays.
         check_group: gloo's, of this stage's ranks, which compare fingerprints over it before each collective and at the
             end of a step; None does without. On the data plane's own group a check would meet another's collective.
+        strict: stages compare theirs too. Gloo ends a process that is sent another size than it expects.
 
     Raises (all methods):
         WorkerError: of rank -1, when another rank is gone.
@@ -32,9 +33,10 @@ class TorchCommunicator:
     """
 
     def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any,
-                 carrier: torch.device, check_group: Any = None) -> None:
+                 carrier: torch.device, check_group: Any = None, strict: bool = False) -> None:
         self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
-        self._tp, self._world, self._carrier, self._checks = tp_group, world_group, carrier, check_group
+        self._tp, self._world, self._carrier = tp_group, world_group, carrier
+        self._checks, self._strict = check_group, strict
 
     def begin_step(self, step: int, digest: int) -> None:
         self.fingerprint.begin(step, digest)
@@ -68,18 +70,26 @@ class TorchCommunicator:
                 if tensor is None:
                     raise InputError(f"{type(tensors).__name__}.{name} is missing", fields=(name,),
                                      expected="all tensors, since the next stage waits for each")
-            self._run("send", lambda: [self._world.send([t.to(self._carrier)], to, 0) for t in found.values()])
+            sent = [*([self._seal()] if self._strict else []), *found.values()]
+            self._run("send", lambda: [self._world.send([t.to(self._carrier)], to, 0) for t in sent])
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
         with data_plane("recv"):
+            source = self.topology.rank - self.topology.tp
+            if self._strict:
+                theirs = torch.empty_like(self._seal(), device=self._carrier)
+                self._run("recv", lambda: [self._world.recv([theirs], source, 0)])
+                self.fingerprint.compare(theirs.cpu().numpy(), f"rank {source}", STEP)
             found: dict[str, torch.Tensor] = {}
             for field in kind.schema.fields:
                 assert field.array is not None  # `declare` takes arrays only
                 shape = tuple(d.size(dims) for d in field.array.dims)
                 found[field.name] = torch.empty(shape, dtype=getattr(torch, field.array.dtype), device=self._carrier)
-            source = self.topology.rank - self.topology.tp
             self._run("recv", lambda: [self._world.recv([t], source, 0) for t in found.values()])
             return kind(**{name: tensor.to(self.device) for name, tensor in found.items()})
+
+    def _seal(self) -> torch.Tensor:
+        return torch.frombuffer(bytearray(self.fingerprint.pack()), dtype=torch.uint8)
 
     def close(self) -> None:
         self._tp = self._world = self._checks = None
@@ -90,7 +100,7 @@ class TorchCommunicator:
             self.fingerprint.count(kind, x.nbytes)
         if self._checks is None:
             return
-        own = torch.frombuffer(bytearray(self.fingerprint.pack()), dtype=torch.uint8)
+        own = self._seal()
         found = own.new_empty(self.topology.tp * len(own))
         self._run("check", lambda: [self._checks._allgather_base(found, own)])
         first = self.topology.rank - self.topology.tp_rank

@@ -30,7 +30,7 @@ def make_plan(config: WorkerConfig) -> ShapePlan:
     engine = config.engine
     blocks = -(-config.max_model_len // engine.block_size)
     tokens, seqs = engine.max_num_batched_tokens, min(engine.max_num_seqs, engine.max_num_batched_tokens)
-    layers = len(config.topology.layers(config.model.num_layers))
+    layers = -(-config.model.num_layers // engine.pp)  # of the largest stage: a plan of its own would part the ranks
     return finest((ShapePlan({
         "decode": {"num_seqs": _rungs(seqs, a, 1), "max_blocks": _rungs(blocks, b, _BLOCKS)},
         "mixed": {"num_tokens": _rungs(tokens, c, _TOKENS), "num_seqs": _rungs(seqs, d, _SEQS),

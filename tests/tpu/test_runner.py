@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,19 @@ def test_attention_is_what_the_tpu_kernel_computes(window: int | None) -> None:
     expected = lowering.ragged_attention(q, step.caches[0][0], m.seq_lens, m.block_tables, m.query_start_loc, 0.25,
                                          window, kernel=False).cpu()
     torch.testing.assert_close(got, expected.reshape(got.shape), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [2.0, 5.0, 10.0, 30.0, 60.0, 120.0])
+def test_all_stages_have_one_plan(monkeypatch: pytest.MonkeyPatch, budget: float) -> None:
+    """Layers that do not divide: with a plan by its own number of them, each rank would pad a step to its own size."""
+    from runners.tpu.plan import make_plan
+
+    monkeypatch.setenv("HAL_COMPILE_BUDGET", str(budget))
+    engine = EngineConfig(pp=2)
+    for layers in (3, 5, 7):
+        model = dataclasses.replace(read_config(engine.model), num_layers=layers)
+        plans = [make_plan(WorkerConfig(engine, model, Topology(pp=2, rank=rank))) for rank in (0, 1)]
+        assert plans[0].buckets() == plans[1].buckets()
 
 
 def test_plan_limits_and_text() -> None:
