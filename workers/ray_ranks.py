@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 from hal.config import WorkerConfig
-from hal.errors import BackendError, CapacityError
+from hal.errors import CapacityError
 from workers.ranks import RankProcess, Ranks
+from workers.ray_cluster import join_cluster, runtime_env
 
 _PLACED = 60.0  # seconds that the cluster may take to find room
 _CARRIED = ("HAL_", "OMP_")  # environment variables that go from the driver to other hosts
@@ -98,16 +98,8 @@ class RayRanks(Ranks):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
-            import ray
-            import ray.util.scheduling_strategies
-        except ImportError as error:
-            raise BackendError("executor 'ray' needs Ray", got=str(error), expected="an installed ray",
-                               hint='pip install "hal-runtime[ray]"') from error
-        self._ray: Any = ray
+        self._ray = join_cluster("executor 'ray'")
         self._group: Any = None
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
 
     def host(self) -> str:
         address: str = self._ray.util.get_node_ip_address()
@@ -119,14 +111,13 @@ class RayRanks(Ranks):
         if not self._group.wait(_PLACED):
             raise CapacityError("the Ray cluster has no room for the ranks", got=str(ray.available_resources()),
                                 expected=f"{len(configs)} bundles of 1 {device}", hint="add nodes, or use fewer ranks")
-        path = os.pathsep.join(os.path.abspath(p) for p in sys.path if isinstance(p, str))
         carried = json.dumps({k: v for k, v in environment.items() if k.startswith(_CARRIED)})
         for i, config in enumerate(configs):
             place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, i)
             # Four threads: one waits in read() while the others send, hang up and ask.
             actor = ray.remote(Keeper).options(
                 **{f"num_{device.lower()}s": 1}, max_concurrency=4, max_restarts=0, scheduling_strategy=place,
-                runtime_env={"env_vars": {"PYTHONPATH": path}},
+                runtime_env=runtime_env(),
             ).remote(config.to_json(), worker, store, carried)
             self.processes.append(RayRank(ray, actor, config))
 
