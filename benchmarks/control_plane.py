@@ -64,7 +64,7 @@ def diff() -> ExecuteModelRequest:
 
 def ours(rank: int, world: int, store: Store) -> dict[str, Mechanism]:
     topology, model_input, request = Topology(tp=world, rank=rank), step(), diff()
-    shm, gloo = (make_plane(name, topology, store) for name in ("shm", "gloo"))
+    shm, gloo = (make_plane(name, topology, store, "gloo", CPU) for name in ("shm", "gloo"))
     decode = Decoder(PagedModelInput, CPU)
 
     def receive(plane: Any) -> object:

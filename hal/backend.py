@@ -51,7 +51,7 @@ class Backend(abc.ABC):
     name: str
     priority: int = 0  # "auto" takes the available backend with the highest
     capabilities: Capabilities
-    collectives: str = "gloo"  # torch.distributed backend of the default communicator
+    collectives: str = "gloo"  # torch.distributed backend of the default communicator: "gloo" or "nccl"
 
     @abc.abstractmethod
     def unavailable(self) -> str | None:

@@ -34,8 +34,8 @@ class EngineConfig:
         executor: who starts the other ranks: processes of this host, or a Ray cluster's nodes.
         wire: what crosses the control plane (see docs/architecture.md). With "none" nothing does: torchrun starts every
             rank, each runs this same program, and their schedulers decide alike.
-        control_plane: the mechanism; "auto" picks. With "gloo" ranks share no memory, and the CPU's data plane is gloo
-            too.
+        control_plane: the mechanism: "local", "shm", "gloo", "collectives" (the backend's) or "ray"; "auto" picks of
+            the first three. With "gloo" and "collectives" ranks share no memory: the CPU's data plane is gloo too.
         heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).

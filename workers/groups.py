@@ -18,7 +18,7 @@ from hal.errors import BackendError, WorkerError
 dist: Any = torch.distributed  # its stubs leave out what its documentation has
 Store = Any
 LOOPBACK = "127.0.0.1"
-_CONNECT = timedelta(seconds=60)
+CONNECT = timedelta(seconds=60)
 # Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
 _FOREVER = timedelta(days=3650)
 
@@ -27,7 +27,7 @@ def serve_store(world_size: int, host: str = LOOPBACK) -> tuple[Store, str]:
     """The meeting place, on a free port of this host's address `host`; and where that is, "host:port"."""
     listener = socket.create_server((host, 0))
     port: int = listener.getsockname()[1]
-    store = dist.TCPStore(host, port, world_size, True, timeout=_CONNECT, wait_for_workers=False,
+    store = dist.TCPStore(host, port, world_size, True, timeout=CONNECT, wait_for_workers=False,
                           master_listen_fd=listener.detach())
     return store, f"{host}:{port}"
 
@@ -36,7 +36,7 @@ def join_store(address: str, world_size: int) -> Store:
     """The store at "host:port". Raises WorkerError: nobody serves it."""
     host, _, port = address.rpartition(":")
     try:
-        return dist.TCPStore(host, int(port), world_size, False, timeout=_CONNECT, wait_for_workers=False)
+        return dist.TCPStore(host, int(port), world_size, False, timeout=CONNECT, wait_for_workers=False)
     except RuntimeError as error:
         raise lost("connecting", error) from error
 
@@ -54,8 +54,12 @@ def local_address(store: Store) -> str:
     return address
 
 
-def make_group(kind: str, store: Store, name: str, rank: int, size: int) -> Any:
+def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: bool = False) -> Any:
     """A backend object of torch.distributed ("gloo", "nccl") over ranks 0 to size - 1, which all call this.
+
+    Args:
+        small: of NCCL, a group for small messages, waited for as long as an engine is idle. Another's operations end
+            their process after ten minutes, which is PyTorch's default, and take more of the device.
 
     Raises:
         BackendError: this PyTorch has no such collectives.
@@ -66,13 +70,16 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int) -> Any:
         if kind == "gloo":
             gloo = dist.ProcessGroupGloo
             options = gloo._Options()
-            options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], _CONNECT
+            options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], CONNECT
             with _stdout_to_stderr():
                 group = gloo(prefixed, rank, size, options)
             group._set_default_timeout(_FOREVER)
             return group
         if kind == "nccl" and dist.is_nccl_available():
-            return dist.ProcessGroupNCCL(prefixed, rank, size, dist.ProcessGroupNCCL.Options())
+            options = dist.ProcessGroupNCCL.Options()
+            if small:
+                options._timeout, options.config.max_ctas = _FOREVER, 1
+            return dist.ProcessGroupNCCL(prefixed, rank, size, options)
     except RuntimeError as error:
         raise lost("connecting", error) from error
     raise BackendError("this PyTorch has no such collectives", got=kind, expected="gloo or nccl",

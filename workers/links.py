@@ -21,10 +21,10 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
     topology = config.topology
     if isinstance(store, str):
         store = join_store(store, topology.world_size)
-    plane = make_plane(config.engine.control_plane, topology, store)
+    plane = make_plane(config.engine.control_plane, topology, store, backend.collectives, device)
     if store is None:
         return plane, LocalCommunicator()
-    if device.type == "cpu" and config.engine.control_plane != "gloo":  # then nothing is shared
+    if device.type == "cpu" and config.engine.control_plane not in ("gloo", "collectives"):  # then nothing is shared
         try:
             return plane, ShmCommunicator(topology, device, store)
         except BackendError:  # on all ranks

@@ -137,7 +137,7 @@ class Ring:
 class ShmPlane(ControlPlane):
     """Raises BackendError on all ranks where they cannot share memory."""
 
-    def __init__(self, topology: Topology, store: Store) -> None:
+    def __init__(self, topology: Topology, store: Store, *_: object) -> None:
         size = sum(slots * slot_bytes for slots, slot_bytes in (_STEPS, _OUTPUTS))
         self._segment = Segment("control", topology.rank, topology.world_size, store, size)
         self._steps = Ring(self._segment, 0, range(1, topology.world_size), *_STEPS)

@@ -9,12 +9,19 @@ import torch
 
 from hal.config import Topology
 from workers.groups import join_store
+from workers.lifelines import Lifelines
 from workers.links import connect  # noqa: F401  # what a worker process imports
 from workers.planes import make_plane
 from workers.shm_comm import ShmCommunicator
 
 what, address = sys.argv[1], sys.argv[2]
-store, topology = join_store(address, 2), Topology(tp=2, rank=1)
-joined = ShmCommunicator(topology, torch.device("cpu"), store) if what == "data" else make_plane(what, topology, store)
+store, cpu = join_store(address, 2), torch.device("cpu")
+joined: object
+if what == "data":
+    joined = ShmCommunicator(Topology(tp=2, rank=1), cpu, store)
+elif what == "lifelines":
+    joined = Lifelines(Topology(tp=2, rank=1), store)
+else:
+    joined = make_plane(what, Topology(pp=2, rank=1), store, "gloo", cpu)
 print("joined", flush=True)
 time.sleep(60)

@@ -16,8 +16,10 @@ from hal import errors
 from hal.config import Topology
 from hal.errors import BackendError, CapacityError, ConfigError, GuardError, HalError, StateError, WorkerError
 from hal.schema import Array, Declared
+from workers.channel import Channel
+from workers.collective_plane import CPU
 from workers.groups import lost, make_group
-from workers.planes import Channel, make_plane
+from workers.planes import make_plane
 from workers.reports import Failure
 from workers.wire import Decoder
 
@@ -90,12 +92,12 @@ def test_finding_others_gone_is_no_cause_even_when_wrapped() -> None:
 
 
 def test_plane_is_chosen_by_name() -> None:
-    assert type(make_plane("auto", Topology(), None)).__name__ == "LocalPlane"
+    assert type(make_plane("auto", Topology(), None, "gloo", CPU)).__name__ == "LocalPlane"
     with pytest.raises(ConfigError, match="unknown control_plane") as error:
-        make_plane("pigeon", Topology(), None)
+        make_plane("pigeon", Topology(), None, "gloo", CPU)
     assert "gloo" in error.value.expected
     with pytest.raises(ConfigError, match="one rank only"):
-        make_plane("local", Topology(tp=2), None)
+        make_plane("local", Topology(tp=2), None, "gloo", CPU)
     with pytest.raises(BackendError, match="no such collectives"):
         make_group("pigeon", torch.distributed.HashStore(), "x", 0, 1)
 

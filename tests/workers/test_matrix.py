@@ -3,34 +3,17 @@ fails where torchrun starts the ranks."""
 
 from __future__ import annotations
 
-import functools
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from launch_case import PROBLEMS, generate
+from launch_case import alone, generate, generated_by_launched, launch
 
 from hal.engine.llm import LLM
 from hal.errors import ConfigError
 
 TOPOLOGIES = [(2, 1), (1, 2), (2, 2)]
-PLANES = ["shm", "gloo"]
-
-
-@functools.cache
-def alone() -> dict[str, Any]:
-    found = generate()
-    assert found["right"] >= 0.99 * len(PROBLEMS)
-    return found
-
-
-def launch(world: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(script), *arguments]
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
+PLANES = ["shm", "gloo", "collectives"]  # and "ray": test_ray.py
 
 
 @pytest.mark.parametrize("wire", ["model-input", "request", "none"])
@@ -47,14 +30,10 @@ def test_ranks_that_the_driver_starts(tp: int, pp: int, wire: str, plane: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize(("tp", "pp"), TOPOLOGIES)
+@pytest.mark.parametrize(("tp", "pp", "plane"), [
+    *((tp, pp, plane) for tp, pp in TOPOLOGIES for plane in ("shm", "gloo")), (2, 2, "collectives")])
 def test_ranks_that_torchrun_starts(tp: int, pp: int, plane: str, tmp_path: Path) -> None:
-    options = {"tp": tp, "pp": pp, "wire": "none", "control_plane": plane}
-    done = launch(tp * pp, Path(__file__).with_name("launch_case.py"), json.dumps(options), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    for rank in range(tp * pp):
-        assert json.loads((tmp_path / str(rank)).read_text()) == alone()
+    assert generated_by_launched(tmp_path, tp=tp, pp=pp, control_plane=plane) == [alone()] * (tp * pp)
 
 
 @pytest.mark.parametrize(("fault", "expected"), [

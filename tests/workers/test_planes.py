@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import nccl_stand_in
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,12 +25,13 @@ from hal.control import ControlPlane
 from hal.errors import BackendError, GuardError, WireError, WorkerError
 from hal.guard import Phase, phase
 from workers import shm
+from workers.collective_plane import CPU, GlooPlane
 from workers.groups import serve_store
-from workers.planes import GlooPlane, LocalPlane, make_plane
+from workers.planes import LocalPlane, make_plane
 from workers.shm import Segment
 from workers.shm_plane import Ring, ShmPlane
 
-PLANES = ("gloo", "shm")
+PLANES = ("gloo", "shm", "collectives", "nccl", pytest.param("ray", marks=pytest.mark.slow))
 DYING = Path(__file__).with_name("dying_rank.py")
 
 
@@ -42,20 +44,44 @@ def same(received: list[np.ndarray], sent: list[np.ndarray]) -> bool:
     return [r.tobytes() for r in received] == [s.tobytes() for s in sent]
 
 
+def make(name: str, topology: Topology, store: Any) -> ControlPlane:
+    """"nccl" is the plane "collectives" where these are NCCL's."""
+    if name == "nccl":
+        return make_plane("collectives", topology, store, "nccl", CPU)
+    return make_plane(name, topology, store, "gloo", CPU)
+
+
 @contextlib.contextmanager
 def joined(name: str, topology: Topology) -> Iterator[list[ControlPlane]]:
-    made = on_ranks(topology.world_size, lambda rank, store: make_plane(
+    made = on_ranks(topology.world_size, lambda rank, store: make(
         name, Topology(topology.tp, topology.pp, rank), store))
     try:
         yield made
     finally:
-        for plane in made:
+        for plane in reversed(made):
             plane.close()
             plane.close()
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
     return on_ranks(len(calls), lambda rank, _: calls[rank]())
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _what_a_plane_needs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else ""
+    if name == "ray":
+        request.getfixturevalue("ray")
+    elif name == "nccl":
+        nccl_stand_in.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +148,7 @@ class TestEveryPlane:
 
     def test_a_closed_plane_says_so(self, name: str) -> None:
         with joined(name, Topology(tp=2)) as made:
-            for plane in made:
+            for plane in reversed(made):
                 plane.close()
             for call in (lambda: made[0].broadcast(data(3)), made[1].receive, made[0].receive_output):
                 with pytest.raises(WorkerError, match="closed") as error:
@@ -131,17 +157,21 @@ class TestEveryPlane:
 
     def test_a_killed_peer_frees_who_waits_for_it(self, name: str) -> None:
         store, address = serve_store(2)
-        with subprocess.Popen([sys.executable, str(DYING), name, address], stdout=subprocess.PIPE) as other:
-            plane = make_plane(name, Topology(pp=2), store)
+        # NCCL's stand-in joins threads: its other rank is a process that has the lifeline alone.
+        topology, kind = (Topology(tp=2), "lifelines") if name == "nccl" else (Topology(pp=2), name)
+        with subprocess.Popen([sys.executable, str(DYING), kind, address], stdout=subprocess.PIPE) as other:
+            plane = make(name, topology, store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"
             killed: list[float] = []
             threading.Timer(0.3, lambda: (other.kill(), killed.append(time.monotonic()))).start()
+            if name != "nccl":
+                with pytest.raises(WorkerError) as error:
+                    plane.receive_output()
+                assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < 2
             with pytest.raises(WorkerError) as error:
-                plane.receive_output()
-            assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < 2
-            with pytest.raises(WorkerError):
                 for _ in range(100):
                     plane.broadcast(data(10_000))
+            assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < 2
             plane.close()
 
     def test_phases_that_forbid_communication_refuse_it(self, name: str, guarded: None) -> None:
@@ -167,7 +197,7 @@ def guarded() -> Iterator[None]:
 
 
 def test_local_plane_has_nobody_to_tell() -> None:
-    plane = make_plane("auto", Topology(), None)
+    plane = make("auto", Topology(), None)
     assert isinstance(plane, LocalPlane) and plane.receive() == []
     plane.broadcast(data(3))
     plane.close()
@@ -188,11 +218,33 @@ def test_auto_is_shared_memory_or_else_gloo_on_every_rank(monkeypatch: pytest.Mo
         assert [type(plane) for plane in made] == [GlooPlane] * 2
         together(lambda: made[0].broadcast(data(3)), lambda: made[1].receive())
     with pytest.raises(BackendError, match="cannot share memory") as error:
-        on_ranks(2, lambda rank, store: make_plane("shm", Topology(tp=2, rank=rank), store))
+        on_ranks(2, lambda rank, store: make("shm", Topology(tp=2, rank=rank), store))
     assert "rank 1: another host's" in error.value.got
     monkeypatch.setattr(shm, "_FUTEX", None)
     with joined("auto", Topology(tp=2)) as made:
         assert [type(plane) for plane in made] == [GlooPlane] * 2
+
+
+def test_the_driver_of_nccl_ends_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory may hold what they are receiving."""
+    nccl_stand_in.install(monkeypatch)
+    with joined("nccl", Topology(tp=3)) as made:
+        ended: list[int] = []
+
+        def close(rank: int) -> None:
+            time.sleep(0.05 * rank)
+            made[rank].close()
+            ended.append(rank)
+
+        together(*(lambda rank=rank: close(rank) for rank in range(3)))
+    assert ended == [1, 2, 0]
+
+
+def test_kernels_that_wait_are_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    nccl_stand_in.install(monkeypatch)
+    with joined("nccl", Topology(pp=2)) as made:
+        groups = [group for plane in made for group in (plane._all, plane._pair)]
+    assert [group.aborted for group in groups] == [True] * 4
 
 
 def segments(world: int, size: int = 1 << 16) -> list[Segment]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import builtins
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launch_case import alone, generate, generated_by_launched
+from rank_threads import on_ranks
 from worker_cases import Driver, executor
 
+from hal.config import Topology
 from hal.errors import BackendError, CapacityError, WorkerError
+from workers.collective_plane import CPU
+from workers.planes import make_plane
 from workers.ray_ranks import RayRanks
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]
@@ -67,6 +74,45 @@ def test_bundled_model_is_right_on_two_nodes(ray: Any, plane: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp", "wire"), [(2, 1, "model-input"), (2, 2, "request")])
+def test_steps_through_ray_give_the_tokens_of_one_process(ray: Any, tp: int, pp: int, wire: str) -> None:
+    assert generate(tp=tp, pp=pp, wire=wire, executor="ray", control_plane="ray") == alone()
+
+
+@pytest.mark.slow
+def test_steps_through_ray_of_ranks_that_torchrun_starts(ray: Any, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    assert generated_by_launched(tmp_path, tp=2, pp=1, control_plane="ray") == [alone()] * 2
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_in_time_though_the_driver_waits_for_its_output(ray: Any) -> None:
+    made = executor(pp=2, executor="ray", control_plane="ray")
+    driver, found = Driver(made, PROMPTS), pids(made, ray)
+    driver.run(2)
+    start = time.monotonic()
+    os.kill(found[1], signal.SIGKILL)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        while time.monotonic() < start + 10:
+            driver.run(1)
+    assert time.monotonic() - start < 2
+    made.shutdown()
+
+
+@pytest.mark.slow
+def test_ray_outlives_the_thread_that_started_it() -> None:
+    """The system ends what a thread started when that thread ends: the driver connects in one of its own."""
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    script = ("import threading, time; from workers.ray_cluster import join_cluster\n"
+              "t = threading.Thread(target=join_cluster, args=('this test',)); t.start(); t.join(); time.sleep(0.5)\n"
+              "import ray; print(sum(node['Alive'] for node in ray.nodes()), ray.get(ray.put(7)))\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False,
+                          env={**os.environ, "RAY_ADDRESS": "local"})  # not that of another test
+    assert done.stdout == "1 7\n", done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1], ids=["actor", "process"])
 def test_killed_actor_is_named(ray: Any, victim: int) -> None:
     made = executor(tp=3, executor="ray")
@@ -101,3 +147,11 @@ def test_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BackendError, match=r"hal-runtime\[ray\]"):
         RayRanks()
+
+    def plane(rank: int, store: Any) -> str:
+        with pytest.raises(BackendError) as error:
+            make_plane("ray", Topology(tp=2, rank=rank), store, "gloo", CPU)
+        return str(error.value)
+
+    first, second = on_ranks(2, plane)
+    assert "hal-runtime[ray]" in first and "the driver could not" in second  # which need not wait for it
