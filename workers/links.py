@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from hal.backend import Backend
@@ -29,11 +31,14 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
             return plane, ShmCommunicator(topology, device, store)
         except BackendError:  # on all ranks
             pass
-    tp_group = world_group = None
+    tp_group = world_group = check_group = None
+    strict = os.environ.get("HAL_STRICT") == "1"
     if topology.tp > 1:
+        if strict:
+            check_group = make_group("gloo", store, f"check{topology.pp_rank}", topology.tp_rank, topology.tp)
         tp_group = make_group(backend.collectives, store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
     if topology.pp > 1:
         world_group = make_group(backend.collectives, store, "world", topology.rank, topology.world_size)
     # Gloo reduces tensors of a GPU, but sends the host's memory alone: given another's, it ends the process.
     carrier = device if backend.collectives == "nccl" else torch.device("cpu")
-    return plane, TorchCommunicator(topology, device, tp_group, world_group, carrier)
+    return plane, TorchCommunicator(topology, device, tp_group, world_group, carrier, check_group, strict)

@@ -40,10 +40,12 @@ def test_ranks_that_torchrun_starts(tp: int, pp: int, plane: str, tmp_path: Path
     ("execute-bug 1 3", "WorkerError: rank 1 failed in step 3 .*'execute-bug'"),
     ("load-capacity 1 0", "CapacityError: (rank 1: )?weights do not fit"),
     ("warmup-bug 1 0", "WorkerError: rank 1 failed while it started: 'warmup-bug'"),
-    ("differ", "WorkerError: rank 1 failed in step 1 .*went different ways")])
+    ("differ", "WorkerError: rank [01] failed in step 1 .*differ in input digest"),
+    ("differ over gloo", "WorkerError: rank 1 failed in step 1 .*went different ways")])
 def test_a_rank_that_fails_is_named_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str,
                                            expected: str) -> None:
-    monkeypatch.setenv("TEST_FAULT", fault if " " in fault else "none 0 0")
+    monkeypatch.setenv("TEST_FAULT", "none 0 0" if "differ" in fault else fault)
+    monkeypatch.setenv("HAL_STRICT", str(int("gloo" not in fault)))  # else found out sooner
     launch(2, Path(__file__).with_name("launch_fault.py"), str(tmp_path), fault)
     for rank in range(2):
         assert re.match(expected, (tmp_path / str(rank)).read_text()), (rank, (tmp_path / str(rank)).read_text())
