@@ -20,7 +20,7 @@ _MAX_PARTS = 6
 _SLOT = struct.Struct(f"<4sIIHH{_MAX_PARTS}Q")  # magic, crc32 of the rest, slot's count, piece, parts, bytes of each
 _NONE = (0,) * _MAX_PARTS
 _CRC = struct.Struct("<I")
-_STEPS = 8, 1 << 20  # slots, and bytes of each: only what messages fill takes up memory
+_STEP = 1 << 20  # bytes of a slot: only what messages fill takes up memory
 _OUTPUTS = 32, 1 << 18  # far more than steps that a driver submits ahead
 _END_LIMIT = 5.0  # seconds that the last message waits for ranks that hang
 
@@ -138,9 +138,11 @@ class ShmPlane(ControlPlane):
     """Raises BackendError on all ranks where they cannot share memory."""
 
     def __init__(self, topology: Topology, store: Store, *_: object) -> None:
-        size = sum(slots * slot_bytes for slots, slot_bytes in (_STEPS, _OUTPUTS))
+        # As many slots as steps are in flight, and one: those that are used again soon are still in the caches.
+        steps = topology.pp + 2, _STEP
+        size = sum(slots * slot_bytes for slots, slot_bytes in (steps, _OUTPUTS))
         self._segment = Segment("control", topology.rank, topology.world_size, store, size)
-        self._steps = Ring(self._segment, 0, range(1, topology.world_size), *_STEPS)
+        self._steps = Ring(self._segment, 0, range(1, topology.world_size), *steps)
         # From the sampling rank: tp_rank 0 of the last stage.
         self._outputs = Ring(self._segment, (topology.pp - 1) * topology.tp, [0], *_OUTPUTS)
 
