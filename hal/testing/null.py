@@ -28,8 +28,8 @@ NullIntermediate = IntermediateTensors.declare("NullIntermediate", sums=Array("i
 
 
 class NullRunner(ModelRunnerBase[PagedModelInput]):
-    """Each layer adds, for every token, a number for each position of its context; tensor-parallel ranks share the
-    positions; the total says which token comes next."""
+    """Each layer keeps in a token's slot a number made of the token and its position, and adds up those of each token's
+    context; tensor-parallel ranks share the positions; the total says which token comes next."""
 
     input_type = PagedModelInput
     intermediate_type = NullIntermediate
@@ -47,15 +47,15 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         progress("loading nothing", 1, 1)
 
     def kv_bytes_per_block(self) -> int:
-        return len(self.layers) * 2 * self.config.engine.block_size * 8
+        return len(self.layers) * self.config.engine.block_size * 4
 
     def reserve_bytes(self) -> int:
-        """The largest step's gathered contexts: three int64 for each token and position of its context."""
-        return self.config.engine.max_num_batched_tokens * self.config.max_model_len * 24
+        """The largest step's gathered contexts: three int32 for each token and position of its context."""
+        return self.config.engine.max_num_batched_tokens * self.config.max_model_len * 12
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
-        shape = 2, num_blocks, self.config.engine.block_size  # a slot holds its token, and its position
-        return [torch.zeros(shape, dtype=torch.int64, device=self.device) for _ in self.layers]
+        shape = 1, num_blocks, self.config.engine.block_size
+        return [torch.zeros(shape, dtype=torch.int32, device=self.device) for _ in self.layers]
 
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         progress("warming up nothing", 1, 1)
@@ -80,16 +80,15 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
 
     def attend(self, cache: torch.Tensor, m: PagedModelInput, input_ids: torch.Tensor, layer: int) -> torch.Tensor:
         """Write the step's tokens to their slots, then read each token's context. [num_tokens] int64."""
-        slots = cache.view(2, -1)
-        slots[0, m.slot_mapping] = input_ids.long()
-        slots[1, m.slot_mapping] = m.positions.long()
+        mixed = (input_ids.long() + 7) * (m.positions.long() * 31 + layer + 11) % 65521
+        cache.view(-1)[m.slot_mapping] = mixed.int()
         tp, tp_rank = self.config.topology.tp, self.config.topology.tp_rank
-        queries = m.query_start_loc.diff()
-        sequences = torch.repeat_interleave(torch.arange(len(queries)), queries)
-        context = cache[:, m.block_tables].flatten(2)[:, :, tp_rank::tp]  # [2, num_seqs, share of the positions]
-        place = torch.arange(tp_rank, m.block_tables.shape[1] * m.block_size, tp)
-        mixed = (context[0] + 7) * (context[1] * 31 + layer + 11) % 65521
-        return (mixed[sequences] * (place <= m.positions[:, None])).sum(1)
+        context = cache[0, m.block_tables].flatten(1)[:, tp_rank::tp]  # [num_seqs, share of the positions]
+        if m.num_decode_seqs < len(context):
+            queries = m.query_start_loc.diff()
+            context = context[torch.repeat_interleave(torch.arange(len(queries)), queries)]
+        place = torch.arange(tp_rank, m.block_tables.shape[1] * m.block_size, tp, dtype=torch.int32)
+        return (context * (place <= m.positions[:, None])).sum(1)
 
     def sample(self, sums: torch.Tensor, m: PagedModelInput) -> SamplerOutput:
         """Through the real sampler, from logits that are highest for the token that the sum names."""
