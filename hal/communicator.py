@@ -16,7 +16,7 @@ I = TypeVar("I", bound="IntermediateTensors")  # noqa: E741
 
 
 class Communicator(Protocol):
-    """Every method that communicates runs inside `hal.guard.data_plane`, so that the guard lets it pass in `execute`.
+    """The methods behind `end_step` run inside `hal.guard.data_plane`, so that the guard lets them pass in `execute`.
 
     Attributes:
         topology: of this rank.

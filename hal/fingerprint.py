@@ -17,8 +17,8 @@ STEP = "step", "input digest"  # what all ranks have in common; the rest, those 
 FIELDS = *STEP, "number of collectives", "operation", "bytes"
 _FORM = struct.Struct(f"<{len(FIELDS)}q")
 SEAL = _FORM.size
-_HINT = ("what ranks prepare and compute may depend on their shard alone; with wire='none' all must be given the same "
-         "requests, in the same order")
+_HINT = ("all ranks prepare the same input (fields that differ are declared with scope='rank') and call the same "
+         "collectives; with wire='none' all are given the same requests, in the same order")
 
 
 @dataclass(slots=True)
@@ -52,6 +52,8 @@ class Fingerprint:
                                  got=self._shown(field, other), expected=self._shown(field, own), hint=_HINT)
 
     def _shown(self, field: str, value: int) -> str:
+        if field == "step":
+            return str(value)
         text = {"operation": dict(enumerate(KINDS)).get(value, "unknown"), "input digest": f"{value:08x}"}.get(field)
         return f"{text or value} (in step {self.step})"
 

@@ -4,6 +4,7 @@ hang or a wrong token."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -22,6 +23,7 @@ def facts_of(config: WorkerConfig) -> dict[str, str]:
         found = {"version": version("hal-runtime")}
     except PackageNotFoundError:  # a source tree
         found = {}
+    found["HAL_STRICT"] = str(os.environ.get("HAL_STRICT") == "1")  # strict ranks exchange more messages
     for name in ("engine", "model"):
         found |= {f"{name}.{field}": repr(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
     return found | schemas_of(ExecuteModelRequest, WorkerInput, SamplerOutput)

@@ -26,7 +26,8 @@ class WorkerBase(abc.ABC):
     """One rank. The escape hatch: a subclass of this, named to `workers.executor.make_executor`, shares nothing else.
 
     Called in this order: init_device, connect, load_model, determine_num_blocks, initialize_cache, warmup; then
-    execute_model step after step on the driver and serve on the other ranks; at the end shutdown.
+    execute_model step after step on the driver (and fetch, or receive_output where it gave none) and serve on the other
+    ranks; at the end shutdown.
     """
 
     def __init__(self, config: WorkerConfig, backend: Backend) -> None:
@@ -64,9 +65,11 @@ class WorkerBase(abc.ABC):
         """Begin to bring an output of this rank to the host; the result waits for it."""
         return lambda: output
 
-    @abc.abstractmethod
     def receive_output(self) -> Callable[[], Buffer]:
-        """The driver: waits for the output, encoded, of the step that was executed last; another rank sampled it."""
+        """The driver: what waits for the output, encoded, of the step that was executed last, where another rank
+        samples."""
+        raise StateError(f"{type(self).__name__} does not say how another rank's output arrives",
+                         expected="receive_output, or an output from execute_model on the driver")
 
     @abc.abstractmethod
     def serve(self) -> None:

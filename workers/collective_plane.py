@@ -56,12 +56,17 @@ class CollectivePlane(ControlPlane):
         self._steps, self._outputs = (Channel(_pinned if on_device else aligned_bytes) for _ in range(2))
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
         self._closed = False
-        self._all = make_group(collectives, store, "control", rank, topology.world_size, small=True)
+        self._all: Any = None
         self._pair: Any = None  # the driver and the source
-        if source and rank in (0, source):
-            self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, small=True)
-        if on_device:
-            self._meet()
+        try:
+            self._all = make_group(collectives, store, "control", rank, topology.world_size, small=True)
+            if source and rank in (0, source):
+                self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, small=True)
+            if on_device:
+                self._meet()
+        except BaseException:
+            self.close()
+            raise
 
     def broadcast(self, parts: Sequence[Buffer]) -> None:
         check("CollectivePlane.broadcast")

@@ -38,6 +38,7 @@ class Lifelines:
             raise lost("connecting", error) from error
 
     def _watch(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that is gone closes nothing
         self._sockets.append(connection)
         self._poll.register(connection, select.POLLIN)
 

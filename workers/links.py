@@ -24,11 +24,20 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
     if isinstance(store, str):
         store = join_store(store, topology.world_size)
     plane = make_plane(config.engine.control_plane, topology, store, backend.collectives, device)
+    try:
+        return plane, _data_plane(config, backend, device, store)
+    except BaseException:
+        plane.close()  # nobody else has it yet
+        raise
+
+
+def _data_plane(config: WorkerConfig, backend: Backend, device: torch.device, store: Store | None) -> Communicator:
+    topology = config.topology
     if store is None:
-        return plane, LocalCommunicator()
+        return LocalCommunicator()
     if device.type == "cpu" and config.engine.control_plane not in ("gloo", "collectives"):  # then nothing is shared
         try:
-            return plane, ShmCommunicator(topology, device, store)
+            return ShmCommunicator(topology, device, store)
         except BackendError:  # on all ranks
             pass
     tp_group = world_group = check_group = None
@@ -41,4 +50,4 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
         world_group = make_group(backend.collectives, store, "world", topology.rank, topology.world_size)
     # Gloo reduces tensors of a GPU, but sends the host's memory alone: given another's, it ends the process.
     carrier = device if backend.collectives == "nccl" else torch.device("cpu")
-    return plane, TorchCommunicator(topology, device, tp_group, world_group, carrier, check_group, strict)
+    return TorchCommunicator(topology, device, tp_group, world_group, carrier, check_group, strict)

@@ -138,7 +138,7 @@ class ShmPlane(ControlPlane):
     """Raises BackendError on all ranks where they cannot share memory."""
 
     def __init__(self, topology: Topology, store: Store, *_: object) -> None:
-        # As many slots as steps are in flight, and one: those that are used again soon are still in the caches.
+        # Room for the steps in flight; not more, since slots that are used again soon are still in the caches.
         steps = topology.pp + 2, _STEP
         size = sum(slots * slot_bytes for slots, slot_bytes in (steps, _OUTPUTS))
         self._segment = Segment("control", topology.rank, topology.world_size, store, size)

@@ -292,11 +292,13 @@ class LLM:
             self._take_prompt_logprobs(step, Logprobs.prompt(result))
         grown: list[Request] = [seq.owner for seq in step.sampled if seq.finish_reason is None]
         logprobs = Logprobs.sampled(result)
-        if logprobs is not None:
-            for row, (seq, token) in enumerate(zip(step.sampled, tokens.tolist(), strict=True)):
-                if seq.finish_reason is None and seq.params.logprobs is not None:
-                    seq.owner.output.logprobs.append(logprobs.of(row, token, seq.params.logprobs))
+        asked = [] if logprobs is None else [row for row, seq in enumerate(step.sampled) if seq.finish_reason is None
+                                             and seq.params.logprobs is not None]
         complete: list[Request] = [seq.owner for seq in self.scheduler.update(step, tokens)]
+        for row in asked:
+            seq = step.sampled[row]
+            assert logprobs is not None
+            seq.owner.output.logprobs.append(logprobs.of(row, int(tokens[row]), seq.params.logprobs or 0))
         if text or self._stop_texts:
             for request in grown:
                 if request.text is not None and (text or request.seq.params.stop):
@@ -323,6 +325,7 @@ class LLM:
     def _complete(self, request: Request) -> None:
         seq = request.seq
         del self._requests[seq.request_id]
+        seq.owner = None  # else the two hold each other
         self._stop_texts -= bool(seq.params.stop)
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason

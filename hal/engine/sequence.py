@@ -15,7 +15,7 @@ class Sequence:
     """Attributes:
         request_id: grows with arrival; smaller ones go first.
         prompt_ids, output_ids: its tokens; the scheduler appends to the latter.
-        owner: what the engine keeps beside it.
+        owner: what the engine keeps beside it, until it is complete.
         limit: length at which it ends (prompt + max_tokens, at most the context).
         row: in the ranks' batch state while it runs, else -1.
         num_computed: tokens in the cache when it last entered a row (0 after a preemption that dropped its blocks).
@@ -32,7 +32,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     limit: int
-    owner: Any = None
+    owner: Any = field(default=None, repr=False)
     row: int = -1
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)

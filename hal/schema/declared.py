@@ -61,7 +61,7 @@ class Declared:
         return packed.wire
 
     def checksum(self) -> int:
-        """CRC-32 of what travels: equal instances have equal ones. The shapes must be valid."""
+        """CRC-32 of the replicated fields: what travels of equal instances has equal ones. The shapes must be valid."""
         return (packed_source(self) or type(self).schema.pack(self)).checksum()
 
     @property

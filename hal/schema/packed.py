@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from hal.errors import InputError
-from hal.schema.layout import HEAD_SIZE, bfloat16_bits
+from hal.schema.layout import bfloat16_bits
 
 if TYPE_CHECKING:
     import torch
@@ -47,15 +47,14 @@ class Packed(Generic[T]):
         return dict(zip(self.schema.symbols, self.sizes, strict=True))
 
     def checksum(self) -> int:
-        """CRC-32 of what travels, but for the gaps between the fields, which hold anything."""
+        """CRC-32 of the replicated fields, which are the same on all ranks; not of gaps between them, which hold
+        anything."""
         schema = self.schema
-        crc = zlib.crc32(self.buffer[:HEAD_SIZE + schema.head.size].data)
+        crc = zlib.crc32(repr([self.values[name] for name in schema.value_names]).encode())
         for field in schema.replicated:
             array = self.arrays.get(field.name)
             if array is not None:
-                crc = zlib.crc32(array.data, crc)
-        for field in schema.texts:
-            crc = zlib.crc32(repr(self.values[field.name]).encode(), crc)
+                crc = zlib.crc32(array.data, zlib.crc32(b"%a%a" % (field.name, array.shape), crc))
         return crc
 
     def to(self, device: torch.device | str | None = None, non_blocking: bool = False) -> T:

@@ -44,7 +44,7 @@ class Schema(Generic[T]):
         self.bits = {f.name: 1 << i for i, f in enumerate(f for f in (*travelling, *self.local) if f.optional)}
         if len(self.bits) > 64:
             raise SchemaError(f"{self.name} has {len(self.bits)} optional fields", expected="at most 64")
-        self._value_names = tuple(f.name for f in (*self.scalars, *self.texts))
+        self.value_names = tuple(f.name for f in (*self.scalars, *self.texts))
         index = {s: i for i, s in enumerate(self.symbols)}
         # What packing looks up for each array: name, presence bit, dtype, and which symbol each axis gives.
         self._pack_plan = [
@@ -155,7 +155,7 @@ class Schema(Generic[T]):
             shape = array.shape
             for symbol, scale, offset, axis in binds:
                 sizes[symbol] = (shape[axis] - offset) // scale
-        packed = self._build(tuple(sizes), bits, {name: state[name] for name in self._value_names})
+        packed = self._build(tuple(sizes), bits, {name: state[name] for name in self.value_names})
         into = packed.arrays
         for name, array in arrays.items():
             into[name][...] = array
