@@ -86,6 +86,20 @@ class GuardError(HalError):
         self.phase, self.operation, self.site = phase, operation, site
 
 
+class DeviceError(HalError, RuntimeError):
+    """A program does what an accelerator would refuse or get wrong; raised by the fake device (hal.testing.fake).
+
+    Attributes:
+        operation, site: the operation, and the caller's "file:line".
+    """
+
+    def __init__(self, what: str, *, operation: str, site: str, got: object = None, expected: object = None,
+                 hint: str | None = None) -> None:
+        super().__init__(what, got=f"{operation} at {site}" + (f": {got}" if got is not None else ""),
+                         expected=expected, hint=hint)
+        self.operation, self.site = operation, site
+
+
 class WorkerError(HalError):
     """A rank failed. Carries what the driver needs to say which one, where and why.
 

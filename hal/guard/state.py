@@ -183,17 +183,18 @@ def _wakes_event_loop() -> bool:
 
 # Frames of these are machinery. By module name, not path: code that inductor generated counts as torch's.
 _MACHINERY: Final = sys.stdlib_module_names | {"torch", "torch_xla", "ray", "typing_extensions"}
+_OWN: Final = ("hal.guard", "hal.testing.fake")
 
 
 def caller() -> tuple[str, str | None]:
-    """The first frame outside the guard, torch and the standard library as "file:line", and the public function of
-    torch.distributed that it called on the way here, if any."""
+    """The first frame outside the guard, the fake device, torch and the standard library as "file:line", and the
+    public function of torch.distributed that it called on the way here, if any."""
     public: str | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code, module = frame.f_code, str(frame.f_globals.get("__name__", ""))
         # Code without a module is generated (torch.fx, AOTAutograd).
-        if module and module.partition(".")[0] not in _MACHINERY and not module.startswith("hal.guard"):
+        if module and module.partition(".")[0] not in _MACHINERY and not module.startswith(_OWN):
             return f"{code.co_filename}:{frame.f_lineno}", public
         if module.startswith("torch.distributed") and code.co_name[0] not in "_<" and code.co_name != "wrapper":
             public = f"{module.replace('.distributed_c10d', '')}.{code.co_name}"

@@ -51,7 +51,7 @@ class Batch:
         model_input, real = self._input(order, counts, totals, pad), sum(counts)
         step = self.attention.begin(model_input, self.caches)
         mine = sorted({NULL_BLOCK, *(b for s in order for b in self.tables[s])})
-        others = [b for b in range(_BLOCKS) if b not in mine]
+        others = torch.tensor([b for b in range(_BLOCKS) if b not in mine], device=self.device)
         for layer, one in enumerate(self.specs):
             q = ctx.normal(real + pad, spec.num_heads, spec.head_dim)
             k, v = (ctx.normal(real + pad, spec.num_kv_heads, spec.head_dim) for _ in range(2))

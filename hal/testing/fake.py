@@ -1,0 +1,137 @@
+"""The fake backend: bugs that only an accelerator shows, shown on any machine (docs/backends.md says which).
+
+    backend = FakeBackend(MyRunner, static_shapes=True)      # hal generate --device mymodule:backend "37+85="
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hal.backend import Backend, Capabilities
+from hal.communicator import Communicator
+from hal.config import WorkerConfig
+from hal.inputs import PagedModelInput
+from hal.outputs import SamplerOutput
+from hal.paged_runner import PagedModelRunner
+from hal.request import ExecuteModelRequest
+from hal.runner import ModelRunnerBase
+from hal.testing.fake_device import Device, DeviceTensor, Event, Watch, refuse, taken
+
+
+class FakeRunner(PagedModelRunner):
+    """The default runner with the copies of a device that runs behind the host: none waits in a step."""
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
+        self.state.apply(request)
+        return self.state.prepare(request).to(self.device, non_blocking=True)  # a buffer that nobody writes again
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        fields = type(output).schema.fields
+        copies = {f.name: output[f.name].to("cpu", non_blocking=True) for f in fields if output[f.name] is not None}
+        event = Event(self.device)
+        event.record()
+
+        def result() -> SamplerOutput:
+            event.synchronize()
+            return SamplerOutput(**copies)
+
+        return result
+
+
+class DeviceCommunicator:
+    """The worker's communicator, as if the device had collectives: what reduces its memory is the host's."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._inner = communicator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._over("all_reduce", x)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return self._over("all_gather", x)
+
+    def _over(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, DeviceTensor):
+            refuse("a collective of the device was given host memory", f"Communicator.{name}",
+                   got=f"{list(x.shape)} on {x.device}")
+        result = getattr(self._inner, name)(x.elem)
+        return x if result is x.elem else DeviceTensor(result, x.fake)
+
+
+class FakeBackend(Backend):
+    """The CPU in a device's clothes.
+
+    Args:
+        runner: the class whose bugs are looked for. parts: what it takes beside the arguments of `make_runner`.
+        memory_bytes: of the device; what exceeds it raises OutOfDeviceMemory, a CapacityError.
+        static_shapes: after the warm-up, what execute_model does with a shape that the warm-up had not is counted in
+            `compiled`, and raises DeviceError under HAL_STRICT=1; so does a result of a size that depends on data,
+            always.
+        forbid_syncs: after the warm-up, prepare_model_input and execute_model raise DeviceError where they wait.
+
+    Attributes:
+        fake: the device, which counts: syncs, used and peak bytes.
+    """
+
+    name = "fake"
+    priority = -200  # never what "auto" means
+    capabilities = Capabilities(dtypes=("float32", "bfloat16"), max_tp=4, max_pp=4, asynchronous=True)
+
+    def __init__(self, runner: type[ModelRunnerBase[Any]] = FakeRunner, *, memory_bytes: int = 1 << 29,
+                 static_shapes: bool = False, forbid_syncs: bool = False, **parts: Any) -> None:
+        self.runner, self.parts, self.fake = runner, parts, Device(memory_bytes)
+        self.static_shapes, self.forbid_syncs = static_shapes, forbid_syncs
+
+    def unavailable(self) -> str | None:
+        other = taken()
+        return other and f"PyTorch has the device {other!r} in its place (PrivateUse1): uninstall what registers that"
+
+    def device(self, local_rank: int) -> torch.device:
+        return self.fake.torch_device  # each rank's process has one
+
+    def free_memory(self, device: torch.device) -> int:
+        return self.fake.memory_bytes - self.fake.used
+
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator,
+                    ) -> ModelRunnerBase[Any]:
+        kind = _watched(self.runner, self.fake, Watch(self.static_shapes, self.forbid_syncs))
+        made: ModelRunnerBase[Any] = kind(config, device, DeviceCommunicator(communicator), **self.parts)
+        return made
+
+    def synchronize(self, device: torch.device) -> None:
+        self.fake.synchronize()
+
+
+def _watched(kind: type[ModelRunnerBase[Any]], fake: Device, watch: Watch) -> type[ModelRunnerBase[Any]]:
+    """The runner, whose device knows when it prepares and when it executes."""
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        compiled: int
+
+        def warmup(self, *args: Any) -> None:
+            self._call(super().warmup, True, args)
+            watch.warm = True
+
+        def prepare_model_input(self, *args: Any) -> Any:
+            return self._call(super().prepare_model_input, False, args)
+
+        def execute_model(self, *args: Any) -> Any:
+            return self._call(super().execute_model, True, args)
+
+        def _call(self, call: Callable[..., Any], in_step: bool, args: tuple[Any, ...]) -> Any:
+            try:
+                with fake.watched(watch, in_step):
+                    return call(*args)
+            finally:
+                self.compiled, watch.compiled = self.compiled + watch.compiled, 0
+
+    Watched.__name__ = Watched.__qualname__ = kind.__name__
+    return Watched
+
+
+backend = FakeBackend()
