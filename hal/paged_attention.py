@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from hal.attention import AttentionSpec
 from hal.inputs import PagedModelInput
+from hal.schema.packed import on_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,21 @@ class PagedAttention:
         spec = self.specs[0]
         return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
 
+    def step_bytes(self, tokens: int, num_seqs: int, context: int) -> int:
+        """Bytes beside the cache that the largest step may need, of so many tokens in so many sequences of up to
+        `context` tokens. An estimate from above."""
+        spec, item = self.specs[0], self.dtype.itemsize
+        each = context * spec.num_kv_heads * spec.head_dim * item  # keys of a sequence
+        at_once = min(num_seqs, max(self.gather_bytes // max(each, 1), 1))
+        masks = len(self.windows) * max(tokens, num_seqs) * context * (item + 2)
+        indices = 8 * num_seqs * context * spec.num_kv_heads
+        if self.device.type in ("cpu", "cuda"):  # where one kernel does the rest
+            return 4 * at_once * each + masks + indices
+        queries, single = max(min(tokens, context), at_once), each // item * 4
+        scores = 3 * 4 * queries * context * spec.num_heads
+        repeated = 3 * single * spec.num_heads // spec.num_kv_heads  # of one sequence with several queries, in fp32
+        return max(at_once * (2 * each + 3 * single), 2 * each + repeated) + scores + masks + indices
+
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> PagedStep:
         return PagedStep(self, model_input, kv_caches)
 
@@ -80,7 +96,7 @@ class PagedStep:
         slots = m.slot_mapping.long()
         rows = (slots // m.block_size)[:, None] * len(self.heads) + self.heads
         self.slots = (rows * m.block_size + (slots % m.block_size)[:, None]).flatten()
-        starts, lens = m.query_start_loc.tolist(), m.seq_lens.tolist()
+        starts, lens = (on_host(m, name).tolist() for name in ("query_start_loc", "seq_lens"))  # no wait for the device
         self.real = starts[-1]
         self.parts = self._decode_parts(m, lens[:m.num_decode_seqs])
         for seq in range(m.num_decode_seqs, len(lens)):

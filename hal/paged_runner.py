@@ -66,16 +66,17 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         return math.prod(shape) * self.dtype.itemsize * len(self.model.attention_specs)
 
     def reserve_bytes(self) -> int:
-        """Activations of a layer over the most tokens, masks and gathered contexts of attention, and logits with the
-        sampler's fp32 copies. An estimate from above."""
+        """Activations of a layer over the most tokens, what attention needs (the default one's, if the device has
+        another), and logits with the sampler's fp32 copies. An estimate from above."""
         engine, c, spec = self.config.engine, self.config.model, self.model.attention_specs[0]
         tokens, item = max(engine.max_num_batched_tokens, engine.max_num_seqs), self.dtype.itemsize
         heads = spec.num_heads + 2 * spec.num_kv_heads
         layer = tokens * (6 * c.hidden_size + 3 * heads * spec.head_dim + 3 * c.intermediate_size // self._tp) * item
-        context = 4 * self.config.max_model_len * spec.num_kv_heads * spec.head_dim * item
-        masks = tokens * self.config.max_model_len * (item + 1)
+        default = self.attention if isinstance(self.attention, PagedAttention) else PagedAttention(
+            self.model.attention_specs, device=self.device, dtype=self.dtype)
+        attention = default.step_bytes(tokens, engine.max_num_seqs, self.config.max_model_len)
         logits = engine.max_num_seqs * c.vocab_size * (item + 16) if self.config.topology.is_last_stage else 0
-        return layer + context + masks + logits
+        return layer + attention + logits
 
     @property
     def _tp(self) -> int:

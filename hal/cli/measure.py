@@ -86,7 +86,7 @@ def time_batch(llm: LLM, vocab_size: int, batch: int, prompt_len: int, new_token
 def read_bandwidth(backend: Backend) -> float:
     """Bytes/s of reading a large tensor: the best of a sum, a dot product and a copy (which reads and writes)."""
     device = backend.device(0)
-    size = 1 << (26 if device.type == "cpu" else 30)
+    size = min(1 << (26 if device.type == "cpu" else 30), backend.free_memory(device) // 4)
     x, y = (torch.ones(size // 4, device=device) for _ in range(2))
     candidates: list[tuple[Callable[[], object], int]] = [
         (x.sum, size), (lambda: torch.dot(x, y), 2 * size), (lambda: y.copy_(x), 2 * size)]

@@ -11,6 +11,7 @@ import torch
 from hal.inputs import PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.sampling.noise import exponential, row_keys
+from hal.schema.packed import on_host
 
 _CANDIDATES = 256  # tokens looked at before a whole row is sorted
 _PIECE = 1 << 18  # elements made at once on a CPU: they stay in its cache
@@ -62,7 +63,7 @@ class Sampler:
         if top_k is None and top_p is None and min_p is None:
             return torch.where(greedy[:, 0], best, self._race(scores, keys))
         normaliser = scores.logsumexp(-1, keepdim=True) if top_p is not None else None
-        width = min(vocab, max(_CANDIDATES, 0 if top_k is None else int(top_k.max()) + 1))
+        width = min(vocab, max(_CANDIDATES, 0 if top_k is None else int(on_host(m, "top_k")[:n].max()) + 1))
         values, ids = scores.topk(width, -1)
         lowest = threshold(values, top_k, top_p, min_p, normaliser)
         tokens = ids.gather(1, self._race_among(values, ids, lowest, keys)[:, None])[:, 0]
