@@ -34,7 +34,7 @@ class Failure:
     @classmethod
     def of(cls, rank: int, error: BaseException, step: str = "") -> Failure:
         text = "".join(traceback.format_exception(error))
-        lost = any(isinstance(e, WorkerError) and e.rank == -1 for e in _chain(error))
+        lost = any(isinstance(e, WorkerError) and e.rank == -1 for e in chain(error))
         if not isinstance(error, HalError):
             return cls(rank, type(error).__name__, str(error), traceback=text, step=step, lost=lost)
         got, expected = (None if v is None else str(v) for v in (error.got, error.expected))
@@ -70,7 +70,8 @@ class Failure:
         return WorkerError(what, rank=self.rank, cause=self.cause, remote_traceback=self.traceback, hint=self.hint)
 
 
-def _chain(error: BaseException | None) -> list[BaseException]:
+def chain(error: BaseException | None) -> list[BaseException]:
+    """An error, what caused it, and so on."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)

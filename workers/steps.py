@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -10,7 +11,7 @@ from typing import NoReturn, TypeVar
 from hal.errors import StateError, WorkerError
 from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
-from workers.reports import Failure
+from workers.reports import Failure, chain
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -83,6 +84,8 @@ class StepExecutor(abc.ABC):
     def _fail(self, failure: Failure, error: Exception | None) -> NoReturn:
         self._failure = failure.in_step()
         self._close(0)
+        for each in chain(error):  # whose frames hold caches and activations, and the next engine needs the room
+            traceback.clear_frames(each.__traceback__)
         raise self._failure from error
 
     def _close(self, patience: float) -> None:
