@@ -261,6 +261,7 @@ def test_failure_in_prepare_is_named(monkeypatch: pytest.MonkeyPatch, options: d
 def test_ranks_that_go_different_ways_are_named(monkeypatch: pytest.MonkeyPatch, fault: str, text: str,
                                                 options: dict[str, Any]) -> None:
     """With an input of its own, or a collective that the others do not call: it would hang, or give a wrong token."""
+    monkeypatch.setenv("HAL_STRICT", "1")  # gloo ends the process otherwise
     error, seconds = step_error(failing(monkeypatch, fault, **options))
     assert error.cause == "StateError" and re.search(text, str(error)), str(error)
     assert re.search("step [34]", str(error)) and seconds < 1
