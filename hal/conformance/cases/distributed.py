@@ -51,7 +51,7 @@ _register("tp2_requests", "tp", "Tensors cut in two, each rank preparing for its
 _register("pp2_requests", "pp", "Layers cut in two, each rank preparing for itself.", True, pp=2, wire="request")
 _register("tp2_pp2", "tp", "Both at once.", True, tp=2, pp=2)
 _register("tp4_shared_heads", "tp", "More ranks than key-value heads.", True, tp=4)
-for _plane in ("gloo", "shm", "collectives", "ray"):
+for _plane in ("gloo", "shm", "collectives"):  # not "ray": a kit starts no cluster
     _register(_plane, "tp", f"The control plane {_plane!r}, where there is one.", True, tp=2, control_plane=_plane)
 
 
