@@ -364,22 +364,27 @@ def register() -> None:
         library.impl(func, lambda *args, func=func, **kwargs: _make(func, args, kwargs), "PrivateUse1")
     library.impl("_copy_from", lambda source, into, non_blocking=False: _copy(into, source, non_blocking),
                  "PrivateUse1")  # of torch.tensor(data)
-    _kept.extend((library, _guard()))
+    _kept.extend((library, *_guard()))
 
 
-def _guard() -> object:
-    """PyTorch switches to a tensor's device and back in many places; here that is to do nothing."""
+def _guard() -> list[object]:
+    """PyTorch switches to a tensor's device and back in many places; here that is to do nothing. Nor is it an
+    accelerator that torch.distributed would take by itself."""
     acc: Any = getattr(torch._C, "_acc", None)
     if hasattr(acc, "register_python_privateuseone_device_guard"):
         kind: Any = torch._C._autograd.DeviceType.PrivateUse1
         guard = type("Guard", (acc.DeviceGuard,), {"type_": lambda self: kind})()
         acc.register_python_privateuseone_device_guard(guard)
-        return guard
-    # An older torch takes one from C++ alone: the meta device's does nothing.
+        answers = {"is_built": lambda self: True, "is_available": lambda self: False,
+                   "has_primary_context": lambda self, index: False}
+        hooks = type("Hooks", (acc.PrivateUse1Hooks,), answers)()
+        acc.register_python_privateuseone_hook(hooks)
+        return [guard, hooks]
+    # An older torch takes one from C++ alone: the meta device's does nothing. Its torch.distributed.barrier then fails.
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     registry = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     registry[20] = registry[14]  # c10::DeviceType: PrivateUse1, Meta
-    return library
+    return [library]
 
 
 def _make(func: Any, args: Any, kwargs: dict[str, Any]) -> DeviceTensor:
