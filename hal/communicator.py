@@ -20,18 +20,15 @@ class Communicator(Protocol):
 
     Attributes:
         topology: of this rank.
-        fingerprint: of the step that runs; the worker begins it, collectives count in it.
+        fingerprint: of the step that runs; the worker begins it, collectives count in it, and compare it.
     """
 
     topology: Topology
     fingerprint: Fingerprint
 
-    def begin_step(self, step: int, digest: int) -> None:
-        """The worker: a step begins, of this number and input, which are the same on all ranks. Raises StateError where
-        they are not, now or in a collective of the step."""
-
     def end_step(self) -> None:
-        """The worker: this rank has executed its part of the step."""
+        """The worker: this rank has executed its part of the step. Raises StateError, as collectives may: another rank
+        is in another step, or another place of it."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over the tensor-parallel ranks, in place where possible; the result has x's shape and dtype."""
@@ -54,9 +51,6 @@ class LocalCommunicator:
 
     topology = Topology()
     fingerprint = Fingerprint()  # there is nobody to differ from
-
-    def begin_step(self, step: int, digest: int) -> None:
-        pass
 
     def end_step(self) -> None:
         pass

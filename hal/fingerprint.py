@@ -42,14 +42,17 @@ class Fingerprint:
 
     def pack(self) -> bytes:
         """SEAL bytes."""
-        return _FORM.pack(self.step, self.digest, self.collectives, self.kind, self.nbytes)
+        return _FORM.pack(*self._values())
 
     def compare(self, theirs: Any, peer: str, fields: tuple[str, ...] = FIELDS) -> None:
         """Args: theirs: packed by `peer`, in any buffer. Raises StateError: names the first field that differs."""
-        for field, own, other in zip(FIELDS, _FORM.unpack(self.pack()), _FORM.unpack(theirs), strict=True):
+        for field, own, other in zip(FIELDS, self._values(), _FORM.unpack(theirs), strict=True):
             if own != other and field in fields:
                 raise StateError(f"{peer} went another way than this one: they differ in {field}",
                                  got=self._shown(field, other), expected=self._shown(field, own), hint=_HINT)
+
+    def _values(self) -> tuple[int, ...]:
+        return self.step, self.digest, self.collectives, self.kind, self.nbytes
 
     def _shown(self, field: str, value: int) -> str:
         if field == "step":

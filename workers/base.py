@@ -153,7 +153,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         """What every rank does with a step, whoever prepared it."""
         topology, self.model_input = self.topology, model_input
         if topology.world_size > 1:
-            self.communicator.begin_step(self.steps, model_input.checksum())
+            self.communicator.fingerprint.begin(self.steps, model_input.checksum())
         self.execute_worker(worker_input)
         intermediate = None if topology.is_first_stage else self.receive_intermediate(model_input)
         with phase(Phase.EXECUTE, topology.rank):

@@ -13,16 +13,14 @@ import torch
 
 from hal.config import Topology
 from hal.control import ControlPlane
-from hal.errors import WorkerError
 from hal.guard import check
 from hal.schema.layout import aligned_bytes
 from hal.schema.packed import Buffer
 from workers.channel import Channel
 from workers.groups import Store, dist, lost, make_group
 from workers.lifelines import Lifelines
+from workers.message import END_LIMIT, IN_FLIGHT, closed
 
-_IN_FLIGHT = 32  # messages on their way; far more than steps that a driver submits ahead
-_END_TIMEOUT = timedelta(seconds=5)
 _LINGER = 1.0  # seconds that the other ranks may take to close theirs
 _NAP = 1e-3  # seconds between looks at a device that has been waited for for long
 CPU = torch.device("cpu")
@@ -72,7 +70,7 @@ class CollectivePlane(ControlPlane):
         check("CollectivePlane.broadcast")
         self._open()
         # The last message must not wait for ranks that hang.
-        self._steps.send(parts, lambda tensor: self._announce(tensor, None if parts else _END_TIMEOUT))
+        self._steps.send(parts, lambda tensor: self._announce(tensor, None if parts else timedelta(seconds=END_LIMIT)))
 
     def receive(self) -> list[Buffer]:
         check("CollectivePlane.receive")
@@ -129,7 +127,7 @@ class CollectivePlane(ControlPlane):
     def _queue(self, launch: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
         """Send a copy, and keep it until it has gone, which is when the receiver asks for it. To wait for that here
         would deadlock with a driver that announces the next step before it asks for this one's output."""
-        while self._sending and (len(self._sending) >= _IN_FLIGHT or self._gone(self._sending[0][0])):
+        while self._sending and (len(self._sending) >= IN_FLIGHT or self._gone(self._sending[0][0])):
             self._wait(lambda: self._sending[0][0])
             self._sending.popleft()
         with self._on_stream():
@@ -167,7 +165,7 @@ class CollectivePlane(ControlPlane):
 
     def _open(self) -> None:
         if self._closed:
-            raise WorkerError("the control plane is closed", rank=-1, cause="closed")
+            raise closed()
 
 
 class GlooPlane(CollectivePlane):

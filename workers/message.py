@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hal.errors import WireError
+from hal.errors import WireError, WorkerError
 from hal.schema.layout import align
 from hal.schema.packed import Buffer
 
 HEAD = 64  # bytes, of int64: bytes of the message, head included; number of parts; bytes of each
 _MOST = HEAD // 8 - 2
+# What planes whose messages must be taken have in common.
+IN_FLIGHT = 32  # messages on their way; far more than steps that a driver submits ahead
+END_LIMIT = 5.0  # seconds that the last message waits for ranks that hang
 
 
 def total(parts: Sequence[Buffer]) -> int:
@@ -46,3 +49,7 @@ def read(message: Buffer) -> list[Buffer]:
         parts.append(message[at:at + size])
         at += align(size)
     return parts
+
+
+def closed() -> WorkerError:
+    return WorkerError("the control plane is closed", rank=-1, cause="closed")

@@ -23,8 +23,6 @@ from workers.ray_cluster import join_cluster, runtime_env, whereabouts
 
 _NAMESPACE = "hal"
 _CONNECT = 60.0  # seconds that the other ranks may take to come
-_IN_FLIGHT = 32  # messages that somebody has not taken; far more than steps that a driver submits ahead
-_END_LIMIT = 5.0  # seconds that the last messages wait for ranks that hang
 _LARGE = 1 << 20  # bytes from which a message goes from node to node, not through the actor
 _STEPS, _OUTPUTS = "steps", "outputs"
 
@@ -131,7 +129,7 @@ class RayPlane(ControlPlane):
 
     def broadcast(self, parts: Sequence[Buffer]) -> None:
         check("RayPlane.broadcast")
-        self._send(_STEPS, parts, None if parts else _END_LIMIT)
+        self._send(_STEPS, parts, None if parts else message.END_LIMIT)
 
     def receive(self) -> list[Buffer]:
         check("RayPlane.receive")
@@ -148,7 +146,7 @@ class RayPlane(ControlPlane):
     def close(self) -> None:
         if self._mailbox is not None and self._ray.is_initialized():
             if self._puts and self._rank == 0:  # the others have not taken everything, or not said so
-                self._ray.wait(list(self._puts), num_returns=len(self._puts), timeout=_END_LIMIT)
+                self._ray.wait(list(self._puts), num_returns=len(self._puts), timeout=message.END_LIMIT)
             self._ray.kill(self._own)
         self._mailbox = None
         self._puts.clear()
@@ -156,7 +154,7 @@ class RayPlane(ControlPlane):
 
     def _send(self, stream: str, parts: Sequence[Buffer], limit: float | None) -> None:
         self._open()
-        while len(self._puts) >= _IN_FLIGHT:
+        while len(self._puts) >= message.IN_FLIGHT:
             self._get(self._puts.popleft(), limit)
         sent: Any = message.pack(parts)
         if len(sent) >= _LARGE:
@@ -190,7 +188,7 @@ class RayPlane(ControlPlane):
 
     def _open(self) -> None:
         if self._mailbox is None:
-            raise WorkerError("the control plane is closed", rank=-1, cause="closed")
+            raise message.closed()
 
 
 def _failed(why: Exception | str) -> WorkerError:

@@ -54,9 +54,6 @@ class ShmCommunicator:
         rings = {link.rank: Ring(segment, link.rank, [link.rank + tp], *_STAGE) for link in links}
         self._to, self._source = rings.get(topology.rank), rings.get(topology.rank - tp)
 
-    def begin_step(self, step: int, digest: int) -> None:
-        self.fingerprint.begin(step, digest)
-
     def end_step(self) -> None:
         if self.topology.tp > 1:
             ended, own = self._ended[self.topology.rank], self.fingerprint

@@ -13,6 +13,7 @@ from hal.guard import check
 from hal.schema.layout import align, aligned_bytes
 from hal.schema.packed import Buffer
 from workers.groups import Store
+from workers.message import END_LIMIT, IN_FLIGHT
 from workers.shm import LIMIT, START, Segment
 
 _MAGIC = b"HALr"
@@ -21,8 +22,7 @@ _SLOT = struct.Struct(f"<4sIIHH{_MAX_PARTS}Q")  # magic, crc32 of the rest, slot
 _NONE = (0,) * _MAX_PARTS
 _CRC = struct.Struct("<I")
 _STEP = 1 << 20  # bytes of a slot: only what messages fill takes up memory
-_OUTPUTS = 32, 1 << 18  # far more than steps that a driver submits ahead
-_END_LIMIT = 5.0  # seconds that the last message waits for ranks that hang
+_OUTPUTS = IN_FLIGHT, 1 << 18
 
 
 class Ring:
@@ -148,7 +148,7 @@ class ShmPlane(ControlPlane):
 
     def broadcast(self, parts: Sequence[Buffer]) -> None:
         check("ShmPlane.broadcast")
-        self._steps.send(parts, LIMIT if parts else _END_LIMIT)
+        self._steps.send(parts, LIMIT if parts else END_LIMIT)
 
     def receive(self) -> list[Buffer]:
         check("ShmPlane.receive")

@@ -38,16 +38,13 @@ class TorchCommunicator:
         self._tp, self._world, self._carrier = tp_group, world_group, carrier
         self._checks, self._strict = check_group, strict
 
-    def begin_step(self, step: int, digest: int) -> None:
-        self.fingerprint.begin(step, digest)
-
     def end_step(self) -> None:
         self._check()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         with data_plane("all_reduce"):
             if self.topology.tp > 1:
-                self._check("all_reduce", x)
+                self._begin("all_reduce", x)
                 x = x.contiguous()
                 self._run("all_reduce", lambda: [self._tp.allreduce([x])])
             return x
@@ -57,7 +54,7 @@ class TorchCommunicator:
             tp = self.topology.tp
             if tp == 1:
                 return x
-            self._check("all_gather", x)
+            self._begin("all_gather", x)
             flat = x.new_empty(tp * x.numel())
             self._run("all_gather", lambda: [self._tp._allgather_base(flat, x.reshape(-1))])
             return torch.cat(flat.view(tp, *x.shape).unbind(), -1)
@@ -94,10 +91,12 @@ class TorchCommunicator:
     def close(self) -> None:
         self._tp = self._world = self._checks = None
 
-    def _check(self, kind: str = "", x: torch.Tensor | None = None) -> None:
-        """Count a collective, or the end of the step; where ranks check, find out whether all are at the same one."""
-        if x is not None:
-            self.fingerprint.count(kind, x.nbytes)
+    def _begin(self, kind: str, x: torch.Tensor) -> None:
+        self.fingerprint.count(kind, x.nbytes)
+        self._check()
+
+    def _check(self) -> None:
+        """Where ranks check, find out whether all are at the same collective, or at the end of the step."""
         if self._checks is None:
             return
         own = self._seal()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import library as torch_library
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from hal.errors import BackendError, CapacityError, DeviceError
@@ -359,7 +360,7 @@ def register() -> None:
     module.is_available, module.current_device, module.device_count = lambda: True, lambda: 0, lambda: len(_devices)
     module._is_in_bad_fork, module.manual_seed_all = lambda: False, lambda seed: None
     py._register_device_module(TYPE, module)
-    library = py.library.Library("aten", "IMPL")
+    library: Any = torch_library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     for func in _FACTORIES:
         library.impl(func, lambda *args, func=func, **kwargs: _make(func, args, kwargs), "PrivateUse1")
     library.impl("_copy_from", lambda source, into, non_blocking=False: _copy(into, source, non_blocking),

@@ -163,16 +163,16 @@ class TestEveryCommunicator:
         on(kind, 1, 2, call)
 
     @pytest.mark.parametrize(("calls", "field"), [
-        (lambda c, r: (c.begin_step(3 + r, 5), c.all_reduce(torch.ones(2))), "step"),
-        (lambda c, r: (c.begin_step(3, 5 + r), c.all_gather(torch.ones(2))), "input digest"),
-        (lambda c, r: (c.begin_step(3, 5), (c.all_gather if r else c.all_reduce)(torch.ones(2))), "operation"),
-        (lambda c, r: (c.begin_step(3, 5), c.all_reduce(torch.ones(2 + r))), "bytes"),
-        (lambda c, r: (c.begin_step(3, 5), c.all_reduce(torch.ones(400_000 * (1 + r)))), "bytes")])
+        (lambda c, r: (c.fingerprint.begin(3 + r, 5), c.all_reduce(torch.ones(2))), "step"),
+        (lambda c, r: (c.fingerprint.begin(3, 5 + r), c.all_gather(torch.ones(2))), "input digest"),
+        (lambda c, r: (c.fingerprint.begin(3, 5), (c.all_gather if r else c.all_reduce)(torch.ones(2))), "operation"),
+        (lambda c, r: (c.fingerprint.begin(3, 5), c.all_reduce(torch.ones(2 + r))), "bytes"),
+        (lambda c, r: (c.fingerprint.begin(3, 5), c.all_reduce(torch.ones(400_000 * (1 + r)))), "bytes")])
     def test_ranks_that_went_different_ways_are_named_before_they_hang(self, kind: str, calls: Any, field: str) -> None:
         def call(communicator: Communicator) -> None:
             rank = communicator.topology.rank
             for step in (1, 2):  # in these they agree
-                communicator.begin_step(step, 99)
+                communicator.fingerprint.begin(step, 99)
                 for _ in range(3):
                     communicator.all_reduce(torch.ones(5))
                 communicator.end_step()
@@ -185,7 +185,7 @@ class TestEveryCommunicator:
         """It waits for the next step, which the other would never reach."""
         def call(communicator: Communicator) -> None:
             rank = communicator.topology.rank
-            communicator.begin_step(1, 9)
+            communicator.fingerprint.begin(1, 9)
             for _ in range(2):
                 communicator.all_reduce(torch.ones(5))
             start = time.monotonic()
@@ -249,7 +249,7 @@ def test_another_size_than_declared_is_a_named_error() -> None:
 @pytest.mark.parametrize("kind", ["shm", "gloo"])
 def test_stages_in_different_steps_are_named(kind: str) -> None:
     def call(communicator: Communicator) -> None:
-        communicator.begin_step(4 + communicator.topology.rank, 1)
+        communicator.fingerprint.begin(4 + communicator.topology.rank, 1)
         if communicator.topology.is_first_stage:
             with contextlib.suppress(WorkerError):  # gloo sends when the other takes it
                 communicator.send(stage(4, 0))
