@@ -14,6 +14,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+INTERPRETED = {"test_kernels.py", "test_sampling.py"}
+
+
+def interpret() -> None:
+    """Triton 3.4's interpreter makes integers of arrays of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: type) -> None:
+        patch(tensor)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpret()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     triton = importlib.util.find_spec("triton") is not None
@@ -21,6 +41,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if here not in item.path.parents or item.path.name == "test_backend.py":
             continue
         item.add_marker(pytest.mark.cuda)
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and item.path.name == "test_kernels.py"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and item.path.name in INTERPRETED
         if not triton or not (torch.cuda.is_available() or interpreted):
             item.add_marker(pytest.mark.skip(reason="requires an NVIDIA GPU, a CUDA build of PyTorch, and Triton"))
