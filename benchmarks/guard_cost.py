@@ -1,4 +1,5 @@
 """What the guard costs: the phases of a step, and what each tier adds to a collective, a store access and a socket.
+And a span for profilers that is off (hal.profiling).
 
     OMP_NUM_THREADS=1 python benchmarks/guard_cost.py
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 
 from hal.guard import Phase, data_plane, install, phase, uninstall
+from hal.profiling import span
 
 Function = Callable[[], object]
 PREPARE, EXECUTE, WORKER = Phase.PREPARE, Phase.EXECUTE, Phase.WORKER
@@ -53,6 +55,11 @@ def communicator() -> None:
         pass
 
 
+def span_off() -> None:
+    with span("execute"):
+        pass
+
+
 def phases() -> None:
     rows: dict[str, Function] = {
         "a call of nothing, included below": lambda: None,
@@ -61,6 +68,7 @@ def phases() -> None:
         "execute": enter(EXECUTE),
         "the three of a step": whole_step,
         "data_plane in execute": communicator,
+        "a profiler's span, off": span_off,
     }
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in range(40):

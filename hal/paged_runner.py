@@ -18,6 +18,7 @@ from hal.models.loader import load_weights, random_weights
 from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
 from hal.paged_attention import PagedAttention
+from hal.profiling import span
 from hal.relay import TokenRelay
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
@@ -138,7 +139,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         rows = hidden.index_select(0, m.logits_indices)
         n, samples = m.num_samples, self.config.topology.samples
         logits = self.model.compute_logits(rows[:n])
-        output = self.sampler(logits, m) if samples else None
+        output = self.draw(logits, m)
         self.relay.keep(m, None if output is None else output.token_ids)
         if m.prompt_targets is None:
             return output
@@ -155,3 +156,10 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         if m.num_prompt_logprobs > 0:
             output.prompt_top_ids, output.prompt_top_logprobs = top_ids, top
         return output
+
+    def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
+        """The sampler's output, on the rank that samples."""
+        if not self.config.topology.samples:
+            return None
+        with span("sample"):
+            return self.sampler(logits, m)

@@ -16,6 +16,7 @@ from hal.errors import StateError
 from hal.guard import Phase, phase
 from hal.inputs import IntermediateTensors, ModelInput, WorkerInput
 from hal.outputs import SamplerOutput
+from hal.profiling import span
 from hal.request import ExecuteModelRequest
 from hal.runner import Progress, no_progress
 from hal.schema.packed import Buffer
@@ -133,7 +134,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
     def prepare(self, request: ExecuteModelRequest) -> Step:
         self.steps, self.model_input = self.steps + 1, None
-        with phase(Phase.PREPARE, self.topology.rank):
+        with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
             return self.prepare_worker_input(request), self.prepare_model_input(request)
 
     def execute_model(self, request: ExecuteModelRequest) -> SamplerOutput | None:
@@ -156,7 +157,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
             self.communicator.fingerprint.begin(self.steps, model_input.checksum())
         self.execute_worker(worker_input)
         intermediate = None if topology.is_first_stage else self.receive_intermediate(model_input)
-        with phase(Phase.EXECUTE, topology.rank):
+        with phase(Phase.EXECUTE, topology.rank), span("execute"):
             output = self.execute_runner(model_input, intermediate)
         self.communicator.end_step()
         wanted: type = SamplerOutput if topology.samples else type(None)

@@ -19,6 +19,7 @@ from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.errors import ConfigError, HalError, StateError
 from hal.models.config import ModelConfig
 from hal.outputs import SamplerOutput
+from hal.profiling import span
 from hal.request import ExecuteModelRequest
 from hal.runner import Progress
 from hal.schema.packed import Buffer
@@ -101,11 +102,13 @@ class LaunchedExecutor(StepExecutor):
     def _tell(self, fetch: Callable[[], SamplerOutput | Buffer], digest: np.ndarray) -> SamplerOutput:
         output = fetch()
         packed = output.encode() if isinstance(output, SamplerOutput) else output
-        self._plane.broadcast([packed, digest.view(np.uint8)])
+        with span("broadcast"):
+            self._plane.broadcast([packed, digest.view(np.uint8)])
         return output if isinstance(output, SamplerOutput) else SamplerOutput.decode(packed)
 
     def _told(self, digest: np.ndarray) -> SamplerOutput:
-        packed, theirs = self._plane.receive()
+        with span("receive"):
+            packed, theirs = self._plane.receive()
         step, crc = theirs.view(np.int64)
         if [step, crc] != digest.tolist():
             raise StateError("this rank's scheduler and rank 0's went different ways",

@@ -10,6 +10,7 @@ from typing import NoReturn, TypeVar
 
 from hal.errors import StateError, WorkerError
 from hal.outputs import SamplerOutput
+from hal.profiling import span
 from hal.request import ExecuteModelRequest
 from workers.reports import Failure, chain
 
@@ -32,7 +33,8 @@ class StepHandle:
         return self.output
 
     def fetch(self, _: None = None) -> None:
-        self.output = self.take()
+        with span("fetch"):
+            self.output = self.take()
 
 
 class StepExecutor(abc.ABC):

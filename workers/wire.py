@@ -9,6 +9,7 @@ import torch
 from hal.control import ControlPlane
 from hal.errors import StateError
 from hal.inputs import ModelInput, WorkerInput
+from hal.profiling import span
 from hal.request import ExecuteModelRequest
 from hal.schema import Declared
 from hal.schema.layout import HEAD_SIZE
@@ -73,26 +74,30 @@ class ModelInputWire:
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
         worker_input, model_input = step = worker.prepare(request)
-        parts = [model_input.encode()]
-        if worker_input.virtual_engine or any(worker_input[name] is not None for name in MOVES):
-            parts.append(worker_input.encode())
-        worker.plane.broadcast(parts)
+        with span("broadcast"):
+            parts = [model_input.encode()]
+            if worker_input.virtual_engine or any(worker_input[name] is not None for name in MOVES):
+                parts.append(worker_input.encode())
+            worker.plane.broadcast(parts)
         return step
 
     def receive(self, worker: Preparing) -> Step | None:
-        parts = worker.plane.receive()
-        return worker.decode(parts) if parts else None
+        with span("receive"):
+            parts = worker.plane.receive()
+            return worker.decode(parts) if parts else None
 
 
 class RequestWire:
     """The request travels, and every rank prepares for itself: fewer bytes, and ranks prepare at the same time."""
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
-        worker.plane.broadcast([request.encode()])
+        with span("broadcast"):
+            worker.plane.broadcast([request.encode()])
         return worker.prepare(request)
 
     def receive(self, worker: Preparing) -> Step | None:
-        parts = worker.plane.receive()
+        with span("receive"):
+            parts = worker.plane.receive()
         return worker.prepare(ExecuteModelRequest.decode(parts[0])) if parts else None
 
 

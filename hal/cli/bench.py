@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="of each request (default: 64)")
     parser.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--profile", metavar="FILE", help="write a trace of one more batch, for Perfetto")
+    parser.add_argument("--profile", metavar="FILE", help="then write a torch.profiler trace of further batches (of "
+                        "several ranks, the driver's), for ui.perfetto.dev")
     options.add_engine_options(parser, skip=("prefix_caching",))
 
 
@@ -70,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--new-tokens must be at least 3: the first is prefill, and decoding is timed between two")
     if args.model_config is not None and hasattr(args, "model"):
         args.usage_error("give either --model or --model-config")
+    if args.profile is not None:
+        args.profile = _trace_file(args.profile)
     with tempfile.TemporaryDirectory(prefix="hal-bench-") as scratch:
         report = _bench(args, Path(scratch))
     print(json.dumps(report, indent=2) if args.json else _table(report))
@@ -107,7 +111,26 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "random_weights": config.random_weights, "device": backend.name, "versions": dict(backend.versions()),
             "dtype": dtype, "tp": config.tp, "pp": config.pp, "wire": config.wire, "threads": measure.threads(),
             "prompt_len": args.prompt_len, "new_tokens": args.new_tokens, "repeat": args.repeat,
-            "measured_bandwidth": bandwidth, "rows": [asdict(row) for row in rows]}
+            "measured_bandwidth": bandwidth, "profile": args.profile, "rows": [asdict(row) for row in rows]}
+
+
+def _trace_file(file: str) -> str:
+    """Where this process writes its trace: ranks that a launcher started each have one.
+
+    Raises:
+        ConfigError: it cannot be written there; known before anything is loaded.
+    """
+    path, rank = Path(file), os.environ.get("RANK", "0")
+    reason = "is there, and is no file that may be written" if path.exists() and not (
+        path.is_file() and os.access(path, os.W_OK)) else None
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise ConfigError("--profile cannot write its trace", got=f"{file}: {reason}",
+                          expected="a file in a directory that exists, for example trace.json")
+    return file if rank == "0" else str(path.with_name(f"rank{rank}-{path.name}"))
 
 
 def _shape(name: str) -> dict[str, Any]:
@@ -144,4 +167,6 @@ def _table(report: dict[str, Any]) -> str:
     lines += [f"{r['batch_size']:>5} | {r['ttft'] * 1e3:8.1f} | {r['tpot'] * 1e3:8.2f} | "
               f"{r['prefill_tokens_per_s']:13.1f} | {r['decode_tokens_per_s']:12.1f} | "
               f"{r['achieved_bandwidth'] / 1e9:6.1f} | {r['share_of_measured']:4.0%}" for r in report["rows"]]
+    if report["profile"]:
+        lines += ["", f"trace for ui.perfetto.dev: {report['profile']}"]
     return "\n".join(lines)

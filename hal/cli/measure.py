@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hal import profiling
 from hal.backend import Backend
 from hal.config import EngineConfig
 from hal.engine.llm import LLM
@@ -41,7 +42,7 @@ def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], pr
     """Batch sizes take turns in every repeat, so that a machine that slows down slows all of them. Raises as LLM.
 
     Args:
-        profile: where to write a trace (for chrome://tracing or Perfetto) of one more batch of the largest size.
+        profile: where to write a trace of one more batch of each size, a span each; made when all is timed.
     """
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     with LLM(**options, progress=progress) as llm:
@@ -52,9 +53,10 @@ def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], pr
             for batch in batch_sizes:
                 found[batch].append(time_batch(llm, model.vocab_size, batch, prompt_len, new_tokens))
         if profile is not None:
-            with torch.profiler.profile() as trace:
-                time_batch(llm, model.vocab_size, max(batch_sizes), prompt_len, min(new_tokens, _PROFILED_TOKENS))
-            trace.export_chrome_trace(profile)
+            with profiling.trace(profile):
+                for batch in batch_sizes:
+                    with profiling.span(f"batch {batch}"):
+                        time_batch(llm, model.vocab_size, batch, prompt_len, min(new_tokens, _PROFILED_TOKENS))
     return found
 
 

@@ -17,6 +17,7 @@ from hal.communicator import Communicator
 from hal.config import WorkerConfig
 from hal.inputs import IntermediateTensors, PagedModelInput
 from hal.outputs import SamplerOutput
+from hal.profiling import span
 from hal.relay import TokenRelay
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
@@ -94,7 +95,8 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         """Through the real sampler, from logits that are highest for the token that the sum names."""
         vocab = self.config.model.vocab_size
         logits = (torch.arange(vocab) - sums[:, None]).remainder(vocab) / -4.0
-        output = self.sampler(logits, m)
+        with span("sample"):
+            output = self.sampler(logits, m)
         if m.prompt_targets is not None:
             chosen, top_ids, top = logprobs(logits[m.num_samples:], m.prompt_targets, m.num_prompt_logprobs)
             output.prompt_logprobs, output.prompt_top_ids, output.prompt_top_logprobs = chosen, top_ids, top

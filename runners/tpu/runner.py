@@ -19,6 +19,7 @@ from hal.errors import BackendError, StateError
 from hal.inputs import NULL_BLOCK, SAMPLING_FIELDS, IntermediateTensors
 from hal.models.causal_lm import CausalLM
 from hal.outputs import SamplerOutput
+from hal.profiling import span
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.sampling.sampler import logprobs
@@ -161,7 +162,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             arguments += [intermediate[name] for name in self.model.intermediates]
         results = self.programs["step", bucket](arguments, kv_caches)
         if self.config.topology.is_last_stage:
-            output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
+            with span("sample"):
+                output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
         else:
             output = self.model.hand_on(*results)
         if self.strict and self.compiled != before:

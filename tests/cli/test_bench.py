@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from hal import profiling
 from hal.backend import select
-from hal.cli import main, measure
+from hal.cli import bench, main, measure
 from hal.cli.shapes import SHAPES
 from hal.models.hf_config import parse_config
 
@@ -25,9 +26,7 @@ def _json(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
 def test_json_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = {**SHAPES["tiny"], "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    trace = tmp_path / "trace.json"
-    report = _json(capsys, "--model-config", str(tmp_path / "config.json"), "--profile", str(trace))
-    assert any("linear" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    report = _json(capsys, "--model-config", str(tmp_path / "config.json"))
     assert report["parameters"] == parse_config(shape).num_params and report["random_weights"]
     assert (report["device"], report["dtype"], report["tp"], report["prompt_len"]) == ("cpu", "float32", 1, 12)
     assert report["measured_bandwidth"] > 1e8 and [r["batch_size"] for r in report["rows"]] == [1, 3]
@@ -44,6 +43,38 @@ def test_table_of_the_bundled_checkpoint_in_two_processes(capsys: pytest.Capture
     assert "add-tiny" in out and "checkpoint" in out and "tp 2" in out and "bfloat16" in out
     rows = [line.split("|") for line in out.splitlines() if line.strip()[:1] in ("1", "3")]
     assert [int(row[0]) for row in rows] == [1, 3] and all(float(cell) >= 0 for row in rows for cell in row[1:-1])
+
+
+def test_a_profile_is_of_further_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "trace.json").write_text("an older one")
+    assert main(["bench", *SMALL, "--tp", "2", "--profile", str(tmp_path / "trace.json")]) == 0
+    assert f"trace for ui.perfetto.dev: {tmp_path / 'trace.json'}" in capsys.readouterr().out.splitlines()
+    events = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e.get("ph") == "X"]
+    assert any("linear" in e["name"] for e in events) and not profiling._on
+    found = {name: [e for e in events if e["name"] == name and e["cat"] == "user_annotation"] for name in (
+        "batch 1", "batch 3", "prepare", "broadcast", "execute", "sample", "fetch")}
+    first, second = (found.pop(f"batch {n}") for n in (1, 3))
+    assert len(first) == len(second) == 1 and {len(events) for events in found.values()} == {len(found["fetch"])}
+    inside = [[o["ts"] <= e["ts"] and e["ts"] + e["dur"] <= o["ts"] + o["dur"] for o in (*first, *second)].count(True)
+              for events in found.values() for e in events]
+    assert inside == [1] * len(inside) and len(found["fetch"]) >= 8  # 4 new tokens in each batch
+
+
+@pytest.mark.parametrize("file", ["nowhere/trace.json", ".", "/dev/null"])
+def test_a_trace_that_cannot_be_written_is_refused_at_once(file: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *SMALL, "--profile", file, "--device", "nothing is looked for"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("hal: error: --profile cannot write its trace") and f"got: {file}: " in err
+    assert not list(tmp_path.iterdir()) and Path("/dev/null").is_char_device()
+
+
+def test_launched_ranks_write_a_trace_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench._trace_file("/tmp/trace.json") == "/tmp/trace.json"
+    monkeypatch.setenv("RANK", "1")
+    assert bench._trace_file("/tmp/trace.json") == "/tmp/rank1-trace.json"
 
 
 def test_steps_in_which_all_decode_are_timed() -> None:
