@@ -76,7 +76,7 @@ class WorkerExecutor(StepExecutor):
             self.num_blocks = self._start(configs, worker, progress)
         except BaseException as error:
             failure = self._blame(error)
-            self._close(0)
+            self._close(0, error)
             if failure.rank == 0 and (isinstance(error, HalError) or not isinstance(error, Exception)):
                 raise
             raise failure.at_start() from error

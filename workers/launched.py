@@ -58,7 +58,7 @@ class LaunchedExecutor(StepExecutor):
             self.num_blocks = self._start(config, progress)
         except BaseException as error:
             failure = self._blame(error)
-            self._close(0)
+            self._close(0, error)
             if failure.rank == topology.rank and (isinstance(error, HalError) or not isinstance(error, Exception)):
                 raise
             raise failure.at_start() from error

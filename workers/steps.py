@@ -85,12 +85,12 @@ class StepExecutor(abc.ABC):
 
     def _fail(self, failure: Failure, error: Exception | None) -> NoReturn:
         self._failure = failure.in_step()
-        self._close(0)
-        for each in chain(error):  # whose frames hold caches and activations, and the next engine needs the room
-            traceback.clear_frames(each.__traceback__)
+        self._close(0, error)
         raise self._failure from error
 
-    def _close(self, patience: float) -> None:
+    def _close(self, patience: float, error: BaseException | None = None) -> None:
         self._closed = True
         self._pending.clear()
         self._end(patience)
+        for each in chain(error):  # whose frames hold weights, caches, activations: the next engine needs the room
+            traceback.clear_frames(each.__traceback__)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hal.backend import Backend, Capabilities
+from hal.errors import CapacityError
 from hal.inputs import NULL_BLOCK, PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.paged_runner import PagedModelRunner
@@ -167,6 +168,15 @@ class FailsOnce(FakeRunner):
         return super().sample(hidden, m)
 
 
+class FailsToWarmUp(FakeRunner):
+    def warmup(self, kv_caches: Sequence[torch.Tensor], *_: Any) -> None:
+        logits = kv_caches[0].float()
+        try:
+            torch.empty(1 << 40, device=logits.device)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError("it does not fit") from error
+
+
 class StaticRunner(PagedModelRunner):
     """Right where shapes are static: the TPU's buckets and attention, on another device. Greedy."""
 
@@ -210,3 +220,4 @@ class StaticRunner(PagedModelRunner):
 
 
 fails_once = FakeBackend(FailsOnce)
+fails_to_warm_up = FakeBackend(FailsToWarmUp)

@@ -93,6 +93,19 @@ def test_a_failed_step_leaves_no_memory_behind() -> None:
         assert [done[i] for i in ids] == ["122", "19"] and fake.runner.steps > fake.runner.FAILS
 
 
+def test_a_failed_start_leaves_no_memory_behind() -> None:
+    """A smaller engine has all the room while the error is still being handled."""
+    fake: Any = load("fake_runners:fails_to_warm_up")
+    try:
+        LLM(device="fake_runners:fails_to_warm_up", num_blocks=200)
+    except CapacityError as error:
+        assert "does not fit" in str(error) and fake.fake.used < 1 << 16 < fake.fake.peak
+        with pytest.raises(CapacityError, match="does not fit"):
+            LLM(device="fake_runners:fails_to_warm_up", num_blocks=100)
+    else:
+        pytest.fail("it warms up")
+
+
 SAMPLED = {"temperature": 0.8, "seeds": 1, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "penalties": [1.2, 0.1, 0.1],
            "history": 3, "prompt_lens": 1}
 
