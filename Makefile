@@ -1,5 +1,6 @@
 # Two environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
-# only the tests whose outcome depends on the torch release; `test-xla` adds the XLA runner's slow ones).
+# only the tests whose outcome depends on the torch release, and the CUDA kernels in Triton's interpreter; `test-xla` adds
+# the XLA runner's slow ones).
 PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
@@ -24,6 +25,7 @@ demo: .venv/.made
 test: lint .venv-xla/.made
 	.venv/bin/python -m pytest tests
 	.venv-xla/bin/python -m pytest tests -m torch_release -k "not (tpu and slow)"
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -k "test_kernels or test_sampling"
 
 test-xla: .venv-xla/.made
 	.venv-xla/bin/python -m pytest tests/tpu
