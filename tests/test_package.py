@@ -13,8 +13,8 @@ import torch
 ASSET = Path(__file__).parents[1] / "hal" / "assets" / "add-tiny"
 
 
-@pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard", "hal.config", "hal.profiling", "hal.sampling.params", "hal.cli",
-                                    "runners.cpu"])
+@pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard", "hal.config", "hal.profiling", "hal.cli",
+                                    "hal.sampling.params", "runners.cpu"])
 def test_import_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -105,7 +105,8 @@ def test_ranks_in_other_processes_inherit_the_switch(opened: list[str], tmp_path
         opened.clear()
         llm.generate(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True))
         steps = llm.stats().steps
-    assert (tmp_path / "spans").read_text().split() == told * steps + ["receive"]  # that there are no more
+    theirs = (tmp_path / "spans").read_text().split()
+    assert theirs[:len(told) * steps] == told * steps and theirs[len(told) * steps:] in ([], ["receive"])  # at the end
     own = {"prepare", "broadcast", "execute", "sample", "fetch"}
     assert Counter(name for name in opened if name[0] != "-") == dict.fromkeys(own, steps)
 
