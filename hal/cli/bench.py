@@ -90,9 +90,10 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from hal.models.hf_config import read_config
 
     length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
-    block_size = EngineConfig(**chosen).block_size
+    # With what the scheduler holds back when it lets requests in: else the last of a batch may wait for another's end.
+    blocks = largest * -(-length // EngineConfig(**chosen).block_size)
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
-                             "num_blocks": 1 + largest * -(-length // block_size), **chosen, "prefix_caching": False})
+                             "num_blocks": 2 + blocks + blocks // 64, **chosen, "prefix_caching": False})
     model = read_config(config.model)
     backend = backends.select(config.device)
     dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
