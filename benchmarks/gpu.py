@@ -126,8 +126,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         with LLM(scratch, device="cuda", random_weights=True, **options) as llm:
             start = time.perf_counter() - begin
             runner = llm.executor._worker.runner
-            print(f"{shape}: started in {start:.1f} s\n{runner.capture_report()}\ntiles {runner.ops.tiles}\n"
-                  f"gated {runner.ops.gated}", flush=True)
+            print(f"{shape}: started in {start:.1f} s\n{runner.capture_report()}\n"
+                  f"tiles {runner.ops.tiles}", flush=True)
             RESULTS[f"{shape}_start_s"] = start
             for batch, prompt in cells:
                 time_batch(llm, model.vocab_size, batch, prompt, 8)
@@ -135,7 +135,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                                          for _ in range(3))
                 graph = next(g for n, g in sorted(runner.graphs.items()) if n >= batch)
                 bare = milliseconds(graph.graph.replay)
-                moved = bytes_per_step(model, "bfloat16", batch, prompt + new_tokens // 2)
+                kv_dtype = options.get("kv_dtype", "auto")
+                moved = bytes_per_step(model, "bfloat16", kv_dtype, batch, prompt + new_tokens // 2)
                 floor = moved / bandwidth
                 print(f"{shape} batch {batch:>4}, prompt {prompt:>5}: {step * 1e3:7.3f} ms a step, "
                       f"{batch / step:9.0f} tok/s, {moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor "

@@ -28,7 +28,7 @@ class Capabilities:
     Attributes:
         dtypes: of weights and KV cache, preferred first.
         max_tp, max_pp: largest parallel sizes it runs.
-        swap: KV blocks can be swapped to host memory.
+        swap: KV blocks can be swapped to host memory. fp8_kv: they can be kept as fp8.
         spmd: one process drives the devices of all tensor-parallel ranks (a compiler cuts the tensors), so a worker's
             topology has tp=1 and EngineConfig.tp is left to its runner.
         asynchronous: execute_model returns before the device is done, and the runner relays sampled tokens (hal.relay).
@@ -39,6 +39,7 @@ class Capabilities:
     max_tp: int = 1
     max_pp: int = 1
     swap: bool = True
+    fp8_kv: bool = False
     spmd: bool = False
     asynchronous: bool = False
     checkpoints: bool = True
@@ -150,7 +151,7 @@ def resolve_async(backend: Backend, wanted: bool | None, pp: int) -> bool:
     return backend.capabilities.asynchronous and pp == 1 if wanted is None else wanted
 
 
-def require(backend: Backend, *, dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:
+def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:
     """Check a configuration against the declared capabilities.
 
     Raises:
@@ -164,6 +165,9 @@ def require(backend: Backend, *, dtype: str, tp: int, pp: int, num_cpu_blocks: i
     if pp > can.max_pp:
         raise BackendError(f"backend {backend.name!r} cannot split layers this far", got=f"pp={pp}",
                            expected=f"at most {can.max_pp}")
+    if kv_dtype == "fp8" and not can.fp8_kv:
+        raise BackendError(f"backend {backend.name!r} has no fp8 KV cache", got=f"kv_dtype={kv_dtype}",
+                           expected="kv_dtype=auto")
     if num_cpu_blocks and not can.swap:
         raise BackendError(f"backend {backend.name!r} cannot swap KV blocks", got=f"num_cpu_blocks={num_cpu_blocks}",
                            expected="num_cpu_blocks=0 (preempted sequences are recomputed)")

@@ -20,10 +20,12 @@ class Communicator(Protocol):
 
     Attributes:
         topology: of this rank.
+        capturable: whether collectives may be captured into a graph of the device.
         fingerprint: of the step that runs; the worker begins it, collectives count in it, and compare it.
     """
 
     topology: Topology
+    capturable: bool
     fingerprint: Fingerprint
 
     def end_step(self) -> None:
@@ -49,7 +51,7 @@ class Communicator(Protocol):
 class LocalCommunicator:
     """A world of one: reductions are the identity, and there is no other stage."""
 
-    topology = Topology()
+    topology, capturable = Topology(), True
     fingerprint = Fingerprint()  # there is nobody to differ from
 
     def end_step(self) -> None:

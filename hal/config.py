@@ -14,6 +14,7 @@ from hal.models.config import ModelConfig
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 WirePolicy = Literal["model-input", "request", "none"]
+KVDType = Literal["auto", "fp8"]
 ExecutorName = Literal["multiprocess", "ray"]
 
 
@@ -23,6 +24,8 @@ class EngineConfig:
         model: checkpoint directory in Hugging Face format.
         device: a backend's name, "auto", or "module:attribute" of a Backend that is not installed as an entry point.
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
+        kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3, unscaled) holds twice the tokens of 16
+            bits at some loss of accuracy.
         tp, pp: tensor and pipeline parallel sizes.
         max_model_len: longest prompt + output in tokens; None takes the model's context length.
         max_num_seqs: sequences in one step. max_num_batched_tokens: tokens in one step (longer prompts are chunked).
@@ -45,6 +48,7 @@ class EngineConfig:
     model: str = str(BUNDLED_MODEL)
     device: str = "auto"
     dtype: DType = "auto"
+    kv_dtype: KVDType = "auto"
     tp: int = 1
     pp: int = 1
     max_model_len: int | None = None
@@ -79,7 +83,7 @@ class EngineConfig:
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
-        for name, kind in (("dtype", DType), ("wire", WirePolicy), ("executor", ExecutorName)):
+        for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"unknown {name}", got=repr(getattr(self, name)), expected=", ".join(get_args(kind)))
 

@@ -42,6 +42,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         engine = config.engine
         self.make_attention, self.ops, self.sampler = attention, ops or Ops(), sampler or Sampler()
         self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
+        # As bytes: all that moves blocks takes those, and attention knows what they are.
+        self.kv_dtype = torch.uint8 if engine.kv_dtype == "fp8" else self.dtype
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
                                 self.input_type, relay=bool(engine.async_scheduling))
         self.relay = TokenRelay(engine.max_num_seqs, device, communicator)
@@ -64,7 +66,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def kv_bytes_per_block(self) -> int:
         shape = self.attention.cache_shape(1, self.config.engine.block_size)
-        return math.prod(shape) * self.dtype.itemsize * len(self.model.attention_specs)
+        return math.prod(shape) * self.kv_dtype.itemsize * len(self.model.attention_specs)
 
     def reserve_bytes(self) -> int:
         """Activations of a layer over the most tokens, what attention needs (the default one's, if the device has
@@ -85,7 +87,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         shape = self.attention.cache_shape(num_blocks, self.config.engine.block_size)
-        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.model.attention_specs]
+        return [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in self.model.attention_specs]
 
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         """Nothing is compiled here; a prefill and a decode let libraries choose kernels and allocate."""
@@ -116,8 +118,9 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         """What an earlier stage would hand over; None on the first."""
         if self.config.topology.is_first_stage:
             return None
-        zeros = torch.zeros(tokens, self.config.model.hidden_size, dtype=self.dtype, device=self.device)
-        return self.model.hand_on(*(zeros for _ in self.model.intermediates))
+        size = self.config.model.hidden_size
+        return self.model.hand_on(*(torch.zeros(tokens, size, dtype=self.dtype, device=self.device)
+                                    for _ in self.model.intermediates))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)

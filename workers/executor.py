@@ -46,7 +46,8 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
     device = backend.name if engine.device == "auto" else engine.device
     engine = dataclasses.replace(engine, dtype=cast(DType, dtype), device=device, async_scheduling=(
         backends.resolve_async(backend, engine.async_scheduling, engine.pp)))
-    backends.require(backend, dtype=dtype, tp=engine.tp, pp=engine.pp, num_cpu_blocks=engine.num_cpu_blocks)
+    backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
+                     num_cpu_blocks=engine.num_cpu_blocks)
     if engine.wire == "none" and (1 if backend.capabilities.spmd else engine.tp) * engine.pp > 1:
         return LaunchedExecutor(engine, model, backend, progress, worker)
     return WorkerExecutor(engine, model, backend, progress, worker)

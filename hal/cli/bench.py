@@ -104,7 +104,8 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     rows = []
     for batch, runs in cells.items():
         step = statistics.median(r.decode_step for r in runs)
-        achieved = bytes_per_step(model, dtype, batch, args.prompt_len + args.new_tokens // 2) / ranks / step
+        moved = bytes_per_step(model, dtype, config.kv_dtype, batch, args.prompt_len + args.new_tokens // 2)
+        achieved = moved / ranks / step
         rows.append(Row(batch, statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
                         batch * args.prompt_len / statistics.median(r.prefill for r in runs), batch / step, achieved,
                         achieved / bandwidth))
@@ -147,13 +148,14 @@ def _shape(name: str) -> dict[str, Any]:
     return data
 
 
-def bytes_per_step(model: ModelConfig, dtype: str, batch: int, context: int) -> float:
+def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, context: int) -> float:
     """What a decode step has to read of weights and KV cache, over all ranks. Of the input embedding only the batch's
     rows are read, unless it is the output head as well; each layer reads its window of the context."""
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     weights = model.num_params - (0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size)
     seen = sum(min(context, window or context) for window in model.windows)
-    return float(item * (weights + batch * seen * 2 * model.num_kv_heads * model.head_dim))
+    kv_item = 1 if kv_dtype == "fp8" else item
+    return float(item * weights + kv_item * batch * seen * 2 * model.num_kv_heads * model.head_dim)
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ ENGINE_HELP = {
     "model": "checkpoint directory in Hugging Face format",
     "device": "auto, a backend's name (`hal env` lists them), or module:attribute of a backend",
     "dtype": "of weights and KV cache",
+    "kv_dtype": "of the KV cache, where it is not the weights'",
     "tp": "tensor-parallel processes",
     "pp": "pipeline stages",
     "max_model_len": "longest prompt + output in tokens",

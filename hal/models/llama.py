@@ -42,20 +42,15 @@ class LlamaLayer(nn.Module):
     def forward(self, index: int, x: torch.Tensor, residual: torch.Tensor | None, rotary: Any,
                 attention: LayerAttention) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) -> (x, residual), whose sum is the layer's output; the very first layer has no residual yet."""
-        ops = self.ops
-        if residual is None:
-            x, residual = ops.rms_norm(x, self.attn_norm, self.eps), x
-        else:
-            x, residual = ops.add_rms_norm(x, residual, self.attn_norm, self.eps)
-        qkv = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
-        qk, v = qkv[:, :-self.kv_heads], qkv[:, -self.kv_heads:]
+        ops, kv = self.ops, self.kv_heads
+        qkv, residual = ops.norm_linear(self.qkv, x, residual, self.attn_norm, self.eps)
+        qkv = qkv.view(-1, self.heads + 2 * kv, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((ops.rms_norm(qk[:, :self.heads], self.q_norm, self.eps),
-                            ops.rms_norm(qk[:, self.heads:], self.k_norm, self.eps)), 1)
-        qk = ops.rotary(qk, rotary)
-        x = self.out(attention(index, qk[:, :self.heads], qk[:, self.heads:], v))
-        x, residual = ops.add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        return self.down(ops.gated_linear(self.gate_up, x)), residual
+            qkv = torch.cat((ops.rms_norm(qkv[:, :self.heads], self.q_norm, self.eps),
+                             ops.rms_norm(qkv[:, self.heads:-kv], self.k_norm, self.eps), qkv[:, -kv:]), 1)
+        x = self.out(ops.rotary_attention(attention, index, qkv, kv, rotary))
+        x, residual = ops.norm_linear(self.gate_up, x, residual, self.mlp_norm, self.eps, gated=True)
+        return self.down(x), residual
 
 
 class Llama(CausalLM):

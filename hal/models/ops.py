@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    from hal.attention import LayerAttention
     from hal.models.layers import Linear
 
 
@@ -60,10 +61,25 @@ class Ops:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
-    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
-        """x [n, in] through a layer whose outputs are a gate and the other factor -> [n, m]: for a device that does
-        both in one go."""
-        return self.silu_mul(layer(x))
+    def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
+                    eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer of the norm of x + residual, and x + residual (x itself where there is no residual yet). `gated`:
+        the layer's outputs are a gate and the other factor, and the result is their `silu_mul`. For a device that does
+        it in one go."""
+        if residual is None:
+            x, residual = self.rms_norm(x, weight, eps), x
+        else:
+            x, residual = self.add_rms_norm(x, residual, weight, eps)
+        y = layer(x)
+        return (self.silu_mul(y) if gated else y), residual
+
+    def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
+                         begun: Any) -> torch.Tensor:
+        """Attention of a layer, given qkv [num_tokens, num_heads + 2 * num_kv_heads, head_dim] whose q and k are not
+        rotated yet -> [num_tokens, num_heads * head_dim]. For a device whose attention can rotate."""
+        qk, v = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]
+        qk = self.rotary(qk, begun)
+        return attention(layer, qk[:, :-num_kv_heads], qk[:, -num_kv_heads:], v)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         """`kind` as in ModelConfig.activation, except the gated one."""

@@ -16,6 +16,7 @@ from hal.communicator import LocalCommunicator
 from hal.conformance.tolerance import Tolerances
 from hal.errors import BackendError
 from hal.models.layers import Linear
+from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
 from hal.recording.format import Recording
 from hal.request import ExecuteModelRequest
@@ -141,10 +142,9 @@ class _Traced:
     def __init__(self, inner: Any, trace: _Trace) -> None:
         self._inner, self._trace = inner, trace
 
-    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
-        """In the two operations that it stands for."""
-        result: torch.Tensor = self.silu_mul(layer(x))
-        return result
+    # In the operations that they stand for.
+    norm_linear: Any = Ops.norm_linear
+    rotary_attention: Any = Ops.rotary_attention
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)

@@ -35,7 +35,7 @@ class Sampler:
         if m.penalties is not None and n:
             assert m.history is not None and m.prompt_lens is not None
             scores = penalised(raw.float(), m.penalties[:n], m.history[:n], m.prompt_lens[:n])
-        token_ids = self._draw(scores.float(), m) if m.temperature is not None and n else self.argmax(scores)
+        token_ids = self._draw(scores, m) if m.temperature is not None and n else self.argmax(scores)
         result = {"token_ids": token_ids.int()}
         if m.num_logprobs >= 0:
             chosen, top_ids, top = logprobs(raw, token_ids, m.num_logprobs)
@@ -51,13 +51,13 @@ class Sampler:
         return scores.sort(-1, descending=True).values
 
     def _draw(self, scores: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
-        """A token a row from fp32 `scores`, greedy where the temperature is 0."""
+        """A token a row from `scores` [n, vocab] of any float type, greedy where the temperature is 0."""
         n, vocab = scores.shape
         assert m.temperature is not None and m.seeds is not None
         temperature = m.temperature[:n, None]
         keys = row_keys(m.seeds[:n], m.positions[m.logits_indices[:n]] + 1)
         greedy = temperature == 0
-        scores = scores / torch.where(greedy, 1.0, temperature)
+        scores = scores.float() / torch.where(greedy, 1.0, temperature)
         top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
         best = self.argmax(scores)
         if top_k is None and top_p is None and min_p is None:

@@ -45,21 +45,33 @@ class CudaStep:
     """One step: nothing here reads the device."""
 
     def __init__(self, attention: CudaAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
-        self.m, self.specs, self.caches = m, attention.specs, kv_caches
+        self.m, self.specs = m, attention.specs
+        self.caches = [c.view(torch.float8_e4m3fn) if c.dtype == torch.uint8 else c for c in kv_caches]
         tokens, seqs = len(m.input_ids), len(m.seq_lens)
         self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
         self.splits = attention.splits(self.decodes, m.block_tables.shape[1] * m.block_size)
         self.max_queries = m.max_query_len or tokens
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._attend(layer, q, kernels.New(k, v, self.m.slot_mapping))
+
+    def rotary(self, layer: int, qkv: torch.Tensor, num_kv_heads: int, table: torch.Tensor) -> torch.Tensor:
+        """As Ops.rotary_attention has it."""
+        k, v = qkv[:, -2 * num_kv_heads:-num_kv_heads], qkv[:, -num_kv_heads:]
+        new = kernels.New(k, v, self.m.slot_mapping, (self.m.positions, table))
+        return self._attend(layer, qkv[:, :-2 * num_kv_heads], new)
+
+    def _attend(self, layer: int, q: torch.Tensor, new: kernels.New) -> torch.Tensor:
         m, spec, cache, n = self.m, self.specs[layer], self.caches[layer], self.decodes
-        kernels.write_kv(k, v, cache, m.slot_mapping)
+        alone = n == len(q)  # then decoding does it all in one launch
+        if not alone:
+            q = kernels.write_kv(q, new, cache)
         # No kernel writes the padding of a step that is not all decodes.
-        make = torch.empty if n == len(q) else torch.zeros
+        make = torch.empty if alone else torch.zeros
         out = make(q.shape, dtype=q.dtype, device=q.device)
         if n:
             kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, scale=spec.scale, window=spec.window,
-                           splits=self.splits)
+                           splits=self.splits, new=new if alone else None)
         if m.max_query_len != 1 and len(m.seq_lens) > n:
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
                             max_queries=self.max_queries, scale=spec.scale, window=spec.window)

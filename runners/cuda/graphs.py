@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 
-from hal.inputs import PagedModelInput
+from hal.inputs import IntermediateTensors, PagedModelInput
 from hal.schema.packed import Packed
 from runners.cuda.staging import end_of, views
 
 RELAYED = ("relay", "sampled_rows")  # optional fields that every graph has
+
+
+Results = IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
+Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,9 @@ class DecodeGraph:
     """Attributes:
         staged: uint8 on the device, what the graph reads: a packed input up to `size` bytes, and room behind it for
             the sampling fields of a step, which the graph does not read.
-        logits: [num_seqs, vocab_size]; token_ids: int32 [num_seqs], the most likely ones. Written by a replay.
+        received: of the previous pipeline stage, which the graph reads; None on the first.
+        results: what a replay writes. Of the last stage the logits [num_seqs, vocab_size], and int32 [num_seqs] the
+            most likely tokens; of others what they hand on.
         seconds, bytes: what capturing it cost.
     """
 
@@ -29,8 +35,8 @@ class DecodeGraph:
     staged: torch.Tensor
     size: int
     graph: Any
-    logits: torch.Tensor
-    token_ids: torch.Tensor
+    received: IntermediateTensors | None
+    results: Results
     seconds: float
     bytes: int
 
@@ -41,19 +47,18 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < max_num_seqs), max_num_seqs)
 
 
-def capture(empty: Packed[Any], run: Callable[[PagedModelInput], tuple[torch.Tensor, torch.Tensor]], pool: Any,
-            room: int, device: torch.device) -> DecodeGraph:
-    """`empty`: a decode input of the graph's sizes in which every sequence is padding. `run`: to logits and token ids.
-    """
+def capture(empty: Packed[Any], received: IntermediateTensors | None, run: Run, pool: Any, room: int,
+            device: torch.device) -> DecodeGraph:
+    """`empty`: a decode input of the graph's sizes in which every sequence is padding. `run`: what is captured."""
     begin, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
     staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
     staged[:empty.buffer.size].copy_(torch.from_numpy(empty.buffer))
     m: PagedModelInput = empty.bind(views(empty, staged))
-    run(m)  # kernels are compiled and libraries set up before anything is captured
+    run(m, received)  # kernels are compiled and libraries set up before anything is captured
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        logits, token_ids = run(m)
+        results = run(m, received)
     torch.cuda.synchronize(device)
-    return DecodeGraph(len(m.seq_lens), staged, end_of(empty, RELAYED[-1]), graph, logits, token_ids,
+    return DecodeGraph(len(m.seq_lens), staged, end_of(empty, RELAYED[-1]), graph, received, results,
                        time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0))

@@ -3,62 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from hal.attention import LayerAttention
 from hal.models.layers import Linear
 from hal.models.ops import Ops
+from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import elementwise
-from runners.cuda.kernels.gemv import TILES, Tile, gemv
+from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
-Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _ROUNDS, _MOVED = 5, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
 
 
+class Use(NamedTuple):
+    """Of a linear layer of one row: the weight's shape, and what is done in the same kernel."""
+
+    shape: tuple[int, ...]
+    gated: bool = False
+    normed: bool = False
+
+
 class CudaOps(Ops):
-    """Attributes: tiles: by weight shape, what the matrix-vector kernel is run with; None where cuBLAS is faster.
-    gated: the same for a layer whose outputs are a gate and the other factor, with their product in one kernel."""
+    """Attributes: tiles: by use, what the matrix-vector kernel is run with; None where it is slower than what it would
+    replace. Measured when a use first occurs, on the model's own weights, until `settle` is called."""
 
     def __init__(self) -> None:
-        self.tiles: dict[tuple[int, ...], Tile | None] = {}
-        self.gated: dict[tuple[int, ...], Tile | None] = {}
+        self.tiles: dict[Use, Tile | None] = {}
         self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def pack_linear(self, layer: Linear) -> None:
         if layer.weight.dtype != torch.float32:
             self._weights.setdefault(tuple(layer.weight.shape), []).append(layer.weight.data)
 
-    @torch.inference_mode()
-    def choose_tiles(self) -> None:
-        """By measurement on the model's own weights."""
-        for shape, weights in self._weights.items():
-            some = weights[:max(_MOVED // (weights[0].numel() * weights[0].itemsize), 2)]
-            self.tiles[shape] = best = min((None, *TILES), key=lambda tile: _milliseconds(self._product(tile), some))
-            if shape[0] % 2 == 0:
-                self.gated[shape] = min((None, *TILES), key=lambda tile: _milliseconds(self._gated(tile, best), some))
+    def settle(self) -> None:
+        """From here on nothing is measured."""
         self._weights.clear()
 
-    @staticmethod
-    def _product(tile: Tile | None) -> Product:
-        return F.linear if tile is None else lambda x, weight: gemv(x, weight, None, tile)
-
-    def _gated(self, tile: Tile | None, best: Tile | None) -> Product:
-        if tile is None:
-            return lambda x, weight: self.silu_mul(self._product(best)(x, weight))
-        return lambda x, weight: gemv(x, weight, None, tile, gated=True)
-
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.shape[0] == 1:
-            tile = self.tiles.get(weight.shape)
-            if tile is not None:
-                return gemv(x, weight, bias, tile)
-        return F.linear(x, weight, bias)
+        return self._apply(x, weight, bias, Use(weight.shape), None)[0]
 
-    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
-        tile = self.gated.get(layer.weight.shape) if x.shape[0] == 1 else None
-        return super().gated_linear(layer, x) if tile is None else gemv(x, layer.weight, layer.bias, tile, gated=True)
+    def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
+                    eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer.reduce:
+            return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
+        use = Use(layer.weight.shape, gated, True)
+        return self._apply(x, layer.weight, layer.bias, use, Norm(weight, eps, residual))
+
+    def _apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, use: Use, norm: Norm | None,
+               ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product, and x + residual."""
+        if x.shape[0] == 1:
+            if use not in self.tiles and use.shape in self._weights:
+                self.tiles[use] = self._measured(use)
+            tile = self.tiles.get(use)
+            if tile is not None:
+                return gemv(x, weight, bias, tile, gated=use.gated, norm=norm)
+        return self._unfused(x, weight, bias, use, norm)
+
+    def _unfused(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, use: Use, norm: Norm | None,
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        if norm is not None:
+            if norm.residual is None:
+                x, total = self.rms_norm(x, norm.weight, norm.eps), x
+            else:
+                x, total = self.add_rms_norm(x, norm.residual, norm.weight, norm.eps)
+            return self._apply(x, weight, bias, use._replace(normed=False), None)[0], total
+        if use.gated:
+            return self.silu_mul(self._apply(x, weight, bias, Use(use.shape), None)[0]), x
+        return F.linear(x, weight, bias), x
+
+    @torch.inference_mode()
+    def _measured(self, use: Use) -> Tile | None:
+        weights = self._weights[use.shape]
+        some = weights[:max(_MOVED // (weights[0].numel() * weights[0].itemsize), 2)]
+        x = torch.ones(1, use.shape[1], dtype=some[0].dtype, device=some[0].device)
+        norm = Norm(x[0], 1e-5, x) if use.normed else None
+
+        def product(tile: Tile | None) -> Callable[[torch.Tensor], object]:
+            if tile is None:
+                return lambda weight: self._unfused(x, weight, None, use, norm)
+            return lambda weight: gemv(x, weight, None, tile, gated=use.gated, norm=norm)
+
+        return min((None, *TILES), key=lambda tile: _milliseconds(product(tile), some))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.rms_norm(x, weight, eps)
@@ -73,20 +102,25 @@ class CudaOps(Ops):
     def rotary(self, heads: torch.Tensor, begun: Any) -> torch.Tensor:
         return elementwise.rotary(heads, *begun)
 
+    def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
+                         begun: Any) -> torch.Tensor:
+        if isinstance(attention, CudaStep):
+            return attention.rotary(layer, qkv, num_kv_heads, begun[1])
+        return super().rotary_attention(attention, layer, qkv, num_kv_heads, begun)
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
 
 
-def _milliseconds(call: Product, weights: list[torch.Tensor]) -> float:
+def _milliseconds(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
     """One row times each of the weights, as a graph runs them: the least of a few replays."""
-    x = torch.ones(1, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
     for weight in weights:
-        call(x, weight)
+        call(weight)
     torch.cuda.synchronize()
     graph, spent = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for weight in weights:
-            call(x, weight)
+            call(weight)
     for _ in range(_ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from hal.communicator import Communicator
 from hal.config import WorkerConfig
-from hal.errors import CapacityError
+from hal.errors import BackendError, CapacityError
 from hal.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.paged_runner import PagedModelRunner
@@ -18,8 +18,11 @@ from hal.request import ExecuteModelRequest
 from hal.runner import Progress, no_progress
 from hal.schema.packed import Packed
 from runners.cuda.attention import CudaAttention
-from runners.cuda.graphs import RELAYED, DecodeGraph, batch_sizes, capture
+from runners.cuda.graphs import RELAYED, DecodeGraph, Results, batch_sizes, capture
+from runners.cuda.kernels import elementwise
+from runners.cuda.kernels.sampling import greedy
 from runners.cuda.ops import CudaOps
+from runners.cuda.sampler import CudaSampler
 from runners.cuda.staging import Fetcher, PinnedRing, views
 
 _ROOM = 64 << 10  # bytes behind a graph's input for the sampling fields of a step
@@ -37,12 +40,12 @@ class CudaModelRunner(PagedModelRunner):
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.ops: CudaOps
-        super().__init__(config, device, communicator, attention=CudaAttention, ops=CudaOps())
+        super().__init__(config, device, communicator, attention=CudaAttention, ops=CudaOps(), sampler=CudaSampler())
         engine = config.engine
-        topology = config.topology
-        # Collectives of gloo cannot be captured, and a pipeline's stages hand tensors on between steps.
-        alone = topology.world_size == 1
-        self.sizes = batch_sizes(engine.max_num_seqs) if alone and engine.graphs else ()
+        if engine.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise BackendError(f"{torch.cuda.get_device_name(device)} has no fp8", got="kv_dtype=fp8",
+                               expected="kv_dtype=auto", hint="fp8 needs compute capability 8.9 or more")
+        self.sizes = batch_sizes(engine.max_num_seqs) if communicator.capturable and engine.graphs else ()
         self.graphs: dict[int, DecodeGraph] = {}
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
@@ -51,9 +54,6 @@ class CudaModelRunner(PagedModelRunner):
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
-        progress("choosing kernels", 0, 1)
-        self.ops.choose_tiles()
-        progress("choosing kernels", 1, 1)
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -82,19 +82,26 @@ class CudaModelRunner(PagedModelRunner):
     @torch.inference_mode()
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         super().warmup(kv_caches, progress)
+        self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
+        self.ops.settle()
         pool = torch.cuda.graph_pool_handle() if self.sizes else None
 
-        def run(m: PagedModelInput) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden = self.model(self.relay.input_ids(m), m.positions, self.attention.begin(m, kv_caches), None)
+        def run(m: PagedModelInput, received: IntermediateTensors | None) -> Results:
+            assert m.relay is not None
+            last = self.relay.last
+            input_ids = elementwise.resolve(m.input_ids, m.relay, last)
+            hidden = self.model(input_ids, m.positions, self.attention.begin(m, kv_caches), received)
+            if not isinstance(hidden, torch.Tensor):
+                return cast(IntermediateTensors, hidden)
             logits = self.model.compute_logits(hidden)
-            token_ids = self.sampler.argmax(logits).int()
-            self.relay.keep(m, token_ids)
-            return logits, token_ids
+            # On every rank: all have the same logits.
+            return logits, greedy(logits, m.sampled_rows, last)
 
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
             for done, num_seqs in enumerate(reversed(self.sizes)):  # the largest first: the others fit into its memory
                 progress("capturing graphs", done, len(self.sizes))
-                self.graphs[num_seqs] = capture(self._empty(num_seqs), run, pool, _ROOM, self.device)
+                self.graphs[num_seqs] = capture(self._empty(num_seqs), self.dummy_intermediate(num_seqs), run, pool,
+                                                _ROOM, self.device)
                 self.compiled += 1
         if self.sizes:
             progress("capturing graphs", len(self.sizes), len(self.sizes))
@@ -146,14 +153,24 @@ class CudaModelRunner(PagedModelRunner):
         if storage.data_ptr() != graph.staged.untyped_storage().data_ptr():
             source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
             graph.staged[:graph.size].copy_(source[:graph.size])
+        if graph.received is not None and intermediate is not None:
+            for name in self.model.intermediates:
+                graph.received[name].copy_(intermediate[name])
         graph.graph.replay()
-        n = m.num_samples
-        if m.temperature is None and m.penalties is None and m.num_logprobs < 0:
-            return SamplerOutput(token_ids=graph.token_ids[:n])
-        output = self.sampler(graph.logits[:n], m)
-        if m.temperature is not None or m.penalties is not None:
-            self.relay.keep(m, output.token_ids)
+        if isinstance(graph.results, IntermediateTensors):
+            return graph.results  # sending them holds the stream, and with it the replay that writes them again
+        n, samples, (logits, token_ids) = m.num_samples, self.config.topology.samples, graph.results
+        if m.temperature is None and m.penalties is None:
+            if m.num_logprobs < 0:
+                return SamplerOutput(token_ids=token_ids[:n]) if samples else None
+            return self.draw(logits[:n], m)
+        output = self.draw(logits[:n], m)
+        self.relay.keep(m, None if output is None else output.token_ids)
         return output
+
+    def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
+        with _memory("this step's sampling", "a smaller max_num_seqs or memory_fraction"):
+            return super().draw(logits, m)
 
     def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
         return self._fetch(output)
@@ -176,9 +193,15 @@ class _memory:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, RuntimeError):
+            return
+        # PyTorch's allocator says so, and the driver and cuBLAS, which allocate past it; a capture may fail on top.
+        texts = str(error), str(error.__context__)
+        said = [text for text in texts if "out of memory" in text or "ALLOC_FAILED" in text]
+        if said:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
-            raise CapacityError(f"device memory cannot hold {self.what}", got=str(error).split(". ")[0],
+            got = ". ".join(said[0].splitlines()[0].split(". ")[:2])  # without the allocator's advice
+            raise CapacityError(f"device memory cannot hold {self.what}", got=got,
                                 expected=f"to fit into {free / 2**30:.1f} of {total / 2**30:.1f} GiB that are free",
                                 hint=self.hint) from error

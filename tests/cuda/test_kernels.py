@@ -54,6 +54,49 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
         assert torch.equal(on_device[layer].cpu(), caches[layer])
 
 
+def decoding(m: PagedModelInput) -> PagedModelInput:
+    """The decoding sequences of a batch alone; all of its sequences, at their last tokens, where none decode."""
+    starts, n = m.query_start_loc, m.num_decode_seqs or len(m.seq_lens)
+    at = (starts[1:n + 1] - 1).long()
+    rows = torch.arange(n, dtype=torch.int32)
+    kept = {name: getattr(m, name)[at] for name in ("input_ids", "positions", "slot_mapping")}
+    return PagedModelInput(**kept, query_start_loc=torch.arange(n + 1, dtype=torch.int32), seq_lens=m.seq_lens[:n],
+                           block_tables=m.block_tables[:n], logits_indices=rows, block_size=m.block_size,
+                           num_decode_seqs=n, max_query_len=1, num_samples=n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((16, 64, 80)),
+       heads=st.sampled_from(((4, 4), (6, 2), (4, 1))), window=st.sampled_from((None, 3)),
+       splits=st.sampled_from((1, 2, 5)), fp8=st.booleans(), alone=st.booleans())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
+                          window: int | None, splits: int, fp8: bool, alone: bool) -> None:
+    """In one kernel where all sequences decode, and in two where not, as the operations one by one; the same bytes in
+    the cache."""
+    from runners.cuda.attention import CudaAttention
+    from runners.cuda.ops import CudaOps
+
+    m = decoding(m) if alone and (m.query_start_loc.diff() > 0).all() else m
+    spec, kv = specs_of(*heads, dim, (window,))[0], heads[1]
+    attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
+    attention.dtype, attention.splits = dtype, lambda *_: splits
+    cache = make_cache(attention, m, seed).to(DEVICE)
+    cache = cache.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) if fp8 else cache
+    caches = cache.clone(), cache.clone()
+    qkv = torch.cat(draw_tensors(m, spec, seed, dtype), 1).to(DEVICE)
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(int(m.positions.max()) + 1, dim, generator=generator).to(DEVICE)
+    m, ops = moved(m), CudaOps()
+    begun = ops.begin_rotary(m.positions, table, dtype)
+    got = ops.rotary_attention(attention.begin(m, [caches[0]]), 0, qkv, kv, begun)
+    expected = Ops.rotary_attention(ops, attention.begin(m, [caches[1]]), 0, qkv, kv, begun)
+    close(got, expected, dtype)
+    # Rounding of a product and a sum may be contracted in one of the two: a unit in the last place, then fp8's.
+    kept = [c.view(torch.float8_e4m3fn).float() if fp8 else c.float() for c in caches]
+    torch.testing.assert_close(*kept, atol=1e-6, rtol=0.13 if fp8 else TOLERANCE[dtype])
+
+
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), seqs=st.integers(0, 3),
        tokens=st.integers(0, 5), blocks=st.integers(0, 3))
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -115,8 +158,29 @@ def test_gemv(dtype: torch.dtype, rows: int, size: int) -> None:
                        for shape in ((rows, size), (1, size), (rows,)))
     expected = x.double() @ weight.double().t()
     for tile in TILES:
-        close(gemv(x, weight, None, tile), expected, dtype)
-        close(gemv(x, weight, bias, tile), expected + bias.double(), dtype)
+        close(gemv(x, weight, None, tile)[0], expected, dtype)
+        close(gemv(x, weight, bias, tile)[0], expected + bias.double(), dtype)
         if rows % 2 == 0:
             gate, up = expected.chunk(2, -1)
-            close(gemv(x, weight, None, tile, gated=True), torch.nn.functional.silu(gate) * up, dtype)
+            close(gemv(x, weight, None, tile, gated=True)[0], torch.nn.functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("rows", "size"), [(6, 64), (130, 1000), MATRIX])
+def test_norm_and_gemv(dtype: torch.dtype, added: bool, rows: int, size: int) -> None:
+    """In one kernel as one by one."""
+    from runners.cuda.kernels.gemv import TILES, Norm, gemv
+
+    generator, plain = torch.Generator().manual_seed(rows), Ops()
+    weight, x, residual, norm, bias = (torch.randn(*shape, generator=generator).div(8).to(DEVICE, dtype)
+                                       for shape in ((rows, size), (1, size), (1, size), (size,), (rows,)))
+    normed, total = plain.add_rms_norm(x, residual, norm, 1e-5) if added else (plain.rms_norm(x, norm, 1e-5), x)
+    expected = normed.double() @ weight.double().t() + bias.double()
+    gate, up = expected.chunk(2, -1)
+    for tile in TILES:
+        given = Norm(norm, 1e-5, residual if added else None)
+        y, sums = gemv(x, weight, bias, tile, norm=given)
+        close(y, expected, dtype)
+        assert torch.equal(sums, total)
+        close(gemv(x, weight, bias, tile, gated=True, norm=given)[0], torch.nn.functional.silu(gate) * up, dtype)

@@ -49,9 +49,11 @@ def what_is_not_declared_is_refused(ctx: Context) -> None:
     can = ctx.backend.capabilities
     asked: list[dict[str, Any]] = [{"tp": can.max_tp + 1}, {"pp": can.max_pp + 1}, {"dtype": "float64"}]
     asked += [] if can.swap else [{"num_cpu_blocks": 1}]
+    asked += [] if can.fp8_kv else [{"kv_dtype": "fp8"}]
+    plain: dict[str, Any] = {"dtype": can.dtypes[0], "kv_dtype": "auto", "tp": 1, "pp": 1, "num_cpu_blocks": 0}
     for options in asked:
         try:
-            backends.require(ctx.backend, **{"dtype": can.dtypes[0], "tp": 1, "pp": 1, "num_cpu_blocks": 0, **options})
+            backends.require(ctx.backend, **(plain | options))
         except BackendError as error:
             named = error.got is not None and error.expected is not None
             ctx.check(named, f"{options}: the error names no alternative")

@@ -6,6 +6,8 @@ heads at once, and a second kernel joins the parts (Flash-Decoding; online softm
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,23 +16,53 @@ from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
 @triton.jit
-def _write_kv(k, v, cache, slots, k_stride, v_stride, kv_offset, block_stride, head_stride, size,
-              HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-              PDL: tl.constexpr):
+def _rotated(head, dim, mask, angles, HALF: tl.constexpr):
+    """Values at `head + dim`, rotated in the half-split layout by a position's cosines and sines; a rounded operation
+    of the model's dtype, as transformers has it."""
+    kind = head.dtype.element_ty
+    value = tl.load(head + dim, mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(head + (dim + HALF) % (2 * HALF), mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(angles + dim % HALF).to(kind).to(tl.float32)
+    sin = tl.load(angles + HALF + dim % HALF).to(kind).to(tl.float32)
+    return (value * cos + other * tl.where(dim < HALF, -sin, sin)).to(kind)
+
+
+@triton.jit
+def _stored(value, like):
+    """In the dtype of a cache. The largest fp8 (e4m3) is 448, and beyond it there is only NaN."""
+    if like.dtype.element_ty == tl.float8e4nv:
+        value = tl.minimum(tl.maximum(value.to(tl.float32), -448.0), 448.0).to(tl.float8e4nv)
+    return value
+
+
+@triton.jit
+def _write_kv(q, k, v, cache, slots, positions, table, q_out, q_stride, k_stride, v_stride, kv_offset, block_stride,
+              head_stride, size, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+              BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     head, dim = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None]
-    here = (head < HEADS) & (dim < DIM)
+    here = (head < KV_HEADS) & (dim < DIM)
     into = cache + slot // size * block_stride + head * head_stride + slot % size * DIM + dim
-    tl.store(into, tl.load(k + token * k_stride + head * DIM + dim, mask=here), mask=here)
-    tl.store(into + kv_offset, tl.load(v + token * v_stride + head * DIM + dim, mask=here), mask=here)
+    source = k + token * k_stride + head * DIM
+    if ROTARY:
+        angles = table + tl.load(positions + token).to(tl.int64) * DIM
+        tl.store(into, _stored(_rotated(source, dim, here, angles, DIM // 2), cache), mask=here)
+        row = tl.arange(0, BLOCK_Q)[:, None]
+        real = (row < HEADS) & (dim < DIM)
+        turned = _rotated(q + token * q_stride + row * DIM, dim, real, angles, DIM // 2)
+        tl.store(q_out + (token * HEADS + row) * DIM + dim, turned, mask=real)
+    else:
+        tl.store(into, _stored(tl.load(source + dim, mask=here), cache), mask=here)
+    tl.store(into + kv_offset, _stored(tl.load(v + token * v_stride + head * DIM + dim, mask=here), cache), mask=here)
 
 
 @triton.jit
-def _decode(q, cache, tables, lens, part_out, part_max, part_sum, out, q_stride, table_stride, kv_offset, block_stride,
-            head_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
-            WINDOW: tl.constexpr, SPLITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, q_stride,
+            k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale, KV_HEADS: tl.constexpr,
+            GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
+            WRITE: tl.constexpr, ROTARY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -39,11 +71,15 @@ def _decode(q, cache, tables, lens, part_out, part_max, part_sum, out, q_stride,
     # Parts begin at whole tiles, so that all programs but one read full ones.
     each = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
     begin = first + split * each
-    end = tl.minimum(begin + each, length)
+    end = tl.minimum(begin + each, length - 1 if WRITE else length)  # the newest key is not in the cache yet
     group, dim, at = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     heads = kv_head * GROUP + group
     real = (group[:, None] < GROUP) & (dim[None] < DIM)
-    query = tl.load(q + seq * q_stride + heads[:, None] * DIM + dim[None], mask=real, other=0.0)
+    if ROTARY:
+        angles = table + tl.load(positions + seq).to(tl.int64) * DIM
+        query = _rotated(q + seq * q_stride + heads[:, None] * DIM, dim[None], real, angles, DIM // 2)
+    else:
+        query = tl.load(q + seq * q_stride + heads[:, None] * DIM + dim[None], mask=real, other=0.0)
     best = tl.full((BLOCK_G,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -54,8 +90,8 @@ def _decode(q, cache, tables, lens, part_out, part_max, part_sum, out, q_stride,
         block = tl.load(tables + seq * table_stride + key // SIZE, mask=seen, other=0).to(tl.int64)
         row = base + block * block_stride + key % SIZE * DIM
         there = seen[:, None] & (dim[None] < DIM)
-        k = tl.load(row[:, None] + dim[None], mask=there, other=0.0)
-        v = tl.load(row[:, None] + kv_offset + dim[None], mask=there, other=0.0)
+        k = tl.load(row[:, None] + dim[None], mask=there, other=0.0).to(query.dtype)
+        v = tl.load(row[:, None] + kv_offset + dim[None], mask=there, other=0.0).to(query.dtype)
         score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
         score = tl.where(seen[None], score, -float("inf"))
         now = tl.maximum(best, tl.max(score, 1))  # finite: every tile has a key
@@ -64,16 +100,39 @@ def _decode(q, cache, tables, lens, part_out, part_max, part_sum, out, q_stride,
         total = total * old + tl.sum(p, 1)
         acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         best = now
+    some = begin < end
+    if WRITE:
+        # The newest key: one program of each head writes it, and sees it as later steps will.
+        mine = (split == SPLITS - 1) & (length > 0)
+        some = some | mine
+        if mine:
+            slot = tl.load(slots + seq).to(tl.int64)
+            into = base + slot // SIZE * block_stride + slot % SIZE * DIM + dim
+            if ROTARY:
+                k_last = _rotated(k_new + seq * k_stride + kv_head * DIM, dim, dim < DIM, angles, DIM // 2)
+            else:
+                k_last = tl.load(k_new + seq * k_stride + kv_head * DIM + dim, mask=dim < DIM, other=0.0)
+            k_last = _stored(k_last, cache)
+            v_last = _stored(tl.load(v_new + seq * v_stride + kv_head * DIM + dim, mask=dim < DIM, other=0.0), cache)
+            tl.store(into, k_last, mask=dim < DIM)
+            tl.store(into + kv_offset, v_last, mask=dim < DIM)
+            last = tl.sum(query.to(tl.float32) * k_last.to(tl.float32)[None], 1) * scale
+            now = tl.maximum(best, last)
+            old = tl.exp2((best - now) * 1.4426950408889634)
+            p_last = tl.exp2((last - now) * 1.4426950408889634)
+            total = total * old + p_last
+            acc = acc * old[:, None] + p_last[:, None] * v_last.to(tl.float32)[None]
+            best = now
     if SPLITS == 1:
         into = out + (seq * KV_HEADS * GROUP + heads[:, None]) * DIM + dim[None]
         tl.store(into, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=real)
     else:
         part = (seq * KV_HEADS * GROUP + heads) * SPLITS + split
-        mine = group < GROUP
-        tl.store(part_max + part, best, mask=mine)
-        tl.store(part_sum + part, total, mask=mine)
-        if begin < end:
-            tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=mine[:, None])
+        inside = group < GROUP
+        tl.store(part_max + part, best, mask=inside)
+        tl.store(part_sum + part, total, mask=inside)
+        if some:
+            tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
 
 @triton.jit
@@ -126,7 +185,7 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
             block = tl.load(tables + seq.to(tl.int64) * table_stride + key // SIZE, mask=there, other=0).to(tl.int64)
             row = base + block * block_stride + key % SIZE * DIM
             real = there[:, None] & (dim[None] < DIM)
-            k = tl.load(row[:, None] + dim[None], mask=real, other=0.0)
+            k = tl.load(row[:, None] + dim[None], mask=real, other=0.0).to(query.dtype)
             score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor
             if n + BLOCK_N > lowest or WINDOW > 0:
                 seen = key[None] <= place[:, None]
@@ -138,28 +197,47 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
             old = tl.exp2(best - safe)
             p = tl.exp2(score - safe[:, None])
             total = total * old + tl.sum(p, 1)
-            v = tl.load(row[:, None] + kv_offset + dim[None], mask=real, other=0.0)
+            v = tl.load(row[:, None] + kv_offset + dim[None], mask=real, other=0.0).to(query.dtype)
             acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
             best = now
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + (rows * HEADS + head) * DIM + dim[None], acc.to(out.dtype.element_ty), mask=inside)
 
 
-def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """k, v [n, kv_heads, head_dim], tokens may have gaps, into the slots [n] of a layer's cache."""
-    n, heads, dim = k.shape
-    _write_kv[(n,)](k, v, cache, slots, k.stride(0), v.stride(0), cache.stride(0), cache.stride(1), cache.stride(2),
-                    cache.shape[3], HEADS=heads, DIM=dim, BLOCK_H=triton.next_power_of_2(heads),
-                    BLOCK_D=triton.next_power_of_2(dim), num_warps=2, **launch_options(k))
+class New(NamedTuple):
+    """A step's own keys and values, [n, kv_heads, head_dim], tokens may have gaps, and their slots [n] in the cache.
+
+    `rotary`: positions [n] int32 and a table [max_position, head_dim] fp32 of cosines and sines, where q and k are not
+    rotated yet.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def write_kv(q: torch.Tensor, new: New, cache: torch.Tensor) -> torch.Tensor:
+    """Keys, rotated, and values into a layer's cache; returns q [n, heads, head_dim] rotated."""
+    (n, heads, dim), kv_heads = q.shape, new.k.shape[1]
+    positions, table = new.rotary or (new.slots, new.slots)
+    turned = q if new.rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _write_kv[(n,)](q, new.k, new.v, cache, new.slots, positions, table, turned, q.stride(0), new.k.stride(0),
+                    new.v.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), cache.shape[3], HEADS=heads,
+                    KV_HEADS=kv_heads, DIM=dim, ROTARY=new.rotary is not None, BLOCK_Q=triton.next_power_of_2(heads),
+                    BLOCK_H=triton.next_power_of_2(kv_heads), BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
+                    **launch_options(q))
+    return turned
 
 
 def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, out: torch.Tensor, *,
-           scale: float, window: int | None, splits: int) -> None:
+           scale: float, window: int | None, splits: int, new: New | None = None) -> None:
     """One query a sequence.
 
     Args:
         q: [n, heads, head_dim], tokens may have gaps. tables: [n, blocks] int32. lens: [n] int32; 0 gives zeros.
         out: [n, heads, head_dim], contiguous. splits: programs that share a sequence's context.
+        new: each sequence's newest key and value, which are written, and q rotated, on the way; None: all are there.
     """
     n, heads, dim = q.shape
     kv_heads, size = cache.shape[2], cache.shape[3]
@@ -168,10 +246,13 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     part_out = torch.empty(parts, block_d if splits > 1 else 1, dtype=torch.float32, device=q.device)
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide = q.dtype == torch.float32
+    k, v, slots, rotary = new or New(q, q, lens)
+    positions, table = rotary or (lens, lens)
     _decode[(n, kv_heads, splits)](
-        q, cache, tables, lens, part_out, part_max, part_sum, out, q.stride(0), tables.stride(0), cache.stride(0),
-        cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
-        WINDOW=window or 0, SPLITS=splits, BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d,
+        q, k, v, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, q.stride(0),
+        k.stride(0), v.stride(0), tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), scale,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, SPLITS=splits, WRITE=new is not None,
+        ROTARY=rotary is not None, BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d,
         BLOCK_N=32 if wide or block_d > 128 else 64, PRECISION="ieee" if wide else "tf32", num_warps=4,
         num_stages=2 if wide or block_d > 128 else 4, **launch_options(q))
     if splits > 1:

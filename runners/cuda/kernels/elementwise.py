@@ -68,6 +68,16 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     tl.store(out + row * size + at, silu * up, mask=here)
 
 
+@triton.jit
+def _resolve(input_ids, relay, last, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < count
+    row = tl.load(relay + at, mask=here, other=-1)
+    known = tl.load(input_ids + at, mask=here)
+    tl.store(out + at, tl.where(row < 0, known, tl.load(last + row, mask=here & (row >= 0), other=0)), mask=here)
+
+
 def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
@@ -100,6 +110,13 @@ def rotary(heads: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) ->
     out = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     _rotary[(n, count)](heads, positions, table, out, heads.stride(0), count, HALF=dim // 2, DTYPE=_TYPES[heads.dtype],
                         BLOCK=triton.next_power_of_2(dim // 2), num_warps=1, **launch_options(heads))
+    return out
+
+
+def resolve(input_ids: torch.Tensor, relay: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """What TokenRelay.input_ids gives: int32 [n], of `last` where relay [n] is not negative."""
+    n, out = len(input_ids), torch.empty_like(input_ids)
+    _resolve[(triton.cdiv(n, 256),)](input_ids, relay, last, out, n, BLOCK=256, num_warps=4, **launch_options(out))
     return out
 
 

@@ -28,11 +28,13 @@ def _tile(source, at, size, mine):
 
 
 @triton.jit
-def _gemv(x, weight, bias, out, rows, size, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr, PDL: tl.constexpr):
+def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
+          NORM: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+          PDL: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
     mine = row < rows
+    kind = out.dtype.element_ty
     source = weight + row.to(tl.int64)[:, None] * size
     other = source + rows.to(tl.int64) * size
     # The weights are there before the row is: the first tile is read while the kernel before this one ends.
@@ -41,10 +43,26 @@ def _gemv(x, weight, bias, out, rows, size, HAS_BIAS: tl.constexpr, GATED: tl.co
         second = _tile(other, at, size, mine)
         more = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait_for_inputs(PDL)
+    if NORM:  # every program for itself, rounding where the unfused operations round
+        whole = tl.arange(0, BLOCK)
+        value = tl.load(x + whole, mask=whole < size, other=0.0)
+        if ADD:
+            more_x = tl.load(residual + whole, mask=whole < size, other=0.0)
+            value = (value.to(tl.float32) + more_x.to(tl.float32)).to(kind)
+            if tl.program_id(0) == 0:
+                tl.store(total + whole, value, mask=whole < size)
+        wide = value.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, size, COLUMNS):
         column = start + at
-        value = tl.load(x + column, mask=column < size, other=0.0).to(tl.float32)
+        value = tl.load(x + column, mask=column < size, other=0.0)
+        if NORM:
+            if ADD:
+                more_x = tl.load(residual + column, mask=column < size, other=0.0)
+                value = (value.to(tl.float32) + more_x.to(tl.float32)).to(kind)
+            value = (value.to(tl.float32) * scale).to(kind) * tl.load(norm + column, mask=column < size, other=0.0)
+        value = value.to(tl.float32)
         following = _tile(source, column + COLUMNS, size, mine)
         acc += tile.to(tl.float32) * value[None]
         tile = following
@@ -52,27 +70,38 @@ def _gemv(x, weight, bias, out, rows, size, HAS_BIAS: tl.constexpr, GATED: tl.co
             following = _tile(other, column + COLUMNS, size, mine)
             more += second.to(tl.float32) * value[None]
             second = following
-    total = tl.sum(acc, 1)
+    result = tl.sum(acc, 1)
     if HAS_BIAS:
-        total += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
+        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
     if GATED:
         up = tl.sum(more, 1)
         if HAS_BIAS:
             up += tl.load(bias + rows + row, mask=mine, other=0.0).to(tl.float32)
-        gate = total.to(kind).to(tl.float32)  # rounded where the unfused operations round
-        total = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
-    tl.store(out + row, total.to(kind), mask=mine)
+        gate = result.to(kind).to(tl.float32)
+        result = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
+    tl.store(out + row, result.to(kind), mask=mine)
+
+
+class Norm(NamedTuple):
+    """RMSNorm of the row, to which `residual` [1, in] is added first where there is one."""
+
+    weight: torch.Tensor
+    eps: float
+    residual: torch.Tensor | None = None
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gated: bool = False,
-         ) -> torch.Tensor:
-    """x [1, in] and weight [out, in], contiguous -> [1, out]; sums are fp32. `gated`: SiLU of the first half of the
-    outputs times the second half, [1, out / 2]."""
+         norm: Norm | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [1, in], normed if `norm` says so, and weight [out, in], contiguous -> [1, out], and x + residual; sums are
+    fp32. `gated`: SiLU of the first half of the outputs times the second half, [1, out / 2]."""
     rows, size = weight.shape
     rows = rows // 2 if gated else rows
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
+    normed, eps, residual = norm or Norm(x, 0.0)
+    total = x if residual is None else torch.empty_like(x)
+    added, biases = (x if residual is None else residual), (weight if bias is None else bias)
     _gemv[(triton.cdiv(rows, tile.rows),)](
-        x, weight, weight if bias is None else bias, out, rows, size, HAS_BIAS=bias is not None, GATED=gated,
-        ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, **launch_options(x))
-    return out
+        x, added, normed, weight, biases, total, out, rows, size, eps, HAS_BIAS=bias is not None, GATED=gated,
+        NORM=norm is not None, ADD=residual is not None, ROWS=tile.rows, COLUMNS=tile.columns,
+        BLOCK=triton.next_power_of_2(size), num_warps=tile.warps, **launch_options(x))
+    return out, total

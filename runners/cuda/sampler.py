@@ -1,0 +1,20 @@
+"""The default sampler with its searches over the vocabulary in Triton: two or three launches, and no wait."""
+
+from __future__ import annotations
+
+import torch
+
+from hal.inputs import PagedModelInput
+from hal.sampling.sampler import Sampler
+from runners.cuda.kernels.sampling import greedy, thresholds
+
+
+class CudaSampler(Sampler):
+    def argmax(self, scores: torch.Tensor) -> torch.Tensor:
+        return greedy(scores)
+
+    def _draw(self, scores: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
+        filters, lowest = (m.top_k, m.top_p, m.min_p), None
+        if any(x is not None for x in filters):
+            lowest = thresholds(scores, m.temperature, *filters)
+        return greedy(scores, draw=(m.temperature, lowest, m.seeds, m.positions, m.logits_indices))
