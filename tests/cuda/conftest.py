@@ -23,8 +23,8 @@ def interpret() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor: type) -> None:
-        patch(tensor)
+    def patched(tensor: type, *scope: object) -> None:
+        patch(tensor, *scope)
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = patched
