@@ -28,6 +28,15 @@ def _tile(source, at, size, mine):
 
 
 @triton.jit
+def _sum(x, residual, at, size, ADD: tl.constexpr):
+    value = tl.load(x + at, mask=at < size, other=0.0)
+    if ADD:
+        more = tl.load(residual + at, mask=at < size, other=0.0)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+    return value
+
+
+@triton.jit
 def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
           NORM: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
           PDL: tl.constexpr):
@@ -45,22 +54,17 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
     wait_for_inputs(PDL)
     if NORM:  # every program for itself, rounding where the unfused operations round
         whole = tl.arange(0, BLOCK)
-        value = tl.load(x + whole, mask=whole < size, other=0.0)
+        row_sum = _sum(x, residual, whole, size, ADD)
         if ADD:
-            more_x = tl.load(residual + whole, mask=whole < size, other=0.0)
-            value = (value.to(tl.float32) + more_x.to(tl.float32)).to(kind)
             if tl.program_id(0) == 0:
-                tl.store(total + whole, value, mask=whole < size)
-        wide = value.to(tl.float32)
+                tl.store(total + whole, row_sum, mask=whole < size)
+        wide = row_sum.to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, size, COLUMNS):
         column = start + at
-        value = tl.load(x + column, mask=column < size, other=0.0)
+        value = _sum(x, residual, column, size, ADD)
         if NORM:
-            if ADD:
-                more_x = tl.load(residual + column, mask=column < size, other=0.0)
-                value = (value.to(tl.float32) + more_x.to(tl.float32)).to(kind)
             value = (value.to(tl.float32) * scale).to(kind) * tl.load(norm + column, mask=column < size, other=0.0)
         value = value.to(tl.float32)
         following = _tile(source, column + COLUMNS, size, mine)
