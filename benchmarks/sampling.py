@@ -26,7 +26,7 @@ def step(n: int, filters: tuple[str, ...] | None) -> PagedModelInput:
     ids, fields = torch.arange(n, dtype=torch.int32), {}
     if filters is not None:
         fields = {"temperature": torch.full((n,), 0.8), "seeds": torch.arange(n)}
-        fields |= {name: torch.full((n,), *FILTERS[name][:1], dtype=FILTERS[name][1]) for name in filters}
+        fields |= {name: torch.full((n,), FILTERS[name][0], dtype=FILTERS[name][1]) for name in filters}
     m = PagedModelInput(input_ids=ids, positions=ids * 0, slot_mapping=(ids + 1) * 16, seq_lens=ids * 0 + 1,
                         query_start_loc=torch.arange(n + 1, dtype=torch.int32), block_tables=ids[:, None] + 1,
                         logits_indices=ids, block_size=16, num_decode_seqs=n, num_samples=n, **fields)
@@ -37,7 +37,7 @@ def step(n: int, filters: tuple[str, ...] | None) -> PagedModelInput:
 def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, vocabulary {VOCAB}, bfloat16; us")
     print(f"{'logits':<8}{'case':<13}{'n':>5}{'default':>10}{'eager':>10}{'device':>10}{'ratio':>8}")
-    for kind, scale in (("peaked", 3.0), ("flat", 0.5)):  # nuclei of thousands, which fit or not: see _LANES
+    for kind, scale in (("peaked", 3.0), ("flat", 0.5)):  # whose nuclei fit into the lanes, and not
         for name, filters in CASES.items():
             for n in (1, 32, 128):
                 logits = (torch.randn(n, VOCAB, device="cuda") * scale).bfloat16()
