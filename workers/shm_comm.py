@@ -35,6 +35,8 @@ class ShmCommunicator:
             collective, or beyond this one.
     """
 
+    capturable = False
+
     def __init__(self, topology: Topology, device: torch.device, store: Store) -> None:
         self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
         tp, world = topology.tp, topology.world_size

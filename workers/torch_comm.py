@@ -36,6 +36,7 @@ class TorchCommunicator:
                  carrier: torch.device, check_group: Any = None, strict: bool = False) -> None:
         self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
         self._tp, self._world, self._carrier = tp_group, world_group, carrier
+        self.capturable = carrier.type == "cuda"
         self._checks, self._strict = check_group, strict
 
     def end_step(self) -> None:
