@@ -25,7 +25,7 @@ class CudaAttention:
                               expected=f"even, at most {_MAX_DIM}",
                               hint="run this model on --device cpu, or give the runner hal's PagedAttention")
         units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self.programs = 4 * units
+        self.units = units
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         spec = self.specs[0]
@@ -34,8 +34,8 @@ class CudaAttention:
     def splits(self, num_seqs: int, context: int) -> int:
         """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
         from what a graph fixes, so replays need no other."""
-        wanted = self.programs // max(num_seqs * self.specs[0].num_kv_heads, 1)
-        return max(min(wanted, -(-context // 256), _MAX_SPLITS), 1)
+        wanted = 4 * self.units // max(num_seqs * self.specs[0].num_kv_heads, 1)
+        return max(min(wanted, -(-context // 64), _MAX_SPLITS), 1)
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
@@ -50,6 +50,7 @@ class CudaStep:
         tokens, seqs = len(m.input_ids), len(m.seq_lens)
         self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
         self.splits = attention.splits(self.decodes, m.block_tables.shape[1] * m.block_size)
+        self.few = self.decodes * self.specs[0].num_kv_heads * self.splits < attention.units
         self.max_queries = m.max_query_len or tokens
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,7 @@ class CudaStep:
         out = make(q.shape, dtype=q.dtype, device=q.device)
         if n:
             kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, scale=spec.scale, window=spec.window,
-                           splits=self.splits, new=new if alone else None)
+                           splits=self.splits, new=new if alone else None, few=self.few)
         if m.max_query_len != 1 and len(m.seq_lens) > n:
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
                             max_queries=self.max_queries, scale=spec.scale, window=spec.window)

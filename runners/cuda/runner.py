@@ -50,6 +50,7 @@ class CudaModelRunner(PagedModelRunner):
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
+        self._views: dict[int, tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input, by its batch size
 
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
@@ -119,7 +120,7 @@ class CudaModelRunner(PagedModelRunner):
     @torch.inference_mode()
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
-        packed: Packed[Any] = self.state.prepare(request)
+        packed: Packed[PagedModelInput] = self.state.prepare(request)
         graph = self._graph_for(packed)
         if graph is not None:
             n = graph.num_seqs
@@ -130,8 +131,12 @@ class CudaModelRunner(PagedModelRunner):
         else:
             staged = torch.empty(packed.buffer.size, dtype=torch.uint8, device=self.device)
         self.pinned.copy(packed.buffer, staged)
-        result: PagedModelInput = packed.bind(views(packed, staged))
-        return result
+        if graph is None or staged is not graph.staged:
+            return packed.bind(views(packed, staged))
+        layout, kept = (packed.sizes, *packed.arrays), self._views.get(graph.num_seqs)
+        if kept is None or kept[0] != layout:  # else as in the step before
+            kept = self._views[graph.num_seqs] = layout, views(packed, staged)
+        return packed.bind(kept[1])
 
     def _graph_for(self, packed: Packed[Any]) -> DecodeGraph | None:
         dims, values = packed.dims, packed.values

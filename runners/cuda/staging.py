@@ -18,7 +18,7 @@ class PinnedRing:
     """Page-locked buffers, taken in turn, from which the device copies while the host goes on."""
 
     def __init__(self, size: int) -> None:
-        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_SLOTS)]
+        self._buffers = [_pinned(size) for _ in range(_SLOTS)]
         self._copied = [torch.cuda.Event() for _ in range(_SLOTS)]
         self._next = 0
 
@@ -28,12 +28,17 @@ class PinnedRing:
         slot, size = self._next, source.size
         self._next = (slot + 1) % _SLOTS
         self._copied[slot].synchronize()  # done long ago, unless the device is _SLOTS steps behind
-        if self._buffers[slot].numel() < size:
-            self._buffers[slot] = torch.empty(size + size // 2, dtype=torch.uint8, pin_memory=True)
-        pinned = self._buffers[slot][:size]
-        pinned.numpy()[:] = source
-        into[:size].copy_(pinned, non_blocking=True)
+        if self._buffers[slot][1].size < size:
+            self._buffers[slot] = _pinned(size + size // 2)
+        pinned, array = self._buffers[slot]
+        array[:size] = source
+        into[:size].copy_(pinned[:size], non_blocking=True)
         self._copied[slot].record()
+
+
+def _pinned(size: int) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+    tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return tensor, tensor.numpy()
 
 
 def views(packed: Packed[Any], staged: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -231,12 +231,14 @@ def write_kv(q: torch.Tensor, new: New, cache: torch.Tensor) -> torch.Tensor:
 
 
 def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, out: torch.Tensor, *,
-           scale: float, window: int | None, splits: int, new: New | None = None) -> None:
+           scale: float, window: int | None, splits: int, new: New | None = None,
+           few: bool = False) -> None:
     """One query a sequence.
 
     Args:
         q: [n, heads, head_dim], tokens may have gaps. tables: [n, blocks] int32. lens: [n] int32; 0 gives zeros.
         out: [n, heads, head_dim], contiguous. splits: programs that share a sequence's context.
+        few: there are fewer programs than multiprocessors, so that each is in a hurry.
         new: each sequence's newest key and value, which are written, and q rotated, on the way; None: all are there.
     """
     n, heads, dim = q.shape
@@ -246,6 +248,9 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     part_out = torch.empty(parts, block_d if splits > 1 else 1, dtype=torch.float32, device=q.device)
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide = q.dtype == torch.float32
+    block_n, stages = (128, 2) if few else (64, 4)
+    if wide or block_d > 128:
+        block_n, stages = 32, 2
     k, v, slots, rotary = new or New(q, q, lens)
     positions, table = rotary or (lens, lens)
     _decode[(n, kv_heads, splits)](
@@ -253,8 +258,8 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         k.stride(0), v.stride(0), tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), scale,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, SPLITS=splits, WRITE=new is not None,
         ROTARY=rotary is not None, BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d,
-        BLOCK_N=32 if wide or block_d > 128 else 64, PRECISION="ieee" if wide else "tf32", num_warps=4,
-        num_stages=2 if wide or block_d > 128 else 4, **launch_options(q))
+        BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4,
+        num_stages=stages, **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, SPLITS=splits, DIM=dim,
                             BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=block_d, num_warps=4, **launch_options(q))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,8 @@ class Tile(NamedTuple):
     warps: int
 
 
-TILES = (Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(1, 4096, 4), Tile(1, 2048, 2), Tile(1, 1024, 1), Tile(8, 1024, 8))
+TILES = (Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(1, 4096, 4), Tile(1, 2048, 2), Tile(1, 1024, 1), Tile(8, 1024, 8),
+         Tile(2, 1024, 2))
 
 
 @triton.jit
@@ -37,53 +39,87 @@ def _sum(x, residual, at, size, ADD: tl.constexpr):
 
 
 @triton.jit
+def _value(x, residual, norm, at, size, scale, NORM: tl.constexpr, ADD: tl.constexpr):
+    value = _sum(x, residual, at, size, ADD)
+    if NORM:
+        value = (value.to(tl.float32) * scale).to(value.dtype) * tl.load(norm + at, mask=at < size, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _finish(result, up, bias, out, row, rows, HAS_BIAS: tl.constexpr, GATED: tl.constexpr):
+    mine = row < rows
+    kind = out.dtype.element_ty
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
+    if GATED:
+        if HAS_BIAS:
+            up += tl.load(bias + rows + row, mask=mine, other=0.0).to(tl.float32)
+        gate = result.to(kind).to(tl.float32)  # rounded where the unfused operations round
+        result = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
+    tl.store(out + row, result.to(kind), mask=mine)
+
+
+@triton.jit
 def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
           NORM: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
           PDL: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
     mine = row < rows
-    kind = out.dtype.element_ty
     source = weight + row.to(tl.int64)[:, None] * size
-    other = source + rows.to(tl.int64) * size
+    half = rows.to(tl.int64) * size  # from a gate's weights to the other factor's
     # The weights are there before the row is: the first tile is read while the kernel before this one ends.
     tile = _tile(source, at, size, mine)
     if GATED:
-        second = _tile(other, at, size, mine)
-        more = tl.zeros((ROWS, COLUMNS), tl.float32)
+        second = _tile(source + half, at, size, mine)
     wait_for_inputs(PDL)
     if NORM:  # every program for itself, rounding where the unfused operations round
         whole = tl.arange(0, BLOCK)
         row_sum = _sum(x, residual, whole, size, ADD)
-        if ADD:
+        if ADD:  # noqa: SIM102 (at compile time)
             if tl.program_id(0) == 0:
                 tl.store(total + whole, row_sum, mask=whole < size)
         wide = row_sum.to(tl.float32)
         scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, size, COLUMNS):
-        column = start + at
-        value = _sum(x, residual, column, size, ADD)
-        if NORM:
-            value = (value.to(tl.float32) * scale).to(kind) * tl.load(norm + column, mask=column < size, other=0.0)
-        value = value.to(tl.float32)
-        following = _tile(source, column + COLUMNS, size, mine)
-        acc += tile.to(tl.float32) * value[None]
-        tile = following
-        if GATED:
-            following = _tile(other, column + COLUMNS, size, mine)
-            more += second.to(tl.float32) * value[None]
-            second = following
-    result = tl.sum(acc, 1)
-    if HAS_BIAS:
-        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.sum(more, 1)
-        if HAS_BIAS:
-            up += tl.load(bias + rows + row, mask=mine, other=0.0).to(tl.float32)
-        gate = result.to(kind).to(tl.float32)
-        result = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
-    tl.store(out + row, result.to(kind), mask=mine)
+    else:
+        scale = 1.0
+    if COLUMNS >= BLOCK:  # a tile has whole rows: the program goes on to others, and reads them ahead
+        value = _value(x, residual, norm, at, size, scale, NORM, ADD)
+        step = tl.num_programs(0) * ROWS
+        for first in range(tl.program_id(0) * ROWS, rows, step):
+            row = first + tl.arange(0, ROWS)
+            source += step.to(tl.int64) * size
+            following = _tile(source, at, size, row + step < rows)
+            result = tl.sum(tile.to(tl.float32) * value[None], 1)
+            tile = following
+            if GATED:
+                following = _tile(source + half, at, size, row + step < rows)
+                up = tl.sum(second.to(tl.float32) * value[None], 1)
+                second = following
+            else:
+                up = result
+            _finish(result, up, bias, out, row, rows, HAS_BIAS, GATED)
+    else:
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        more = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, size, COLUMNS):
+            column = start + at
+            value = _value(x, residual, norm, column, size, scale, NORM, ADD)
+            following = _tile(source, column + COLUMNS, size, mine)
+            acc += tile.to(tl.float32) * value[None]
+            tile = following
+            if GATED:
+                following = _tile(source + half, column + COLUMNS, size, mine)
+                more += second.to(tl.float32) * value[None]
+                second = following
+        _finish(tl.sum(acc, 1), tl.sum(more, 1), bias, out, row, rows, HAS_BIAS, GATED)
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """As many as a device runs at once, of some warps each."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 class Norm(NamedTuple):
@@ -104,8 +140,11 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile:
     normed, eps, residual = norm or Norm(x, 0.0)
     total = x if residual is None else torch.empty_like(x)
     added, biases = (x if residual is None else residual), (weight if bias is None else bias)
-    _gemv[(triton.cdiv(rows, tile.rows),)](
-        x, added, normed, weight, biases, total, out, rows, size, eps, HAS_BIAS=bias is not None, GATED=gated,
-        NORM=norm is not None, ADD=residual is not None, ROWS=tile.rows, COLUMNS=tile.columns,
-        BLOCK=triton.next_power_of_2(size), num_warps=tile.warps, **launch_options(x))
+    block = triton.next_power_of_2(size)
+    grid = triton.cdiv(rows, tile.rows)
+    if tile.columns >= block:
+        grid = min(grid, _programs(x.device))
+    _gemv[(grid,)](x, added, normed, weight, biases, total, out, rows, size, eps, HAS_BIAS=bias is not None,
+                   GATED=gated, NORM=norm is not None, ADD=residual is not None, ROWS=tile.rows, COLUMNS=tile.columns,
+                   BLOCK=block, num_warps=tile.warps, **launch_options(x))
     return out, total

@@ -1,0 +1,100 @@
+"""Where a decode step of one sequence goes when its kernels are small: each kind in a chain inside one graph, and the
+host's part of a step: `python benchmarks/launches.py [host]`. Not a bar: for whoever tunes the kernels."""
+
+from __future__ import annotations
+
+import cProfile
+import itertools
+import json
+import pstats
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from gpu import milliseconds
+
+from hal.cli.shapes import SHAPES
+from hal.engine.llm import LLM
+from hal.sampling.params import SamplingParams
+from runners.cuda.kernels import attention, gemv
+from runners.cuda.kernels.gemv import Norm, Tile
+
+LAYERS = 24
+KIND = {"dtype": torch.bfloat16, "device": "cuda"}
+
+
+def chained(name: str, call: object) -> None:
+    """`call(i, x)` of layer i gives what layer i + 1 is given."""
+    def all_layers() -> None:
+        for i in range(LAYERS):
+            call(i)  # type: ignore[operator]
+    all_layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_layers()
+    print(f"{name:<60} {milliseconds(graph.replay) / LAYERS * 1e3:7.2f} us", flush=True)
+
+
+@torch.inference_mode()
+def kernels() -> None:
+    hidden, ffn, heads, kv, dim = 896, 4864, 14, 2, 64
+    weights = {n: torch.randn(LAYERS, *shape, **KIND).div_(30) for n, shape in
+               {"qkv": ((heads + 2 * kv) * dim, hidden), "out": (hidden, hidden), "up": (2 * ffn, hidden),
+                "down": (hidden, ffn)}.items()}
+    x, norm, wide = torch.randn(1, hidden, **KIND), torch.ones(hidden, **KIND), torch.randn(1, ffn, **KIND)
+    for rows, columns, warps in ((8, 1024, 8), (8, 1024, 4), (4, 1024, 4), (4, 1024, 8), (2, 1024, 2), (2, 1024, 4),
+                                 (1, 1024, 1), (16, 1024, 8)):
+        tile = Tile(rows, columns, warps)
+        for name, gated, normed in (("qkv", False, True), ("out", False, False), ("up", True, True)):
+            given = Norm(norm, 1e-5, x) if normed else None
+            chained(f"gemv {name} {tuple(tile)}",
+                    lambda i: gemv.gemv(x, weights[name][i], None, tile, gated=gated, norm=given))  # noqa: B023
+    for tile in (Tile(1, 4096, 4), Tile(1, 8192, 8), Tile(1, 2048, 4), Tile(2, 2048, 8), Tile(1, 1024, 1)):
+        chained(f"gemv down {tuple(tile)}", lambda i: gemv.gemv(wide, weights["down"][i], None, tile))  # noqa: B023
+    blocks = 15
+    caches = torch.randn(LAYERS, 2, blocks + 1, kv, 16, dim, **KIND)
+    tables = torch.arange(1, blocks + 1, dtype=torch.int32, device="cuda")[None]
+    lens, slots = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (200, 13 * 16 + 7))
+    qkv, table = torch.randn(1, heads + 2 * kv, dim, **KIND), torch.randn(300, dim, device="cuda")
+    out = torch.empty(1, heads, dim, **KIND)
+    new = attention.New(qkv[:, -2 * kv:-kv], qkv[:, -kv:], slots, (lens - 1, table))
+    for few, splits in itertools.product((False, True), (1, 2, 4)):
+        chained(f"decode few={few} splits {splits}",
+                lambda i: attention.decode(qkv[:, :heads], caches[i], tables, lens, out, scale=0.1, window=None,
+                                           splits=splits, new=new, few=few))  # noqa: B023
+
+
+def host() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(SHAPES["qwen2-0.5b"]))
+        with LLM(scratch, device="cuda", random_weights=True, max_num_seqs=1, max_model_len=2048) as llm:
+            llm.add_request([1] * 64, SamplingParams(max_tokens=1500, ignore_eos=True))
+            for _ in range(50):
+                llm.step(text=False)
+            begin = time.perf_counter()
+            for _ in range(300):
+                llm.step(text=False)
+            print(f"{(time.perf_counter() - begin) / 300 * 1e6:.0f} us a step, of it the device "
+                  f"{milliseconds(llm.executor._worker.runner.graphs[1].graph.replay) * 1e3:.0f}")
+            runner = llm.executor._worker.runner
+            graph = runner.graphs[1].graph
+            begin = time.perf_counter()
+            for _ in range(20):
+                graph.replay()
+            print(f"{(time.perf_counter() - begin) / 20 * 1e6:.0f} us to launch a graph")
+            torch.cuda.synchronize()
+            profile = cProfile.Profile()
+            profile.enable()
+            for _ in range(300):
+                llm.step(text=False)
+            profile.disable()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(28)
+
+
+if __name__ == "__main__":
+    if "host" not in sys.argv:
+        kernels()
+    host()
