@@ -28,6 +28,10 @@ class Communicator(Protocol):
     capturable: bool
     fingerprint: Fingerprint
 
+    def check(self) -> None:
+        """The worker, when it has fetched a result. Raises WorkerError: another rank is gone, and collectives may have
+        ended without having done their work."""
+
     def end_step(self) -> None:
         """The worker: this rank has executed its part of the step. Raises StateError, as collectives may: another rank
         is in another step, or another place of it."""
@@ -53,6 +57,9 @@ class LocalCommunicator:
 
     topology, capturable = Topology(), True
     fingerprint = Fingerprint()  # there is nobody to differ from
+
+    def check(self) -> None:
+        pass
 
     def end_step(self) -> None:
         pass

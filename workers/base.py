@@ -148,7 +148,13 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
     def receive_output(self) -> Callable[[], Buffer]:
         fingerprint = self.communicator.fingerprint.copy()
-        return lambda: fingerprint.open(self.plane.receive_output().copy(), "the rank that samples")
+
+        def result() -> Buffer:
+            sealed = self.plane.receive_output().copy()
+            self.communicator.check()
+            return fingerprint.open(sealed, "the rank that samples")
+
+        return result
 
     def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> SamplerOutput | None:
         """What every rank does with a step, whoever prepared it."""

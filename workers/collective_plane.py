@@ -21,7 +21,6 @@ from workers.groups import Store, dist, lost, make_group
 from workers.lifelines import Lifelines
 from workers.message import END_LIMIT, IN_FLIGHT, closed
 
-_LINGER = 1.0  # seconds that the other ranks may take to close theirs
 _NAP = 1e-3  # seconds between looks at a device that has been waited for for long
 CPU = torch.device("cpu")
 
@@ -50,7 +49,7 @@ class CollectivePlane(ControlPlane):
         self._is_driver = topology.is_driver
         self._carrier = device if on_device else CPU
         self._stream: Any = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]
-        self._lifelines = Lifelines(topology, store) if on_device else None
+        self._lifelines = Lifelines(topology, store, "the control plane") if on_device else None
         self._steps, self._outputs = (Channel(_pinned if on_device else aligned_bytes) for _ in range(2))
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
         self._closed = False
@@ -60,7 +59,8 @@ class CollectivePlane(ControlPlane):
             self._all = make_group(collectives, store, "control", rank, topology.world_size, small=True)
             if source and rank in (0, source):
                 self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, small=True)
-            if on_device:
+            if self._lifelines is not None:
+                self._lifelines.guard([group for group in (self._all, self._pair) if group is not None])
                 self._meet()
         except BaseException:
             self.close()
@@ -88,16 +88,10 @@ class CollectivePlane(ControlPlane):
         return self._outputs.receive(lambda tensor: self._bring(lambda t: self._pair.recv([t], 1, 0), tensor))[0]
 
     def close(self) -> None:
-        if not self._closed and self._lifelines is not None:
-            if self._is_driver:
-                self._lifelines.outlast(_LINGER)  # they may be receiving its last message, out of its memory
-            for group in (self._all, self._pair):
-                if group is not None:
-                    group.abort()  # else a kernel that waits for a rank that is gone would keep the device
+        self._closed, self._all, self._pair = True, None, None
+        if self._lifelines is not None:
             self._lifelines.close()
-        self._all = self._pair = None
         self._sending.clear()
-        self._closed = True
 
     def _meet(self) -> None:
         """NCCL makes a communicator at the first operation, and waits there for all its ranks: here, where they are."""
@@ -133,7 +127,7 @@ class CollectivePlane(ControlPlane):
         with self._on_stream():
             kept = tensor.to(self._carrier, copy=True)
             try:
-                self._sending.append((launch(kept), kept))
+                self._sending.append((self._issue(lambda: launch(kept)), kept))
             except RuntimeError as error:
                 raise lost("the control plane", error) from error
 
@@ -147,15 +141,19 @@ class CollectivePlane(ControlPlane):
 
     def _wait(self, launch: Callable[[], Any]) -> None:
         try:
-            work = launch()
+            work = self._issue(launch)
             if self._lifelines is not None:
                 start = time.perf_counter()
                 while not work.is_completed():
                     self._lifelines.check()
                     time.sleep(min((time.perf_counter() - start) / 100, _NAP))
+                self._lifelines.check()  # an abort completes it too
             work.wait()
         except RuntimeError as error:
             raise lost("the control plane", error) from error
+
+    def _issue(self, launch: Callable[[], Any]) -> Any:
+        return launch() if self._lifelines is None else self._lifelines.issue(launch)
 
     def _gone(self, work: Any) -> bool:
         return self._stream is not None and work.is_completed()  # gloo cannot be asked

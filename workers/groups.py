@@ -21,6 +21,10 @@ LOOPBACK = "127.0.0.1"
 CONNECT = timedelta(seconds=60)
 # Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
 _FOREVER = timedelta(days=3650)
+# What NCCL's groups read when they are made. By default PyTorch's threads end the process, which may be the user's, when
+# an operation fails or takes long, and when the device fails or is slow to answer them. Lifelines see to all that.
+_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0", "TORCH_NCCL_BLOCKING_WAIT": "0",
+         "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
 def serve_store(world_size: int, host: str = LOOPBACK) -> tuple[Store, str]:
@@ -58,8 +62,7 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
     """A backend object of torch.distributed ("gloo", "nccl") over ranks 0 to size - 1, which all call this.
 
     Args:
-        small: of NCCL, a group for small messages, waited for as long as an engine is idle. Another's operations end
-            their process after ten minutes, which is PyTorch's default, and take more of the device.
+        small: of NCCL, a group for small messages beside a step: they take less of the device, and come first.
 
     Raises:
         BackendError: this PyTorch has no such collectives.
@@ -76,10 +79,12 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
             group._set_default_timeout(_FOREVER)
             return group
         if kind == "nccl" and dist.is_nccl_available():
-            options = dist.ProcessGroupNCCL.Options()
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=small)
+            options._timeout = _FOREVER
             if small:
-                options._timeout, options.config.max_ctas = _FOREVER, 1
-            return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+                options.config.max_ctas = 1
+            with _environment(_NCCL):
+                return dist.ProcessGroupNCCL(prefixed, rank, size, options)
     except RuntimeError as error:
         raise lost("connecting", error) from error
     raise BackendError("this PyTorch has no such collectives", got=kind, expected="gloo or nccl",
@@ -90,6 +95,19 @@ def lost(what: str, error: Exception) -> WorkerError:
     """What a rank raises that finds others gone. It does not know which: rank -1."""
     return WorkerError(f"{what} with the other ranks failed: {str(error).splitlines()[0]}", rank=-1,
                        cause=type(error).__name__)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    saved = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

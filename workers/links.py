@@ -12,6 +12,7 @@ from hal.config import WorkerConfig
 from hal.control import ControlPlane
 from hal.errors import BackendError
 from workers.groups import Store, join_store, make_group
+from workers.lifelines import Lifelines
 from workers.planes import make_plane
 from workers.shm_comm import ShmCommunicator
 from workers.torch_comm import TorchCommunicator
@@ -49,5 +50,7 @@ def _data_plane(config: WorkerConfig, backend: Backend, device: torch.device, st
     if topology.pp > 1:
         world_group = make_group(backend.collectives, store, "world", topology.rank, topology.world_size)
     # Gloo reduces tensors of a GPU, but sends the host's memory alone: given another's, it ends the process.
-    carrier = device if backend.collectives == "nccl" else torch.device("cpu")
-    return TorchCommunicator(topology, device, tp_group, world_group, carrier, check_group, strict)
+    on_device = backend.collectives == "nccl"
+    carrier = device if on_device else torch.device("cpu")
+    lifelines = Lifelines(topology, store, "the data plane") if on_device else None
+    return TorchCommunicator(topology, device, tp_group, world_group, carrier, check_group, strict, lifelines)

@@ -91,6 +91,6 @@ class StepExecutor(abc.ABC):
     def _close(self, patience: float, error: BaseException | None = None) -> None:
         self._closed = True
         self._pending.clear()
-        self._end(patience)
-        for each in chain(error):  # whose frames hold weights, caches, activations: the next engine needs the room
+        for each in chain(error):  # whose frames hold what the next engine needs room for, and graphs NCCL waits for
             traceback.clear_frames(each.__traceback__)
+        self._end(patience)

@@ -128,14 +128,21 @@ class Worker(LocalOrDistributedWorkerBase):
         return output
 
     def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
-        return self.runner.fetch(output)
+        take, communicator = self.runner.fetch(output), self.communicator
+
+        def result() -> SamplerOutput:
+            fetched = take()
+            communicator.check()
+            return fetched
+
+        return result
 
     def shutdown(self) -> None:
+        self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker,
+        self.__dict__.pop("runner", None)  # and so do that of the weights, and graphs, for whose end NCCL waits
         for link in self._links:
             link.close()
         self._links = []
-        self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker,
-        self.__dict__.pop("runner", None)  # and so does that of the weights
 
     def describe_step(self) -> str:
         text = f"step {self.steps}"

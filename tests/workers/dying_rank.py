@@ -19,8 +19,8 @@ store, cpu = join_store(address, 2), torch.device("cpu")
 joined: object
 if what == "data":
     joined = ShmCommunicator(Topology(tp=2, rank=1), cpu, store)
-elif what == "lifelines":
-    joined = Lifelines(Topology(tp=2, rank=1), store)
+elif what.startswith("lifelines of "):
+    joined = Lifelines(Topology(tp=2, rank=1), store, what.removeprefix("lifelines of "))
 else:
     joined = make_plane(what, Topology(pp=2, rank=1), store, "gloo", cpu)
 print("joined", flush=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nccl_stand_in
 import pytest
 import torch
 from rank_threads import on_ranks
@@ -24,7 +25,9 @@ from hal.guard import Phase, phase
 from hal.inputs import IntermediateTensors
 from hal.schema import Array
 from hal.testing.null import backend as null
-from workers.groups import make_group, serve_store
+from workers import links
+from workers.groups import serve_store
+from workers.lifelines import Lifelines
 from workers.links import connect
 from workers.shm_comm import ShmCommunicator
 from workers.torch_comm import TorchCommunicator
@@ -41,10 +44,12 @@ on_each_torch = pytest.mark.torch_release
 def make(kind: str, topology: Topology, store: Any) -> Communicator:
     if kind == "shm":
         return ShmCommunicator(topology, CPU, store)
-    tp = topology.tp > 1 and make_group("gloo", store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
-    world = topology.pp > 1 and make_group("gloo", store, "world", topology.rank, topology.world_size)
-    checks = topology.tp > 1 and make_group("gloo", store, f"check{topology.pp_rank}", topology.tp_rank, topology.tp)
-    return TorchCommunicator(topology, CPU, tp or None, world or None, CPU, checks or None, strict=True)
+    make_group, stage = links.make_group, (topology.tp_rank, topology.tp)
+    tp = topology.tp > 1 and make_group(kind, store, f"tp{topology.pp_rank}", *stage)
+    world = topology.pp > 1 and make_group(kind, store, "world", topology.rank, topology.world_size)
+    checks = topology.tp > 1 and make_group("gloo", store, f"check{topology.pp_rank}", *stage)
+    lifelines = Lifelines(topology, store, "the data plane") if kind == "nccl" else None
+    return TorchCommunicator(topology, CPU, tp or None, world or None, CPU, checks or None, True, lifelines)
 
 
 def on(kind: str, tp: int, pp: int, call: Any) -> list[Any]:
@@ -71,6 +76,12 @@ def stage(tokens: int, seed: int) -> Any:
 
 
 @pytest.fixture(autouse=True)
+def _what_a_communicator_needs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("kind") == "nccl":
+        nccl_stand_in.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_in_shared_memory() -> Iterator[None]:
     before = os.listdir("/dev/shm")
     yield
@@ -78,7 +89,7 @@ def _nothing_in_shared_memory() -> Iterator[None]:
 
 
 @on_each_torch
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("kind", ["shm", "gloo", "nccl"])
 class TestEveryCommunicator:
     @pytest.mark.parametrize("tp", [2, 3])
     def test_sums_are_right_and_the_same_on_every_rank(self, kind: str, tp: int) -> None:
@@ -246,7 +257,7 @@ def test_another_size_than_declared_is_a_named_error() -> None:
     on("shm", 1, 2, call)
 
 
-@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("kind", ["shm", "gloo", "nccl"])
 def test_stages_in_different_steps_are_named(kind: str) -> None:
     def call(communicator: Communicator) -> None:
         communicator.fingerprint.begin(4 + communicator.topology.rank, 1)

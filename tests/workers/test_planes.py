@@ -158,7 +158,9 @@ class TestEveryPlane:
     def test_a_killed_peer_frees_who_waits_for_it(self, name: str) -> None:
         store, address = serve_store(2)
         # NCCL's stand-in joins threads: its other rank is a process that has the lifeline alone.
-        topology, kind = (Topology(tp=2), "lifelines") if name == "nccl" else (Topology(pp=2), name)
+        topology, kind = Topology(pp=2), name
+        if name == "nccl":
+            topology, kind = Topology(tp=2), "lifelines of the control plane"
         with subprocess.Popen([sys.executable, str(DYING), kind, address], stdout=subprocess.PIPE) as other:
             plane = make(name, topology, store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"

@@ -1,0 +1,308 @@
+"""NCCL's data plane over a stand-in: what ends a wait for a rank that is gone, and what an orderly end leaves alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nccl_stand_in
+import pytest
+import torch
+from nccl_stand_in import Group
+from rank_threads import on_ranks
+from torch._C._distributed_c10d import ErrorType
+from worker_cases import MODEL, engine
+
+from hal.config import Topology, WorkerConfig
+from hal.errors import StateError, WorkerError
+from hal.outputs import SamplerOutput
+from hal.testing.null import NullBackend
+from workers import groups
+from workers.collective_plane import CollectivePlane
+from workers.groups import serve_store
+from workers.lifelines import Lifelines
+from workers.links import connect
+from workers.torch_comm import TorchCommunicator
+from workers.worker import Worker
+
+CPU = torch.device("cpu")
+DYING = Path(__file__).with_name("dying_rank.py")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+    monkeypatch.delenv("HAL_STRICT", raising=False)  # strict ranks compare over gloo, which notices by itself
+    return nccl_stand_in.install(monkeypatch)
+
+
+class NcclBackend(NullBackend):
+    collectives = "nccl"
+
+
+def joined(tp: int, pp: int) -> list[Any]:
+    """Each rank's links, as a worker makes them."""
+    def link(rank: int, store: Any) -> Any:
+        config = WorkerConfig(engine(tp=tp, pp=pp, control_plane="collectives"), MODEL, Topology(tp, pp, rank))
+        return connect(config, NcclBackend(), CPU, store)
+
+    return on_ranks(tp * pp, link)
+
+
+def close(*calls: Any) -> None:
+    on_ranks(len(calls), lambda rank, _: calls[rank].close())
+
+
+def ended(thread: str = "hal-lifelines") -> bool:
+    return all(t.name != thread for t in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    yield
+    end = time.monotonic() + 2
+    while not ended():
+        assert time.monotonic() < end, "a thread waits for ranks for ever"
+        time.sleep(0.01)
+
+
+class Pair:
+    """Rank 0's communicator. Rank 1 lives in a process that can be killed; it has issued what it does at the start."""
+
+    def __init__(self, topology: Topology) -> None:
+        store, address = serve_store(2)
+        self.process = subprocess.Popen([sys.executable, str(DYING), "lifelines of the data plane", address],
+                                        stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        names = ["tp0"] * (topology.tp > 1) + ["world"] * (topology.pp > 1)
+        make = nccl_stand_in.links.make_group
+        mine, theirs = ([make("nccl", store, name, rank, 2) for name in names] for rank in (0, 1))
+        threading.Thread(target=self.meet, args=(topology, *theirs), daemon=True).start()
+        self.groups: list[Group] = mine
+        tp, world = mine[0] if topology.tp > 1 else None, mine[-1] if topology.pp > 1 else None
+        self.communicator = TorchCommunicator(topology, CPU, tp, world, CPU,
+                                              lifelines=Lifelines(topology, store, "the data plane"))
+        assert self.process.stdout.readline() == b"joined\n"
+
+    @staticmethod
+    def meet(topology: Topology, group: Group) -> None:
+        if topology.tp > 1:
+            group.allreduce([torch.zeros(1)], SimpleNamespace(asyncOp=False))
+        else:
+            group.recv([torch.zeros(1)], 0, 0).wait()
+
+    def kill_soon(self) -> None:
+        """In 0.3 s; `killed` is when."""
+        def kill() -> None:
+            self.killed = time.monotonic()
+            self.process.kill()
+
+        threading.Timer(0.3, kill).start()
+
+
+@contextlib.contextmanager
+def pair(**sizes: int) -> Iterator[Pair]:
+    made = Pair(Topology(**sizes))
+    try:
+        yield made
+    finally:
+        made.process.kill()
+        made.process.wait()
+        made.process.stdout.close()  # type: ignore[union-attr]
+        made.communicator.close()
+
+
+def taken(communicator: Any, output: Any = "tokens") -> Callable[[], Any]:
+    """What the driver's worker hands on of an output."""
+    worker = Worker.__new__(Worker)
+    worker.communicator, worker.runner = communicator, SimpleNamespace(fetch=lambda o: lambda: o)  # type: ignore[assignment]
+    return worker.fetch(output)
+
+
+def hand_on(communicator: TorchCommunicator) -> None:
+    from test_communicators import stage
+
+    communicator.send(stage(3, 0))
+
+
+@pytest.mark.parametrize(("sizes", "wait"), [({"tp": 2}, lambda c: c.all_reduce(torch.ones(3))),
+                                             ({"tp": 2}, lambda c: c.all_gather(torch.ones(3))),
+                                             ({"pp": 2}, hand_on)], ids=["all_reduce", "all_gather", "send"])
+def test_a_killed_rank_frees_who_waits_and_nothing_of_the_step_is_trusted(made: list[Group], sizes: dict[str, int],
+                                                                          wait: Callable[[Any], Any]) -> None:
+    with pair(**sizes) as ranks:
+        communicator = ranks.communicator
+        fetch = taken(communicator)
+        assert fetch() == "tokens"
+        ranks.kill_soon()
+        with contextlib.suppress(WorkerError):  # where the operation is one of several
+            wait(communicator)  # the device's wait, which nothing tells that it ended early
+        assert all(group.aborted for group in ranks.groups)
+        calls = (fetch, communicator.end_step, lambda: communicator.all_reduce(torch.ones(1)) if "tp" in sizes
+                 else hand_on(communicator))
+        for call in calls:
+            with pytest.raises(WorkerError, match="one is gone") as error:
+                call()
+            assert error.value.rank == -1 and 0 <= time.monotonic() - ranks.killed < 1
+
+
+def test_an_output_that_another_rank_sampled_is_not_trusted_either(made: list[Group]) -> None:
+    with pair(pp=2) as ranks:
+        worker = Worker.__new__(Worker)
+        worker.communicator = communicator = ranks.communicator
+        sealed = communicator.fingerprint.seal(SamplerOutput(token_ids=torch.zeros(1, dtype=torch.int32)).encode())
+        worker.plane = SimpleNamespace(receive_output=lambda: sealed)  # type: ignore[assignment]
+        take = worker.receive_output()
+        take()
+        ranks.process.kill()
+        time.sleep(0.3)
+        with pytest.raises(WorkerError, match="one is gone"):
+            take()
+
+
+def test_graphs_hold_up_an_abort_but_neither_who_waits_nor_the_end(made: list[Group]) -> None:
+    with pair(tp=2) as ranks:
+        ranks.groups[0].graphs.clear()
+        ranks.kill_soon()
+        ranks.communicator.all_reduce(torch.ones(3))
+        assert time.monotonic() - ranks.killed < 1
+        start = time.monotonic()
+        ranks.communicator.close()
+        assert time.monotonic() - start < 1.5 and not ended()
+        ranks.groups[0].graphs.set()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_abort_waits_while_an_operation_is_issued_unless_that_waits_too(made: list[Group], full: bool) -> None:
+    """A full queue of the device holds the host in the call: it empties when the kernel in front ends."""
+    with pair(tp=2) as ranks:
+        group, aborted = ranks.groups[0], []
+        group.queue.clear()
+        if not full:
+            threading.Timer(0.4, lambda: (aborted.append(group.aborted), group.queue.set())).start()
+        ranks.kill_soon()  # in 0.3 s: it would be aborted before 0.4 s
+        ranks.communicator.all_reduce(torch.ones(3))  # the stand-in asserts that no abort came between
+        assert time.monotonic() - ranks.killed < 1 and aborted == ([] if full else [False])
+        assert group.aborted
+
+
+def test_an_error_that_nccl_finds_itself_is_an_end_too(made: list[Group]) -> None:
+    links = joined(tp=2, pp=1)
+    next(g for g in made if not g.small).error = ErrorType.COMM_ERROR
+    communicators = [communicator for _, communicator in links]
+    lost = [c for c in communicators for _ in range(200) if time.sleep(0.01) or c._lifelines.lost][:1]
+    with pytest.raises(WorkerError, match="one is gone"):
+        lost[0].check()
+    close(*(link for rank in links for link in rank))
+
+
+def test_all_that_steps_use_is_connected_before_the_first(made: list[Group]) -> None:
+    links = joined(tp=2, pp=3)
+    assert all(isinstance(p, CollectivePlane) and c.capturable for p, c in links)
+    data = [group for group in made if not group.small]
+    assert sorted(group.size for group in data) == [2] * 6 + [6] * 6
+    for group in data:
+        neighbours = [(group.rank + a, group.rank + b) for a, b in ((-2, 0), (0, 2))]
+        pairs = {p for p in neighbours if min(p) >= 0 and max(p) < 6}
+        assert set(group.counts) == ({"collective"} if group.size == 2 else pairs)
+    close(*(link for rank in links for link in rank))
+    assert all(group.aborted for group in made)
+
+
+def test_ranks_that_leave_one_after_another_are_no_failure(made: list[Group]) -> None:
+    (_, driver), (_, second), (_, third) = links = joined(tp=3, pp=1)
+    mine = [group for group in made if group.rank == 0]
+    second.close()
+    time.sleep(0.1)
+    third.close()
+    time.sleep(0.1)
+    driver.check()
+    driver.end_step()
+    assert taken(driver)() == "tokens" and not any(group.aborted for group in mine)
+    start = time.monotonic()
+    driver.close()
+    assert time.monotonic() - start < 0.5 and not driver._lifelines
+    close(*(plane for plane, _ in links))
+    assert all(group.aborted for group in made)
+
+
+def test_the_driver_leaves_last_if_the_others_do_soon(made: list[Group]) -> None:
+    links = joined(tp=2, pp=1)
+    (_, driver), (_, other) = links
+    threading.Timer(0.3, other.close).start()
+    start = time.monotonic()
+    driver.close()
+    assert 0.25 < time.monotonic() - start < 0.8
+    close(*(plane for plane, _ in links))
+
+
+def test_who_goes_on_without_one_that_left_is_told(made: list[Group]) -> None:
+    links = joined(tp=2, pp=1)
+    (_, driver), (_, other) = links
+    other.close()
+    start = time.monotonic()
+    driver.all_reduce(torch.ones(2))
+    with pytest.raises(WorkerError, match="one is gone"):
+        driver.check()
+    assert time.monotonic() - start < 1
+    close(driver, *(plane for plane, _ in links))
+
+
+def test_a_capture_compares_nothing_and_the_step_does(made: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HAL_STRICT", "1")
+    links = joined(tp=2, pp=1)
+
+    def capture(rank: int) -> None:
+        communicator = links[rank][1]
+        communicator._checks = SimpleNamespace()  # with which nothing can be compared
+        assert communicator.all_reduce(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert communicator.all_gather(torch.ones(1)).tolist() == [1.0, 1.0]
+
+    checks = [communicator._checks for _, communicator in links]
+    assert all(checks)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_ranks(2, lambda rank, _: capture(rank))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def step(rank: int) -> None:
+        communicator = links[rank][1]
+        communicator._checks = checks[rank]
+        communicator.fingerprint.begin(7, 1)  # then a graph is replayed, of which no rank counts the collectives
+        communicator.end_step()
+        communicator.fingerprint.begin(8 + rank, 1)
+        with pytest.raises(StateError, match="differ in step"):
+            communicator.end_step()
+
+    on_ranks(2, lambda rank, _: step(rank))
+    close(*(link for rank in links for link in rank))
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_no_thread_of_pytorch_may_end_the_process(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    """What these settings do is PyTorch's; here: that a group is made with them, and no other of the process is."""
+    seen: list[dict[str, str]] = []
+
+    class Options(SimpleNamespace):
+        def __init__(self, is_high_priority_stream: bool) -> None:
+            super().__init__(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
+
+    def nccl(store: Any, rank: int, size: int, options: Any) -> Any:
+        seen.append({name: os.environ[name] for name in groups._NCCL})
+        return options
+
+    nccl.Options = Options  # type: ignore[attr-defined]
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", nccl, raising=False)
+    monkeypatch.setattr(groups.dist, "is_nccl_available", lambda: True)
+    large, small = (groups.make_group("nccl", torch.distributed.HashStore(), "x", 0, 1, small=s) for s in (False, True))
+    assert seen == [groups._NCCL] * 2 and os.environ.get(name) == before
+    assert large._timeout.days == small._timeout.days == 3650
+    assert small.config.max_ctas == 1 and small.is_high_priority_stream and not large.is_high_priority_stream
