@@ -1,0 +1,87 @@
+"""The Triton kernels compile for a GPU, on a machine that has none: the interpreter knows nothing of types."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.torch_release, pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="requires Triton, not interpreted")]
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Launches end where the machine code (sm_90) is made."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Hopper:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert "cubin" in kernel.asm
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    driver.set_active(Hopper())
+    yield
+    driver.reset_active()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", [896, 1100])  # a tile has whole rows, or not
+def test_gemv(size: int, gated: bool) -> None:
+    from runners.cuda.kernels.gemv import Norm, Tile, gemv
+
+    weight, x = torch.ones(64, size, dtype=torch.bfloat16), torch.ones(1, size, dtype=torch.bfloat16)
+    for norm, bias in ((None, None), (Norm(x[0], 1e-5), None), (Norm(x[0], 1e-5, x), weight[:, 0].contiguous())):
+        gemv(x, weight, bias, Tile(4, 1024, 4), gated=gated, norm=norm)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 64)], ids=str)
+def test_attention(dtype: torch.dtype, dim: int, fp8: bool) -> None:
+    from runners.cuda.kernels import attention
+
+    q, k, v = torch.ones(3, 8, dim, dtype=dtype).split([4, 2, 2], 1)
+    cache = torch.zeros(2, 5, 2, 16, dim).to(torch.float8_e4m3fn if fp8 else dtype)
+    ints, tables, out = torch.zeros(4, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32), torch.empty_like(q)
+    for rotary, window, splits in ((None, 7, 1), ((ints, torch.zeros(9, dim)), None, 4)):
+        new = attention.New(k, v, ints, rotary)
+        attention.write_kv(q, new, cache)
+        for given in (None, new):
+            attention.decode(q, cache, tables, ints, out, scale=0.1, window=window, splits=splits, new=given, few=True)
+        attention.prefill(q, cache, tables, ints, ints, out, first_seq=0, max_queries=99, scale=0.1, window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_rest(dtype: torch.dtype) -> None:
+    from runners.cuda.kernels import elementwise, sampling
+
+    x, ints, floats = torch.ones(3, 1000, dtype=dtype), torch.zeros(3, dtype=torch.int32), torch.ones(3)
+    sampling.greedy(x, ints, ints)
+    for lowest in (None, floats):
+        sampling.greedy(x, draw=(floats, lowest, ints.long(), ints, ints))
+    sampling.thresholds(x, floats, ints, floats, floats)
+    elementwise.resolve(ints, ints, ints)
+    elementwise.rms_norm(x, x[0], 1e-5)
+    elementwise.add_rms_norm(x, x, x[0], 1e-5)
+    elementwise.silu_mul(x)
+    elementwise.rotary(x.view(3, 10, 100), ints, torch.zeros(9, 100))
