@@ -18,7 +18,6 @@ from hal.sampling.params import SamplingParams
 
 Checkpoint = Callable[[str], Path]
 SHARED = "runners.cuda:shared_gpu"
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PROBLEMS = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()]
 
 
@@ -55,9 +54,7 @@ def test_processes_that_share_the_gpu(checkpoint: Checkpoint, layout: dict[str, 
 
 @pytest.mark.parametrize("options", [{}, {"graphs": False}, {"dtype": "bfloat16"}, {"dtype": "float32"},
                                      {"device": SHARED, "tp": 2, "num_blocks": 2100},
-                                     {"device": SHARED, "pp": 2, "num_blocks": 2100},
-                                     *(pytest.param({n: 2, "control_plane": "collectives"}, marks=TWO_GPUS)
-                                       for n in ("tp", "pp"))], ids=str)
+                                     {"device": SHARED, "pp": 2, "num_blocks": 2100}], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
     with LLM(**{"device": "cuda", **options}) as llm:
         outputs = llm.generate([p["prompt"] for p in PROBLEMS])
