@@ -21,8 +21,8 @@ LOOPBACK = "127.0.0.1"
 CONNECT = timedelta(seconds=60)
 # Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
 _FOREVER = timedelta(days=3650)
-# NCCL's groups read this when they are made. By default PyTorch's threads end the process, which may be the user's, if an
-# operation fails or takes long, and if the device fails or is slow to answer them. Lifelines see to all that.
+# NCCL's groups read this when they are made. By default PyTorch's threads end the process, which may be the user's, if
+# an operation fails or takes long, and if the device fails or is slow to answer them. Lifelines see to all that.
 _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0", "TORCH_NCCL_BLOCKING_WAIT": "0",
          "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
