@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,14 @@ Ints = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 _FLOAT, _INT = ({name: i for i, name in enumerate(names)} for names in (FLOAT_PARAMS, INT_PARAMS))
 _PENALTIES = slice(_FLOAT["repetition_penalty"], _FLOAT["frequency_penalty"] + 1)
 _NO_PENALTIES = np.array([1.0, 0.0, 0.0], np.float32)
+
+
+Bucket = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[dict[str, int], Iterable[str]]]
+
+
+def no_bucket(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
+    """A step as large as it is."""
+    return {}, ()
 
 
 class BatchState:
@@ -62,8 +71,13 @@ class BatchState:
                              request.new_blocks)
         self.epoch, self.step, self.digest = request.epoch, request.step + 1, request.chain()
 
-    def prepare(self, request: ExecuteModelRequest) -> Packed[PagedModelInput]:
-        """The input of an applied request's step. A sequence is sampled when the step reaches its last token."""
+    def prepare(self, request: ExecuteModelRequest, bucket: Bucket = no_bucket) -> Packed[PagedModelInput]:
+        """The input of an applied request's step. A sequence is sampled when the step reaches its last token.
+
+        Args:
+            bucket: given the step's dims and scalars, larger dims, and optional arrays that are there in any case: what
+                `Packed.padded` takes, without a copy.
+        """
         rows, computed, queries = request.rows.astype(np.intp), request.num_computed, request.num_scheduled
         n, total, size = len(rows), int(queries.sum()), self.block_size
         ends = computed + queries
@@ -90,25 +104,23 @@ class BatchState:
             if unknown.any():
                 fields["relay"], input_ids = np.where(unknown, row_of, -1), np.where(unknown, 0, input_ids)
         width = -(-int(ends.max(initial=0)) // size)
+        dims = {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(wanted),
+                "num_sampled": len(sampled), "num_targets": len(wanted),
+                "max_history": fields["history"].shape[1] if "history" in fields else 0}
+        values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(sampled),
+                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0)),
+                  "num_logprobs": logprobs, "num_prompt_logprobs": prompt_logprobs}
+        larger, also = bucket(dims, values)
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
-            {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(wanted),
-             "num_sampled": len(sampled), "num_targets": len(wanted),
-             "max_history": fields["history"].shape[1] if "history" in fields else 0},
-            fields, block_size=size, num_decode_seqs=decodes, num_samples=len(sampled),
-            max_query_len=1 if total == n > 0 else int(queries.max(initial=0)),
-            num_logprobs=logprobs, num_prompt_logprobs=prompt_logprobs)
-        into = packed.arrays
-        into["input_ids"][...] = input_ids
-        into["positions"][...] = positions
-        into["query_start_loc"][...] = starts
-        into["seq_lens"][...] = ends
-        into["block_tables"][...] = self.block_tables[rows, :width]
+            dims | larger, {*fields, *also}, **values)
         columns = positions // size  # the slot is block * size + position % size
-        into["slot_mapping"][...] = (self.block_tables[row_of, columns] - columns) * size + positions
-        into["logits_indices"][:len(sampled)] = starts[sampled + 1] - 1
-        into["logits_indices"][len(sampled):] = wanted
-        for name, array in fields.items():
-            into[name][...] = array
+        ids = starts[sampled + 1] - 1
+        fields |= {"input_ids": input_ids, "positions": positions, "query_start_loc": starts, "seq_lens": ends,
+                   "block_tables": self.block_tables[rows, :width],
+                   "slot_mapping": (self.block_tables[row_of, columns] - columns) * size + positions,
+                   "logits_indices": np.concatenate((ids, wanted)) if len(wanted) else ids}
+        for name in packed.arrays:
+            packed.fill(name, fields.get(name))
         return packed
 
     def _verify(self, request: ExecuteModelRequest) -> None:

@@ -108,22 +108,31 @@ class Packed(Generic[T]):
                                  got=dims.get(symbol, "no such symbol"), expected=f"at most {size}", fields=(symbol,))
         present = [n for n in self.arrays if n in self.schema.bits]
         out = self.schema.allocate({**dims, **bucket}, {*present, *also}, **self.values)
-        for name in also:
-            if name not in self.arrays:
-                spec = self.schema.by_name[name].array
-                assert spec is not None
-                out.arrays[name][...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
+        for name in {*also} - self.arrays.keys():
+            out.fill(name)
         for name, array in self.arrays.items():
-            spec, into = self.schema.by_name[name].array, out.arrays[name]
-            assert spec is not None
-            if spec.pad == "edge":
-                if into.shape[0] > array.shape[0] == 0:
-                    raise InputError(f"{self.schema.name}.{name} has no row to repeat as padding", fields=(name,))
-                into[array.shape[0]:] = array[-1:]
-            elif into.shape != array.shape:
-                into[...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
-            into[tuple(slice(s) for s in array.shape)] = array
+            out.fill(name, array)
         return out
+
+    def fill(self, name: str, array: np.ndarray[Any, Any] | None = None) -> None:
+        """An array's content: `array`, and behind it the declared padding; nothing but that where it is None.
+
+        Raises:
+            InputError: "edge" padding has no row to repeat.
+        """
+        into, spec = self.arrays[name], self.schema.by_name[name].array
+        if array is not None and into.shape == array.shape:
+            into[...] = array
+            return
+        assert spec is not None
+        if spec.pad != "edge":
+            into[...] = bfloat16_bits(spec.pad) if spec.dtype == "bfloat16" else spec.pad
+        elif array is None or not len(array):
+            raise InputError(f"{self.schema.name}.{name} has no row to repeat as padding", fields=(name,))
+        else:
+            into[len(array):] = array[-1:]
+        if array is not None:
+            into[tuple([slice(s) for s in array.shape])] = array
 
 
 def as_tensor(array: np.ndarray[Any, Any], dtype: str) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -120,12 +120,10 @@ class CudaModelRunner(PagedModelRunner):
     @torch.inference_mode()
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
-        packed: Packed[PagedModelInput] = self.state.prepare(request)
-        graph = self._graph_for(packed)
-        if graph is not None:
-            n = graph.num_seqs
-            packed = packed.padded(RELAYED, num_tokens=n, num_seqs=n, num_logits=n, num_sampled=n,
-                                   max_blocks=self.width)
+        packed = self.state.prepare(request, self._bucket)
+        dims, graph = packed.dims, None
+        if packed.values["max_query_len"] == 1 and dims["num_logits"] == dims["num_seqs"]:
+            graph = self.graphs.get(dims["num_seqs"])
         if graph is not None and packed.buffer.size <= graph.staged.numel():
             staged = graph.staged
         else:
@@ -138,13 +136,13 @@ class CudaModelRunner(PagedModelRunner):
             kept = self._views[graph.num_seqs] = layout, views(packed, staged)
         return packed.bind(kept[1])
 
-    def _graph_for(self, packed: Packed[Any]) -> DecodeGraph | None:
-        dims, values = packed.dims, packed.values
+    def _bucket(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Sequence[str]]:
+        """That of the graph that a step can run as, if there is one."""
         n = dims["num_seqs"]
         if not self.graphs or values["max_query_len"] != 1 or dims["num_targets"] or values["num_samples"] != n:
-            return None
-        at = bisect.bisect_left(self.sizes, n)
-        return self.graphs[self.sizes[at]] if at < len(self.sizes) else None
+            return {}, ()
+        n = self.sizes[bisect.bisect_left(self.sizes, n)]
+        return {"num_tokens": n, "num_seqs": n, "num_logits": n, "num_sampled": n, "max_blocks": self.width}, RELAYED
 
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
