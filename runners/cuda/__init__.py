@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from hal.backend import Backend, Capabilities
+from hal.errors import BackendError
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,15 @@ class CudaBackend(Backend):
         return None
 
     def device(self, local_rank: int) -> torch.device:
-        """Ranks beyond the number of GPUs share them (collectives must then be gloo: NCCL refuses)."""
+        """Raises BackendError: there is no GPU for this rank, and NCCL does not let it share another's."""
         import torch
 
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if local_rank >= count and self.collectives == "nccl":
+            raise BackendError("there are more ranks on this host than GPUs", expected=f"at most {count}",
+                               got=f"a rank {local_rank + 1}", hint="--device runners.cuda:shared_gpu lets ranks share "
+                               "one, slowly; CUDA_VISIBLE_DEVICES may hide some")
+        device = torch.device("cuda", local_rank % count)
         torch.cuda.set_device(device)
         return device
 

@@ -43,6 +43,12 @@ def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runners.cuda.backend.unavailable() is None
 
 
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BackendError, match=r"(?s)more ranks on this host than GPUs.*at most 1.*shared_gpu"):
+        runners.cuda.backend.device(1)
+
+
 @pytest.mark.parametrize("command", [["generate", "1+1="], ["bench"], ["conformance", "--level", "0"]], ids=str)
 def test_a_command_without_a_gpu_ends_with_one_error(command: list[str]) -> None:
     """This very torch, which has no CUDA or, its GPUs hidden, finds none."""

@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {"max_num_seqs": 8, "num_blocks": 2000}
 @pytest.mark.parametrize("options", [{n: 2, **more} for n in ("tp", "pp") for more in (
     {}, {"graphs": False}, {"control_plane": "collectives"})], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
-    with LLM(device="cuda", **options) as llm:
+    with LLM(device="cuda", num_blocks=2100, **options) as llm:
         assert bool(llm.executor._worker.runner.graphs) == options.get("graphs", True)
         outputs = llm.generate([p["prompt"] for p in PROBLEMS])
     assert sum(o.text == p["answer"] for o, p in zip(outputs, PROBLEMS, strict=True)) >= 990
@@ -45,7 +45,7 @@ def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_fp32_is_transformers(checkpoint: Callable[[str], Path], name: str, layout: str) -> None:
     """As one GPU is (test_engine.py): the same greedy tokens."""
-    outputs, _ = parity.run(checkpoint(name), "cuda", max_num_seqs=8, **{layout: 2})
+    outputs, _ = parity.run(checkpoint(name), "cuda", max_num_seqs=8, num_blocks=600, **{layout: 2})
     parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
 
 
@@ -54,8 +54,8 @@ def test_fp32_is_transformers(checkpoint: Callable[[str], Path], name: str, layo
                                       "--tp", "2", "--wire", "none"]], ids=["strict", "torchrun"])
 def test_programs_are_right_and_end(command: list[str]) -> None:
     environment = os.environ | ({} if "torch.distributed.run" in command else {"HAL_STRICT": "1"})
-    done = subprocess.run([sys.executable, *command, "--device", "cuda", "37+85="], env=environment, timeout=120,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command, "--device", "cuda", "--num-blocks", "500", "37+85="],
+                          env=environment, timeout=120, capture_output=True, text=True)
     assert done.returncode == 0 and "122" in done.stdout, done.stdout + done.stderr
 
 
