@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,14 +13,14 @@ from hal.errors import ConfigError
 from hal.inputs import PagedModelInput
 from runners.cuda.kernels import attention as kernels
 
-_MAX_DIM, _MAX_SPLITS = 256, 64
+_MAX_DIM = 256
 
 
 class CudaAttention:
     """A hal.attention.Attention. Raises ConfigError for a head_dim that the kernels do not have."""
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
-        self.specs, self.device = specs, device
+        self.specs, self.device, self.dtype = specs, device, dtype
         spec = specs[0]
         if spec.head_dim > _MAX_DIM or spec.head_dim % 2:
             raise ConfigError("the CUDA attention kernels do not have this head_dim", got=spec.head_dim,
@@ -35,10 +37,28 @@ class CudaAttention:
         """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
         from what a graph fixes, so replays need no other."""
         wanted = 4 * self.units // max(num_seqs * self.specs[0].num_kv_heads, 1)
-        return max(min(wanted, -(-context // 64), _MAX_SPLITS), 1)
+        return max(min(wanted, -(-context // 64), kernels.MAX_SPLITS), 1)
+
+    def warmup(self, kv_caches: Sequence[torch.Tensor]) -> None:
+        """Compile all that a step of prompts and decoding sequences may need; the null block alone is read."""
+        for window, layer in {spec.window: i for i, spec in enumerate(self.specs)}.items():
+            spec, cache = self.specs[layer], known(kv_caches[layer])
+            q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+            tables, lens = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in ((1, 1), 2))
+            how: dict[str, Any] = {"scale": spec.scale, "window": window}
+            for few, splits in itertools.product((False, True), (1, 8, 9)):
+                kernels.decode(q, cache, tables, lens[:1], torch.empty_like(q), splits=splits, few=few, **how)
+            for queries in (64, 65):
+                kernels.prefill(q, cache, tables, lens[:1], lens, torch.empty_like(q), first_seq=0, max_queries=queries,
+                                **how)
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
+
+
+def known(cache: torch.Tensor) -> torch.Tensor:
+    """A cache as what it is: bytes are fp8."""
+    return cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
 
 
 class CudaStep:
@@ -46,7 +66,7 @@ class CudaStep:
 
     def __init__(self, attention: CudaAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
         self.m, self.specs = m, attention.specs
-        self.caches = [c.view(torch.float8_e4m3fn) if c.dtype == torch.uint8 else c for c in kv_caches]
+        self.caches = [known(cache) for cache in kv_caches]
         tokens, seqs = len(m.input_ids), len(m.seq_lens)
         self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
         self.splits = attention.splits(self.decodes, m.block_tables.shape[1] * m.block_size)

@@ -13,6 +13,7 @@ from hal.inputs import IntermediateTensors, PagedModelInput
 from hal.schema.packed import Packed
 from runners.cuda.staging import end_of, views
 
+_SEGMENT = 24 << 20  # bytes that the allocator may take beside what is asked for
 RELAYED = ("relay", "sampled_rows")  # optional fields that every graph has
 
 
@@ -54,8 +55,13 @@ def capture(empty: Packed[Any], received: IntermediateTensors | None, run: Run, 
     staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
     staged[:empty.buffer.size].copy_(torch.from_numpy(empty.buffer))
     m: PagedModelInput = empty.bind(views(empty, staged))
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     run(m, received)  # kernels are compiled and libraries set up before anything is captured
     torch.cuda.synchronize(device)
+    # A capture that runs out of memory cannot be undone (PyTorch ends the process), so that is found out here.
+    torch.empty(torch.cuda.max_memory_allocated(device) - before + _SEGMENT, dtype=torch.uint8, device=device)
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = run(m, received)

@@ -40,6 +40,7 @@ class CudaModelRunner(PagedModelRunner):
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.ops: CudaOps
+        self.attention: CudaAttention
         super().__init__(config, device, communicator, attention=CudaAttention, ops=CudaOps(), sampler=CudaSampler())
         engine = config.engine
         if engine.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
@@ -85,6 +86,9 @@ class CudaModelRunner(PagedModelRunner):
         super().warmup(kv_caches, progress)
         self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
         self.ops.settle()
+        self.attention.warmup(kv_caches)
+        if self.config.topology.samples:
+            self._warm_sampler()
         pool = torch.cuda.graph_pool_handle() if self.sizes else None
 
         def run(m: PagedModelInput, received: IntermediateTensors | None) -> Results:
@@ -106,6 +110,18 @@ class CudaModelRunner(PagedModelRunner):
                 self.compiled += 1
         if self.sizes:
             progress("capturing graphs", len(self.sizes), len(self.sizes))
+
+    def _warm_sampler(self) -> None:
+        """Compile what a step's sampling may need."""
+        m, n = self.dummy_input(1, 1), self.config.model.vocab_size
+        one, row = (torch.ones(1, dtype=kind, device=self.device) for kind in (torch.float32, torch.int64))
+        for dtype in {self.dtype, torch.float32}:  # the second with penalties
+            logits = torch.zeros(1, n, dtype=dtype, device=self.device)
+            m.temperature = m.seeds = None
+            self.sampler(logits, m)
+            m.temperature, m.seeds = one, row
+            for m.top_k, m.top_p in ((None, None), (None, one), (row.int(), None)):
+                self.sampler(logits, m)
 
     def _empty(self, num_seqs: int) -> Packed[Any]:
         """A decode input in which every sequence is padding: it writes the null block."""

@@ -31,7 +31,7 @@ def moved(m: PagedModelInput) -> PagedModelInput:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((8, 64, 80, 128)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1), (1, 1))), windows=st.sampled_from(((None,), (3,), (17, None))),
-       splits=st.sampled_from((1, 2, 5)))
+       splits=st.sampled_from((1, 2, 9)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
                    windows: tuple[int | None, ...], splits: int) -> None:
@@ -68,7 +68,7 @@ def decoding(m: PagedModelInput) -> PagedModelInput:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((16, 64, 80)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1))), window=st.sampled_from((None, 3)),
-       splits=st.sampled_from((1, 2, 5)), fp8=st.booleans(), alone=st.booleans())
+       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans())
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
                           window: int | None, splits: int, fp8: bool, alone: bool) -> None:
@@ -116,6 +116,17 @@ def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: 
     got = attention.begin(moved(wide), [padded])(0, *more)
     close(got[:len(q)], real, torch.float32)
     assert got.isfinite().all() and torch.equal(padded[:, 1:], cache[:, 1:])
+
+
+def test_warming_up_leaves_the_cache_alone() -> None:
+    from runners.cuda.attention import CudaAttention
+
+    specs = specs_of(6, 2, 64, (None, 3))
+    attention = CudaAttention(specs, device=DEVICE, dtype=torch.float16)
+    caches = [torch.randn(attention.cache_shape(2, 16), device=DEVICE).half() for _ in specs]
+    kept = [cache.clone() for cache in caches]
+    attention.warmup(caches)
+    assert all(map(torch.equal, caches, kept))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -58,18 +58,18 @@ def _write_kv(q, k, v, cache, slots, positions, table, q_out, q_stride, k_stride
     tl.store(into + kv_offset, _stored(tl.load(v + token * v_stride + head * DIM + dim, mask=here), cache), mask=here)
 
 
-@triton.jit
-def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, q_stride,
-            k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale, KV_HEADS: tl.constexpr,
-            GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
-            WRITE: tl.constexpr, ROTARY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["table_stride", "splits"])
+def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, splits,
+            q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
+            JOINED: tl.constexpr, WRITE: tl.constexpr, ROTARY: tl.constexpr, BLOCK_G: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + seq)
     first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
     # Parts begin at whole tiles, so that all programs but one read full ones.
-    each = tl.cdiv(tl.cdiv(length - first, SPLITS), BLOCK_N) * BLOCK_N
+    each = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
     begin = first + split * each
     end = tl.minimum(begin + each, length - 1 if WRITE else length)  # the newest key is not in the cache yet
     group, dim, at = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
@@ -103,7 +103,7 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
     some = begin < end
     if WRITE:
         # The newest key: one program of each head writes it, and sees it as later steps will.
-        mine = (split == SPLITS - 1) & (length > 0)
+        mine = (split == splits - 1) & (length > 0)
         some = some | mine
         if mine:
             slot = tl.load(slots + seq).to(tl.int64)
@@ -123,11 +123,11 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
             total = total * old + p_last
             acc = acc * old[:, None] + p_last[:, None] * v_last.to(tl.float32)[None]
             best = now
-    if SPLITS == 1:
+    if not JOINED:
         into = out + (seq * KV_HEADS * GROUP + heads[:, None]) * DIM + dim[None]
         tl.store(into, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=real)
     else:
-        part = (seq * KV_HEADS * GROUP + heads) * SPLITS + split
+        part = (seq * KV_HEADS * GROUP + heads) * splits + split
         inside = group < GROUP
         tl.store(part_max + part, best, mask=inside)
         tl.store(part_sum + part, total, mask=inside)
@@ -135,25 +135,25 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
             tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
 
-@triton.jit
-def _join(part_out, part_max, part_sum, out, SPLITS: tl.constexpr, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+@triton.jit(do_not_specialize=["splits"])
+def _join(part_out, part_max, part_sum, out, splits, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
           BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)  # of sequences times heads
     split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    there = split < SPLITS
-    best = tl.load(part_max + row * SPLITS + split, mask=there, other=-float("inf"))
+    there = split < splits
+    best = tl.load(part_max + row * splits + split, mask=there, other=-float("inf"))
     top = tl.max(best)
     used = best > -float("inf")
     weight = tl.where(used, tl.exp2((best - top) * 1.4426950408889634), 0.0)
-    total = tl.sum(tl.load(part_sum + row * SPLITS + split, mask=there, other=0.0) * weight)
+    total = tl.sum(tl.load(part_sum + row * splits + split, mask=there, other=0.0) * weight)
     # A part without keys was not written: what lies there may be anything.
-    parts = tl.load(part_out + (row * SPLITS + split[:, None]) * BLOCK_D + dim[None], mask=used[:, None], other=0.0)
+    parts = tl.load(part_out + (row * splits + split[:, None]) * BLOCK_D + dim[None], mask=used[:, None], other=0.0)
     acc = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * DIM + dim, acc.to(out.dtype.element_ty), mask=dim < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_seq", "table_stride"])
 def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_stride, kv_offset, block_stride,
              head_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
              WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -202,6 +202,9 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
             best = now
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + (rows * HEADS + head) * DIM + dim[None], acc.to(out.dtype.element_ty), mask=inside)
+
+
+MAX_SPLITS = 64
 
 
 class New(NamedTuple):
@@ -254,15 +257,15 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     k, v, slots, rotary = new or New(q, q, lens)
     positions, table = rotary or (lens, lens)
     _decode[(n, kv_heads, splits)](
-        q, k, v, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, q.stride(0),
+        q, k, v, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, splits, q.stride(0),
         k.stride(0), v.stride(0), tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), scale,
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, SPLITS=splits, WRITE=new is not None,
-        ROTARY=rotary is not None, BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d,
-        BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4,
-        num_stages=stages, **launch_options(q))
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, JOINED=splits > 1,
+        WRITE=new is not None, ROTARY=rotary is not None, BLOCK_G=max(triton.next_power_of_2(group), 16),
+        BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages,
+        **launch_options(q))
     if splits > 1:
-        _join[(n * heads,)](part_out, part_max, part_sum, out, SPLITS=splits, DIM=dim,
-                            BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=block_d, num_warps=4, **launch_options(q))
+        _join[(n * heads,)](part_out, part_max, part_sum, out, splits, DIM=dim,
+                            BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))
 
 
 def prefill(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, starts: torch.Tensor,
