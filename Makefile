@@ -25,7 +25,7 @@ demo: .venv/.made
 test: lint .venv-xla/.made
 	.venv/bin/python -m pytest tests
 	.venv-xla/bin/python -m pytest tests -m torch_release -k "not (tpu and slow)"
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -k "test_kernels or test_sampling"
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -k "test_kernels or test_sampling or test_interpreted"
 
 test-xla: .venv-xla/.made
 	.venv-xla/bin/python -m pytest tests/tpu

@@ -1,0 +1,82 @@
+"""The whole CUDA runner where there is no GPU: kernels in Triton's interpreter, and a graph's replay runs again what was
+captured. It shows that the parts fit, not what a device makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hal.engine.llm import LLM
+from hal.sampling.params import SamplingParams
+
+PROMPTS, ANSWERS = ["37+85=", "123+456=", "999+1=", "7+8=", "250+250="], ["122", "579", "1000", "15", "500"]
+
+
+class Anything:
+    """Events and graphs."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.replay: Callable[[], None] = lambda: None
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the rest of these tests run on the GPU")
+    from runners.cuda import CudaBackend, ops, runner
+    from runners.cuda.kernels import gemv
+
+    empty, capture, choice = torch.empty, runner.capture, itertools.count()
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+    for name, value in (("mem_get_info", (1 << 30, 1 << 30)), ("memory_allocated", 0), ("max_memory_allocated", 0),
+                        ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kind: empty(*size, **kind))
+    monkeypatch.setattr(torch.cuda, "Event", Anything)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Anything)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(CudaBackend, "unavailable", lambda self: None)
+    monkeypatch.setattr(CudaBackend, "device", lambda self, rank: torch.device("cpu"))
+    monkeypatch.setattr(runner.CudaModelRunner, "reserve_bytes", lambda self: 0)
+    # The last is the best: each use of the matrix-vector kernel gets the tile, a large one that makes few programs.
+    monkeypatch.setattr(ops, "TILES", (gemv.Tile(64, 256, 4),))
+    monkeypatch.setattr(ops, "_milliseconds", lambda call, weights: (call(weights[0]), -next(choice))[1])
+
+    def captured(blank: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
+        steps: list[Any] = []
+        graph = capture(blank, received, lambda *step: (steps.append(step), run(*step))[1], *more)
+
+        def replay() -> None:
+            for into, result in zip(graph.results, run(*steps[-1]), strict=True):
+                into.copy_(result)
+
+        graph.graph.replay = replay
+        return graph
+
+    monkeypatch.setattr(runner, "capture", captured)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16", "max_num_seqs": 2},
+                                     {"kv_dtype": "fp8", "async_scheduling": False}], ids=str)
+def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
+    """Chunked, in batches that fill graphs and that do not; drawn and greedy; twice, from cached prefixes."""
+    sizes = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 14, "block_size": 4, "max_model_len": 24}
+    with LLM(device="cuda", **{"dtype": "float32", **sizes, **options}) as llm:
+        runner = llm.executor._worker.runner
+        assert runner.graphs and bool(runner.ops.tiles) == (options.get("dtype") == "float16")
+        greedy = [o.text for o in llm.generate(PROMPTS)]
+        drawn = llm.generate(PROMPTS, SamplingParams(temperature=0.3, top_k=20, top_p=0.95, repetition_penalty=1.05,
+                                                     seed=3, max_tokens=8, logprobs=2))
+    right = sum(text == answer for text, answer in zip(greedy, ANSWERS, strict=True))
+    assert right >= (3 if "kv_dtype" in options else 5)
+    assert "kv_dtype" in options or [o.text for o in drawn] == ANSWERS
