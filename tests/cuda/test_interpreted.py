@@ -1,5 +1,5 @@
-"""The whole CUDA runner where there is no GPU: kernels in Triton's interpreter, and a graph's replay runs again what was
-captured. It shows that the parts fit, not what a device makes of them."""
+"""The whole CUDA runner where there is no GPU: kernels in Triton's interpreter, and a graph's replay runs what was
+captured once more. It shows that the parts fit, not what a device makes of them."""
 
 from __future__ import annotations
 
