@@ -50,7 +50,12 @@ class Worker(LocalOrDistributedWorkerBase):
             self.flight = FlightRecorder(os.environ["HAL_RECORD_ON_ERROR"], config, backend)
 
     def init_device(self) -> torch.device:
-        self.device = self.backend.device(self.topology.rank)
+        rank, engine = self.topology.rank, self.config.engine
+        if engine.executor == "ray":
+            rank = 0  # Ray shows each process its own device
+        elif engine.wire == "none":
+            rank = int(os.environ.get("LOCAL_RANK", rank))
+        self.device = self.backend.device(rank)
         return self.device
 
     def connect(self, plane: ControlPlane, communicator: Communicator) -> None:

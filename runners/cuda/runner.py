@@ -84,6 +84,7 @@ class CudaModelRunner(PagedModelRunner):
     @torch.inference_mode()
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         super().warmup(kv_caches, progress)
+        self._views.clear()
         self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
         self.ops.settle()
         self.attention.warmup(kv_caches)
@@ -138,7 +139,7 @@ class CudaModelRunner(PagedModelRunner):
         self.state.apply(request)
         packed = self.state.prepare(request, self._bucket)
         dims, graph = packed.dims, None
-        if packed.values["max_query_len"] == 1 and dims["num_logits"] == dims["num_seqs"]:
+        if packed.values["max_query_len"] == 1 and packed.values["num_samples"] == dims["num_seqs"]:
             graph = self.graphs.get(dims["num_seqs"])
         if graph is not None and packed.buffer.size <= graph.staged.numel():
             staged = graph.staged
@@ -164,7 +165,8 @@ class CudaModelRunner(PagedModelRunner):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m = model_input
-        graph = self.graphs.get(len(m.seq_lens)) if m.max_query_len == 1 and m.relay is not None else None
+        fits = m.max_query_len == 1 and m.relay is not None and m.prompt_targets is None
+        graph = self.graphs.get(len(m.seq_lens)) if fits else None
         if graph is None or m.block_tables.shape[1] != self.width or len(m.logits_indices) != graph.num_seqs:
             with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
                 return super().execute_model(m, kv_caches, intermediate)

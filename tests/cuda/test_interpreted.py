@@ -66,6 +66,17 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "capture", captured)
 
 
+def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph() -> None:
+    """Though the step has as many logits as sequences, and blocks as a graph."""
+    found = []
+    for graphs in (False, True):
+        with LLM(device="cuda", dtype="float32", num_blocks=8, max_num_seqs=2, max_num_batched_tokens=2, block_size=24,
+                 max_model_len=24, graphs=graphs) as llm:
+            plain, asked = SamplingParams(max_tokens=16, ignore_eos=True), SamplingParams(prompt_logprobs=0)
+            found.append(llm.generate(["7", "123+456="], [plain, asked])[1].prompt_logprobs)
+    assert found[0] is not None and found[1] is not None and len(found[0]) == len(found[1]) > 2
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16", "max_num_seqs": 2},
                                      {"kv_dtype": "fp8", "async_scheduling": False}], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
