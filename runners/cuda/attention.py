@@ -26,8 +26,7 @@ class CudaAttention:
             raise ConfigError("the CUDA attention kernels do not have this head_dim", got=spec.head_dim,
                               expected=f"even, at most {_MAX_DIM}",
                               hint="run this model on --device cpu, or give the runner hal's PagedAttention")
-        units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        self.units = units
+        self.units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
     def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
         spec = self.specs[0]

@@ -16,7 +16,6 @@ from runners.cuda.staging import end_of, views
 _SEGMENT = 24 << 20  # bytes that the allocator may take beside what is asked for
 RELAYED = ("relay", "sampled_rows")  # optional fields that every graph has
 
-
 Results = IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
 Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 

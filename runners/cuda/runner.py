@@ -138,9 +138,8 @@ class CudaModelRunner(PagedModelRunner):
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
         packed = self.state.prepare(request, self._bucket)
-        dims, graph = packed.dims, None
-        if packed.values["max_query_len"] == 1 and packed.values["num_samples"] == dims["num_seqs"]:
-            graph = self.graphs.get(dims["num_seqs"])
+        dims = packed.dims
+        graph = self.graphs.get(dims["num_seqs"]) if decodes(packed.values["max_query_len"], dims) else None
         if graph is not None and packed.buffer.size <= graph.staged.numel():
             staged = graph.staged
         else:
@@ -155,19 +154,17 @@ class CudaModelRunner(PagedModelRunner):
 
     def _bucket(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Sequence[str]]:
         """That of the graph that a step can run as, if there is one."""
-        n = dims["num_seqs"]
-        if not self.graphs or values["max_query_len"] != 1 or dims["num_targets"] or values["num_samples"] != n:
+        if not self.graphs or not decodes(values["max_query_len"], dims):
             return {}, ()
-        n = self.sizes[bisect.bisect_left(self.sizes, n)]
+        n = self.sizes[bisect.bisect_left(self.sizes, dims["num_seqs"])]
         return {"num_tokens": n, "num_seqs": n, "num_logits": n, "num_sampled": n, "max_blocks": self.width}, RELAYED
 
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
-        m = model_input
-        fits = m.max_query_len == 1 and m.relay is not None and m.prompt_targets is None
-        graph = self.graphs.get(len(m.seq_lens)) if fits else None
-        if graph is None or m.block_tables.shape[1] != self.width or len(m.logits_indices) != graph.num_seqs:
+        m, dims = model_input, model_input.dims
+        graph = self.graphs.get(dims["num_seqs"]) if decodes(m.max_query_len, dims) else None
+        if graph is None or m.relay is None or dims["max_blocks"] != self.width:
             with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
                 return super().execute_model(m, kv_caches, intermediate)
         storage = m.input_ids.untyped_storage()
@@ -202,6 +199,11 @@ class CudaModelRunner(PagedModelRunner):
         rows += [f"{n:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}" for n, g in sorted(self.graphs.items())]
         total = sum(g.seconds for g in self.graphs.values()), sum(g.bytes for g in self.graphs.values()) / 2**20
         return "\n".join([*rows, f"{'all':>6} {total[0]:8.2f} {total[1]:7.1f}"])
+
+
+def decodes(max_query_len: int, dims: Mapping[str, int]) -> bool:
+    """Whether a step is what graphs do, at its size or padded: every sequence decodes and is sampled, no more."""
+    return max_query_len == 1 and dims["num_logits"] == dims["num_seqs"] and not dims["num_targets"]
 
 
 class _memory:

@@ -66,6 +66,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "capture", captured)
 
 
+def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
+    with LLM(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24, max_model_len=24) as llm:
+        runner = llm.executor._worker.runner
+        assert [o.text for o in llm.generate(PROMPTS[:3])] == ANSWERS[:3]
+        assert 4 in runner._views and 3 not in runner.graphs
+
+
 def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph() -> None:
     """Though the step has as many logits as sequences, and blocks as a graph."""
     found = []
