@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
-_ROUNDS, _MOVED = 5, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
+_ROUNDS, _MOVED = 20, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
 
 
 class Use(NamedTuple):
@@ -82,12 +84,16 @@ class CudaOps(Ops):
         x = torch.ones(1, use.shape[1], dtype=some[0].dtype, device=some[0].device)
         norm = Norm(x[0], 1e-5, x) if use.normed else None
 
-        def product(tile: Tile | None) -> Callable[[torch.Tensor], object]:
-            if tile is None:
-                return lambda weight: self._unfused(x, weight, None, use, norm)
-            return lambda weight: gemv(x, weight, None, tile, gated=use.gated, norm=norm)
-
-        return min((None, *TILES), key=lambda tile: _milliseconds(product(tile), some))
+        graphs: dict[Tile | None, torch.cuda.CUDAGraph] = {
+            None: _captured(functools.partial(self._unfused, x, bias=None, use=use, norm=norm), some)}
+        for tile in TILES:
+            call = functools.partial(gemv, x, bias=None, tile=tile, gated=use.gated, norm=norm)
+            graphs[tile] = _captured(call, some)
+        spent: dict[Tile | None, float] = dict.fromkeys(graphs, math.inf)
+        for _ in range(_ROUNDS):  # in turn, since clocks drift
+            for tile, graph in graphs.items():
+                spent[tile] = min(spent[tile], _milliseconds(graph))
+        return min(spent, key=lambda tile: spent[tile])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.rms_norm(x, weight, eps)
@@ -112,20 +118,22 @@ class CudaOps(Ops):
         return elementwise.silu_mul(gate_up)
 
 
-def _milliseconds(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
-    """One row times each of the weights, as a graph runs them: the least of a few replays."""
+def _captured(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
+    """One row times each of the weights, as a step's graph has them."""
     for weight in weights:
         call(weight)
     torch.cuda.synchronize()
-    graph, spent = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for weight in weights:
             call(weight)
-    for _ in range(_ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        spent.append(begin.elapsed_time(end))
-    return min(spent)
+    return graph
+
+
+def _milliseconds(graph: torch.cuda.CUDAGraph) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -91,18 +92,8 @@ class CudaModelRunner(PagedModelRunner):
         if self.config.topology.samples:
             self._warm_sampler()
         pool = torch.cuda.graph_pool_handle() if self.sizes else None
-
-        def run(m: PagedModelInput, received: IntermediateTensors | None) -> Results:
-            assert m.relay is not None
-            last = self.relay.last
-            input_ids = elementwise.resolve(m.input_ids, m.relay, last)
-            hidden = self.model(input_ids, m.positions, self.attention.begin(m, kv_caches), received)
-            if not isinstance(hidden, torch.Tensor):
-                return cast(IntermediateTensors, hidden)
-            logits = self.model.compute_logits(hidden)
-            # On every rank: all have the same logits.
-            return logits, greedy(logits, m.sampled_rows, last)
-
+        # No function inside of this one: an error's traceback keeps it, and it the memory that there is none of.
+        run = functools.partial(self._decode, kv_caches)
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
             for done, num_seqs in enumerate(reversed(self.sizes)):  # the largest first: the others fit into its memory
                 progress("capturing graphs", done, len(self.sizes))
@@ -111,6 +102,18 @@ class CudaModelRunner(PagedModelRunner):
                 self.compiled += 1
         if self.sizes:
             progress("capturing graphs", len(self.sizes), len(self.sizes))
+
+    def _decode(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
+                ) -> Results:
+        """What a graph does."""
+        assert m.relay is not None
+        last = self.relay.last
+        input_ids = elementwise.resolve(m.input_ids, m.relay, last)
+        hidden = self.model(input_ids, m.positions, self.attention.begin(m, kv_caches), received)
+        if not isinstance(hidden, torch.Tensor):
+            return cast(IntermediateTensors, hidden)
+        logits = self.model.compute_logits(hidden)
+        return logits, greedy(logits, m.sampled_rows, last)  # on every rank: all have the same logits
 
     def _warm_sampler(self) -> None:
         """Compile what a step's sampling may need."""

@@ -22,6 +22,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from runners.cuda.kernels import launch
+
     class Hopper:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", 90, 32)
@@ -40,6 +42,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launch, "_supported", lambda device: True)
     driver.set_active(Hopper())
     yield
     driver.reset_active()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from hal.engine.llm import LLM
+from hal.errors import CapacityError
 from hal.sampling.params import SamplingParams
 
 PROMPTS, ANSWERS = ["37+85=", "123+456=", "999+1=", "7+8=", "250+250="], ["122", "579", "1000", "15", "500"]
@@ -50,7 +52,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.CudaModelRunner, "reserve_bytes", lambda self: 0)
     # The last is the best: each use of the matrix-vector kernel gets the tile, a large one that makes few programs.
     monkeypatch.setattr(ops, "TILES", (gemv.Tile(64, 256, 4),))
-    monkeypatch.setattr(ops, "_milliseconds", lambda call, weights: (call(weights[0]), -next(choice))[1])
+    monkeypatch.setattr(ops, "_milliseconds", lambda graph: -next(choice))
 
     def captured(blank: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
         steps: list[Any] = []
@@ -71,6 +73,28 @@ def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
         runner = llm.executor._worker.runner
         assert [o.text for o in llm.generate(PROMPTS[:3])] == ANSWERS[:3]
         assert 4 in runner._views and 3 not in runner.graphs
+
+
+def test_a_graph_that_cannot_be_captured_leaves_nothing_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while the error is handled: its traceback must not keep the model."""
+    from runners.cuda import graphs, runner
+
+    made = []
+    decode = runner.CudaModelRunner._decode
+
+    def fails(self: Any, *step: Any) -> Any:
+        made.append(weakref.ref(self))
+        decode(self, *step)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner.CudaModelRunner, "_decode", fails)
+    monkeypatch.setattr(runner, "capture", graphs.capture)
+    try:
+        LLM(device="cuda", dtype="float32", num_blocks=8, max_num_seqs=2, block_size=24, max_model_len=24)
+    except CapacityError as error:
+        assert "CUDA graphs" in str(error) and made[0]() is None
+    else:
+        pytest.fail("it fits")
 
 
 def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph() -> None:

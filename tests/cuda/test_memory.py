@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 from collections.abc import Callable, Iterator
@@ -79,6 +80,17 @@ def test_at_the_start(limit: Limit, wide: Callable[..., LLM], room: int, options
     assert adds()
 
 
+def limited(limit: Limit, during: str, run: Callable[..., Any], *step: Any) -> Any:
+    if torch.cuda.is_current_stream_capturing():
+        return run(*step)  # its pool has nothing yet
+    if during == "the run before it":
+        torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
+    result = run(*step)
+    torch.cuda.synchronize()
+    limit(0)
+    return result
+
+
 @pytest.mark.parametrize("during", ["the capture", "the run before it"])
 def test_while_capturing_graphs(limit: Limit, wide: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch,
                                 during: str) -> None:
@@ -87,17 +99,7 @@ def test_while_capturing_graphs(limit: Limit, wide: Callable[..., LLM], monkeypa
     original, before = runner.capture, torch.cuda.memory_allocated()
 
     def capture(empty: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
-        def limited(*step: Any) -> Any:
-            if torch.cuda.is_current_stream_capturing():
-                return run(*step)  # its pool has nothing yet
-            if during == "the run before it":
-                torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
-            result = run(*step)
-            torch.cuda.synchronize()
-            limit(0)
-            return result
-
-        return original(empty, received, limited, *more)
+        return original(empty, received, functools.partial(limited, limit, during, run), *more)
 
     monkeypatch.setattr(runner, "capture", capture)
     try:

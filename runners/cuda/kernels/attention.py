@@ -58,13 +58,40 @@ def _write_kv(q, k, v, cache, slots, positions, table, q_out, q_stride, k_stride
     tl.store(into + kv_offset, _stored(tl.load(v + token * v_stride + head * DIM + dim, mask=here), cache), mask=here)
 
 
+@triton.jit
+def _tile(base, tables, start, end, kv_offset, block_stride, DIM: tl.constexpr, SIZE: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Keys and values of BLOCK_N places, and which of them there are."""
+    key, dim = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    seen = key < end
+    block = tl.load(tables + key // SIZE, mask=seen, other=0).to(tl.int64)
+    row = base + block * block_stride + key % SIZE * DIM
+    there = seen[:, None] & (dim[None] < DIM)
+    k = tl.load(row[:, None] + dim[None], mask=there, other=0.0)
+    return k, tl.load(row[:, None] + kv_offset + dim[None], mask=there, other=0.0), seen
+
+
+@triton.jit
+def _attend(query, k, v, seen, best, total, acc, scale, PRECISION: tl.constexpr):
+    """One tile into the running maximum, sum and output; it has a key."""
+    score = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * scale
+    score = tl.where(seen[None], score, -float("inf"))
+    now = tl.maximum(best, tl.max(score, 1))
+    old = tl.exp2((best - now) * 1.4426950408889634)
+    p = tl.exp2((score - now[:, None]) * 1.4426950408889634)
+    acc = acc * old[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
+    return now, total * old + tl.sum(p, 1), acc
+
+
 @triton.jit(do_not_specialize=["table_stride", "splits"])
 def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, splits,
             q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
-            JOINED: tl.constexpr, WRITE: tl.constexpr, ROTARY: tl.constexpr, BLOCK_G: tl.constexpr,
-            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
-    wait_for_inputs(PDL)
+            JOINED: tl.constexpr, WRITE: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
+            BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+            PDL: tl.constexpr):
+    if not EARLY:
+        wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + seq)
     first = tl.maximum(length - WINDOW, 0) if WINDOW > 0 else 0
@@ -72,50 +99,47 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
     each = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
     begin = first + split * each
     end = tl.minimum(begin + each, length - 1 if WRITE else length)  # the newest key is not in the cache yet
-    group, dim, at = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+    group, dim = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + group
     real = (group[:, None] < GROUP) & (dim[None] < DIM)
+    base, mine = cache + kv_head * head_stride, tables + seq * table_stride
+    if WRITE:
+        slot = tl.load(slots + seq).to(tl.int64)
+        if ROTARY:
+            angles = table + tl.load(positions + seq).to(tl.int64) * DIM
+    if EARLY:  # what earlier steps have cached is there already
+        k, v, seen = _tile(base, mine, begin, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
+        wait_for_inputs(PDL)
     if ROTARY:
-        angles = table + tl.load(positions + seq).to(tl.int64) * DIM
         query = _rotated(q + seq * q_stride + heads[:, None] * DIM, dim[None], real, angles, DIM // 2)
     else:
         query = tl.load(q + seq * q_stride + heads[:, None] * DIM + dim[None], mask=real, other=0.0)
+    if WRITE:  # the newest key: one program of each head writes it, and sees it as later steps will
+        writes = (split == splits - 1) & (length > 0)
+        here = (dim < DIM) & writes
+        if ROTARY:
+            k_last = _rotated(k_new + seq * k_stride + kv_head * DIM, dim, here, angles, DIM // 2)
+        else:
+            k_last = tl.load(k_new + seq * k_stride + kv_head * DIM + dim, mask=here, other=0.0)
+        k_last = _stored(k_last, cache)
+        v_last = _stored(tl.load(v_new + seq * v_stride + kv_head * DIM + dim, mask=here, other=0.0), cache)
+        into = base + slot // SIZE * block_stride + slot % SIZE * DIM + dim
+        tl.store(into, k_last, mask=here)
+        tl.store(into + kv_offset, v_last, mask=here)
     best = tl.full((BLOCK_G,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    base = cache + kv_head * head_stride
-    for start in range(begin, end, BLOCK_N):
-        key = start + at
-        seen = key < end
-        block = tl.load(tables + seq * table_stride + key // SIZE, mask=seen, other=0).to(tl.int64)
-        row = base + block * block_stride + key % SIZE * DIM
-        there = seen[:, None] & (dim[None] < DIM)
-        k = tl.load(row[:, None] + dim[None], mask=there, other=0.0).to(query.dtype)
-        v = tl.load(row[:, None] + kv_offset + dim[None], mask=there, other=0.0).to(query.dtype)
-        score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
-        score = tl.where(seen[None], score, -float("inf"))
-        now = tl.maximum(best, tl.max(score, 1))  # finite: every tile has a key
-        old = tl.exp2((best - now) * 1.4426950408889634)
-        p = tl.exp2((score - now[:, None]) * 1.4426950408889634)
-        total = total * old + tl.sum(p, 1)
-        acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        best = now
-    some = begin < end
+    some, start = begin < end, begin
+    if EARLY:
+        if some:
+            best, total, acc = _attend(query, k, v, seen, best, total, acc, scale, PRECISION)
+        start += BLOCK_N
+    for at in range(start, end, BLOCK_N):
+        k, v, seen = _tile(base, mine, at, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
+        best, total, acc = _attend(query, k, v, seen, best, total, acc, scale, PRECISION)
     if WRITE:
-        # The newest key: one program of each head writes it, and sees it as later steps will.
-        mine = (split == splits - 1) & (length > 0)
-        some = some | mine
-        if mine:
-            slot = tl.load(slots + seq).to(tl.int64)
-            into = base + slot // SIZE * block_stride + slot % SIZE * DIM + dim
-            if ROTARY:
-                k_last = _rotated(k_new + seq * k_stride + kv_head * DIM, dim, dim < DIM, angles, DIM // 2)
-            else:
-                k_last = tl.load(k_new + seq * k_stride + kv_head * DIM + dim, mask=dim < DIM, other=0.0)
-            k_last = _stored(k_last, cache)
-            v_last = _stored(tl.load(v_new + seq * v_stride + kv_head * DIM + dim, mask=dim < DIM, other=0.0), cache)
-            tl.store(into, k_last, mask=dim < DIM)
-            tl.store(into + kv_offset, v_last, mask=dim < DIM)
+        some = some | writes
+        if writes:
             last = tl.sum(query.to(tl.float32) * k_last.to(tl.float32)[None], 1) * scale
             now = tl.maximum(best, last)
             old = tl.exp2((best - now) * 1.4426950408889634)
@@ -124,8 +148,8 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
             acc = acc * old[:, None] + p_last[:, None] * v_last.to(tl.float32)[None]
             best = now
     if not JOINED:
-        into = out + (seq * KV_HEADS * GROUP + heads[:, None]) * DIM + dim[None]
-        tl.store(into, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=real)
+        row = out + (seq * KV_HEADS * GROUP + heads[:, None]) * DIM + dim[None]
+        tl.store(row, (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty), mask=real)
     else:
         part = (seq * KV_HEADS * GROUP + heads) * splits + split
         inside = group < GROUP
@@ -147,8 +171,9 @@ def _join(part_out, part_max, part_sum, out, splits, DIM: tl.constexpr, BLOCK_S:
     used = best > -float("inf")
     weight = tl.where(used, tl.exp2((best - top) * 1.4426950408889634), 0.0)
     total = tl.sum(tl.load(part_sum + row * splits + split, mask=there, other=0.0) * weight)
-    # A part without keys was not written: what lies there may be anything.
-    parts = tl.load(part_out + (row * splits + split[:, None]) * BLOCK_D + dim[None], mask=used[:, None], other=0.0)
+    # A part without keys was not written: what lies there may be anything. To know it before reading takes longer.
+    parts = tl.load(part_out + (row * splits + split[:, None]) * BLOCK_D + dim[None], mask=there[:, None], other=0.0)
+    parts = tl.where(used[:, None], parts, 0.0)
     acc = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * DIM + dim, acc.to(out.dtype.element_ty), mask=dim < DIM)
 
@@ -205,6 +230,7 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
 
 
 MAX_SPLITS = 64
+FEW = 128, 2, 4  # of few programs: keys of a tile, stages, warps
 
 
 class New(NamedTuple):
@@ -243,6 +269,7 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         out: [n, heads, head_dim], contiguous. splits: programs that share a sequence's context.
         few: there are fewer programs than multiprocessors, so that each is in a hurry.
         new: each sequence's newest key and value, which are written, and q rotated, on the way; None: all are there.
+            Everything but q and these may be read while the launches before it still run.
     """
     n, heads, dim = q.shape
     kv_heads, size = cache.shape[2], cache.shape[3]
@@ -251,18 +278,16 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     part_out = torch.empty(parts, block_d if splits > 1 else 1, dtype=torch.float32, device=q.device)
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide = q.dtype == torch.float32
-    block_n, stages = (128, 2) if few else (64, 4)
-    if wide or block_d > 128:
-        block_n, stages = 32, 2
+    block_n, stages, warps = (32, 2, 4) if wide or block_d > 128 else FEW if few else (64, 4, 4)
     k, v, slots, rotary = new or New(q, q, lens)
     positions, table = rotary or (lens, lens)
     _decode[(n, kv_heads, splits)](
         q, k, v, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, splits, q.stride(0),
         k.stride(0), v.stride(0), tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), scale,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, JOINED=splits > 1,
-        WRITE=new is not None, ROTARY=rotary is not None, BLOCK_G=max(triton.next_power_of_2(group), 16),
-        BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages,
-        **launch_options(q))
+        WRITE=new is not None, ROTARY=rotary is not None, EARLY=few and new is not None,
+        BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d, BLOCK_N=block_n,
+        PRECISION="ieee" if wide else "tf32", num_warps=warps, num_stages=stages, **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, splits, DIM=dim,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))

@@ -47,17 +47,19 @@ def _value(x, residual, norm, at, size, scale, NORM: tl.constexpr, ADD: tl.const
 
 
 @triton.jit
-def _finish(result, up, bias, out, row, rows, HAS_BIAS: tl.constexpr, GATED: tl.constexpr):
-    mine = row < rows
-    kind = out.dtype.element_ty
+def _offsets(bias, row, rows, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
+        return tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    return tl.zeros(row.shape, tl.float32)
+
+
+@triton.jit
+def _finish(result, up, out, row, rows, GATED: tl.constexpr):
+    kind = out.dtype.element_ty
     if GATED:
-        if HAS_BIAS:
-            up += tl.load(bias + rows + row, mask=mine, other=0.0).to(tl.float32)
         gate = result.to(kind).to(tl.float32)  # rounded where the unfused operations round
         result = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32) * up.to(kind).to(tl.float32)
-    tl.store(out + row, result.to(kind), mask=mine)
+    tl.store(out + row, result.to(kind), mask=row < rows)
 
 
 @triton.jit
@@ -69,25 +71,28 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
     mine = row < rows
     source = weight + row.to(tl.int64)[:, None] * size
     half = rows.to(tl.int64) * size  # from a gate's weights to the other factor's
-    # The weights are there before the row is: the first tile is read while the kernel before this one ends.
+    # Weights are there before the row is: what comes first is read while the kernel before this one ends.
     tile = _tile(source, at, size, mine)
+    offset = _offsets(bias, row, rows, HAS_BIAS)
+    up_offset = offset
     if GATED:
         second = _tile(source + half, at, size, mine)
+        up_offset = _offsets(bias + rows, row, rows, HAS_BIAS)
+    WHOLE: tl.constexpr = COLUMNS >= BLOCK
+    if NORM and WHOLE:
+        gains = tl.load(norm + at, mask=at < size, other=0.0)
     wait_for_inputs(PDL)
-    if NORM:  # every program for itself, rounding where the unfused operations round
-        whole = tl.arange(0, BLOCK)
-        row_sum = _sum(x, residual, whole, size, ADD)
-        if ADD:  # noqa: SIM102 (at compile time)
-            if tl.program_id(0) == 0:
-                tl.store(total + whole, row_sum, mask=whole < size)
-        wide = row_sum.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
-    else:
-        scale = 1.0
-    if COLUMNS >= BLOCK:  # a tile has whole rows: the program goes on to others, and reads them ahead
-        value = _value(x, residual, norm, at, size, scale, NORM, ADD)
+    if WHOLE:
+        value = _sum(x, residual, at, size, ADD)
+        if NORM:  # every program for itself, rounding where the unfused operations round
+            if ADD:  # noqa: SIM102 (at compile time)
+                if tl.program_id(0) == 0:
+                    tl.store(total + at, value, mask=at < size)
+            wide = value.to(tl.float32)
+            value = (wide * (1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps))).to(value.dtype) * gains
+        value = value.to(tl.float32)
         step = tl.num_programs(0) * ROWS
-        for first in range(tl.program_id(0) * ROWS, rows, step):
+        for first in range(tl.program_id(0) * ROWS, rows, step):  # it goes on to other rows, and reads them ahead
             row = first + tl.arange(0, ROWS)
             source += step.to(tl.int64) * size
             following = _tile(source, at, size, row + step < rows)
@@ -99,8 +104,21 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
                 second = following
             else:
                 up = result
-            _finish(result, up, bias, out, row, rows, HAS_BIAS, GATED)
+            _finish(result + offset, up + up_offset, out, row, rows, GATED)
+            offset = _offsets(bias, row + step, rows, HAS_BIAS)
+            up_offset = offset
+            if GATED:
+                up_offset = _offsets(bias + rows, row + step, rows, HAS_BIAS)
     else:
+        scale = 1.0
+        if NORM:
+            whole = tl.arange(0, BLOCK)
+            row_sum = _sum(x, residual, whole, size, ADD)
+            if ADD:  # noqa: SIM102
+                if tl.program_id(0) == 0:
+                    tl.store(total + whole, row_sum, mask=whole < size)
+            wide = row_sum.to(tl.float32)
+            scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         more = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, size, COLUMNS):
@@ -113,7 +131,7 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
                 following = _tile(source + half, column + COLUMNS, size, mine)
                 more += second.to(tl.float32) * value[None]
                 second = following
-        _finish(tl.sum(acc, 1), tl.sum(more, 1), bias, out, row, rows, HAS_BIAS, GATED)
+        _finish(tl.sum(acc, 1) + offset, tl.sum(more, 1) + up_offset, out, row, rows, GATED)
 
 
 @functools.cache

@@ -13,10 +13,13 @@ import triton.language as tl
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Every program calls it before it reads or writes anything but weights: what runs next counts on that."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    """Every program calls it before it writes, and before it reads what the launches before it write: what runs next
+    counts on that."""
+    if PDL:  # in PTX: what Triton 3.4 has for it cannot be called
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32,
+                                  is_pure=False, pack=1)
+        tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
+                                  pack=1)
 
 
 @functools.cache
