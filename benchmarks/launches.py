@@ -1,24 +1,14 @@
-"""Where a decode step of one sequence goes when its kernels are small: each kind in a chain inside one graph, and the
-host's part of a step: `python benchmarks/launches.py [host]`. Not a bar: for whoever tunes the kernels."""
+"""Where a decode step of one sequence goes when its kernels are small, each kind in a chain inside one graph:
+`python benchmarks/launches.py`. Not a bar: for whoever tunes the kernels; `hal bench --profile` shows whole steps."""
 
 from __future__ import annotations
 
-import cProfile
 import itertools
-import json
-import pstats
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from gpu import graphed, milliseconds
+from gpu import graphed
 
-from hal.cli.shapes import SHAPES
-from hal.engine.llm import LLM
-from hal.sampling.params import SamplingParams
 from runners.cuda.kernels import attention, gemv
 from runners.cuda.kernels.gemv import Norm, Tile
 
@@ -61,32 +51,5 @@ def kernels() -> None:
                                            splits=splits, new=new, few=few))  # noqa: B023
 
 
-def host() -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "config.json").write_text(json.dumps(SHAPES["qwen2-0.5b"]))
-        with LLM(scratch, device="cuda", random_weights=True, max_num_seqs=1, max_model_len=2048) as llm:
-            llm.add_request([1] * 64, SamplingParams(max_tokens=1500, ignore_eos=True))
-            for _ in range(50):
-                llm.step(text=False)
-            begin = time.perf_counter()
-            for _ in range(300):
-                llm.step(text=False)
-            step, graph = (time.perf_counter() - begin) / 300, llm.executor._worker.runner.graphs[1].graph
-            print(f"{step * 1e6:.0f} us a step, of it the device {milliseconds(graph.replay) * 1e3:.0f}")
-            begin = time.perf_counter()
-            for _ in range(20):
-                graph.replay()
-            print(f"{(time.perf_counter() - begin) / 20 * 1e6:.0f} us to launch a graph")
-            torch.cuda.synchronize()
-            profile = cProfile.Profile()
-            profile.enable()
-            for _ in range(300):
-                llm.step(text=False)
-            profile.disable()
-    pstats.Stats(profile).sort_stats("tottime").print_stats(28)
-
-
 if __name__ == "__main__":
-    if "host" not in sys.argv:
-        kernels()
-    host()
+    kernels()

@@ -14,7 +14,7 @@ from hal.request import ExecuteModelRequest
 from hal.schema import Declared
 from hal.schema.layout import HEAD_SIZE
 from hal.schema.packed import Buffer
-from workers.cache import MOVES
+from workers.cache import IDLE
 
 Step = tuple[WorkerInput, ModelInput]
 D = TypeVar("D", bound=Declared)
@@ -76,7 +76,7 @@ class ModelInputWire:
         worker_input, model_input = step = worker.prepare(request)
         with span("broadcast"):
             parts = [model_input.encode()]
-            if worker_input.virtual_engine or any(worker_input[name] is not None for name in MOVES):
+            if worker_input is not IDLE:
                 parts.append(worker_input.encode())
             worker.plane.broadcast(parts)
         return step

@@ -21,7 +21,7 @@ from hal.schema import Declared
 from hal.schema.packed import Buffer
 from workers.agreement import schemas_of
 from workers.base import LocalOrDistributedWorkerBase
-from workers.cache import CacheEngine, count_blocks
+from workers.cache import IDLE, MOVES, CacheEngine, count_blocks
 from workers.wire import Decoder, Step
 
 D = TypeVar("D", bound=Declared)
@@ -85,6 +85,8 @@ class Worker(LocalOrDistributedWorkerBase):
         self.backend.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
+        if not request.virtual_engine and all(request.__dict__[name] is None for name in MOVES):
+            return IDLE
         return self._checked(WorkerInput(
             virtual_engine=request.virtual_engine, blocks_to_copy=request.blocks_to_copy,
             blocks_to_swap_in=request.blocks_to_swap_in, blocks_to_swap_out=request.blocks_to_swap_out))
@@ -96,7 +98,7 @@ class Worker(LocalOrDistributedWorkerBase):
     def decode(self, parts: list[Buffer]) -> Step:
         self.steps, self.model_input = self.steps + 1, None
         # What decode makes has the declared structure: it follows from the declaration and the sizes in the head.
-        step = WorkerInput.decode(parts[1]) if len(parts) > 1 else WorkerInput(), self._decode(parts[0])
+        step = WorkerInput.decode(parts[1]) if len(parts) > 1 else IDLE, self._decode(parts[0])
         if self.strict:
             for part in step:
                 part.check()

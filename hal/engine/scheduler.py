@@ -161,7 +161,9 @@ class Scheduler:
             if seq.finish_reason is None:
                 seq.output_ids.append(token)
         done = (self.length[rows] - self.unknown[rows] >= self._limit[rows]) | self._own_stops[rows]
-        stopped = (tokens[:, None] == self._eos).any(1) & self._ends_at_eos[rows]
+        stopped = self._ends_at_eos[rows]
+        if np.count_nonzero(stopped):
+            stopped &= (tokens[:, None] == self._eos).any(1)
         ended = []
         for i in np.flatnonzero(done | stopped).tolist():
             seq = step.sampled[i]
@@ -196,10 +198,11 @@ class Scheduler:
     def _grow(self, decodes: np.ndarray) -> np.ndarray:
         """Give each decode the block it may need; returns those that have one."""
         short = self.length[decodes] > self.capacity[decodes]
-        if np.count_nonzero(short) > self.blocks.num_free:
+        count = np.count_nonzero(short)
+        if count > self.blocks.num_free:
             decodes = self._make_room(decodes)
             short = self.length[decodes] > self.capacity[decodes]
-        if short.any():
+        if count:
             for row in decodes[short].tolist():
                 seq = self._at[row]
                 assert seq is not None
@@ -307,12 +310,12 @@ class Scheduler:
 
     def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]]) -> Step:
         changes, self._changes = self._changes, Changes()
-        rows, counts = decodes, np.ones(len(decodes), np.int64)
+        rows, counts, total = decodes, np.ones(len(decodes), np.int64), len(decodes)
         if chunks:
             more = np.array(chunks, np.int64)
             rows, counts = np.concatenate([rows, more[:, 0]]), np.concatenate([counts, more[:, 1]])
             order = np.argsort(counts != 1, kind="stable")
-            rows, counts = rows[order], counts[order]
+            rows, counts, total = rows[order], counts[order], int(counts.sum())
         computed = self.computed[rows]
         ends = computed + counts
         sampled = rows[ends == self.length[rows]]
@@ -325,7 +328,7 @@ class Scheduler:
                                   step=self.step, digest=self.digest, virtual_engine=self.step % self.depth)
         self._told[appended] += 1
         self.computed[rows] = ends
-        known = (self.length - self.unknown)[rows]
+        known = self.length[rows] - self.unknown[rows]
         self.length[sampled] += 1
         self.unknown[sampled] += 1
         self._in_flight[rows] += 1
@@ -335,15 +338,14 @@ class Scheduler:
             self._register(rows, np.minimum(ends, known) // self.block_size)
         at = self._at
         targets: list[tuple[Sequence, int, int]] = []
-        if self._asks_prompt[rows].any():
+        if np.count_nonzero(self._asks_prompt[rows]):
             for row, first, end in zip(rows.tolist(), computed.tolist(), ends.tolist(), strict=True):
                 seq = at[row]
                 assert seq is not None
                 if seq.wants_prompt_logprobs and first + 1 < len(seq.prompt_ids):
                     targets.append((seq, first + 1, min(end + 1, len(seq.prompt_ids))))
         sequences: list[Sequence] = [at[row] for row in sampled.tolist()]
-        return Step(request, rows, sampled, sequences, targets, int(counts.sum()),
-                    int(counts.sum()) - len(decodes))
+        return Step(request, rows, sampled, sequences, targets, total, total - len(decodes))
 
     def _register(self, rows: np.ndarray, full: np.ndarray) -> None:
         """Make blocks that this step fills findable by later ones."""

@@ -66,7 +66,7 @@ class Declared:
 
     @property
     def dims(self) -> dict[str, int]:
-        """The size of each symbol; the shapes must be valid."""
+        """The size of each symbol, to be read; the shapes must be valid."""
         packed = packed_source(self)
         return packed.dims if packed else type(self).schema.dims(self)
 

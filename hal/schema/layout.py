@@ -41,12 +41,14 @@ class Layout:
 
     Attributes:
         replicated, local: the views of either part.
+        dims: the size of each symbol.
         texts_at: offset of the texts, and so the message size of an instance without any.
         local_size: bytes of the local part, whose offsets count from its own start.
     """
 
     replicated: tuple[View, ...]
     local: tuple[View, ...]
+    dims: dict[str, int]
     texts_at: int
     local_size: int
 

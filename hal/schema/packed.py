@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from hal.errors import InputError
-from hal.schema.layout import bfloat16_bits
+from hal.schema.layout import Layout, bfloat16_bits
 
 if TYPE_CHECKING:
     import torch
@@ -28,23 +28,19 @@ class Packed(Generic[T]):
     Attributes:
         buffer: uint8; `wire` is the part that travels.
         arrays: numpy views by field (bfloat16 as uint16 bits).
-        dims: the size of each symbol.
+        dims: the size of each symbol; not to be changed, other instances have the same dict.
     """
 
-    __slots__ = ("arrays", "buffer", "schema", "size", "sizes", "values")
+    __slots__ = ("arrays", "buffer", "dims", "layout", "schema", "size", "values")
 
-    def __init__(self, schema: Schema[T], buffer: Buffer, size: int, sizes: tuple[int, ...],
+    def __init__(self, schema: Schema[T], buffer: Buffer, size: int, layout: Layout,
                  arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
-        self.schema, self.buffer, self.size, self.sizes = schema, buffer, size, sizes
+        self.schema, self.buffer, self.size, self.layout, self.dims = schema, buffer, size, layout, layout.dims
         self.arrays, self.values = arrays, values
 
     @property
     def wire(self) -> Buffer:
         return self.buffer[:self.size]
-
-    @property
-    def dims(self) -> dict[str, int]:
-        return dict(zip(self.schema.symbols, self.sizes, strict=True))
 
     def checksum(self) -> int:
         """CRC-32 of the replicated fields, which are the same on all ranks; not of gaps between them, which hold

@@ -37,6 +37,7 @@ class Schema(Generic[T]):
         self.symbol_set = frozenset(self.symbols)
         self.replicated = tuple(f for f in arrays if f.scope == "replicated")
         self.local = tuple(f for f in arrays if f.scope != "replicated")
+        self.unshaped = tuple(f for f in fields if not f.array)
         self.scalars = tuple(f for f in fields if f.kind in _CODES and f.scope == "replicated")
         self.texts = tuple(f for f in fields if f.kind in ("str", "texts") and f.scope == "replicated")
         travelling = (*self.replicated, *self.scalars, *self.texts)
@@ -57,6 +58,7 @@ class Schema(Generic[T]):
         self.fingerprint = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._plan: list[tuple[Any, ...]] | None = None
+        self._shapes: set[tuple[Any, ...]] = set()  # of instances that were found to agree with the declaration
 
     def layout(self, sizes: tuple[int, ...], present: int) -> Layout:
         """The layout for symbol sizes (ordered as `symbols`) and presence bits; kept, since decode steps repeat."""
@@ -70,7 +72,7 @@ class Schema(Generic[T]):
             local = [f for f in self.local if present & self.bits[f.name]]
             views, end = place(here, self.arrays_at, dims)
             local_views, local_end = place(local, 0, dims)
-            layout = self._layouts[key] = Layout(views, local_views, end, local_end)
+            layout = self._layouts[key] = Layout(views, local_views, dims, end, local_end)
         return layout
 
     def allocate(self, dims: Mapping[str, int], present: Iterable[str] = (), **values: Any) -> Packed[T]:
@@ -127,7 +129,7 @@ class Schema(Generic[T]):
         arrays = {n: np.ndarray(s, d, buffer, at) for n, s, d, at in layout.replicated}
         for n, s, d, at in layout.local:
             arrays[n] = np.ndarray(s, d, buffer, local_at + at)
-        return Packed(self, buffer, size, sizes, arrays, values)
+        return Packed(self, buffer, size, layout, arrays, values)
 
     def dims(self, instance: T) -> dict[str, int]:
         """The size of each symbol of an instance whose shapes are valid; 0 where no array present has it."""
@@ -181,7 +183,7 @@ class Schema(Generic[T]):
             self._read_texts(bytes(memoryview(buffer)[layout.texts_at:size]), present, values)
         arrays = {name: np.ndarray(s, d, buffer, at) for name, s, d, at in layout.replicated}
         raw = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
-        return Packed(self, raw[:size], size, sizes, arrays, values)
+        return Packed(self, raw[:size], size, layout, arrays, values)
 
     def _read_texts(self, raw: bytes, present: int, values: dict[str, Any]) -> None:
         at = 0

@@ -11,6 +11,7 @@ from hal.errors import InputError
 from hal.schema.fields import Dim, Field
 from hal.schema.layout import NP_DTYPES
 
+_SHAPES_KEPT = 4096
 _PYTHON = {"int": int, "float": float, "bool": bool, "str": str, "texts": tuple}
 
 
@@ -23,9 +24,7 @@ def _plan(schema: Any) -> list[tuple[Any, ...]]:
                 import torch
 
                 dtype = getattr(torch, f.array.dtype)
-            index = {s: i for i, s in enumerate(schema.symbols)}
-            dims = tuple((index.get(d.symbol, -1), d.scale, d.offset) for d in f.array.dims)
-            plan.append((f.name, dtype, len(dims), dims))
+            plan.append((f.name, dtype, f.array.dims))
     return plan
 
 
@@ -35,51 +34,58 @@ def validate(instance: Any, device: Any = None) -> None:
     if schema._plan is None:
         schema._plan = _plan(schema)
     state = instance.__dict__
-    sizes = [-1] * len(schema.symbols)
     tensors = schema.kind == "tensor"
     if tensors and device is not None and type(device) is str:
         import torch
 
         device = torch.device(device)
+    shapes: list[Any] = []
     try:
-        for name, dtype, rank, dims in schema._plan:
+        for name, dtype, _ in schema._plan:
             value = state[name]
             if value is None:
                 if not schema.by_name[name].optional:
                     break
+                shapes.append(None)
                 continue
-            shape = value.shape
-            if value.dtype != dtype or len(shape) != rank:
+            if value.dtype != dtype:
                 break
-            for (symbol, scale, offset), size in zip(dims, shape, strict=True):
-                if symbol < 0:
-                    if size != offset:
+            if tensors:
+                if not value.is_contiguous() or (device is not None and value.device != device):
+                    break
+            elif not value.flags.c_contiguous:
+                break
+            shapes.append(value.shape)
+        else:
+            if _agree(schema, tuple(shapes)):
+                for f in schema.unshaped:
+                    if not _scalar_ok(f, state[f.name]):
                         break
                 else:
-                    bound = sizes[symbol]
-                    if bound < 0:
-                        if (size - offset) % scale or size < offset:
-                            break
-                        sizes[symbol] = (size - offset) // scale
-                    elif scale * bound + offset != size:
-                        break
-            else:
-                if tensors:
-                    if not value.is_contiguous() or (device is not None and value.device != device):
-                        break
-                elif not value.flags.c_contiguous:
-                    break
-                continue
-            break
-        else:
-            for f in schema.fields:
-                if f.array is None and not _scalar_ok(f, state[f.name]):
-                    break
-            else:
-                return
+                    return
     except (AttributeError, TypeError, KeyError):
         pass
     _blame(instance, device)
+
+
+def _agree(schema: Any, shapes: tuple[Any, ...]) -> bool:
+    """Whether ranks are right and each symbol has one size. Steps repeat: what was found right is kept."""
+    if shapes in schema._shapes:
+        return True
+    sizes: dict[str, int] = {}
+    for (_, _, dims), shape in zip(schema._plan, shapes, strict=True):
+        if shape is not None:
+            if len(shape) != len(dims):
+                return False
+            for d, size in zip(dims, shape, strict=True):
+                if not _fits(d, size):
+                    return False
+                if d.symbol and sizes.setdefault(d.symbol, (size - d.offset) // d.scale) * d.scale + d.offset != size:
+                    return False
+    if len(schema._shapes) >= _SHAPES_KEPT:
+        schema._shapes.clear()
+    schema._shapes.add(shapes)
+    return True
 
 
 def _scalar_ok(field: Field, value: Any) -> bool:

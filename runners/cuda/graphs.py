@@ -51,7 +51,8 @@ def capture(empty: Packed[Any], received: IntermediateTensors | None, run: Run, 
             device: torch.device) -> DecodeGraph:
     """`empty`: a decode input of the graph's sizes in which every sequence is padding. `run`: what is captured."""
     begin, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
-    staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # it is written in every step, without entering that mode
+        staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
     staged[:empty.buffer.size].copy_(torch.from_numpy(empty.buffer))
     m: PagedModelInput = empty.bind(views(empty, staged))
     torch.cuda.reset_peak_memory_stats(device)

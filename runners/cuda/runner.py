@@ -137,7 +137,6 @@ class CudaModelRunner(PagedModelRunner):
             array[...] = -1 if name in RELAYED else NULL_BLOCK
         return packed
 
-    @torch.inference_mode()
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
         packed = self.state.prepare(request, self._bucket)
@@ -150,9 +149,9 @@ class CudaModelRunner(PagedModelRunner):
         self.pinned.copy(packed.buffer, staged)
         if graph is None or staged is not graph.staged:
             return packed.bind(views(packed, staged))
-        layout, kept = (packed.sizes, *packed.arrays), self._views.get(graph.num_seqs)
-        if kept is None or kept[0] != layout:  # else as in the step before
-            kept = self._views[graph.num_seqs] = layout, views(packed, staged)
+        kept = self._views.get(graph.num_seqs)
+        if kept is None or kept[0] is not packed.layout:  # else as in the step before
+            kept = self._views[graph.num_seqs] = packed.layout, views(packed, staged)
         return packed.bind(kept[1])
 
     def _bucket(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Sequence[str]]:

@@ -12,6 +12,16 @@ from hal.outputs import SamplerOutput
 from hal.schema.packed import Packed
 
 _SLOTS = 4  # more than steps in flight
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by device and handle
+
+
+def current_stream() -> torch.cuda.Stream:
+    """torch.cuda's, which makes a new object every time; that takes longer than to record an event."""
+    device = torch.cuda.current_device()
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    if key not in _streams:
+        _streams[key] = torch.cuda.current_stream()
+    return _streams[key]
 
 
 class PinnedRing:
@@ -33,7 +43,7 @@ class PinnedRing:
         pinned, array = self._buffers[slot]
         array[:size] = source
         into[:size].copy_(pinned[:size], non_blocking=True)
-        self._copied[slot].record()
+        self._copied[slot].record(current_stream())
 
 
 def _pinned(size: int) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
@@ -77,7 +87,7 @@ class Fetcher:
                 host = kept.pop() if kept else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 copies[field.name] = key, host.copy_(tensor, non_blocking=True)
         event = self._events.pop() if self._events else torch.cuda.Event()
-        event.record()
+        event.record(current_stream())
 
         def result() -> SamplerOutput:
             event.synchronize()

@@ -25,7 +25,7 @@ class Anything:
     def __init__(self, *args: Any, **options: Any) -> None:
         self.replay: Callable[[], None] = lambda: None
 
-    def record(self) -> None: ...
+    def record(self, stream: object = None) -> None: ...
 
     def synchronize(self) -> None: ...
 
@@ -34,7 +34,7 @@ class Anything:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the rest of these tests run on the GPU")
-    from runners.cuda import CudaBackend, ops, runner
+    from runners.cuda import CudaBackend, ops, runner, staging
     from runners.cuda.kernels import gemv
 
     empty, capture, choice = torch.empty, runner.capture, itertools.count()
@@ -45,6 +45,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **kind: empty(*size, **kind))
     monkeypatch.setattr(torch.cuda, "Event", Anything)
+    monkeypatch.setattr(staging, "current_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Anything)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: contextlib.nullcontext())
     monkeypatch.setattr(CudaBackend, "unavailable", lambda self: None)
