@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from hal.models.ops import Ops
 from hal.testing.strategies import instances
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else the interpreter
-EXAMPLES = 60 if DEVICE.type == "cuda" else 25
+EXAMPLES = int(os.environ.get("HAL_EXAMPLES", 60 if DEVICE.type == "cuda" else 25))  # few, under compute-sanitizer
 MATRIX = (4096, 896) if DEVICE.type == "cuda" else (20, 5000)  # many programs; or a few, and several tiles in a row
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -68,10 +70,10 @@ def decoding(m: PagedModelInput) -> PagedModelInput:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((16, 64, 80)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1))), window=st.sampled_from((None, 3)),
-       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans())
+       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans(), units=st.sampled_from((1, 10_000)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
-                          window: int | None, splits: int, fp8: bool, alone: bool) -> None:
+                          window: int | None, splits: int, fp8: bool, alone: bool, units: int) -> None:
     """In one kernel where all sequences decode, and in two where not, as the operations one by one; the same bytes in
     the cache."""
     from runners.cuda.attention import CudaAttention
@@ -80,7 +82,7 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
     m = decoding(m) if alone and (m.query_start_loc.diff() > 0).all() else m
     spec, kv = specs_of(*heads, dim, (window,))[0], heads[1]
     attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
-    attention.dtype, attention.splits = dtype, lambda *_: splits
+    attention.dtype, attention.splits, attention.units = dtype, lambda *_: splits, units
     cache = make_cache(attention, m, seed).to(DEVICE)
     cache = cache.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) if fp8 else cache
     caches = cache.clone(), cache.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hal.sampling.noise import exponential, row_keys
 from hal.sampling.sampler import Sampler, threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else the interpreter
-EXAMPLES = 60 if DEVICE.type == "cuda" else 12
+EXAMPLES = int(os.environ.get("HAL_EXAMPLES", 60 if DEVICE.type == "cuda" else 12))
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 VOCABS = (5, 300, 4096, 9001)  # the last ones: all lanes, and more than three times as many
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
