@@ -164,11 +164,8 @@ class _Device:
     """A runner on one device, traced or as it is."""
 
     def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None) -> None:
-        dtype = recording.engine.dtype
-        if dtype not in backend.capabilities.dtypes:
-            dtype = backends.resolve_dtype(backend, "auto", dtype)  # type: ignore[assignment]
-        config = recording.config(device=device, dtype=dtype)
-        self.device, self.trace, self.dtype = backend.device(0), trace, dtype
+        config = recording.config(backend, device=device)
+        self.device, self.trace, self.dtype = backend.device(0), trace, config.engine.dtype
         runner: Any = backend.make_runner(config, self.device, LocalCommunicator())
         self.runner = runner
         lacking = [part for part in ("ops", "make_attention", "sample") if not hasattr(self.runner, part)]

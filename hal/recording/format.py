@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hal import backend as backends
+from hal.backend import Backend
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
 from hal.errors import ConfigError, InputError, WireError
 from hal.inputs import PagedModelInput
@@ -48,8 +50,12 @@ class Recording:
     info: dict[str, Any]
     steps: list[RecordedStep] = field(default_factory=list)
 
-    def config(self, **options: Any) -> WorkerConfig:
-        """Of a run on one rank, with some of the engine's options replaced."""
+    def config(self, backend: Backend, **options: Any) -> WorkerConfig:
+        """Of a run on one rank, with some of the engine's options replaced; so are a dtype, and that of the KV cache,
+        which the backend does not have, unless they are given."""
+        can, dtype = backend.capabilities, self.engine.dtype
+        options = {"dtype": dtype if dtype in can.dtypes else backends.resolve_dtype(backend, "auto", dtype),
+                   **({} if can.fp8_kv else {"kv_dtype": "auto"}), **options}
         return WorkerConfig(EngineConfig(**{**asdict(self.engine), "tp": 1, "pp": 1, **options}), self.model,
                             Topology())
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from hal import backend as backends
 from hal.backend import Backend
 from hal.executor import make_executor
 from hal.outputs import SamplerOutput
@@ -86,11 +85,8 @@ def replay(path: Path, backend: Backend, device: str, *, model: str | None = Non
         ConfigError, WireError: see Recording.load. BackendError, ModelLoadError, CapacityError, WorkerError.
     """
     recording = Recording.load(path, model)
-    config = recording.config(**{"device": device, "tp": recording.engine.tp, "pp": recording.engine.pp,
-                                 "control_plane": "auto", **options})
-    if "dtype" not in options and config.engine.dtype not in backend.capabilities.dtypes:
-        config = recording.config(**{"device": device, **options, "dtype": backends.resolve_dtype(
-            backend, "auto", recording.engine.dtype)})
+    config = recording.config(backend, **{"device": device, "tp": recording.engine.tp, "pp": recording.engine.pp,
+                                          "control_plane": "auto", **options})
     info = recording.info
     result = Comparison(f"{info['device']} ({recording.engine.dtype}, torch {info['versions'].get('torch')})",
                         f"{backend.name} ({config.engine.dtype}, torch {torch.__version__})", config.engine.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -19,7 +20,7 @@ from hal import backend as backends
 from hal.cli import main
 from hal.conformance.cases.guard import GOLDEN
 from hal.engine.llm import LLM
-from hal.errors import ConfigError, WireError, WorkerError
+from hal.errors import BackendError, ConfigError, WireError, WorkerError
 from hal.executor import make_executor
 from hal.recording.bisect import bisect
 from hal.recording.format import Recording
@@ -57,6 +58,18 @@ def test_what_differs_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setenv("PLANT", "add_rms_norm 7")
     assert main(["replay", str(GREEDY), "--device", "planted:planted"]) == 1
     assert re.search(r"largest logprob error 0\.000[23]", capsys.readouterr().out)
+
+
+def test_a_recording_of_an_fp8_cache_runs_where_there_is_none(tmp_path: Path) -> None:
+    recording, path = Recording.load(GREEDY), tmp_path / "fp8"
+    recording.engine = dataclasses.replace(recording.engine, kv_dtype="fp8")
+    recording.save(path)
+    cpu = backends.load("cpu")
+    assert Recording.load(path).engine.kv_dtype == "fp8" and not cpu.capabilities.fp8_kv
+    assert not replay(path, cpu, "cpu").wrong(2e-4)
+    assert bisect(path, "cpu", "cpu").divergence is None
+    with pytest.raises(BackendError, match="no fp8 KV cache"):
+        replay(path, cpu, "cpu", kv_dtype="fp8")
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
@@ -112,7 +125,7 @@ def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp
     assert f"hal replay {path} --device planted:failing" in str(error.value)
     recording = Recording.load(path)
     assert recording.info["error"] == "ArithmeticError: the device gave up"
-    config = recording.config(device="cpu")
+    config = recording.config(backends.load("cpu"), device="cpu")
     executor = make_executor(config.engine, config.model, backends.load("cpu"))
     outputs = [executor.execute_model(step.request).result().token_ids.tolist() for step in recording.steps]
     executor.shutdown()
