@@ -14,7 +14,7 @@ from hal.inputs import NULL_BLOCK, WorkerInput
 from hal.runner import ModelRunnerBase
 
 MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy")
-IDLE = WorkerInput()  # of every step that asks for nothing: most
+IDLE = WorkerInput()  # of every step that asks for nothing: most. Never to be changed
 
 
 def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool) -> int:

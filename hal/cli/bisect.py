@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, metavar="NAME", help="the one in doubt")
     parser.add_argument("--against", default="cpu", metavar="NAME", help="the one that is right (default: cpu)")
     parser.add_argument("--model", metavar="DIR", help="the checkpoint, where it is not the one that was recorded")
+    parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; repeatable")
 
@@ -26,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from hal.recording.bisect import bisect
 
     found = bisect(Path(args.file), args.device, args.against, model=args.model,
-                   tolerances=Tolerances.parse(args.tolerance))
+                   tolerances=Tolerances.parse(args.tolerance),
+                   **({} if args.kv_dtype is None else {"kv_dtype": args.kv_dtype}))
     print(found)
     return int(found.divergence is not None)

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, a backend's name, or module:attribute")
     parser.add_argument("--model", metavar="DIR", help="the checkpoint, where it is not the one that was recorded")
     parser.add_argument("--dtype", metavar="NAME", help="of weights and KV cache (default: the recorded one)")
+    parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel processes (default: as recorded)")
     parser.add_argument("--pp", type=int, metavar="N", help="pipeline stages (default: as recorded)")
 
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from hal.conformance.tolerance import Tolerances
     from hal.recording.replay import replay
 
-    given: dict[str, Any] = {n: getattr(args, n) for n in ("dtype", "tp", "pp") if getattr(args, n) is not None}
+    given: dict[str, Any] = {n: getattr(args, n) for n in ("dtype", "kv_dtype", "tp", "pp")
+                             if getattr(args, n) is not None}
     backend = select(args.device)
     device = backend.name if args.device == "auto" else args.device
     comparison = replay(Path(args.file), backend, device, model=args.model, **given)

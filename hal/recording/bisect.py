@@ -163,8 +163,9 @@ class _Traced:
 class _Device:
     """A runner on one device, traced or as it is."""
 
-    def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None) -> None:
-        config = recording.config(backend, device=device)
+    def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None, **options: str,
+                 ) -> None:
+        config = recording.config(backend, device=device, **options)
         self.device, self.trace, self.dtype = backend.device(0), trace, config.engine.dtype
         runner: Any = backend.make_runner(config, self.device, LocalCommunicator())
         self.runner = runner
@@ -212,19 +213,24 @@ class _Device:
 
 
 def bisect(path: Path, device: str, against: str, *, model: str | None = None,
-           tolerances: Tolerances | None = None) -> Bisection:
+           tolerances: Tolerances | None = None, **options: str) -> Bisection:
     """Compare `device` with `against` operation by operation, in the order in which the model calls them.
+
+    Args:
+        options: of the engine on both devices, to replace recorded ones.
 
     Raises:
         BackendError: a backend is not available, or its runner is not composed of operations and attention.
     """
     recording, table = Recording.load(path, model), tolerances or Tolerances()
     first, second = backends.select(against), backends.select(device)
+    if not (first.capabilities.fp8_kv and second.capabilities.fp8_kv):
+        options = {"kv_dtype": "auto", **options}  # on both: else what one of them rounded would be the other's fault
     noted = _Trace(lambda op: 0.0)
-    there = _Device(recording, first, against, noted)
+    there = _Device(recording, first, against, noted, **options)
     # Both sides may be off by as much as their dtype allows.
     followed = _Trace(lambda op: table(op, here.dtype) + table(op, there.dtype))
-    here, alone = _Device(recording, second, device, followed), _Device(recording, second, device, None)
+    here, alone = (_Device(recording, second, device, trace, **options) for trace in (followed, None))
     result = Bisection(device, against)
     for i, step in enumerate(recording.steps):
         expected = there.step(step.request)

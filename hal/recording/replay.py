@@ -88,8 +88,10 @@ def replay(path: Path, backend: Backend, device: str, *, model: str | None = Non
     config = recording.config(backend, **{"device": device, "tp": recording.engine.tp, "pp": recording.engine.pp,
                                           "control_plane": "auto", **options})
     info = recording.info
-    result = Comparison(f"{info['device']} ({recording.engine.dtype}, torch {info['versions'].get('torch')})",
-                        f"{backend.name} ({config.engine.dtype}, torch {torch.__version__})", config.engine.dtype,
+    old, new = (f"{e.dtype}, {'' if e.kv_dtype == 'auto' else e.kv_dtype + ' KV cache, '}torch"
+                for e in (recording.engine, config.engine))
+    result = Comparison(f"{info['device']} ({old} {info['versions'].get('torch')})",
+                        f"{backend.name} ({new} {torch.__version__})", config.engine.dtype,
                         error=info.get("error"))
     executor = make_executor(config.engine, config.model, backend)
     try:

@@ -35,7 +35,7 @@ def align(offset: int) -> int:
     return -(-offset // ALIGN) * ALIGN
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Layout:
     """Byte offsets for one combination of symbol values and present fields.
 

@@ -60,7 +60,7 @@ def test_what_differs_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert re.search(r"largest logprob error 0\.000[23]", capsys.readouterr().out)
 
 
-def test_a_recording_of_an_fp8_cache_runs_where_there_is_none(tmp_path: Path) -> None:
+def test_a_recording_of_an_fp8_cache_runs_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recording, path = Recording.load(GREEDY), tmp_path / "fp8"
     recording.engine = dataclasses.replace(recording.engine, kv_dtype="fp8")
     recording.save(path)
@@ -68,8 +68,18 @@ def test_a_recording_of_an_fp8_cache_runs_where_there_is_none(tmp_path: Path) ->
     assert Recording.load(path).engine.kv_dtype == "fp8" and not cpu.capabilities.fp8_kv
     assert not replay(path, cpu, "cpu").wrong(2e-4)
     assert bisect(path, "cpu", "cpu").divergence is None
+    assert "fp8 KV cache" in replay(path, cpu, "cpu").recorded
     with pytest.raises(BackendError, match="no fp8 KV cache"):
         replay(path, cpu, "cpu", kv_dtype="fp8")
+    # One of the two has it: then neither uses it, since what it rounds is nobody's fault.
+    kinds, able = [], dataclasses.replace(cpu.capabilities, fp8_kv=True)
+    made, config = type(cpu)(), Recording.config
+    monkeypatch.setattr(made, "capabilities", able, raising=False)
+    assert not cpu.capabilities.fp8_kv
+    monkeypatch.setattr(backends, "select", lambda name: made if name == "able" else cpu)
+    monkeypatch.setattr(Recording, "config", lambda *args, **options: (c := config(*args, **options), kinds.append(
+        c.engine.kv_dtype))[0])
+    assert bisect(path, "able", "cpu").divergence is None and kinds == ["auto"] * 3
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:

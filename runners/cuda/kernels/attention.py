@@ -269,7 +269,9 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         out: [n, heads, head_dim], contiguous. splits: programs that share a sequence's context.
         few: there are fewer programs than multiprocessors, so that each is in a hurry.
         new: each sequence's newest key and value, which are written, and q rotated, on the way; None: all are there.
-            Everything but q and these may be read while the launches before it still run.
+            Everything but q and the new k and v may be read while the launches before it still run, so whoever writes
+            lengths, tables, slots, positions or earlier keys does it before a launch that is not programmatic: a copy,
+            or any kernel of PyTorch's.
     """
     n, heads, dim = q.shape
     kv_heads, size = cache.shape[2], cache.shape[3]
