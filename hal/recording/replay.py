@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hal.backend import Backend
+from hal.config import EngineConfig
 from hal.executor import make_executor
 from hal.outputs import SamplerOutput
 from hal.recording.format import RecordedStep, Recording
@@ -88,10 +89,8 @@ def replay(path: Path, backend: Backend, device: str, *, model: str | None = Non
     config = recording.config(backend, **{"device": device, "tp": recording.engine.tp, "pp": recording.engine.pp,
                                           "control_plane": "auto", **options})
     info = recording.info
-    old, new = (f"{e.dtype}, {'' if e.kv_dtype == 'auto' else e.kv_dtype + ' KV cache, '}torch"
-                for e in (recording.engine, config.engine))
-    result = Comparison(f"{info['device']} ({old} {info['versions'].get('torch')})",
-                        f"{backend.name} ({new} {torch.__version__})", config.engine.dtype,
+    result = Comparison(_where(info["device"], recording.engine, info["versions"].get("torch")),
+                        _where(backend.name, config.engine, torch.__version__), config.engine.dtype,
                         error=info.get("error"))
     executor = make_executor(config.engine, config.model, backend)
     try:
@@ -108,6 +107,11 @@ def replay(path: Path, backend: Backend, device: str, *, model: str | None = Non
     finally:
         executor.shutdown()
     return result
+
+
+def _where(device: str, engine: EngineConfig, version: str | None) -> str:
+    cache = "" if engine.kv_dtype == "auto" else f"{engine.kv_dtype} KV cache, "
+    return f"{device} ({engine.dtype}, {cache}torch {version})"
 
 
 def _compare(number: int, step: RecordedStep, old: SamplerOutput, new: SamplerOutput) -> Compared:

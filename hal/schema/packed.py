@@ -31,16 +31,20 @@ class Packed(Generic[T]):
         dims: the size of each symbol; not to be changed, other instances have the same dict.
     """
 
-    __slots__ = ("arrays", "buffer", "dims", "layout", "schema", "size", "values")
+    __slots__ = ("arrays", "buffer", "layout", "schema", "size", "values")
 
     def __init__(self, schema: Schema[T], buffer: Buffer, size: int, layout: Layout,
                  arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
-        self.schema, self.buffer, self.size, self.layout, self.dims = schema, buffer, size, layout, layout.dims
+        self.schema, self.buffer, self.size, self.layout = schema, buffer, size, layout
         self.arrays, self.values = arrays, values
 
     @property
     def wire(self) -> Buffer:
         return self.buffer[:self.size]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return self.layout.dims
 
     def checksum(self) -> int:
         """CRC-32 of the replicated fields, which are the same on all ranks; not of gaps between them, which hold

@@ -83,12 +83,11 @@ class CudaOps(Ops):
         some = weights[:max(_MOVED // (weights[0].numel() * weights[0].itemsize), 2)]
         x = torch.ones(1, use.shape[1], dtype=some[0].dtype, device=some[0].device)
         norm = Norm(x[0], 1e-5, x) if use.normed else None
-
-        graphs: dict[Tile | None, torch.cuda.CUDAGraph] = {
-            None: _captured(functools.partial(self._unfused, x, bias=None, use=use, norm=norm), some)}
-        for tile in TILES:
-            call = functools.partial(gemv, x, bias=None, tile=tile, gated=use.gated, norm=norm)
-            graphs[tile] = _captured(call, some)
+        graphs: dict[Tile | None, torch.cuda.CUDAGraph] = {}
+        for tile in (None, *TILES):
+            graphs[tile] = _captured(
+                functools.partial(self._unfused, x, bias=None, use=use, norm=norm) if tile is None else
+                functools.partial(gemv, x, bias=None, tile=tile, gated=use.gated, norm=norm), some)
         spent: dict[Tile | None, float] = dict.fromkeys(graphs, math.inf)
         for _ in range(_ROUNDS):  # in turn, since clocks drift
             for tile, graph in graphs.items():

@@ -230,7 +230,6 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
 
 
 MAX_SPLITS = 64
-FEW = 128, 2, 4  # of few programs: keys of a tile, stages, warps
 
 
 class New(NamedTuple):
@@ -280,7 +279,7 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     part_out = torch.empty(parts, block_d if splits > 1 else 1, dtype=torch.float32, device=q.device)
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide = q.dtype == torch.float32
-    block_n, stages, warps = (32, 2, 4) if wide or block_d > 128 else FEW if few else (64, 4, 4)
+    block_n, stages = (32, 2) if wide or block_d > 128 else (128, 2) if few else (64, 4)
     k, v, slots, rotary = new or New(q, q, lens)
     positions, table = rotary or (lens, lens)
     _decode[(n, kv_heads, splits)](
@@ -289,7 +288,7 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, JOINED=splits > 1,
         WRITE=new is not None, ROTARY=rotary is not None, EARLY=few and new is not None,
         BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d, BLOCK_N=block_n,
-        PRECISION="ieee" if wide else "tf32", num_warps=warps, num_stages=stages, **launch_options(q))
+        PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages, **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, splits, DIM=dim,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))

@@ -47,10 +47,25 @@ def _value(x, residual, norm, at, size, scale, NORM: tl.constexpr, ADD: tl.const
 
 
 @triton.jit
-def _offsets(bias, row, rows, HAS_BIAS: tl.constexpr):
+def _scale(value, total, at, size, eps, ADD: tl.constexpr):
+    """RMSNorm's factor for a row. The first program keeps the row where it is a sum."""
+    if ADD:  # noqa: SIM102 (at compile time)
+        if tl.program_id(0) == 0:
+            tl.store(total + at, value, mask=at < size)
+    wide = value.to(tl.float32)
+    return 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
+
+
+@triton.jit
+def _offsets(bias, row, rows, HAS_BIAS: tl.constexpr, GATED: tl.constexpr):
+    """Biases of the outputs, and those of the other factor where they are gates."""
+    offset = tl.zeros(row.shape, tl.float32)
+    up_offset = offset
     if HAS_BIAS:
-        return tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
-    return tl.zeros(row.shape, tl.float32)
+        offset = tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+        if GATED:
+            up_offset = tl.load(bias + rows + row, mask=row < rows, other=0.0).to(tl.float32)
+    return offset, up_offset
 
 
 @triton.jit
@@ -73,11 +88,9 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
     half = rows.to(tl.int64) * size  # from a gate's weights to the other factor's
     # Weights are there before the row is: what comes first is read while the kernel before this one ends.
     tile = _tile(source, at, size, mine)
-    offset = _offsets(bias, row, rows, HAS_BIAS)
-    up_offset = offset
+    offset, up_offset = _offsets(bias, row, rows, HAS_BIAS, GATED)
     if GATED:
         second = _tile(source + half, at, size, mine)
-        up_offset = _offsets(bias + rows, row, rows, HAS_BIAS)
     WHOLE: tl.constexpr = COLUMNS >= BLOCK
     if NORM and WHOLE:
         gains = tl.load(norm + at, mask=at < size, other=0.0)
@@ -85,11 +98,8 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
     if WHOLE:
         value = _sum(x, residual, at, size, ADD)
         if NORM:  # every program for itself, rounding where the unfused operations round
-            if ADD:  # noqa: SIM102 (at compile time)
-                if tl.program_id(0) == 0:
-                    tl.store(total + at, value, mask=at < size)
-            wide = value.to(tl.float32)
-            value = (wide * (1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps))).to(value.dtype) * gains
+            scale = _scale(value, total, at, size, eps, ADD)
+            value = (value.to(tl.float32) * scale).to(value.dtype) * gains
         value = value.to(tl.float32)
         step = tl.num_programs(0) * ROWS
         for first in range(tl.program_id(0) * ROWS, rows, step):  # it goes on to other rows, and reads them ahead
@@ -105,20 +115,12 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
             else:
                 up = result
             _finish(result + offset, up + up_offset, out, row, rows, GATED)
-            offset = _offsets(bias, row + step, rows, HAS_BIAS)
-            up_offset = offset
-            if GATED:
-                up_offset = _offsets(bias + rows, row + step, rows, HAS_BIAS)
+            offset, up_offset = _offsets(bias, row + step, rows, HAS_BIAS, GATED)
     else:
         scale = 1.0
         if NORM:
             whole = tl.arange(0, BLOCK)
-            row_sum = _sum(x, residual, whole, size, ADD)
-            if ADD:  # noqa: SIM102
-                if tl.program_id(0) == 0:
-                    tl.store(total + whole, row_sum, mask=whole < size)
-            wide = row_sum.to(tl.float32)
-            scale = 1.0 / tl.sqrt(tl.sum(wide * wide) / size + eps)
+            scale = _scale(_sum(x, residual, whole, size, ADD), total, whole, size, eps, ADD)
         acc = tl.zeros((ROWS, COLUMNS), tl.float32)
         more = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, size, COLUMNS):
