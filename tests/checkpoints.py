@@ -6,6 +6,7 @@ The fixture `checkpoint` (tests/conftest.py) gives directories, made once a sess
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def save(name: str, directory: Path) -> Path:
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(directory, max_shard_size="100KB" if name == SHARDED else "1GB")
     return directory
+
+
+def shard(directory: Path, count: int) -> dict[str, str]:
+    """Split model.safetensors into `count` files with an index. Returns the index's weight_map."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    mapped = {name: f"shard-{i % count}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in sorted(set(mapped.values())):
+        save_file({n: tensors[n] for n, f in mapped.items() if f == file}, directory / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": mapped}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return mapped
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -94,7 +94,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     blocks = largest * -(-length // EngineConfig(**chosen).block_size)
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
                              "num_blocks": 2 + blocks + blocks // 64, **chosen, "prefix_caching": False})
-    model = read_config(config.model)
+    model = read_config(config.model, weights=not config.random_weights)
     backend = backends.select(config.device)
     dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
     bandwidth = measure.read_bandwidth(backend)
@@ -140,7 +140,7 @@ def _shape(name: str) -> dict[str, Any]:
         return SHAPES[name]
     try:
         data = json.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("--model-config is neither a known shape nor a readable config.json", got=f"{name}: {error}",
                           expected=", ".join(SHAPES)) from None
     if not isinstance(data, dict):

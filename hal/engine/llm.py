@@ -65,7 +65,7 @@ class LLM:
 
     def __init__(self, model: str = str(BUNDLED_MODEL), *, progress: bool = False, **options: Any) -> None:
         self.config = config = EngineConfig(model=str(model), **options)
-        self.model_config = read_config(config.model)
+        self.model_config = read_config(config.model, weights=not config.random_weights)
         self.max_model_len = config.max_model_len or self.model_config.max_position
         if self.max_model_len > self.model_config.max_position:
             raise ConfigError("max_model_len is longer than the model's context", got=self.max_model_len,

@@ -24,7 +24,6 @@ class CausalLM(nn.Module, abc.ABC):
     """
 
     intermediates: tuple[str, ...]  # names of the tensors between stages, each [num_tokens, hidden_size]
-    embedding_name: str
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
@@ -40,12 +39,12 @@ class CausalLM(nn.Module, abc.ABC):
             f"{type(self).__name__}Intermediate",
             **{n: Array(name, "num_tokens", config.hidden_size) for n in self.intermediates})
         if topology.is_first_stage:
-            self.embed = VocabEmbedding(build, self.embedding_name, config.vocab_size, config.hidden_size)
+            self.embed = VocabEmbedding(build, config.embedding_name, config.vocab_size, config.hidden_size)
         if topology.is_last_stage:
             if config.tie_embeddings and topology.is_first_stage:
                 weight = self.embed.weight
             else:
-                source = self.embedding_name if config.tie_embeddings else "lm_head"
+                source = config.embedding_name if config.tie_embeddings else "lm_head"
                 weight = vocab_weight(build, source, config.vocab_size, config.hidden_size)
             self.head = Head(build, weight, config.vocab_size)
 

@@ -27,6 +27,7 @@ class RopeConfig:
 class ModelConfig:
     """Attributes:
         family: which definition in hal.models runs it.
+        tie_embeddings: the output head is the embedding table.
         architecture: the checkpoint's own name for it.
         windows: sliding window of each layer in tokens (the query's own included), None where attention is full.
         activation: of the MLP; "silu" means gated (SwiGLU).
@@ -57,6 +58,11 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+
+    @property
+    def embedding_name(self) -> str:
+        """Of the embedding table in a checkpoint, without ".weight" and the prefix "model." or "transformer."."""
+        return {"llama": "embed_tokens", "gpt2": "wte"}[self.family]
 
     @property
     def num_params(self) -> int:

@@ -42,7 +42,6 @@ class GPT2Layer(nn.Module):
 
 class GPT2(CausalLM):
     intermediates = ("hidden_states",)
-    embedding_name = "wte"
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__(config, build)

@@ -2,65 +2,95 @@
 
 A key that is missing takes the default that transformers has for that architecture. What would change results and is
 not implemented is refused, never ignored; keys that transformers itself ignores for an architecture are ignored here.
+Every number has a range, so that a damaged or hostile file ends as an error before anything is allocated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
 from hal.errors import ModelLoadError
+from hal.models.checkpoint import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
 from hal.models.config import ModelConfig, RopeConfig
 
 _MISSING = object()
+# The largest values that are accepted; each is at least eight times that of any published model of these families,
+# except the positions (the largest published context has 10 million tokens).
+_MAX_LAYERS, _MAX_HIDDEN, _MAX_INNER, _MAX_HEADS, _MAX_HEAD_DIM = 1024, 1 << 17, 1 << 20, 1024, 4096
+_MAX_VOCAB, _MAX_POSITIONS, _MAX_PARAMS, _INT32 = 1 << 22, 1 << 24, 10**13, (1 << 31) - 1
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
          "relu": "relu"}
-_DTYPES = {"float32": "float32", "float64": "float32", "float16": "float16", "half": "float16", "bfloat16": "bfloat16"}
+_STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"auto": "float32", "float32": "float32", "float64": "float32", "float16": "float16", "half": "float16",
+           "bfloat16": "bfloat16"}
+_THETA, _FACTOR = (1.0, 1e15), (1.0, 1e6)  # the smallest and the largest that are accepted
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def read_config(directory: str | Path) -> ModelConfig:
+def read_config(directory: str | Path, *, weights: bool = True) -> ModelConfig:
     """The shape of the model in a checkpoint directory. The end-of-sequence ids of generation_config.json, where it has
     any, replace those of config.json, as in transformers' `generate`.
 
+    Args:
+        weights: let the stored tensors decide two things, as transformers 5 does. A head of its own that differs from
+            the embeddings is used although config.json says tie_word_embeddings. Where config.json gives no dtype or
+            "auto", it is the dtype of the stored embeddings. False for a model that will not load its weights.
+
     Raises:
-        ModelLoadError: the directory or config.json is missing, is not JSON, or describes something unsupported.
+        ModelLoadError: the directory or config.json is missing, is not JSON, or describes something unsupported; the
+            files of the weights are damaged.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not isdir(directory):
         raise ModelLoadError("the model directory does not exist", got=directory,
                              expected="a directory with config.json and *.safetensors in Hugging Face format")
-    config = parse_config(_read_json(directory / "config.json"))
+    data = read_json(directory / "config.json")
+    config = parse_config(data)
     generation = directory / "generation_config.json"
-    if generation.is_file():
-        ids = _token_ids(_Reader(_read_json(generation)), None)
+    if isfile(generation):
+        ids = _token_ids(_Reader(read_json(generation), generation.name), None)
         if ids:
             config = dataclasses.replace(config, eos_token_ids=ids)
+    return _as_stored(config, _dtype_name(_Reader(data)), directory) if weights and has_weights(directory) else config
+
+
+def _as_stored(config: ModelConfig, dtype: str, directory: Path) -> ModelConfig:
+    """`config` with what the stored tensors decide. A single name for embeddings and head, whichever it is, is left to
+    the loader."""
+    if dtype != "auto" and not config.tie_embeddings:
+        return config
+    tensors = locate(directory)
+    embeddings, head = tensors.get(f"{config.embedding_name}.weight"), tensors.get(HEAD)
+    if config.tie_embeddings and embeddings and head:
+        config = dataclasses.replace(config, tie_embeddings=equal(embeddings, head))
+    table = embeddings or head
+    if dtype == "auto" and table:
+        config = dataclasses.replace(config, dtype=_STORED_DTYPES.get(stored_dtype(table), config.dtype))
     return config
 
 
 def parse_config(data: dict[str, Any]) -> ModelConfig:
-    """The same from the content of config.json.
+    """The same from the content of config.json alone.
 
     Raises:
-        ModelLoadError: an unsupported architecture or feature, or a value of the wrong type.
+        ModelLoadError: an unsupported architecture or feature, or a value of the wrong type or out of range.
     """
     read = _Reader(data)
-    names = data.get("architectures") or []
-    kind = data.get("model_type")
-    if not names:
-        names = [a for a, (k, _) in _ARCHITECTURES.items() if k == kind]
-    architecture = names[0] if isinstance(names, list) and names else kind
-    if architecture not in _ARCHITECTURES:
-        raise ModelLoadError("this architecture is not supported", got=architecture or "neither architectures nor "
-                             "model_type in config.json", expected=", ".join(_ARCHITECTURES))
+    kind = read.get(str, None, "model_type", null=None)
+    names = read.get(list, [], "architectures", null=[]) or [a for a, (k, _) in _ARCHITECTURES.items() if k == kind]
+    architecture = names[0] if names else kind
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        raise ModelLoadError("this architecture is not supported", got="neither architectures nor model_type in "
+                             "config.json" if architecture is None else shown(architecture),
+                             expected=", ".join(_ARCHITECTURES))
     model_type, parse = _ARCHITECTURES[architecture]
     if kind not in (None, model_type):
         raise ModelLoadError("architectures and model_type of config.json contradict each other",
-                             got=f"{architecture} and {kind!r}", expected=f"model_type {model_type!r}")
+                             got=f"{architecture} and {shown(kind)}", expected=f"model_type {model_type!r}")
     read.refuse("quantization_config", "quantised weights", None)
     config = parse(read, architecture)
     _check_shape(config)
@@ -68,10 +98,10 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
 
 
 class _Reader:
-    """Typed access to config.json; each method raises ModelLoadError naming the key."""
+    """Typed access to a JSON file; each method raises ModelLoadError naming the key."""
 
-    def __init__(self, data: dict[str, Any]) -> None:
-        self.data = data
+    def __init__(self, data: dict[str, Any], file: str = "config.json") -> None:
+        self.data, self.file = data, file
 
     def get(self, kinds: type | tuple[type, ...], default: Any, *names: str, null: Any = _MISSING) -> Any:
         """The first of `names` that is present (the others are its aliases); `null` is what a JSON null means."""
@@ -82,19 +112,23 @@ class _Reader:
             if value is not _MISSING:
                 if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                     wanted = kinds if isinstance(kinds, tuple) else (kinds,)
-                    raise ModelLoadError(f"{name} in config.json is not usable", got=repr(value),
-                                         expected=" or ".join(k.__name__ for k in wanted))
+                    raise self.unusable(name, value, " or ".join(k.__name__ for k in wanted))
                 return value
         return default
 
-    def size(self, default: Any, *names: str, null: Any = _MISSING) -> Any:
+    def size(self, default: Any, most: int, *names: str, null: Any = _MISSING) -> Any:
+        """An integer from 1 to `most`."""
         value = self.get(int, default, *names, null=null)
-        if isinstance(value, int) and value < 1:
-            raise ModelLoadError(f"{names[0]} in config.json is not usable", got=value, expected="an integer above 0")
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise self.unusable(names[0], value, f"an integer from 1 to {most}")
         return value
 
-    def number(self, default: float, *names: str) -> float:
-        return float(self.get((int, float), default, *names))
+    def number(self, default: float, low: float, high: float, name: str) -> float:
+        """A number from `low` to `high`, both above 0."""
+        value = self.get((int, float), default, name)
+        if not low <= value <= high:
+            raise self.unusable(name, value, f"a number from {low:g} to {high:g}")
+        return float(value)
 
     def flag(self, default: bool, name: str) -> bool:
         return bool(self.get(bool, default, name, null=default))
@@ -102,7 +136,10 @@ class _Reader:
     def refuse(self, name: str, what: str, allowed: Any) -> None:
         value = self.data.get(name, allowed)
         if value is not None and value != allowed:
-            raise ModelLoadError(f"config.json asks for {what}, which is not supported", got=f"{name} = {value!r}")
+            raise ModelLoadError(f"{self.file} asks for {what}, which is not supported", got=f"{name} = {shown(value)}")
+
+    def unusable(self, name: str, value: object, expected: str) -> ModelLoadError:
+        return ModelLoadError(f"{name} in {self.file} is not usable", got=shown(value), expected=expected)
 
 
 def _llama(read: _Reader, architecture: str) -> ModelConfig:
@@ -112,8 +149,8 @@ def _llama(read: _Reader, architecture: str) -> ModelConfig:
 
 
 def _mistral(read: _Reader, architecture: str) -> ModelConfig:
-    window = read.size(4096, "sliding_window", null=None)
-    if window and "full_attention" in (read.data.get("layer_types") or ()):
+    window = read.size(4096, _INT32, "sliding_window", null=None)
+    if window and "full_attention" in read.get(list, [], "layer_types", null=[]):
         read.refuse("layer_types", "a Mistral whose layers differ in their window", None)
     return _decoder(read, architecture, vocab=32000, inner=14336, kv_heads=8, max_position=131072, bos=1, eos=2,
                     windows=lambda layers: (window,) * layers)
@@ -131,13 +168,14 @@ def _qwen3(read: _Reader, architecture: str) -> ModelConfig:
 
 
 def _qwen_windows(read: _Reader, layers: int) -> tuple[int | None, ...]:
-    window = read.size(4096, "sliding_window", null=None) if read.flag(False, "use_sliding_window") else None
+    windowed = read.flag(False, "use_sliding_window")
+    window = read.size(4096, _INT32, "sliding_window", null=None) if windowed else None
     types = read.get(list, None, "layer_types", null=None)
     if types is None:
         first = read.get(int, 28, "max_window_layers")
         return tuple(window if i >= first else None for i in range(layers))
     if len(types) != layers or any(t not in _LAYER_TYPES for t in types):
-        raise ModelLoadError("layer_types in config.json is not usable", got=types,
+        raise ModelLoadError("layer_types in config.json is not usable", got=shown(types),
                              expected=f"{layers} entries, each one of {', '.join(_LAYER_TYPES)}")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
@@ -150,17 +188,21 @@ def _decoder(read: _Reader, architecture: str, *, vocab: int, inner: int, kv_hea
     if read.get(str, "silu", "hidden_act") not in ("silu", "swish"):
         read.refuse("hidden_act", "another activation than silu", "silu")
     read.refuse("partial_rotary_factor", "rotary embedding over part of the head", 1.0)
-    hidden, layers = read.size(4096, "hidden_size"), read.size(32, "num_hidden_layers")
-    heads = read.size(32, "num_attention_heads")
-    positions = read.size(max_position, "max_position_embeddings")
-    own = read.size(head_dim, "head_dim", null=None)
+    hidden = read.size(4096, _MAX_HIDDEN, "hidden_size")
+    layers = read.size(32, _MAX_LAYERS, "num_hidden_layers")
+    heads = read.size(32, _MAX_HEADS, "num_attention_heads")
+    positions = read.size(max_position, _MAX_POSITIONS, "max_position_embeddings")
+    own = read.size(head_dim, _MAX_HEAD_DIM, "head_dim", null=None)
+    if own is None and hidden % heads:
+        raise ModelLoadError("num_attention_heads does not divide hidden_size", got=f"{heads} and {hidden}",
+                             hint="config.json must then give head_dim")
     return ModelConfig(
-        family="llama", architecture=architecture, vocab_size=read.size(vocab, "vocab_size"), hidden_size=hidden,
-        num_layers=layers, num_heads=heads, head_dim=own or hidden // heads,
-        num_kv_heads=read.size(kv_heads, "num_key_value_heads", null=heads) or heads,
-        intermediate_size=read.size(inner, "intermediate_size"), max_position=positions,
-        norm_eps=read.number(1e-6, "rms_norm_eps"), rope=_rope(read, positions), windows=windows(layers),
-        tie_embeddings=read.flag(False, "tie_word_embeddings"), bos_token_id=_token_id(read, bos),
+        family="llama", architecture=architecture, vocab_size=read.size(vocab, _MAX_VOCAB, "vocab_size"),
+        hidden_size=hidden, num_layers=layers, num_heads=heads, head_dim=own or hidden // heads,
+        num_kv_heads=read.size(kv_heads, _MAX_HEADS, "num_key_value_heads", null=heads) or heads,
+        intermediate_size=read.size(inner, _MAX_INNER, "intermediate_size"), max_position=positions,
+        norm_eps=_eps(read, 1e-6, "rms_norm_eps"), rope=_rope(read, positions), windows=windows(layers),
+        tie_embeddings=read.get(bool, False, "tie_word_embeddings"), bos_token_id=_token_id(read, bos),
         eos_token_ids=_token_ids(read, eos), dtype=_dtype(read), **features)
 
 
@@ -170,19 +212,20 @@ def _gpt2(read: _Reader, architecture: str) -> ModelConfig:
     read.refuse("scale_attn_by_inverse_layer_idx", "attention scaled by the layer's number", False)
     act = read.get(str, "gelu_new", "activation_function")
     if act not in _GELU:
-        raise ModelLoadError("config.json asks for an activation that is not supported", got=act,
+        raise ModelLoadError("config.json asks for an activation that is not supported", got=shown(act),
                              expected=", ".join(_GELU))
-    hidden, layers = read.size(768, "n_embd", "hidden_size"), read.size(12, "n_layer", "num_hidden_layers")
-    heads = read.size(12, "n_head", "num_attention_heads")
+    hidden = read.size(768, _MAX_HIDDEN, "n_embd", "hidden_size")
+    layers = read.size(12, _MAX_LAYERS, "n_layer", "num_hidden_layers")
+    heads = read.size(12, _MAX_HEADS, "n_head", "num_attention_heads")
     if hidden % heads:
         raise ModelLoadError("n_head does not divide n_embd", got=f"{hidden} and {heads}")
     return ModelConfig(
-        family="gpt2", architecture=architecture, vocab_size=read.size(50257, "vocab_size"), hidden_size=hidden,
-        num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
-        intermediate_size=read.size(4 * hidden, "n_inner", null=4 * hidden),
-        max_position=read.size(1024, "n_positions", "max_position_embeddings"),
-        norm_eps=read.number(1e-5, "layer_norm_epsilon"), activation=_GELU[act], windows=(None,) * layers,  # type: ignore[arg-type]
-        tie_embeddings=read.flag(True, "tie_word_embeddings"), qkv_bias=True, out_bias=True, mlp_bias=True,
+        family="gpt2", architecture=architecture, vocab_size=read.size(50257, _MAX_VOCAB, "vocab_size"),
+        hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
+        intermediate_size=read.size(4 * hidden, _MAX_INNER, "n_inner", null=4 * hidden),
+        max_position=read.size(1024, _MAX_POSITIONS, "n_positions", "max_position_embeddings"),
+        norm_eps=_eps(read, 1e-5, "layer_norm_epsilon"), activation=_GELU[act], windows=(None,) * layers,  # type: ignore[arg-type]
+        tie_embeddings=read.get(bool, True, "tie_word_embeddings"), qkv_bias=True, out_bias=True, mlp_bias=True,
         bos_token_id=_token_id(read, 50256), eos_token_ids=_token_ids(read, 50256), dtype=_dtype(read))
 
 
@@ -192,51 +235,69 @@ _ARCHITECTURES: dict[str, tuple[str, Callable[[_Reader, str], ModelConfig]]] = {
 SUPPORTED_ARCHITECTURES = tuple(_ARCHITECTURES)
 
 
+def _eps(read: _Reader, default: float, name: str) -> float:
+    """Above 0 in fp32: with 0, a row of zeros (the embedding of a padding token) is normalised to NaN."""
+    return read.number(default, 1e-30, 1.0, name)
+
+
 def _rope(read: _Reader, max_position: int) -> RopeConfig:
     """`rope_scaling` beside `rope_theta` (transformers 4), or `rope_parameters` with both (transformers 5)."""
     params = read.get(dict, {}, "rope_scaling", null={}) or read.get(dict, {}, "rope_parameters", null={})
     rope = _Reader(params)
     rope.refuse("partial_rotary_factor", "rotary embedding over part of the head", 1.0)
-    theta = rope.number(read.number(10000.0, "rope_theta"), "rope_theta")
+    theta = rope.number(read.number(10000.0, *_THETA, "rope_theta"), *_THETA, "rope_theta")
     kind = rope.get(str, "default", "rope_type", "type")
     if kind == "default" and not any(isinstance(value, dict) for value in params.values()):
         return RopeConfig(theta=theta)
     needed = {"linear": ("factor",), "dynamic": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if kind not in needed:
-        what = "one rotary embedding for each type of layer" if kind == "default" else f"rope type {kind!r}"
-        raise ModelLoadError(f"config.json asks for {what}, which is not supported", got=params,
+        what = "one rotary embedding for each type of layer" if kind == "default" else f"rope type {shown(kind)}"
+        raise ModelLoadError(f"config.json asks for {what}, which is not supported", got=shown(params),
                              expected="default, linear, dynamic or llama3, the same for all layers")
     for name in needed[kind]:
         if params.get(name) is None:
-            raise ModelLoadError(f"rope type {kind!r} in config.json lacks {name!r}", got=params)
-    factor = rope.number(1.0, "factor")
+            raise ModelLoadError(f"rope type {kind!r} in config.json lacks {name!r}", got=shown(params))
+    factor = rope.number(1.0, *_FACTOR, "factor")
     if kind != "llama3":
         return RopeConfig(theta=theta, scaling="linear" if kind == "linear" else "dynamic", factor=factor)
-    original = read.size(rope.size(max_position, "original_max_position_embeddings"),
+    original = read.size(rope.size(max_position, _MAX_POSITIONS, "original_max_position_embeddings"), _MAX_POSITIONS,
                          "original_max_position_embeddings")
-    return RopeConfig(theta=theta, scaling="llama3", factor=factor, low_freq_factor=rope.number(1.0, "low_freq_factor"),
-                      high_freq_factor=rope.number(4.0, "high_freq_factor"), original_max_position=original)
+    low, high = (rope.number(1.0, 1e-6, 1e6, name) for name in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        raise ModelLoadError("low_freq_factor in config.json is not below high_freq_factor", got=f"{low} and {high}")
+    return RopeConfig(theta=theta, scaling="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high,
+                      original_max_position=original)
 
 
 def _token_id(read: _Reader, default: int | None) -> int | None:
-    value: int | None = read.get(int, default, "bos_token_id", null=None)
-    return value
+    value = read.get(int, default, "bos_token_id", null=None)
+    return None if value is None else _token(read, "bos_token_id", value)
 
 
 def _token_ids(read: _Reader, default: int | None) -> tuple[int, ...]:
-    value = read.get((int, list), default, "eos_token_id", null=())
-    ids = tuple(value) if isinstance(value, (list, tuple)) else () if value is None else (value,)
-    if any(type(i) is not int for i in ids):
-        raise ModelLoadError("eos_token_id is not usable", got=value, expected="an integer, a list of them, or null")
-    return ids
+    value = read.get((int, list), default, "eos_token_id", null=None)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(_token(read, "eos_token_id", i) for i in ids)
+
+
+def _token(read: _Reader, name: str, value: object) -> int:
+    """-1, which some checkpoints have for "none", equals no token."""
+    if type(value) is not int or not -1 <= value <= _INT32:
+        raise read.unusable(name, value, f"an integer from -1 to {_INT32}, or null; for eos_token_id also a list")
+    return value
+
+
+def _dtype_name(read: _Reader) -> str:
+    """A key of _DTYPES; "auto" where config.json leaves it open."""
+    value: str = read.get(str, "auto", "dtype", "torch_dtype", null="auto").removeprefix("torch.")
+    if value not in _DTYPES:
+        raise ModelLoadError("the checkpoint's dtype is not supported", got=shown(value), expected=", ".join(_DTYPES))
+    return value
 
 
 def _dtype(read: _Reader) -> str:
-    value = read.get(str, "float32", "dtype", "torch_dtype", null="float32").removeprefix("torch.")
-    if value not in _DTYPES:
-        raise ModelLoadError("the checkpoint's dtype is not supported", got=value, expected=", ".join(_DTYPES))
-    return _DTYPES[value]
+    return _DTYPES[_dtype_name(read)]
 
 
 def _check_shape(config: ModelConfig) -> None:
@@ -245,16 +306,6 @@ def _check_shape(config: ModelConfig) -> None:
                              got=f"{config.num_kv_heads} and {config.num_heads}")
     if config.rope and config.head_dim % 2:
         raise ModelLoadError("a rotary embedding needs an even head_dim", got=config.head_dim)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelLoadError(f"the model directory has no {path.name}", got=path.parent,
-                             expected="a checkpoint in Hugging Face format") from None
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path.name} cannot be read", got=f"{path}: {error}", expected="a JSON object") from None
-    if not isinstance(data, dict):
-        raise ModelLoadError(f"{path.name} is not a JSON object", got=type(data).__name__)
-    return data
+    if config.num_params > _MAX_PARAMS:
+        raise ModelLoadError("config.json describes a model of impossible size", got=f"{config.num_params} parameters",
+                             expected=f"at most {_MAX_PARAMS}")

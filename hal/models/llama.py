@@ -55,7 +55,6 @@ class LlamaLayer(nn.Module):
 
 class Llama(CausalLM):
     intermediates = ("hidden_states", "residual")
-    embedding_name = "embed_tokens"
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__(config, build)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,12 +16,11 @@ from hal.config import Topology
 from hal.errors import ModelLoadError
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
+from hal.models.checkpoint import HEAD, Stored, equal, locate, open_file, open_tensor, shown
 from hal.models.layers import Source, placement
 from hal.models.ops import Ops
 from hal.runner import Progress, no_progress
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PREFIX = re.compile(r"^(model|transformer)\.")
 # Constants that older transformers saved beside the weights.
 _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|^h\.\d+\.attn\.(bias|masked_bias))$")
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -31,29 +28,57 @@ _POOL = 4_194_301  # a prime, so that rows of equal values don't line up
 
 
 def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no_progress) -> None:
-    """Fill every parameter from model.safetensors, or from the shards that model.safetensors.index.json lists.
+    """Fill every parameter from the tensors that `hal.models.checkpoint.locate` finds.
 
     Args:
+        model: of a configuration that `read_config` read from this directory. Where it ties embeddings and head, the
+            checkpoint may have either or both.
         progress: called with ("loading weights", tensors read, tensors to read).
 
     Raises:
         ModelLoadError: a file is missing, truncated or corrupt; a tensor is missing, unknown, of the wrong shape or not
-            floating point. Names the file and the tensor.
+            floating point; a vector (a norm's weight or a bias) has a value that is not finite in the model's dtype.
+            Names the file and the tensor.
     """
     directory = Path(directory)
+    tensors = locate(directory)
+    if model.config.tie_embeddings:
+        _tie(model, tensors)
+    _refuse_unknown(model, tensors)
     work = [(p, s, at) for p in model.parameters() for s, at in _parts(p, model.topology)]
+    files: dict[Path, safe_open] = {}
     with ExitStack() as stack:
-        tensors = _open(directory, stack)
-        _refuse_unknown(model, tensors)
         for done, (parameter, source, at) in enumerate(work):
             progress("loading weights", done, len(work))
-            found = tensors.get(source.name)
-            if found is None:
-                raise ModelLoadError(f"the checkpoint lacks the tensor {source.name!r}", got=directory,
-                                     hint="the checkpoint is incomplete, or its config.json belongs to another model")
-            _fill(parameter, source, at, *found, model.topology)
+            stored = tensors.get(source.name)
+            if stored is None:
+                raise _missing(source.name, model, directory)
+            if stored.path not in files:
+                files[stored.path] = stack.enter_context(open_file(stored.path, "pt"))
+            _fill(parameter, source, at, stored, files[stored.path], model.topology)
     progress("loading weights", len(work), len(work))
     model.pack()
+
+
+def _missing(name: str, model: CausalLM, directory: Path) -> ModelLoadError:
+    hint = "the checkpoint is incomplete, or its config.json belongs to another model"
+    if name == HEAD:
+        hint = ("the checkpoint is incomplete; if the model was trained with one table for embeddings and head, set "
+                "tie_word_embeddings to true in config.json")
+    return ModelLoadError(f"the checkpoint lacks the tensor {name!r}", got=directory, hint=hint)
+
+
+def _tie(model: CausalLM, tensors: dict[str, Stored]) -> None:
+    """Keep the one table, whichever name it has, under the name of the embeddings."""
+    name, head = f"{model.config.embedding_name}.weight", tensors.pop(HEAD, None)
+    if head is None:
+        return
+    if name not in tensors:
+        tensors[name] = head
+    elif model.topology.is_driver and not equal(tensors[name], head):  # the ranks read the same files: one compares
+        raise ModelLoadError("the checkpoint has a head that differs from its embeddings, but the model's "
+                             "configuration ties them", got=f"{HEAD} in {head.path}",
+                             hint="take the configuration from read_config, which looks at the stored tensors")
 
 
 def random_weights(model: CausalLM, seed: int = 0) -> None:
@@ -85,80 +110,52 @@ def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[Source
         at += last - first
 
 
-def _open(directory: Path, stack: ExitStack) -> dict[str, tuple[str, Path, Any]]:
-    """Canonical tensor name -> (its name in the file, the file, the open file)."""
-    tensors: dict[str, tuple[str, Path, Any]] = {}
-    for path in _files(directory):
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            names = list(file.keys())
-        except FileNotFoundError:
-            raise ModelLoadError(f"the checkpoint file {path.name} is missing", got=path,
-                                 hint="download the checkpoint again") from None
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"the checkpoint file {path.name} is damaged", got=f"{path}: {error}",
-                                 expected="a complete safetensors file", hint="download it again") from None
-        for name in names:
-            canonical = _PREFIX.sub("", name)
-            if canonical in tensors:
-                first, at, _ = tensors[canonical]
-                raise ModelLoadError(f"the checkpoint has the tensor {canonical!r} twice",
-                                     got=f"{first} in {at.name}, {name} in {path.name}")
-            tensors[canonical] = name, path, file
-    return tensors
-
-
-def _files(directory: Path) -> list[Path]:
-    if (directory / _SINGLE).is_file():
-        return [directory / _SINGLE]
-    index = directory / _INDEX
-    if not index.is_file():
-        others = sorted(p.name for p in directory.glob("*.bin")) if directory.is_dir() else []
-        raise ModelLoadError("the model directory has no weights", got=f"{directory}" + (
-                             f" with {', '.join(others)}" if others else ""), expected=f"{_SINGLE} or {_INDEX}",
-                             hint="save it with save_pretrained(..., safe_serialization=True)" if others else None)
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [directory / name for name in sorted(names)]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelLoadError(f"{_INDEX} is damaged", got=f"{index}: {type(error).__name__}: {error}",
-                             expected="a JSON object with weight_map") from None
-
-
-def _refuse_unknown(model: CausalLM, tensors: dict[str, tuple[str, Path, Any]]) -> None:
+def _refuse_unknown(model: CausalLM, tensors: dict[str, Stored]) -> None:
     """A tensor that no part of the whole model reads would change its results if it were used: refuse it."""
     whole = build_model(model.config, Topology(), LocalCommunicator(), Ops(), model.dtype, torch.device("meta"))
     known = {s.name for p in whole.parameters() for s in placement(p).sources}
-    if model.config.tie_embeddings:
-        known.add("lm_head.weight")
     unknown = [name for name in tensors if name not in known and not _HARMLESS.search(name)]
     if unknown:
-        name, path, _ = tensors[unknown[0]]
+        first, others = tensors[unknown[0]], len(unknown) - 1
         raise ModelLoadError(f"the checkpoint has a tensor that {model.config.architecture} as configured does not use",
-                             got=f"{name} in {path}" + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""),
+                             got=f"{shown(first.name)} in {first.path}" + (f" and {others} more" if others else ""),
                              hint="config.json does not belong to these weights, or asks for too little")
 
 
-def _fill(parameter: nn.Parameter, source: Source, at: int, name: str, path: Path, file: Any,
+def _fill(parameter: nn.Parameter, source: Source, at: int, stored: Stored, file: safe_open,
           topology: Topology) -> None:
-    dim = placement(parameter).dim or 0
+    dim, where = placement(parameter).dim or 0, f"the tensor {stored.name!r} in {stored.path.name}"
     first, last = source.local(topology)
+    tensor = open_tensor(file, stored)
+    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    wanted = source.shape[::-1] if source.transposed else source.shape
+    if shape != wanted:
+        raise ModelLoadError(f"{where} has the wrong shape", got=list(shape), expected=list(wanted),
+                             hint="config.json does not belong to these weights")
+    if dtype not in _DTYPES:
+        raise ModelLoadError(f"{where} has an unsupported dtype", got=dtype, expected=", ".join(_DTYPES))
+    rows = slice(first, last)
     try:
-        stored = file.get_slice(name)
-        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-        wanted = source.shape[::-1] if source.transposed else source.shape
-        if shape != wanted:
-            raise ModelLoadError(f"the tensor {name!r} in {path.name} has the wrong shape", got=list(shape),
-                                 expected=list(wanted), hint="config.json does not belong to these weights")
-        if dtype not in _DTYPES:
-            raise ModelLoadError(f"the tensor {name!r} in {path.name} has an unsupported dtype", got=dtype,
-                                 expected=", ".join(_DTYPES))
-        rows = slice(first, last)
-        value = stored[:, rows] if (dim == 1) != source.transposed and len(shape) == 2 else stored[rows]
+        value = tensor[:, rows] if (dim == 1) != source.transposed and len(shape) == 2 else tensor[rows]
     except SafetensorError as error:
-        raise ModelLoadError(f"the tensor {name!r} in {path.name} cannot be read", got=f"{path}: {error}") from None
+        raise ModelLoadError(f"{where} cannot be read", got=f"{stored.path}: {error}") from None
     into = parameter.data
+    if len(shape) == 1:
+        value = _finite(value.to(into.dtype), where)
     into.narrow(dim, at, last - first).copy_(value.t() if source.transposed and len(shape) == 2 else value)
     end = at + last - first
     if source is placement(parameter).sources[-1] and end < into.shape[dim]:
         into.narrow(dim, end, into.shape[dim] - end).zero_()
+
+
+def _finite(vector: torch.Tensor, where: str) -> torch.Tensor:
+    """Norms and biases alone are checked: they cost nothing, and of a matrix it would be a second pass over memory."""
+    finite = vector.isfinite()
+    if not finite.all():
+        at = int(finite.logical_not().nonzero()[0])
+        dtype = str(vector.dtype).removeprefix("torch.")
+        raise ModelLoadError(f"{where} has values that are not finite in {dtype}",
+                             got=f"{vector[at].item()} at {at}, {int(finite.logical_not().sum())} of {len(vector)}",
+                             hint="the checkpoint is damaged" if dtype != "float16" else
+                                  "the checkpoint is damaged, or its values need dtype bfloat16 or float32")
+    return vector

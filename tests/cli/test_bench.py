@@ -106,3 +106,9 @@ def test_named_error(options: list[str], words: tuple[str, ...], capsys: pytest.
 def test_wrong_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options]) == 2
     assert "hal bench: error: " in capsys.readouterr().err
+
+
+def test_a_config_file_that_nests_too_deeply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"a":' + "[" * 100000 + "]" * 100000 + "}")
+    assert main(["bench", *SMALL, "--model-config", str(tmp_path / "config.json")]) == 1
+    assert "hal: error: --model-config is neither" in capsys.readouterr().err

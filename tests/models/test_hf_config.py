@@ -188,6 +188,22 @@ def test_files(tmp_path: Path) -> None:
             read_config(tmp_path)
 
 
+@pytest.mark.parametrize("spelling", [{}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": None}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_left_open_is_that_of_the_stored_weights(tmp_path: Path, spelling: dict[str, Any], dtype: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **spelling}))
+    assert read_config(tmp_path).dtype == "float32"  # nothing is stored yet
+    tensors = {"model.norm.weight": torch.ones(4), "model.embed_tokens.weight": torch.ones(4, 4)}
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(getattr(torch, dtype))
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_config(tmp_path).dtype == dtype and read_config(tmp_path, weights=False).dtype == "float32"
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "dtype": "float16"}))
+    assert read_config(tmp_path).dtype == "float16"
+
+
 @pytest.mark.parametrize(("generation", "expected"), [
     (None, (2,)), ({}, (2,)), ({"eos_token_id": None}, (2,)), ({"eos_token_id": 7}, (7,)),
     ({"eos_token_id": [7, 8]}, (7, 8))])

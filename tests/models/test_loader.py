@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,123 @@ def test_random_weights(checkpoint: Checkpoint, name: str) -> None:
             assert not torch.equal(a, c) and 0.01 < a.float().std() < 0.03, key
     first, second = (models[0].layers[i].qkv.weight for i in (0, 1))
     assert not torch.equal(first, second)
+
+
+@pytest.fixture
+def sharded(copy: Callable[..., Path]) -> tuple[Path, dict[str, str]]:
+    """A checkpoint of two shards, and its weight_map."""
+    path = copy("llama2-mha")
+    return path, checkpoints.shard(path, 2)
+
+
+def remap(path: Path, mapped: object) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapped}))
+
+
+def same_weights(ours: Path, theirs: Path) -> bool:
+    models = build(read_config(ours)), build(read_config(theirs))
+    for model, path in zip(models, (ours, theirs), strict=True):
+        load_weights(model, path)
+    return all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+
+
+def other(shard: str) -> str:
+    return "shard-1.safetensors" if shard == "shard-0.safetensors" else "shard-0.safetensors"
+
+
+def test_a_tensor_comes_from_the_shard_that_the_index_names(sharded: tuple[Path, dict[str, str]],
+                                                            checkpoint: Checkpoint) -> None:
+    """The other shard has one of the same name with other values, and one that no shard is mapped to."""
+    path, mapped = sharded
+    tensors = load_file(path / other(mapped[Q]))
+    tensors |= {Q: torch.zeros(64, 64), "model.layers.9.x.weight": torch.zeros(2)}
+    save_file(tensors, path / other(mapped[Q]))
+    assert same_weights(path, checkpoint("llama2-mha"))
+    remap(path, {**mapped, Q: other(mapped[Q])})
+    assert not same_weights(path, checkpoint("llama2-mha"))
+
+
+def test_a_file_that_no_tensor_is_mapped_to_is_not_opened(sharded: tuple[Path, dict[str, str]],
+                                                          checkpoint: Checkpoint) -> None:
+    path, _ = sharded
+    (path / "shard-2.safetensors").write_bytes(b"damaged")
+    assert same_weights(path, checkpoint("llama2-mha"))
+
+
+def test_a_tensor_that_its_shard_lacks_is_named(sharded: tuple[Path, dict[str, str]]) -> None:
+    path, mapped = sharded
+    remap(path, {**mapped, Q: other(mapped[Q])})
+    refused(path, Q, other(mapped[Q]))
+    remap(path, {name: shard for name, shard in mapped.items() if name != Q})
+    refused(path, Q.removeprefix("model."))
+    remap(path, {**mapped, "model.layers.3.mlp.up_proj.weight": mapped[Q]})
+    refused(path, "model.layers.3.mlp.up_proj.weight", "does not use")
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../outside.safetensors", "a/../../outside.safetensors", "..", ".",
+                                  "", "//x", None, 3, ["x"], {}, True])
+def test_a_shard_name_that_leaves_the_directory_is_refused(sharded: tuple[Path, dict[str, str]], name: object) -> None:
+    path, mapped = sharded
+    shutil.copy(path / mapped[Q], path.parent / "outside.safetensors")
+    (path / "a").mkdir()
+    remap(path, {**mapped, Q: name})
+    refused(path, "index.json", repr(name), "not a file of the checkpoint")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\udcff", "x" * 5000, "a/b/c", "missing.safetensors"])
+def test_a_shard_that_is_not_there_is_named(sharded: tuple[Path, dict[str, str]], name: str) -> None:
+    path, mapped = sharded
+    remap(path, {**mapped, Q: name})
+    refused(path, "index.json", "is missing")
+
+
+def test_shards_that_block_are_refused(sharded: tuple[Path, dict[str, str]]) -> None:
+    """A named pipe would block whoever opens it; a directory cannot be read."""
+    path, mapped = sharded
+    os.mkfifo(path / "pipe")
+    (path / "directory").mkdir()
+    for name in ("pipe", "directory"):
+        remap(path, {**mapped, Q: name})
+        refused(path, name, "is missing")
+
+
+def test_shards_of_a_download_cache(sharded: tuple[Path, dict[str, str]], checkpoint: Checkpoint) -> None:
+    """There each file of the directory is a link to ../../blobs; a shard may also lie in a folder."""
+    path, mapped = sharded
+    snapshot, blobs = path.parent / "snapshots" / "main", path.parent / "blobs"
+    (snapshot / "folder").mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(path.iterdir())):
+        shutil.copy(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(f"../../blobs/{i}")
+    (snapshot / "shard-1.safetensors").rename(snapshot / "folder" / "x.safetensors")
+    (snapshot / "folder" / "x.safetensors").unlink()
+    (snapshot / "folder" / "x.safetensors").symlink_to(blobs / str(sorted(path.iterdir()).index(
+        path / "shard-1.safetensors")))
+    (snapshot / "model.safetensors.index.json").unlink()
+    remap(snapshot, {n: "folder/x.safetensors" if s == "shard-1.safetensors" else s for n, s in mapped.items()})
+    assert same_weights(snapshot, checkpoint("llama2-mha"))
+
+
+@pytest.mark.parametrize(("name", "tensor"), [
+    ("llama2-mha", "model.layers.1.input_layernorm.weight"), ("llama2-mha", "model.norm.weight"),
+    ("qwen3", "model.layers.0.self_attn.k_norm.weight"), ("qwen2-tied", "model.layers.2.self_attn.v_proj.bias"),
+    ("gpt2", "transformer.h.0.ln_1.bias"), ("gpt2", "transformer.h.1.mlp.c_proj.bias"),
+    ("llama-linear-biases", "model.layers.1.mlp.down_proj.bias")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_vectors_that_are_not_finite_are_refused(copy: Callable[..., Path], name: str, tensor: str,
+                                                 value: float) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors[tensor][5] = value
+
+    refused(copy(name, edit), tensor, f"{value} at 5, 1 of", "not finite in float32")
+
+
+def test_a_norm_that_overflows_in_float16_is_refused(copy: Callable[..., Path]) -> None:
+    path = copy("llama2-mha", lambda t: t["model.norm.weight"].mul_(0).add_(70000.0))
+    load_weights(build(read_config(path), dtype=torch.bfloat16), path)
+    with pytest.raises(ModelLoadError, match=r"(?s)model\.norm\.weight.*float16.*64 of 64.*bfloat16"):
+        load_weights(build(read_config(path), dtype=torch.float16), path)
 
 
 def test_index_json_names_are_all_read(copy: Callable[..., Path]) -> None:
