@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,7 +22,7 @@ ExecutorName = Literal["multiprocess", "ray"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Attributes:
-        model: checkpoint directory in Hugging Face format.
+        model: checkpoint directory in Hugging Face format; a leading "~" is expanded.
         device: a backend's name, "auto", or "module:attribute" of a Backend that is not installed as an entry point.
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
         kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3, unscaled) holds twice the tokens of 16
@@ -70,6 +71,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option."""
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError("model is not usable", got=repr(self.model), expected="the path of a directory")
+        object.__setattr__(self, "model", os.path.expanduser(self.model))
         for name in ("tp", "pp", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             _at_least(name, getattr(self, name), 1)
         for name in ("max_model_len", "num_blocks"):
