@@ -14,7 +14,7 @@ from hal.config import WorkerConfig
 from hal.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.loader import load_weights, random_weights
+from hal.models.loader import check_weights, load_weights, random_weights
 from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
 from hal.paged_attention import PagedAttention
@@ -50,6 +50,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def load_model(self, progress: Progress = no_progress) -> None:
         engine = self.config.engine
+        if not engine.random_weights:
+            check_weights(self.config.model, engine.model)
         model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
                             self.device)
         if engine.random_weights:

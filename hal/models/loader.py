@@ -17,6 +17,7 @@ from hal.errors import ModelLoadError
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
 from hal.models.checkpoint import HEAD, Stored, equal, locate, open_file, open_tensor, shown
+from hal.models.config import ModelConfig
 from hal.models.layers import Source, placement
 from hal.models.ops import Ops
 from hal.runner import Progress, no_progress
@@ -27,58 +28,62 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _POOL = 4_194_301  # a prime, so that rows of equal values don't line up
 
 
-def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no_progress) -> None:
-    """Fill every parameter from the tensors that `hal.models.checkpoint.locate` finds.
+def check_weights(config: ModelConfig, directory: str | Path) -> dict[str, Stored]:
+    """Find all tensors of the whole model in a directory, and check that there are no others. Reads headers alone, so
+    that a config.json which does not belong to the weights is refused before memory for the model is allocated.
 
-    Args:
-        model: of a configuration that `read_config` read from this directory. Where it ties embeddings and head, the
-            checkpoint may have either or both.
-        progress: called with ("loading weights", tensors read, tensors to read).
+    Returns:
+        Tensor name -> where it is stored. Where `config` ties embeddings and head, the checkpoint may have the table
+        under either name or both; here it has that of the embeddings.
 
     Raises:
         ModelLoadError: a file is missing, truncated or corrupt; a tensor is missing, unknown, of the wrong shape or not
-            floating point; a vector (a norm's weight or a bias) has a value that is not finite in the model's dtype.
-            Names the file and the tensor.
+            floating point. Names the file and the tensor.
     """
     directory = Path(directory)
     tensors = locate(directory)
-    if model.config.tie_embeddings:
-        _tie(model, tensors)
-    _refuse_unknown(model, tensors)
-    work = [(p, s, at) for p in model.parameters() for s, at in _parts(p, model.topology)]
-    files: dict[Path, safe_open] = {}
+    if config.tie_embeddings and (head := tensors.pop(HEAD, None)):
+        tensors.setdefault(f"{config.embedding_name}.weight", head)
+    sources = _sources(config)
+    _refuse_unknown(config, tensors, sources)
     with ExitStack() as stack:
+        files: dict[Path, safe_open] = {}
+        for name, source in sources.items():
+            stored = tensors.get(name)
+            if stored is None:
+                raise _missing(name, directory)
+            if stored.path not in files:
+                files[stored.path] = stack.enter_context(open_file(stored.path, "np"))
+            _check_tensor(source, stored, files[stored.path])
+    return tensors
+
+
+def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no_progress) -> None:
+    """Fill every parameter from a checkpoint.
+
+    Args:
+        model: of a configuration that `read_config` read from this directory.
+        progress: called with ("loading weights", tensors read, tensors to read).
+
+    Raises:
+        ModelLoadError: as check_weights does; a vector (a norm's weight or a bias) has a value that is not finite in
+            the model's dtype; the configuration ties embeddings and head, and the checkpoint's differ.
+    """
+    directory = Path(directory)
+    tensors = check_weights(model.config, directory)
+    if model.config.tie_embeddings and model.topology.is_driver:  # ranks read the same files: one of them compares
+        _refuse_other_head(tensors[f"{model.config.embedding_name}.weight"], locate(directory).get(HEAD))
+    work = [(p, s, at) for p in model.parameters() for s, at in _parts(p, model.topology)]
+    with ExitStack() as stack:
+        files: dict[Path, safe_open] = {}
         for done, (parameter, source, at) in enumerate(work):
             progress("loading weights", done, len(work))
-            stored = tensors.get(source.name)
-            if stored is None:
-                raise _missing(source.name, model, directory)
+            stored = tensors[source.name]
             if stored.path not in files:
                 files[stored.path] = stack.enter_context(open_file(stored.path, "pt"))
             _fill(parameter, source, at, stored, files[stored.path], model.topology)
     progress("loading weights", len(work), len(work))
     model.pack()
-
-
-def _missing(name: str, model: CausalLM, directory: Path) -> ModelLoadError:
-    hint = "the checkpoint is incomplete, or its config.json belongs to another model"
-    if name == HEAD:
-        hint = ("the checkpoint is incomplete; if the model was trained with one table for embeddings and head, set "
-                "tie_word_embeddings to true in config.json")
-    return ModelLoadError(f"the checkpoint lacks the tensor {name!r}", got=directory, hint=hint)
-
-
-def _tie(model: CausalLM, tensors: dict[str, Stored]) -> None:
-    """Keep the one table, whichever name it has, under the name of the embeddings."""
-    name, head = f"{model.config.embedding_name}.weight", tensors.pop(HEAD, None)
-    if head is None:
-        return
-    if name not in tensors:
-        tensors[name] = head
-    elif model.topology.is_driver and not equal(tensors[name], head):  # the ranks read the same files: one compares
-        raise ModelLoadError("the checkpoint has a head that differs from its embeddings, but the model's "
-                             "configuration ties them", got=f"{HEAD} in {head.path}",
-                             hint="take the configuration from read_config, which looks at the stored tensors")
 
 
 def random_weights(model: CausalLM, seed: int = 0) -> None:
@@ -110,51 +115,77 @@ def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[Source
         at += last - first
 
 
-def _refuse_unknown(model: CausalLM, tensors: dict[str, Stored]) -> None:
+def _sources(config: ModelConfig) -> dict[str, Source]:
+    """All tensors that the whole model reads; of several sources in one tensor, the last."""
+    whole = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
+    return {s.name: s for p in whole.parameters() for s in placement(p).sources}
+
+
+def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: dict[str, Source]) -> None:
     """A tensor that no part of the whole model reads would change its results if it were used: refuse it."""
-    whole = build_model(model.config, Topology(), LocalCommunicator(), Ops(), model.dtype, torch.device("meta"))
-    known = {s.name for p in whole.parameters() for s in placement(p).sources}
     unknown = [name for name in tensors if name not in known and not _HARMLESS.search(name)]
     if unknown:
         first, others = tensors[unknown[0]], len(unknown) - 1
-        raise ModelLoadError(f"the checkpoint has a tensor that {model.config.architecture} as configured does not use",
+        raise ModelLoadError(f"the checkpoint has a tensor that {config.architecture} as configured does not use",
                              got=f"{shown(first.name)} in {first.path}" + (f" and {others} more" if others else ""),
                              hint="config.json does not belong to these weights, or asks for too little")
 
 
+def _missing(name: str, directory: Path) -> ModelLoadError:
+    hint = "the checkpoint is incomplete, or its config.json belongs to another model"
+    if name == HEAD:
+        hint = ("the checkpoint is incomplete; if the model was trained with one table for embeddings and head, set "
+                "tie_word_embeddings to true in config.json")
+    return ModelLoadError(f"the checkpoint lacks the tensor {name!r}", got=directory, hint=hint)
+
+
+def _check_tensor(source: Source, stored: Stored, file: safe_open) -> None:
+    tensor = open_tensor(file, stored)
+    wanted = source.shape[::-1] if source.transposed else source.shape
+    if tuple(tensor.get_shape()) != wanted:
+        raise ModelLoadError(f"{_at(stored)} has the wrong shape", got=tensor.get_shape(), expected=list(wanted),
+                             hint="config.json does not belong to these weights")
+    if tensor.get_dtype() not in _DTYPES:
+        raise ModelLoadError(f"{_at(stored)} has an unsupported dtype", got=tensor.get_dtype(),
+                             expected=", ".join(_DTYPES))
+
+
+def _refuse_other_head(embeddings: Stored, head: Stored | None) -> None:
+    if head is not None and head != embeddings and not equal(embeddings, head):
+        raise ModelLoadError("the checkpoint has a head that differs from its embeddings, but the model's "
+                             "configuration ties them", got=_at(head),
+                             hint="take the configuration from read_config, which looks at the stored tensors")
+
+
+def _at(stored: Stored) -> str:
+    return f"the tensor {stored.name!r} in {stored.path.name}"
+
+
 def _fill(parameter: nn.Parameter, source: Source, at: int, stored: Stored, file: safe_open,
           topology: Topology) -> None:
-    dim, where = placement(parameter).dim or 0, f"the tensor {stored.name!r} in {stored.path.name}"
+    dim, matrix = placement(parameter).dim or 0, len(source.shape) == 2
     first, last = source.local(topology)
-    tensor = open_tensor(file, stored)
-    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
-    wanted = source.shape[::-1] if source.transposed else source.shape
-    if shape != wanted:
-        raise ModelLoadError(f"{where} has the wrong shape", got=list(shape), expected=list(wanted),
-                             hint="config.json does not belong to these weights")
-    if dtype not in _DTYPES:
-        raise ModelLoadError(f"{where} has an unsupported dtype", got=dtype, expected=", ".join(_DTYPES))
-    rows = slice(first, last)
+    tensor, rows = open_tensor(file, stored), slice(first, last)
     try:
-        value = tensor[:, rows] if (dim == 1) != source.transposed and len(shape) == 2 else tensor[rows]
+        value = tensor[:, rows] if matrix and (dim == 1) != source.transposed else tensor[rows]
     except SafetensorError as error:
-        raise ModelLoadError(f"{where} cannot be read", got=f"{stored.path}: {error}") from None
+        raise ModelLoadError(f"{_at(stored)} cannot be read", got=f"{stored.path}: {error}") from None
     into = parameter.data
-    if len(shape) == 1:
-        value = _finite(value.to(into.dtype), where)
-    into.narrow(dim, at, last - first).copy_(value.t() if source.transposed and len(shape) == 2 else value)
+    if not matrix:
+        value = _finite(value.to(into.dtype), stored)
+    into.narrow(dim, at, last - first).copy_(value.t() if matrix and source.transposed else value)
     end = at + last - first
     if source is placement(parameter).sources[-1] and end < into.shape[dim]:
         into.narrow(dim, end, into.shape[dim] - end).zero_()
 
 
-def _finite(vector: torch.Tensor, where: str) -> torch.Tensor:
+def _finite(vector: torch.Tensor, stored: Stored) -> torch.Tensor:
     """Norms and biases alone are checked: they cost nothing, and of a matrix it would be a second pass over memory."""
     finite = vector.isfinite()
     if not finite.all():
         at = int(finite.logical_not().nonzero()[0])
         dtype = str(vector.dtype).removeprefix("torch.")
-        raise ModelLoadError(f"{where} has values that are not finite in {dtype}",
+        raise ModelLoadError(f"{_at(stored)} has values that are not finite in {dtype}",
                              got=f"{vector[at].item()} at {at}, {int(finite.logical_not().sum())} of {len(vector)}",
                              hint="the checkpoint is damaged" if dtype != "float16" else
                                   "the checkpoint is damaged, or its values need dtype bfloat16 or float32")

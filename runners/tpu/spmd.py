@@ -20,7 +20,7 @@ from hal.models import build_model
 from hal.models.causal_lm import CausalLM
 from hal.models.config import ModelConfig
 from hal.models.layers import Linear, placement
-from hal.models.loader import load_weights, random_weights
+from hal.models.loader import check_weights, load_weights, random_weights
 from hal.models.ops import Ops
 from hal.runner import Progress
 from runners.tpu import lowering
@@ -98,6 +98,8 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
     topologies = [Topology(engine.tp, engine.pp, pp_rank * engine.tp + r) for r in range(engine.tp)]
     communicator = MeshCommunicator(topologies[0], mesh) if engine.tp > 1 else LocalCommunicator()
     ops, shares = TpuOps(engine.tp), []
+    if not engine.random_weights:
+        check_weights(config, engine.model)
     for topology in topologies:
         share = build_model(config, topology, communicator, ops, dtype, torch.device("cpu"))
         if engine.random_weights:

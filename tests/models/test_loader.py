@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hal.communicator import LocalCommunicator
-from hal.config import Topology
+from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.errors import ConfigError, ModelLoadError
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
@@ -24,6 +25,7 @@ from hal.models.hf_config import read_config
 from hal.models.layers import placement
 from hal.models.loader import load_weights, random_weights
 from hal.models.ops import Ops
+from hal.paged_runner import PagedModelRunner
 
 Checkpoint = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -230,6 +232,24 @@ def sharded(copy: Callable[..., Path]) -> tuple[Path, dict[str, str]]:
     """A checkpoint of two shards, and its weight_map."""
     path = copy("llama2-mha")
     return path, checkpoints.shard(path, 2)
+
+
+def test_a_config_that_is_not_of_the_weights_is_refused_before_anything_is_allocated(
+        checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration asks for 26 GB of embeddings; the first allocation outside the meta device fails the test."""
+    path = checkpoint("llama2-mha")
+    large = dataclasses.replace(read_config(path), vocab_size=100_000, hidden_size=65_536, head_dim=16_384)
+    empty = torch.empty
+
+    def allocate(*args: Any, **options: Any) -> torch.Tensor:
+        assert options.get("device") == torch.device("meta"), "memory is allocated for the model"
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    runner = PagedModelRunner(WorkerConfig(EngineConfig(model=str(path), device="cpu"), large, ONE),
+                              torch.device("cpu"), LocalCommunicator())
+    with pytest.raises(ModelLoadError, match="has the wrong shape"):
+        runner.load_model()
 
 
 def remap(path: Path, mapped: object) -> None:
