@@ -127,10 +127,10 @@ def select(name: str) -> Backend:
     return backend
 
 
-def survey() -> dict[str, tuple[Backend | None, str | None]]:
-    """Each installed backend with the reason why it cannot be used, or None."""
+def survey(*more: str) -> dict[str, tuple[Backend | None, str | None]]:
+    """Each installed backend, and those of `more`, with the reason why it cannot be used, or None."""
     found: dict[str, tuple[Backend | None, str | None]] = {}
-    for name in names():
+    for name in dict.fromkeys((*names(), *more)):
         try:
             backend = load(name)
             found[name] = backend, backend.unavailable()

@@ -50,9 +50,13 @@ def _open(name: str) -> Iterator[None]:
 @contextmanager
 def trace(path: str) -> Iterator[None]:
     """Context manager: write what this process does in the block, its spans among it, to `path`: a Chrome trace, of the
-    host and of the devices that torch.profiler knows."""
+    host and of the devices that torch.profiler knows. Raises OSError; what was at `path` then stays as it was."""
     global _on
+    from pathlib import Path
+
     import torch
+
+    from hal import files
 
     before, _on = _on, True
     try:
@@ -60,4 +64,5 @@ def trace(path: str) -> Iterator[None]:
             yield
     finally:
         _on = before
-    profile.export_chrome_trace(path)
+    with files.replacing(Path(path)) as temporary:
+        profile.export_chrome_trace(str(temporary))

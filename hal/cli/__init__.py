@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from hal.errors import ConfigError, HalError, WorkerError
+from hal.cli import streams
+from hal.cli.interrupts import WORDS, raised_once
+from hal.errors import ConfigError, HalError
 
-_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
+_SIGNALLED = 128  # to which a shell adds the number of the signal that ended a command
 
 
 class _Version(argparse.Action):
@@ -47,49 +50,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 after an error, which is on stderr; 2 for wrong usage; 130 when interrupted; 141 when the reader of stdout
-        went away.
+        0; 1 after an error, which is on stderr; 2 for wrong usage; 128 + the signal's number after SIGINT, SIGTERM or
+        SIGHUP; 141 when the reader of stdout went away.
     """
+    args = argparse.Namespace(traceback=False)
+    with raised_once() as received:
+        try:
+            streams.fill()
+            status = _run(args, argv)
+            sys.stdout.flush()
+            return status
+        except BaseException as error:
+            if received:  # whatever the interrupt has become on its way here
+                streams.forget(sys.stdout)
+                streams.say(f"hal: {WORDS[received[0]]}")
+                return _SIGNALLED + received[0]
+            if isinstance(error, KeyboardInterrupt):
+                return _SIGNALLED + signal.SIGINT
+            if isinstance(error, BrokenPipeError) and streams.reader_is_gone():
+                streams.forget(sys.stdout)
+                return _SIGNALLED + signal.SIGPIPE
+            shown = _explain(error)
+            if shown is None:
+                raise
+            streams.complain(shown, with_traceback=args.traceback)
+            return 1
+        finally:
+            streams.forget(sys.stderr)
+
+
+def _run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
     parser = build_parser()
     try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 0
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a model says need not fit the terminal's encoding
-    if getattr(args, "wire", None) == "none" and os.environ.get("RANK", "0") != "0":
-        sys.stdout = io.StringIO()  # every rank runs this; the first one speaks
-    try:
+        parser.parse_args(argv, args)
+        if not hasattr(args, "run"):
+            parser.print_help()
+            return 0
+        args.traceback = args.traceback or os.environ.get("HAL_DEBUG") == "1"
+        if getattr(args, "wire", None) == "none" and os.environ.get("RANK", "0") != "0":
+            sys.stdout = io.StringIO()  # every rank runs this; the first one speaks
+        if any(":" in (getattr(args, name, None) or "") for name in ("device", "backend", "against")):
+            _look_here()
         status: int = args.run(args)
-        sys.stdout.flush()
         return status
-    except SystemExit as stop:  # of usage_error
+    except SystemExit as stop:  # of usage_error, --help and --version
         return stop.code if isinstance(stop.code, int) else 2
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        _forget_stdout()
-        return _BROKEN_PIPE
-    except (HalError, ImportError, OSError) as error:
-        shown = _explain(error)
-        if shown is None:
-            raise
-        if args.traceback or os.environ.get("HAL_DEBUG") == "1":
-            traceback.print_exception(error)
-            if isinstance(error, WorkerError) and error.remote_traceback:
-                print(f"on rank {error.rank}:\n{error.remote_traceback}", file=sys.stderr)
-        print(f"hal: error: {shown}", file=sys.stderr)
-        return 1
 
 
-def _explain(error: Exception) -> HalError | None:
+def _look_here() -> None:
+    """Let "module:attribute" name a module of the current folder, as with `python -m hal`."""
+    if getattr(sys.flags, "safe_path", False):  # the user of `python -P` or PYTHONSAFEPATH said no (Python 3.11)
+        return
+    with contextlib.suppress(FileNotFoundError):  # the folder was deleted
+        here = os.getcwd()
+        if sys.path[:1] not in ([""], [here]):
+            sys.path.insert(0, here)
+
+
+def _explain(error: BaseException) -> HalError | None:
     if isinstance(error, OSError):
-        _forget_stdout()
+        streams.forget(sys.stdout)
         return ConfigError("the system refuses", got=error, hint="--traceback shows where")
-    return error if isinstance(error, HalError) else _foreign_package()
+    if isinstance(error, ImportError):
+        return _foreign_package()
+    return error if isinstance(error, HalError) else None
 
 
 def _foreign_package() -> HalError | None:
@@ -100,14 +124,6 @@ def _foreign_package() -> HalError | None:
         if package.problem:
             return ConfigError(package.problem, got=package.location, expected=package.expected, hint=package.hint)
     return None
-
-
-def _forget_stdout() -> None:
-    """Where nobody takes it, let the interpreter's last flush go nowhere."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 __all__ = ["build_parser", "main"]

@@ -2,71 +2,153 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 from hal.errors import ConfigError, HalError, RequestError
 from hal.sampling.params import SamplingParams
 
 _PARAMETERS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_LONGEST_LINE = 1 << 26  # bytes; a file that is no text may have no line end at all
+_UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+RequestId = str | int
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Attributes: prompt: a text or token ids. origin: where it was given, for errors; "" on the command line."""
+    """Attributes:
+        prompt: a text or token ids. origin: where it was given, for errors; "" on the command line.
+        id: the user's name for it, repeated in the output.
+    """
 
     prompt: str | list[int]
     params: SamplingParams
     origin: str = ""
+    id: RequestId | None = None
 
 
-def read_jobs(path: str, options: dict[str, Any]) -> list[Job]:
-    """The requests in a JSON Lines file, "-" for standard input. Blank lines are skipped.
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A line that is not a request. Attributes: error: names the line. id: where the line has a usable one."""
+
+    error: HalError
+    id: RequestId | None = None
+
+
+def argument_jobs(prompts: list[str], params: SamplingParams) -> list[Job]:
+    """The requests of the command line. Where the locale's encoding has no place for a character of UTF-8, Python has
+    left its bytes as they were; they are decoded here."""
+    return [Job(_decoded(prompt), params) for prompt in prompts]
+
+
+def _decoded(argument: str) -> str:
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:  # it is not UTF-8, or the locale's encoding has read it as other characters
+        return argument
+
+
+def read_jobs(path: str, options: dict[str, Any]) -> list[Job | Refused]:
+    """The requests in a JSON Lines file, "-" for standard input: UTF-8 in any locale, with or without a byte order
+    mark. Blank lines are skipped.
 
     Args:
         options: sampling parameters of lines that do not give their own.
 
     Raises:
-        ConfigError: the file cannot be read. RequestError: a line is not a request; names the line.
+        ConfigError: the file cannot be read, or is no file of lines.
     """
     try:
-        if path == "-":
-            return list(_parse("standard input", sys.stdin, options))
-        with Path(path).open(encoding="utf-8") as lines:
-            return list(_parse(path, lines, options))
-    except (OSError, UnicodeDecodeError) as error:
+        if path != "-":
+            with open(path, "rb") as file:
+                return list(_parse(path, file, options))
+        if sys.stdin is None:
+            raise ConfigError("the standard input is closed", expected="requests, since --input - was given")
+        return list(_parse("standard input", sys.stdin.buffer, options))
+    except OSError as error:
         raise ConfigError("the input file cannot be read", got=f"{path}: {error}",
                           expected='a JSON Lines file in UTF-8, or "-" for standard input') from None
 
 
-def _parse(name: str, lines: Iterable[str], options: dict[str, Any]) -> Iterator[Job]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            origin = f"{name}, line {number}"
-            try:
-                yield _job(json.loads(line), options, origin)
-            except HalError as error:
-                raise at(error, origin) from None
-            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
-                raise RequestError(f"{origin}: this is not JSON", got=f"{line.strip()[:80]!r}: {error}",
-                                   expected='an object, such as {"prompt": "37+85=", "max_tokens": 8}') from None
+def _parse(name: str, file: BinaryIO, options: dict[str, Any]) -> Iterator[Job | Refused]:
+    number = 0
+    while line := file.readline(_LONGEST_LINE):
+        number += 1
+        if number == 1 and line.startswith(_UTF16):
+            raise ConfigError("the input file is not UTF-8", got=f"{name}: UTF-16, by its first two bytes",
+                              expected="a JSON Lines file in UTF-8")
+        if len(line) == _LONGEST_LINE:
+            raise ConfigError("the input file has a line that is too long", got=f"{name}, line {number}",
+                              expected=f"less than {_LONGEST_LINE >> 20} MiB")
+        line = line.strip()
+        if line and line != codecs.BOM_UTF8:
+            yield _line(line, options, f"{name}, line {number}")
+
+
+def _line(line: bytes, options: dict[str, Any], origin: str) -> Job | Refused:
+    found: RequestId | None = None
+    try:
+        data = _object(line)
+        found = _id(data)
+        return Job(*_request(data, options), origin, found)
+    except HalError as error:
+        return Refused(at(error, origin), found)
+    except RecursionError:  # from the parser, or from an error text that shows a deep value
+        return Refused(RequestError(f"{origin}: this is nested too deeply", got=repr(line[:80])), found)
 
 
 def at(error: HalError, origin: str) -> HalError:
     """The same error, with the request's place in front."""
-    error.what = f"{origin}: {error.what}"
+    if origin:
+        error.what = f"{origin}: {error.what}"
     return error
 
 
-def _job(data: object, options: dict[str, Any], origin: str) -> Job:
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig")  # files that were joined may have a byte order mark in any line
+    except UnicodeDecodeError as error:
+        raise RequestError("this is not UTF-8", got=f"byte 0x{line[error.start]:02x} at {error.start}: "
+                           f"{line[max(error.start - 20, 0):error.start + 20]!r}") from None
+    try:
+        data = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+    except RequestError:
+        raise
+    except ValueError as error:  # also numbers of thousands of digits
+        raise RequestError("this is not JSON", got=f"{text[:80]!r}: {error}",
+                           expected='an object, such as {"prompt": "37+85=", "max_tokens": 8}') from None
     if not isinstance(data, dict):
         raise RequestError("this is not an object", got=type(data).__name__, expected="an object with prompt or "
                            "prompt_token_ids")
+    return data
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RequestError("a key occurs twice", got=next(repr(n)[:80] for n in names if names.count(n) > 1))
+    return data
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
+
+
+def _id(data: dict[str, Any]) -> RequestId | None:
+    found = data.pop("id", None)
+    if isinstance(found, bool) or not isinstance(found, str | int | None):
+        raise RequestError("id is neither a text nor an integer", got=repr(found)[:80])
+    return found
+
+
+def _request(data: dict[str, Any], options: dict[str, Any]) -> tuple[str | list[int], SamplingParams]:
     given = [name for name in ("prompt", "prompt_token_ids") if name in data]
     if len(given) != 1:
         raise RequestError("a request has either prompt or prompt_token_ids", got=" and ".join(given) or
@@ -79,5 +161,5 @@ def _job(data: object, options: dict[str, Any], origin: str) -> Job:
     unknown = sorted(data.keys() - _PARAMETERS)
     if unknown:
         raise RequestError("a request has keys that mean nothing here", got=", ".join(unknown),
-                           expected=f"prompt, prompt_token_ids, {', '.join(sorted(_PARAMETERS))}")
-    return Job(prompt, SamplingParams(**{**options, **data}), origin)
+                           expected=f"id, prompt, prompt_token_ids, {', '.join(sorted(_PARAMETERS))}")
+    return prompt, SamplingParams(**{**options, **data})

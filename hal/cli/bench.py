@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hal import files
 from hal.cli import options
 from hal.cli.shapes import SHAPES
 from hal.config import EngineConfig
@@ -31,15 +32,17 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model-config", metavar="NAME|FILE", help="random weights of this shape instead of a "
-                        f"checkpoint: {', '.join(SHAPES)}, or a config.json")
+    parser.add_argument("--model-config", type=options.path, metavar="NAME|FILE",
+                        help="random weights of this shape instead of a checkpoint: "
+                        f"{', '.join(SHAPES)}, or a config.json")
     parser.add_argument("--batch-sizes", type=_sizes, default=[1, 8, 32], metavar="N,N,...", help="default: 1,8,32")
     parser.add_argument("--prompt-len", type=_positive, default=128, metavar="N", help="in tokens (default: 128)")
     parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="of each request (default: 64)")
     parser.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--profile", metavar="FILE", help="then write a torch.profiler trace of further batches (of "
-                        "several ranks, the driver's), for ui.perfetto.dev")
+    parser.add_argument("--profile", type=options.path, metavar="FILE",
+                        help="then write a torch.profiler trace of further batches (of several ranks, the driver's), "
+                        "for ui.perfetto.dev")
     options.add_engine_options(parser, skip=("prefix_caching",))
 
 
@@ -123,23 +126,16 @@ def _trace_file(file: str) -> str:
         ConfigError: it cannot be written there; known before anything is loaded.
     """
     path, rank = Path(file), os.environ.get("RANK", "0")
-    reason = "is there, and is no file that may be written" if path.exists() and not (
-        path.is_file() and os.access(path, os.W_OK)) else None
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        reason = error.strerror
-    if reason is not None:
-        raise ConfigError("--profile cannot write its trace", got=f"{file}: {reason}",
-                          expected="a file in a directory that exists, for example trace.json")
-    return file if rank == "0" else str(path.with_name(f"rank{rank}-{path.name}"))
+    path = path if rank == "0" else path.with_name(f"rank{rank}-{path.name}")
+    files.check_writable("--profile", path)
+    return str(path)
 
 
 def _shape(name: str) -> dict[str, Any]:
     if name in SHAPES:
         return SHAPES[name]
     try:
-        data = json.loads(Path(name).read_text(encoding="utf-8"))
+        data = json.loads(Path(name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError("--model-config is neither a known shape nor a readable config.json", got=f"{name}: {error}",
                           expected=", ".join(SHAPES)) from None

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hal import files
+from hal.cli import options
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,10 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of weights, prompts and examples (default: 0)")
     parser.add_argument("--examples", type=int, default=25, metavar="N",
                         help="that each property is tried on (default: 25)")
-    parser.add_argument("--report", metavar="DIR", help="write report.md, report.html, report.json and junit.xml there")
+    parser.add_argument("--report", type=options.path, metavar="DIR",
+                        help="write report.md, report.html, report.json and junit.xml there")
     parser.add_argument("--case", action="append", metavar="NAME", help="only these; * matches anything; repeatable")
     parser.add_argument("--dtype", action="append", metavar="NAME", help="only these of those declared; repeatable")
-    parser.add_argument("--xfail", metavar="FILE", help="TOML or JSON of expected failures: case, reason, link, dtype")
+    parser.add_argument("--xfail", type=options.path, metavar="FILE",
+                        help="TOML or JSON of expected failures: case, reason, link, dtype")
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; the report says so; repeatable")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
@@ -57,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from hal.conformance import run as kit
     from hal.conformance.tolerance import Tolerances
 
-    sys.path.insert(0, os.getcwd())  # "module:attribute" of what lies here, as with python -m
+    for name in reports.FILES if args.report else ():
+        files.check_writable("--report", Path(args.report) / name)
     report = kit.run(kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
                                  tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance)), _show)
     if args.report:

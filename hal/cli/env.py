@@ -13,7 +13,8 @@ from typing import Any
 
 from hal.cli import identity
 
-EPILOG = "Exit code 1 when one of the packages hal, runners and workers is not ours: nothing will work then."
+EPILOG = """Exit code 1 when one of the packages hal, runners and workers is not ours (nothing will work then), or when
+the device that --device names is not available."""
 _LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "safetensors")
 _NO_BACKENDS = "no backends: delete *.egg-info beside the packages if there is one, and run `pip install -e .`"
 _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HAL_STRICT", "CUDA_VISIBLE_DEVICES", "PJRT_DEVICE")
@@ -21,20 +22,23 @@ _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HAL_STRICT", "CUDA_VISIBLE_
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--device", metavar="NAME", help="show this one too: module:attribute of a backend")
 
 
 def run(args: argparse.Namespace) -> int:
-    report = survey()
+    report = survey(args.device)
     text = json.dumps(report, indent=2) if args.json else render(report)
     print(text)
-    return int(any(p["problem"] for p in report["packages"].values()))
+    missing = args.device is not None and not report["backends"][args.device]["available"]
+    return int(missing or any(p["problem"] for p in report["packages"].values()))
 
 
-def survey() -> dict[str, Any]:
-    """Everything, as JSON values. Paths below the home directory begin with ~."""
+def survey(device: str | None = None) -> dict[str, Any]:
+    """Everything, as JSON values. Paths below the home directory begin with ~. `device`: one that is shown beside the
+    installed backends, as its name or module:attribute."""
     packages = {p.name: {k: v for k, v in asdict(p).items() if k != "name"} for p in identity.check_packages()}
     report = {"hal": _hal(), "packages": packages, "machine": _machine(), "libraries": _libraries(),
-              "variables": {name: os.environ.get(name) for name in _VARIABLES}, "backends": _backends()}
+              "variables": {name: os.environ.get(name) for name in _VARIABLES}, "backends": _backends(device)}
     shown: dict[str, Any] = _without_home(report)
     return shown
 
@@ -52,7 +56,7 @@ def _machine() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -75,16 +79,19 @@ def _libraries() -> dict[str, str | None]:
     return found
 
 
-def _backends() -> dict[str, Any]:
+def _backends(device: str | None) -> dict[str, Any]:
     from hal.backend import survey as survey_backends
 
     found: dict[str, Any] = {}
-    for name, (backend, reason) in survey_backends().items():
+    for name, (backend, reason) in survey_backends(*() if device is None else (device,)).items():
         found[name] = {"available": reason is None, "reason": reason}
         if backend is not None:
-            capabilities = asdict(backend.capabilities)
-            found[name] |= {"priority": backend.priority, "versions": dict(backend.versions()),
-                            "dtypes": list(capabilities.pop("dtypes")), **capabilities}
+            try:
+                capabilities = asdict(backend.capabilities)
+                found[name] |= {"priority": backend.priority, "versions": dict(backend.versions()),
+                                "dtypes": list(capabilities.pop("dtypes")), **capabilities}
+            except Exception as error:  # a vendor's code, which may be what the report is about
+                found[name] = {"available": False, "reason": f"{type(error).__name__}: {error}"}
     return found
 
 
@@ -93,7 +100,7 @@ def _without_home(value: Any) -> Any:
         return {key: _without_home(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_home(item) for item in value]
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # Path.home() raises for a user that the system does not know
     return value.replace(home, "~") if isinstance(value, str) and len(home) > 1 else value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hal import files
 from hal.cli import options
 from hal.sampling.params import SamplingParams
 
@@ -17,17 +18,19 @@ A step that fails is recorded in any program when HAL_RECORD_ON_ERROR names a di
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue")
-    parser.add_argument("--output", required=True, metavar="FILE", help="the recording, a safetensors file")
+    parser.add_argument("--output", type=options.path, required=True, metavar="FILE",
+                        help="the recording, a safetensors file")
     options.add_engine_options(parser, skip=("async_scheduling",))
     options.add_sampling_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    files.check_writable("--output", Path(args.output))
+    params = SamplingParams(**{"logprobs": 5, **options.sampling_options(args)})
     from hal.config import Topology, WorkerConfig
     from hal.engine.llm import LLM
     from hal.recording.record import RecordingExecutor
 
-    params = SamplingParams(**{"logprobs": 5, **options.sampling_options(args)})
     with LLM(**{**options.engine_options(args), "async_scheduling": False}) as llm:
         config = WorkerConfig(llm.config, llm.model_config, Topology())
         recorder = RecordingExecutor(llm.executor, config, llm.backend)

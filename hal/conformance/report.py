@@ -9,8 +9,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from hal import files
 from hal.conformance.case import LEVELS
 from hal.conformance.run import Report, Result
+
+FILES = "report.md", "report.html", "report.json", "junit.xml"
 
 
 def cell(report: Report, level: int, dtype: str) -> str:
@@ -85,17 +88,16 @@ def junit(report: Report) -> str:
         if tag:
             text = "".join(c if c.isprintable() or c == "\n" else "?" for c in f"{r.text}\n{r.command}")
             ElementTree.SubElement(one, tag, {"message": text.split("\n")[0][:300]}).text = text
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+    # Python 3.10 would declare the locale's encoding.
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode")
 
 
 def write(report: Report, directory: Path) -> list[Path]:
-    """All forms of it into a directory."""
+    """All forms of it into a directory, each file as a whole. Raises OSError."""
     from hal.conformance.html import html
 
-    directory.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, text in (("report.md", markdown(report)), ("report.html", html(report)), ("report.json", as_json(report)),
-                       ("junit.xml", junit(report))):
-        made.append(directory / name)
-        made[-1].write_text(text, encoding="utf-8")
+    made = [directory / name for name in FILES]
+    for path, text in zip(made, (markdown(report), html(report), as_json(report), junit(report)), strict=True):
+        with files.replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return made

@@ -140,15 +140,19 @@ def read_expected(path: str) -> list[Expected]:
         ConfigError: it cannot be read, or an entry lacks a reason or a link.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".toml"):
             import tomllib  # Python 3.11
 
             data: Any = tomllib.loads(text)
         else:
             data = json.loads(text)
-        return [Expected(**entry) for entry in data["xfail"]]
-    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
+        found = [Expected(**entry) for entry in data["xfail"]]
+        wrong = [value for entry in data["xfail"] for value in entry.values() if not isinstance(value, str)]
+        if wrong:
+            raise TypeError(f"{wrong[0]!r} is not a text")
+        return found
+    except (OSError, ImportError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError("the file of expected failures cannot be used", got=f"{path}: {error}",
                           expected="xfail entries with case, reason, link, and dtype where one alone fails") from None
 
@@ -203,7 +207,8 @@ class Kit:
         report = scratch / "apart"
         words = shlex.split(self.options.command(case.name, dtype))[1:]
         done = subprocess.run([sys.executable, "-m", "hal", *words, "--report", str(report)], capture_output=True,
-                              text=True, env={**os.environ, _CHILD: "1", "PYTHONPATH": os.pathsep.join(sys.path)})
+                              encoding="utf-8", errors="replace",
+                              env={**os.environ, _CHILD: "1", "PYTHONPATH": os.pathsep.join(sys.path)})
         try:
             found = next(r for r in json.loads((report / "report.json").read_text())["results"])
         except (OSError, ValueError, StopIteration):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 
@@ -50,6 +51,15 @@ class RequestProgress:
         self._rates[kind] = tokens / seconds if not old else 0.9 * old + 0.1 * tokens / seconds
         self._bar.set_postfix({name: f"{rate:.0f} tok/s" for name, rate in self._rates.items()}, refresh=False)
         self._bar.update(finished)
+
+    @property
+    def enabled(self) -> bool:
+        return not self._bar.disable
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Context manager: a terminal shows what the block prints above the bar."""
+        aside: AbstractContextManager[object] = self._bar.external_write_mode()
+        return aside
 
     def close(self) -> None:
         self._bar.close()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hal import backend as backends
+from hal import files
 from hal.backend import Backend
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
 from hal.errors import ConfigError, InputError, WireError
@@ -60,7 +61,7 @@ class Recording:
                             Topology())
 
     def save(self, path: Path) -> None:
-        """Raises ConfigError."""
+        """Write the file as a whole; after an error an older one is as it was. Raises ConfigError."""
         tensors: dict[str, torch.Tensor] = {}
         scalars: list[dict[str, Any]] = []
         for i, step in enumerate(self.steps):
@@ -72,8 +73,8 @@ class Recording:
         head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
                 "schemas": _fingerprints()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, str(path), {"hal": json.dumps(head)})
+            with files.replacing(path) as temporary:
+                save_file(tensors, str(temporary), {"hal": json.dumps(head)})
         except (OSError, SafetensorError) as error:
             raise ConfigError("the recording cannot be written", got=f"{path}: {error}") from error
 

@@ -1,0 +1,67 @@
+"""Output files that are replaced as a whole, so that a failure leaves the older file as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hal.errors import ConfigError
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Try what `replacing` will do, before the work is done whose result it writes. Missing folders are made.
+
+    Args:
+        option: what names the file on the command line, for the error.
+
+    Raises:
+        ConfigError: `path` cannot be written, or is there and is no regular file.
+    """
+    try:
+        temporary = _temporary(path)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option} cannot be written", got=f"{path}: {error.strerror or error}",
+                          expected="the path of a file, in a folder that may be written") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Context manager: the path of a temporary file beside `path`, with the same suffix, for the block to write. It
+    becomes `path` when the block ends, and is removed when the block raises.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        target = Path(os.path.realpath(path))  # a symbolic link stays one
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside the file that `path` leads to. Raises OSError where a rename to `path` would fail or do harm."""
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        # A rename needs no permission to write the file, and would replace a device such as /dev/null.
+        if not target.is_file():
+            raise OSError(None, "it is there, and is no regular file")
+        if not os.access(target, os.W_OK):
+            raise OSError(None, "it is there, and may not be written")
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".hal-{os.getpid()}-{os.urandom(4).hex()}{target.suffix}")
+
+
+__all__ = ["check_writable", "replacing"]
