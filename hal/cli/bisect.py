@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=options.path, metavar="FILE", help="a recording")
     parser.add_argument("--device", required=True, metavar="NAME", help="the one in doubt")
     parser.add_argument("--against", default="cpu", metavar="NAME", help="the one that is right (default: cpu)")
-    parser.add_argument("--model", type=options.path, metavar="DIR",
-                        help="the checkpoint, where it is not the one that was recorded")
+    parser.add_argument("--model", metavar="DIR", help="the checkpoint, where it is not the one that was recorded")
     parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; repeatable")

@@ -88,12 +88,13 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
         element = typing.get_args(hint)[0]
         options |= {"type": element, "action": "append", "metavar": "TEXT" if element is str else "ID"}
     else:
-        options |= {"type": path if name == "model" else hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
+        options |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
     group.add_argument(flag, **options)
 
 
 def path(text: str) -> str:
-    """The type of an option that names a file or folder. A shell leaves the ~ of `--model=~/checkpoint` as it is."""
+    """The type of an option that names a file or folder. A shell leaves the ~ of `--output=~/run` as it is.
+    Of a model's path it is EngineConfig that expands it."""
     return os.path.expanduser(text)
 
 

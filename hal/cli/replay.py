@@ -19,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=options.path, metavar="FILE",
                         help="a recording: of hal record, or of HAL_RECORD_ON_ERROR")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, a backend's name, or module:attribute")
-    parser.add_argument("--model", type=options.path, metavar="DIR",
-                        help="the checkpoint, where it is not the one that was recorded")
+    parser.add_argument("--model", metavar="DIR", help="the checkpoint, where it is not the one that was recorded")
     parser.add_argument("--dtype", metavar="NAME", help="of weights and KV cache (default: the recorded one)")
     parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel processes (default: as recorded)")

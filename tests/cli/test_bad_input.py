@@ -103,7 +103,7 @@ absent = _Absent()
 BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "no model directory": (_args("--model", "/nowhere", "1+1="), ("model directory does not exist", "/nowhere")),
     "no safetensors": (_no_weights, ("has no weights", "expected: model.safetensors")),
-    "no shard": (_no_shard, ("model-1-of-2.safetensors is missing",)),
+    "no shard": (_no_shard, ("model-1-of-2.safetensors'", "is missing")),
     "truncated safetensors": (_truncated, ("model.safetensors is damaged", "download it again")),
     "weights of another vocabulary": (_other_vocabulary, ("'model.embed_tokens.weight'", "has the wrong shape",
                                                           "[16, 128]", "[17, 128]")),
@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "unsupported rope": (_yarn, ("rope type 'yarn', which is not supported", "llama3")),
     "damaged config": (_not_json, ("config.json cannot be read", "expected: a JSON object")),
     "unsupported architecture": (_architecture, (
-        "not supported", "got: MambaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
+        "not supported", "MambaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
         "Qwen3ForCausalLM", "GPT2LMHeadModel")),
     "damaged tokenizer": (_damaged_tokenizer, ("the tokenizer cannot be read", "give token ids")),
     "no tokenizer": (_no_tokenizer, ("no tokenizer", "prompt_token_ids")),
