@@ -30,9 +30,10 @@ SHAPE, BATCHES, PROMPT = "qwen2-0.5b", (1, 8, 32), 128
 def save(directory: Path) -> Any:
     """The checkpoint, and transformers' model of it in bfloat16."""
     (directory / "config.json").write_text(json.dumps(SHAPES[SHAPE]))
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa",
+                                                          trust_remote_code=False)
     model.save_pretrained(directory)
     return model.eval()
 

@@ -201,11 +201,12 @@ def transformers_rate(directory: str, jobs: list[tuple[list[int], int]]) -> tupl
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
 
     def build(attention: str) -> Any:
         with torch.device("cuda"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention,
+                                                    trust_remote_code=False).eval()
 
     found: list[tuple[float, str]] = []
     model = build("sdpa")

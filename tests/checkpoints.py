@@ -78,7 +78,8 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model, attention written out (so that windows are masks and nothing is fused)."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager",
+                                                trust_remote_code=False).eval()
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def test_bundled_model_adds(dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     problems = [json.loads(line) for line in (ASSET / "heldout.jsonl").read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(ASSET)
-    model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(ASSET, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=dtype, trust_remote_code=False)
     inputs = tokenizer([p["prompt"] for p in problems], return_tensors="pt", padding=True)
     output = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=6,
                             do_sample=False)

@@ -300,8 +300,8 @@ class Report:
 
 @torch.no_grad()
 def evaluate(directory: Path, dtype: torch.dtype, problems: list[Problem]) -> Report:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
     report = Report(str(dtype).removeprefix("torch."), defaultdict(int), defaultdict(int), math.inf, [])
     by_length: dict[int, list[Problem]] = defaultdict(list)
     for problem in problems:

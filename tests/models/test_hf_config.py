@@ -67,7 +67,7 @@ def test_saved_by_transformers(checkpoint: Callable[[str], Path], name: str) -> 
     from transformers import AutoConfig
 
     path = checkpoint(name)
-    _assert_same(read_config(path), AutoConfig.from_pretrained(path))
+    _assert_same(read_config(path), AutoConfig.from_pretrained(path, trust_remote_code=False))
     assert read_config(path).dtype == "float32"
 
 
