@@ -43,6 +43,8 @@ class EngineConfig:
         heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
+        trust_remote_code: run the checkpoint's own Python where its tokenizer is made of that. Nothing else in a
+            checkpoint is ever run.
         seed: of requests that give none.
     """
 
@@ -67,6 +69,7 @@ class EngineConfig:
     heartbeat: float = 30.0
     graphs: bool = True
     random_weights: bool = False
+    trust_remote_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +87,9 @@ class EngineConfig:
             raise ConfigError("memory_fraction is out of range", got=self.memory_fraction, expected="above 0, up to 1")
         if not 0.0 < self.heartbeat <= 86400.0:
             raise ConfigError("heartbeat is out of range", got=self.heartbeat, expected="above 0, up to 86400 seconds")
+        if not isinstance(self.trust_remote_code, bool):  # a text such as "no" would count as true
+            raise ConfigError("trust_remote_code is not usable", got=repr(self.trust_remote_code),
+                              expected="true or false")
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=options.path, metavar="FILE",
                         help="then write a torch.profiler trace of further batches (of several ranks, the driver's), "
                         "for ui.perfetto.dev")
-    options.add_engine_options(parser, skip=("prefix_caching",))
+    options.add_engine_options(parser, skip=("prefix_caching", "trust_remote_code"))
 
 
 def _positive(text: str) -> int:

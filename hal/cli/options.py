@@ -35,6 +35,7 @@ ENGINE_HELP = {
     "heartbeat": "seconds of silence after which a rank counts as failed",
     "seed": "of requests that give none",
     "random_weights": "initialise instead of loading",
+    "trust_remote_code": "run the checkpoint's own Python where its tokenizer is made of that",
 }
 SAMPLING_HELP = {
     "temperature": "0 is greedy",

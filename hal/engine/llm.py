@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from hal import backend as backends
@@ -15,7 +15,7 @@ from hal.engine.requests import Logprobs, Request
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
 from hal.engine.step import Step
-from hal.engine.text import TextStream, load_tokenizer
+from hal.engine.text import TextStream, encode, hidden_stops, load_tokenizer
 from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
 from hal.executor import StepHandle, make_executor
 from hal.models.hf_config import read_config
@@ -70,7 +70,7 @@ class LLM:
         if self.max_model_len > self.model_config.max_position:
             raise ConfigError("max_model_len is longer than the model's context", got=self.max_model_len,
                               expected=f"at most {self.model_config.max_position}")
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.backend = backends.select(config.device)
         bars = LoadProgress() if progress else None
         try:
@@ -152,7 +152,7 @@ class LLM:
                 prompt.encode()
             except UnicodeEncodeError as error:  # half a surrogate pair: how Python shows bytes that are not UTF-8
                 raise RequestError("the prompt is not a text", got=str(error), expected="text in UTF-8") from None
-            ids: list[int] = self.tokenizer(prompt, verbose=False).input_ids
+            ids = encode(self.tokenizer, prompt)
         elif isinstance(prompt, Iterable):
             ids = list(prompt)
         else:
@@ -170,6 +170,8 @@ class LLM:
                                f"max_model_len may be up to {self.model_config.max_position}")
         if params.stop and self.tokenizer is None:
             raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids")
+        if params.stop:
+            hidden_stops(self.tokenizer, params.stop)
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab:
                 raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab)
@@ -270,6 +272,8 @@ class LLM:
         return [self._add(*args) for args in zip(range(len(prompts)), prompts, token_ids, params, strict=True)]
 
     def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams) -> Request:
+        if params.stop and (hidden := hidden_stops(self.tokenizer, params.stop)):
+            params = replace(params, stop_token_ids=(*params.stop_token_ids, *hidden))
         number, self._next_id = self._next_id, self._next_id + 1
         seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
         seq = Sequence(request_id=number, prompt_ids=ids, params=params, seed=seed, limit=self._limit(ids, params))
@@ -302,7 +306,7 @@ class LLM:
         if text or self._stop_texts:
             for request in grown:
                 if request.text is not None and (text or request.seq.params.stop):
-                    request.write_text()
+                    request.write_text(show=text)
                     if request.text.stopped and request.seq.finish_reason is None:
                         self.scheduler.finish(request.seq, "stop")
                         complete.append(request)

@@ -15,24 +15,30 @@ from hal.outputs import SamplerOutput
 
 @dataclass(slots=True)
 class Request:
-    """Attributes: shown: output tokens that the text has."""
+    """Attributes: shown: output tokens that `text` has."""
 
     seq: Sequence
     output: RequestOutput
     text: TextStream | None
     shown: int = 0
 
-    def write_text(self) -> None:
-        """Bring output.text up to the tokens there are; a stop text cuts the tokens' text, not the tokens."""
+    def write_text(self, *, show: bool = True) -> None:
+        """Bring the text up to the tokens there are; a stop text cuts the tokens' text, not the tokens.
+
+        Args:
+            show: write output.text too. That of a complete output is written in any case.
+        """
         output, done = self.output, self.seq.finish_reason is not None
-        if self.text is None or (self.shown == len(output.token_ids) and not done):
+        if self.text is None:
             return
         tokens = output.token_ids[self.shown:]
         self.shown = len(output.token_ids)
         if done and tokens and self.seq.finish_reason == "stop" and not self.text.stopped:
             tokens = tokens[:-1]  # the token that ended it is no text
-        self.text.append(tokens, last=done)
-        output.text = self.text.text if done else self.text.safe
+        if tokens or done:
+            self.text.append(tokens, last=done)
+        if show or done:
+            output.text = self.text.text if done else self.text.safe
 
 
 @dataclass(frozen=True, slots=True)

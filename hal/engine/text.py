@@ -1,79 +1,276 @@
-"""From token ids to text as they come, and the texts that end an output."""
+"""Text of a checkpoint's tokenizer: loading it, text to token ids, token ids to text as they come, and stop texts.
+
+Streamed text, final text and the text that stop texts are looked for in have one definition. Each token stands for
+bytes, which do not depend on the tokens around it, and a text is the UTF-8 decoding of its tokens' bytes. `TextStream`
+says what follows from that.
+
+Most incremental decoders, also tokenizers' DecodeStream, compare the decoded text of n tokens with that of n + 1. Two
+things stand against that. A decoder with byte fallback turns a whole run of bytes into U+FFFD when one invalid byte
+follows, so that text which is already out changes. And an output that goes on ending in U+FFFD is held back without a
+limit, and decoded anew with each token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import functools
+import json
+import re
+import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hal.errors import ModelLoadError
+from hal.engine.stops import Stop
+from hal.errors import ModelLoadError, RequestError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-_CONTEXT = 6  # tokens of the prompt that the first output tokens are decoded with
-_HALF = "\ufffd"  # what a tokenizer makes of bytes that are no whole character
+_LOOKS_AHEAD = ("BPEDecoder", "CTC")  # decoders in which a token's text depends on its neighbours
+_SEARCHED = 4096  # token ids among which there is an ordinary word or character
+_REPLACED = "\ufffd"  # what stands for bytes that are no UTF-8
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # the name of a byte, in vocabularies with byte fallback
+_SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+# Byte-level vocabularies name a byte by its Latin-1 character, or by one from U+0100 on where that is not printable.
+_ALPHABET = {chr(byte): byte for byte in _SHOWN} | {
+    chr(0x100 + i): byte for i, byte in enumerate(b for b in range(256) if b not in _SHOWN)}
 
 
-def load_tokenizer(directory: str) -> Any:
-    """transformers' tokenizer of a checkpoint, or None when the directory has none. Raises ModelLoadError."""
+def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of a checkpoint, or None when the directory has none. Standard input is not read.
+
+    The tokenizer does not clean up spaces, whatever the checkpoint says. That clean-up rewrites text that is already
+    out (" n" and "'t" become "n't"), and which tokenizers do it differs between releases of transformers.
+
+    Args:
+        trust_remote_code: run the checkpoint's own Python where its tokenizer is made of that.
+
+    Raises:
+        ModelLoadError: the files are damaged, or need code that is not trusted.
+    """
     if not any((Path(directory) / name).is_file() for name in _FILES):
         return None
     from transformers import AutoTokenizer
 
+    own = None if trust_remote_code else _own_code(Path(directory))
+    if own is not None:
+        raise ModelLoadError("the tokenizer is Python code of the checkpoint, and that code is not trusted",
+                             got=f"{directory}: {own}",
+                             hint="read that code; to run it, give --trust-remote-code (trust_remote_code=True); "
+                                  "or remove the tokenizer's files and give token ids")
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer.clean_up_tokenization_spaces = False
+        kinds = _decoder_kinds(tokenizer)
+        TokenBytes.of(tokenizer)
     except Exception as error:  # whatever a damaged file makes a tokenizer raise
         raise ModelLoadError("the tokenizer cannot be read", got=f"{directory}: {type(error).__name__}: {error}",
                              hint="copy the checkpoint's tokenizer files again, or remove them and give token ids"
                              ) from error
+    if unusable := kinds.intersection(_LOOKS_AHEAD):
+        raise ModelLoadError("the tokenizer's decoder cannot give a token's text without the tokens around it",
+                             got=", ".join(sorted(unusable)), expected="ByteLevel, ByteFallback, Metaspace, WordPiece",
+                             hint="remove the tokenizer's files and give token ids")
+    return tokenizer
+
+
+def _own_code(directory: Path) -> str | None:
+    """The Python class of the checkpoint that its tokenizer needs, when transformers has none of that name."""
+    settings, config = (_read_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
+    name, auto = settings.get("tokenizer_class"), settings.get("auto_map")
+    own = auto.get("AutoTokenizer") if isinstance(auto, dict) else auto
+    if name is None:
+        name, auto = config.get("tokenizer_class"), config.get("auto_map")
+        own = own or (auto.get("AutoTokenizer") if isinstance(auto, dict) else None)
+    if not own:
+        return None
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    known = isinstance(name, str) and any(tokenizer_class_from_name(name + end) for end in ("", "Fast"))
+    return None if known else str(own)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # transformers says what is wrong with it
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _decoder_kinds(tokenizer: Any) -> set[str]:
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    if decoder is None:
+        return set()
+    declared = json.loads(decoder.__getstate__())
+    return {part["type"] for part in declared.get("decoders", [declared])}
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes that each token adds to a text that has begun; none for special tokens, which a text does not show.
+
+    An entry is made when it is first asked for. It is what the tokenizer's decoder appends to one ordinary token. Where
+    that has U+FFFD, because a token holds part of a character, the bytes come from the token's name.
+    """
+
+    _known: weakref.WeakKeyDictionary[Any, TokenBytes] = weakref.WeakKeyDictionary()
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self._tokenizer = weakref.proxy(tokenizer)  # the table is kept as long as the tokenizer is
+        self._ordinary = next(([i] for i in range(_SEARCHED) if self._decode([i]).isalnum()), [])
+        self._begun = self._decode(self._ordinary)
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenBytes:
+        """The tokenizer's table; there is one."""
+        if tokenizer not in cls._known:
+            cls._known[tokenizer] = cls(tokenizer)
+        return cls._known[tokenizer]
+
+    def __missing__(self, token: int) -> bytes:
+        text = self._decode([*self._ordinary, token])
+        begun = text.startswith(self._begun)  # not where an ordinary token that is a byte became part of a bad run
+        self[token] = found = self._encode(token, text[len(self._begun):] if begun else self._decode([token]))
+        return found
+
+    def first(self, token: int) -> bytes:
+        """The bytes of a token that begins a text: decoders drop a space there."""
+        return self._encode(token, self._decode([token]))
+
+    @functools.cached_property
+    def hidden(self) -> dict[str, int]:
+        """Special tokens, which a text does not show, by their names."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {})
+        ids = {*self._tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        return {self._tokenizer.convert_ids_to_tokens(i): i for i in sorted(ids) if not self._decode([i])}
+
+    @functools.cached_property
+    def prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text."""
+        whole = self._tokenizer("a", verbose=False).input_ids
+        plain = self._tokenizer("a", verbose=False, add_special_tokens=False).input_ids
+        starts = (at for at in range(len(whole) - len(plain) + 1) if whole[at:at + len(plain)] == plain)
+        return list(whole[:next(starts, 0)]) if plain else []
+
+    def _encode(self, token: int, text: str) -> bytes:
+        if _REPLACED in text:
+            name = self._tokenizer.convert_ids_to_tokens(token)
+            if isinstance(name, bytes):  # tokenizers that a checkpoint brings, made from tiktoken's
+                return name
+            if byte := _BYTE.fullmatch(name):
+                return bytes([int(byte[1], 16)])
+            if all(char in _ALPHABET for char in name):
+                return bytes(_ALPHABET[char] for char in name)
+        return text.encode()
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return text
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """A text's token ids, with the special tokens that the tokenizer puts before it (most often one, BOS). A text that
+    begins with the names of these tokens, as chat templates write it, gets no second ones."""
+    ids, prefix = list(tokenizer(text, verbose=False).input_ids), TokenBytes.of(tokenizer).prefix
+    again = prefix and ids[:2 * len(prefix)] == 2 * prefix
+    return ids[len(prefix):] if again else ids
+
+
+def hidden_stops(tokenizer: Any, stops: Iterable[str]) -> tuple[int, ...]:
+    """The ids of those stop texts that are the names of special tokens. No text shows them, so they end an output by
+    their ids.
+
+    Raises:
+        RequestError: a stop text holds such a name beside other text, and could never be found.
+    """
+    hidden = TokenBytes.of(tokenizer).hidden
+    for stop in stops:
+        name = None if stop in hidden else next((name for name in hidden if name in stop), None)
+        if name is not None:
+            raise RequestError(f"a stop text holds the special token {name}, which a text does not show",
+                               got=repr(stop), expected="text without special tokens, or one special token by itself")
+    return tuple(hidden[stop] for stop in stops if stop in hidden)
 
 
 class TextStream:
-    """The text of one output. Tokens are decoded with those before them, since a tokenizer may join them with a space
-    or into one character.
+    """The text of one output, from its tokens as they come.
+
+    The text is that of the output's bytes, decoded as UTF-8 with one U+FFFD for each invalid sequence. Where the bytes
+    are valid, prompt and output together read as the tokenizer decodes them at once. A character that the prompt begins
+    and the output completes belongs to the output; one that the output does not complete belongs to the prompt.
+
+    How the tokens are split over calls of `append` makes no difference. `text` holds back an incomplete character,
+    which is at most three bytes, until it is complete, or is found to be invalid, or nothing follows. `safe` also holds
+    back an end that may be the beginning of a stop text, which is at most the length of that stop text less one
+    character. A stop text ends the text before it. Where there are several, the one that is complete at the earliest
+    character counts, and of those the longest.
+
+    The time is linear in the number of tokens, and with stop texts in the number of characters times that of stop
+    texts; the lengths of stop texts do not matter. Reading `text` or `safe` copies the text.
 
     Args:
+        prompt: the ids of the tokens before the output.
         stops: texts that end the output.
 
     Attributes:
-        text: complete characters so far, cut before a stop text.
-        stopped: a stop text was found.
+        stopped: a stop text was found; later tokens are left out.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self.tokenizer, self.stops = tokenizer, stops
-        self.text, self.stopped = "", False
-        starts = [max(len(prompt) - _CONTEXT - more, 0) for more in range(4)]  # a character has up to 4 bytes
-        whole = (prompt[at:] for at in starts if not self._decode(prompt[at:]).startswith(_HALF))
-        self._ids = list(next(whole, prompt[starts[0]:]))
-        self._begin, self._read = 0, len(self._ids)  # text up to `_read` is out; decoding starts at `_begin`
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Iterable[str]) -> None:
+        self.tokenizer, self.stopped = tokenizer, False
+        self._bytes = TokenBytes.of(tokenizer)
+        self._parts: list[str] = []
+        self._stops = [Stop(stop) for stop in stops]
+        self._first_chars = {stop.text[0] for stop in self._stops}
+        self._held = 0  # characters that may begin a stop text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        tail = b""
+        for token in reversed(prompt):
+            tail = self._bytes[token] + tail
+            if len(tail) >= 3:  # an incomplete character is no longer
+                break
+        self._begun = bool(tail)
+        self._utf8.decode(tail)
+        # What the prompt shows of a character that it ends inside.
+        self._split = self._utf8.getstate()[0].decode(errors="replace")
+
+    @property
+    def text(self) -> str:
+        """Complete characters so far, up to a stop text."""
+        self._parts = ["".join(self._parts)]
+        return self._parts[0]
 
     @property
     def safe(self) -> str:
         """`text` without an end that may turn out to be the beginning of a stop text."""
-        if self.stopped or not self.stops:
-            return self.text
-        held = max(n for stop in self.stops for n in range(len(stop)) if self.text.endswith(stop[:n]))
-        return self.text[:len(self.text) - held]
+        text = self.text
+        return text[:len(text) - self._held]
 
     def append(self, token_ids: Sequence[int], *, last: bool = False) -> None:
-        """`last`: nothing follows, so half a character is shown as what it is."""
+        """`last`: nothing follows, so an incomplete character is shown as what it is."""
         if self.stopped:
             return
-        self._ids += token_ids
-        known = self._decode(self._ids[self._begin:self._read])
-        now = self._decode(self._ids[self._begin:])
-        begin = self._read
-        if not now.startswith(known):  # the prompt ended in a character that the output completes
-            known, begin = known.rstrip(_HALF), self._begin
-        if len(now) <= len(known) or (now.endswith(_HALF) and not last):
-            return
-        before = len(self.text)
-        self.text += now[len(known):]
-        self._begin, self._read = begin, len(self._ids)
-        found = [at for stop in self.stops if (at := self.text.find(stop, max(before - len(stop) + 1, 0))) >= 0]
-        if found:
-            self.text, self.stopped = self.text[:min(found)], True
+        new = self._utf8.decode(b"".join(map(self._take, token_ids)), last)
+        if self._split and new:
+            new, self._split = new.removeprefix(self._split), ""
+        if self._held or not self._first_chars.isdisjoint(new):
+            new = self._up_to_stop(new)
+        self._parts.append(new)
+        if self.stopped:
+            self._parts, self._held = [self.safe], 0
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return text
+    def _take(self, token: int) -> bytes:
+        if self._begun:
+            return self._bytes[token]
+        self._begun = bool(self._bytes[token])
+        return self._bytes.first(token)
+
+    def _up_to_stop(self, new: str) -> str:
+        """`new` up to the end of the first stop text, which is then what is held."""
+        for at, char in enumerate(new):
+            self._held = max(stop.advance(char) for stop in self._stops)
+            found = max((len(stop.text) for stop in self._stops if stop.seen == len(stop.text)), default=0)
+            if found:
+                self.stopped, self._held = True, found
+                return new[:at + 1]
+        return new

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hal.errors import RequestError
 
 _LARGEST = 3.4e38  # what float32 holds
+MAX_STOP_TEXTS, MAX_STOP_LENGTH = 64, 1024  # how many stop texts, of how many characters each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +22,9 @@ class SamplingParams:
         presence_penalty, frequency_penalty: subtracted from logits of tokens in the output, once or per occurrence.
         seed: the request's own; None derives one from the engine's seed and the request's number.
         max_tokens: at most this many new tokens. ignore_eos: do not end at the model's end-of-sequence token.
-        stop: texts that end the output (and are cut from it). stop_token_ids: tokens that end it (and are kept out
-            of the text).
+        stop: texts that end the output (and are cut from it), at most 64 of at most 1,024 characters. The name of a
+            special token, which a text does not show, ends the output as stop_token_ids do.
+        stop_token_ids: tokens that end the output (and are kept out of the text).
         logprobs: None, or the number of most likely tokens reported beside the chosen one, from the raw logits.
         prompt_logprobs: the same for each prompt token after the first.
     """
@@ -66,6 +68,13 @@ class SamplingParams:
             raise RequestError("ignore_eos is not usable", got=repr(self.ignore_eos), expected="true or false")
         if not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError("stop holds something that is not a text", got=repr(self.stop), expected="non-empty str")
+        if len(self.stop) > MAX_STOP_TEXTS:
+            raise RequestError("there are too many stop texts", got=len(self.stop),
+                               expected=f"at most {MAX_STOP_TEXTS}")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MAX_STOP_LENGTH:
+            raise RequestError("a stop text is too long", got=f"{longest} characters",
+                               expected=f"at most {MAX_STOP_LENGTH}")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
 

@@ -70,7 +70,8 @@ def oracle(path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
     """transformers' embeddings and head; None where it leaves one of them at random values."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
+                                                       trust_remote_code=False)
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     tables = {"lm_head.weight", *NAMES.values()}
     return None if tables & set(info["missing_keys"]) else (embeddings.detach(), head.detach())
