@@ -15,7 +15,9 @@ class SamplerOutput(Declared):
     Logprobs are of the raw logits, before temperature and penalties.
     """
 
-    token_ids: Annotated[torch.Tensor, Array("int32", "num_samples", low=0, doc="the sampled tokens")]
+    token_ids: Annotated[torch.Tensor, Array("int32", "num_samples", low=-1, doc="the sampled tokens; -1 where the "
+                                                    "row's logits have no finite maximum: then its sequence ends with "
+                                                    "an error, and its logprobs mean nothing")]
     logprobs: Annotated[torch.Tensor | None, Array("float32", "num_samples", doc="of the sampled tokens")] = None
     top_ids: Annotated[torch.Tensor | None, Array("int32", "num_samples", "num_top", low=0, doc="most likely tokens, "
                                                   "best first")] = None

@@ -13,7 +13,8 @@ class TokenRelay:
     """The token that each row sampled last.
 
     Attributes:
-        last: int32 [max_rows + 1]; the last entry takes what padding writes.
+        last: int32 [max_rows + 1]; the last entry takes what padding writes. Where the row sampled -1 (see
+            SamplerOutput), it is 0, which the next step can look up: the host ends that sequence.
     """
 
     def __init__(self, max_rows: int, device: torch.device, communicator: Communicator) -> None:
@@ -32,4 +33,4 @@ class TokenRelay:
             token_ids = torch.zeros_like(m.sampled_rows[:m.num_samples]) if token_ids is None else token_ids.clone()
             token_ids = self.communicator.all_reduce(token_ids)
         assert token_ids is not None
-        self.last[m.sampled_rows[:m.num_samples]] = token_ids
+        self.last[m.sampled_rows[:m.num_samples]] = token_ids.clamp(min=0)

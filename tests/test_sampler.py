@@ -95,6 +95,114 @@ def test_greedy_takes_the_first_of_equals(cls: type[Sampler], dtype: torch.dtype
     assert cls()(logits, mixed).token_ids.tolist() == [1, 0, 3]
 
 
+FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+@st.composite
+def temperatures(draw: st.DrawFn) -> float:
+    """Every positive number of fp32, subnormal ones too, each power of two as likely as another."""
+    mantissa, exponent = draw(st.floats(1.0, 1.99)), draw(st.integers(-149, 127))
+    return float(np.float32(np.ldexp(mantissa, exponent)))
+
+
+def in_fp64(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, at: int,
+            ) -> torch.Tensor:
+    """bool [vocab]: the tokens that may win the race when fp32's rounding decides whatever it can."""
+    scores = (logits.double() - logits.double().max()) / temperature
+    ordered, allowed = scores.sort(descending=True).values, []
+    noise = exponential(row_keys(torch.tensor([seed]), torch.tensor([at + 1])),
+                        torch.arange(len(logits), dtype=torch.int32)[None])[0].double().log()
+    for slack in (-5e-3, 5e-3):
+        lowest = ordered[min(top_k, len(ordered)) - 1] if top_k else torch.tensor(-torch.inf, dtype=torch.float64)
+        if top_p < 1:
+            shares = ordered[ordered >= lowest].softmax(-1)
+            kept = int(((shares.cumsum(-1) - shares) < top_p + slack).sum().clamp(min=1))
+            lowest = lowest.maximum(ordered[kept - 1])
+        if min_p > 0:
+            lowest = lowest.maximum(torch.tensor(math.log(min_p) - slack, dtype=torch.float64).clamp(max=0))
+        allowed.append((scores - noise).masked_fill(scores < lowest, -torch.inf))
+    narrow, wide = allowed
+    return (wide > -torch.inf) & (wide >= narrow.max() - 5e-3)
+
+
+@pytest.mark.parametrize("cls", [Sampler, CpuSampler])
+@given(rows=st.lists(st.tuples(temperatures(), st.sampled_from((0, 1, 3, 40)), st.sampled_from((0.0, 0.3, 0.95, 1.0)),
+                               st.sampled_from((0.0, 0.02, 1.0))), min_size=1, max_size=5),
+       seed=st.integers(0, 2**31), vocab=st.sampled_from((1, 40, 700)), scale=st.sampled_from((1e-3, 1.0, 1e30)),
+       shift=st.sampled_from((0.0, -50.0, 1e4, -1e37)), mask=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_any_temperature_gives_what_fp64_gives(
+        cls: type[Sampler], rows: list[tuple[float, int, float, float]], seed: int, vocab: int, scale: float,
+        shift: float, mask: bool) -> None:
+    n = len(rows)
+    logits = spread(n, vocab, seed).mul(4).round() * scale + shift  # with ties
+    if mask:
+        logits[:, 1::3] = -torch.inf
+    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    at, seeds = torch.arange(n, dtype=torch.int32) * 3, torch.arange(n) + seed
+    given: dict[str, torch.Tensor] = {"top_k": torch.tensor(top_k, dtype=torch.int32), "top_p": torch.tensor(top_p),
+                                      "min_p": torch.tensor(min_p)}
+    used = {k: v for k, v in given.items() if (v != FILTERS[k]).any()}
+    tokens = cls()(logits, batch(n, at, temperature=torch.tensor(temperature), seeds=seeds, **used)).token_ids.tolist()
+    for i, row in enumerate(rows):
+        allowed = in_fp64(logits[i], *row, int(seeds[i]), int(at[i]))
+        assert allowed[tokens[i]], (row, tokens[i], allowed.nonzero()[:, 0].tolist())
+
+
+def test_a_temperature_below_fp32_is_greedy() -> None:
+    logits = spread(1, 50)
+    m = batch(1, temperature=torch.tensor([1e-46]), seeds=torch.ones(1, dtype=torch.int64), **fields(1, top_k=9))
+    assert Sampler()(logits, m).token_ids.tolist() == [int(logits.argmax())]
+
+
+@given(repetition=st.sampled_from((1e-50, 1e-40, 0.5, 1.0, 3e38)), presence=st.sampled_from((-3.4e38, 0.0, 3.4e38)),
+       frequency=st.sampled_from((-3.4e38, 0.0, 3.4e38)), temperature=st.sampled_from((0.0, 1e-40, 0.5, 3.4e38)),
+       broken=st.sampled_from((None, math.nan, math.inf, -math.inf)))
+@settings(max_examples=100, deadline=None)
+def test_penalties_overflow_to_the_largest_number(repetition: float, presence: float, frequency: float,
+                                                  temperature: float, broken: float | None) -> None:
+    """Never to NaN or infinity, in whichever order they cancel; what was not finite before stays what it was."""
+    logits = torch.tensor([[2.0, -3.0, 0.0, -torch.inf, 1.5]]) if broken is None else torch.tensor(
+        [[broken, -torch.inf, -torch.inf, -torch.inf, -torch.inf]])
+    history = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 3]], dtype=torch.int32)
+    penalties = torch.tensor([[repetition, presence, frequency]])
+    scores = penalised(logits, penalties, history, torch.tensor([2]))
+    assert torch.equal(scores.isfinite(), logits.isfinite()) and torch.equal(scores.isnan(), logits.isnan())
+    m = batch(1, penalties=penalties, history=history, prompt_lens=column(1, 2, torch.int32),
+              temperature=column(1, temperature), seeds=torch.ones(1, dtype=torch.int64))
+    token = int(Sampler()(logits, m).token_ids)
+    assert token == -1 if broken is not None else token not in (-1, 3)
+
+
+@pytest.mark.parametrize("cls", [Sampler, CpuSampler])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seed=st.integers(0, 2**31), vocab=st.sampled_from((1, 33, 600)),
+       filters=st.sets(st.sampled_from(tuple(FILTERS))), values=st.lists(
+           st.sampled_from((math.nan, math.inf, -math.inf)), min_size=1, max_size=4),
+       whole=st.booleans(), greedy=st.booleans(), top=st.integers(-1, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_row_without_a_finite_maximum_has_no_token(
+        cls: type[Sampler], dtype: torch.dtype, seed: int, vocab: int, filters: set[str], values: list[float],
+        whole: bool, greedy: bool, top: int) -> None:
+    """And its neighbours have the tokens that they have beside a sound row."""
+    n, rng = 5, np.random.default_rng(seed)
+    params: dict[str, Any] = {} if greedy else {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 1e-40, 2.0]), "seeds": torch.arange(n) + seed}
+    if not greedy:
+        params |= {k: v for k, v in fields(n, top_k=5, top_p=0.8, min_p=0.01).items() if k in filters}
+    logits = spread(n, vocab, seed).to(dtype)
+    sound = cls()(logits, batch(n, **params)).token_ids.tolist()
+    for row in (1, 3):
+        where = slice(None) if whole else torch.tensor(rng.integers(0, vocab, len(values)))
+        logits[row, where] = values[0] if whole else torch.tensor(values, dtype=dtype)
+    out = cls()(logits, batch(n, num_logprobs=top, **params))
+    out.validate("cpu")
+    out.check()
+    finite = (logits.max(-1).values.abs() < torch.inf).tolist()
+    for row, token in enumerate(out.token_ids.tolist()):
+        assert (token >= 0) == finite[row] and (row in (1, 3) or token == sound[row])
+
+
 CASES: dict[str, dict[str, Any]] = {
     "temperature": {}, "top_k": {"top_k": 7}, "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.05},
     "top_k, top_p": {"top_k": 12, "top_p": 0.7}, "all": {"top_k": 20, "top_p": 0.95, "min_p": 0.02}}

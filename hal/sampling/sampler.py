@@ -15,6 +15,8 @@ from hal.schema.packed import on_host
 
 _CANDIDATES = 256  # tokens looked at before a whole row is sorted
 _PIECE = 1 << 18  # elements made at once on a CPU: they stay in its cache
+LARGE = 2.0**14  # quotient of the best score and the temperature up to which float32 keeps the others apart
+_MAX = torch.finfo(torch.float32).max
 
 
 class Sampler:
@@ -27,7 +29,8 @@ class Sampler:
 
         Returns:
             Tensors on the logits' device; top_ids and top_logprobs are absent where 0 or none were asked for. Those of
-            the prompt are left to `logprobs`, since a step may have too many for one tensor of logits.
+            the prompt are left to `logprobs`, since a step may have too many for one tensor of logits. The token id of
+            a row whose logits have no finite maximum is -1.
         """
         m, n = model_input, model_input.num_samples
         raw = logits[:n]
@@ -35,7 +38,7 @@ class Sampler:
         if m.penalties is not None and n:
             assert m.history is not None and m.prompt_lens is not None
             scores = penalised(raw.float(), m.penalties[:n], m.history[:n], m.prompt_lens[:n])
-        token_ids = self._draw(scores, m) if m.temperature is not None and n else self.argmax(scores)
+        token_ids = self._draw(scores, m) if m.temperature is not None and n else self.greedy(scores)
         result = {"token_ids": token_ids.int()}
         if m.num_logprobs >= 0:
             chosen, top_ids, top = logprobs(raw, token_ids, m.num_logprobs)
@@ -43,25 +46,34 @@ class Sampler:
         return SamplerOutput(**result)
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """[n, vocab] -> [n], the first of equals."""
+        """[n, vocab] -> [n], the first of equals; of a row with NaN the place of one."""
         return scores.argmax(-1)
+
+    def greedy(self, scores: torch.Tensor) -> torch.Tensor:
+        """[n, vocab] -> [n]: `argmax`, or -1 for a row without a finite maximum."""
+        best = self.argmax(scores)
+        return checked(best, scores.gather(1, best[:, None])[:, 0])
 
     def descending(self, scores: torch.Tensor) -> torch.Tensor:
         """fp32 [n, vocab] with each row sorted."""
         return scores.sort(-1, descending=True).values
 
     def _draw(self, scores: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
-        """A token a row from `scores` [n, vocab] of any float type, greedy where the temperature is 0."""
+        """A token a row from `scores` [n, vocab] of any float type, greedy where the temperature is 0; -1 where no
+        score is a finite maximum."""
         n, vocab = scores.shape
         assert m.temperature is not None and m.seeds is not None
         temperature = m.temperature[:n, None]
         keys = row_keys(m.seeds[:n], m.positions[m.logits_indices[:n]] + 1)
-        greedy = temperature == 0
-        scores = scores.float() / torch.where(greedy, 1.0, temperature)
-        top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
+        greedy, scores = temperature == 0, scores.float()
         best = self.argmax(scores)
+        top = scores.gather(1, best[:, None])
+        temperature = torch.where(greedy, 1.0, temperature)
+        base = reference(top, temperature)
+        scores = (scores - base if base.count_nonzero() else scores) / temperature
+        top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
         if top_k is None and top_p is None and min_p is None:
-            return torch.where(greedy[:, 0], best, self._race(scores, keys))
+            return checked(torch.where(greedy[:, 0], best, self._race(scores, keys)), top[:, 0])
         normaliser = scores.logsumexp(-1, keepdim=True) if top_p is not None else None
         width = min(vocab, max(_CANDIDATES, 0 if top_k is None else int(on_host(m, "top_k")[:n].max()) + 1))
         values, ids = scores.topk(width, -1)
@@ -77,7 +89,7 @@ class Sampler:
                 least = threshold(self.descending(values), *(None if x is None else x[some]
                                                              for x in (top_k, top_p, min_p, normaliser)))
             tokens[some] = self._race(values.masked_fill_(values < least, -torch.inf), keys[some])
-        return torch.where(greedy[:, 0], best, tokens)
+        return checked(torch.where(greedy[:, 0], best, tokens), top[:, 0])
 
     def _race_among(self, values: torch.Tensor, ids: torch.Tensor, lowest: torch.Tensor,
                     keys: torch.Tensor) -> torch.Tensor:
@@ -95,6 +107,22 @@ class Sampler:
 def rows_at_once(scores: torch.Tensor) -> int:
     """How many rows of whole vocabularies to work on at a time: on a CPU a few, else all."""
     return max(_PIECE // scores.shape[1], 1) if scores.is_cpu else len(scores)
+
+
+def checked(token_ids: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """token_ids [n], with -1 where `top` [n], the largest score of the row, is infinite or NaN."""
+    return torch.where(top.abs() < torch.inf, token_ids, -1)
+
+
+def reference(top: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """What to subtract from a row's scores before they are divided by its temperature: nothing, or the largest score
+    where its quotient would be so large that float32 rounds the others to it, or overflows. The differences that are
+    left may overflow too, but to -inf, which is a probability of 0.
+
+    Args:
+        top: each row's largest score. temperature: above 0, of the same shape.
+    """
+    return torch.where((top / temperature).abs() > LARGE, top, 0.0)
 
 
 def threshold(values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None, min_p: torch.Tensor | None,
@@ -133,7 +161,8 @@ def penalised(scores: torch.Tensor, penalties: torch.Tensor, history: torch.Tens
               prompt_lens: torch.Tensor) -> torch.Tensor:
     """fp32 scores [n, vocab] with the penalties applied, a copy; arguments as in PagedModelInput.
 
-    Repetition is of prompt and output (CTRL, arXiv 1909.05858); presence and frequency count the output alone.
+    Repetition is of prompt and output (CTRL, arXiv 1909.05858); presence and frequency count the output alone. A finite
+    score stays finite, at most the largest number of fp32, and one that is not stays what it is: -inf is a mask.
     """
     places = torch.arange(history.shape[1], device=history.device)
     # Behind the last token the first one is repeated: it is written again with the same value.
@@ -142,15 +171,19 @@ def penalised(scores: torch.Tensor, penalties: torch.Tensor, history: torch.Tens
     counts = torch.zeros_like(scores).scatter_add_(1, ids, output.to(scores.dtype)).gather(1, ids)
     old = scores.gather(1, ids)
     repetition, presence, frequency = (column[:, None] for column in penalties.unbind(1))
-    new = torch.where(old > 0, old / repetition, old * repetition) - presence * (counts > 0) - frequency * counts
+    # Each term is kept finite, since infinities would cancel to NaN.
+    new = torch.where(old > 0, old / repetition, old * repetition).clamp(-_MAX, _MAX)
+    new = (new - presence * (counts > 0)).clamp(-_MAX, _MAX) - (frequency * counts).clamp(-_MAX, _MAX)
     # A row of padding has no history, and zeros for penalties: it stays as it is.
-    return scores.scatter(1, ids, torch.where(history[:, :1] < 0, old, new))
+    kept = (history[:, :1] < 0) | ~(old.abs() < torch.inf)
+    return scores.scatter(1, ids, torch.where(kept, old, new.clamp(-_MAX, _MAX)))
 
 
 def logprobs(raw: torch.Tensor, token_ids: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp32 logprobs of the given tokens [n], and the ids and logprobs of the `top` most likely [n, top]."""
+    """fp32 logprobs of the given tokens [n], and the ids and logprobs of the `top` most likely [n, top]. What comes for
+    a token id of -1 means nothing."""
     raw = raw.float()
     normaliser = raw.logsumexp(-1, keepdim=True)
-    chosen = raw.gather(1, token_ids.long()[:, None]) - normaliser
+    chosen = raw.gather(1, token_ids.long().clamp(min=0)[:, None]) - normaliser
     values, ids = raw.topk(min(max(top, 0), raw.shape[1]), -1)
     return chosen[:, 0], ids.int(), values - normaliser

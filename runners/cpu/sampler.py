@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -12,6 +14,14 @@ class CpuSampler(Sampler):
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
         # Row by row, so that the fp32 copy of one stays in the cache: of all rows it would be fresh memory every step.
         return torch.tensor([row.float().numpy().argmax() for row in scores], dtype=torch.int64)
+
+    def greedy(self, scores: torch.Tensor) -> torch.Tensor:
+        found = []
+        for row in scores:
+            values = row.float().numpy()
+            best = values.argmax()  # NaN counts as the largest
+            found.append(best if math.isfinite(values[best]) else -1)
+        return torch.tensor(found, dtype=torch.int64)
 
     def descending(self, scores: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.sort(scores.numpy(), -1)).flip(-1)

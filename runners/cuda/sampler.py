@@ -10,11 +10,13 @@ from runners.cuda.kernels.sampling import greedy, thresholds
 
 
 class CudaSampler(Sampler):
-    def argmax(self, scores: torch.Tensor) -> torch.Tensor:
+    def greedy(self, scores: torch.Tensor) -> torch.Tensor:
         return greedy(scores)
 
     def _draw(self, scores: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
-        filters, lowest = (m.top_k, m.top_p, m.min_p), None
+        assert m.temperature is not None
+        filters = m.top_k, m.top_p, m.min_p
+        limits: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         if any(x is not None for x in filters):
-            lowest = thresholds(scores, m.temperature, *filters)
-        return greedy(scores, draw=(m.temperature, lowest, m.seeds, m.positions, m.logits_indices))
+            limits = thresholds(scores, m.temperature, *filters)
+        return greedy(scores, draw=(m.temperature, *limits, m.seeds, m.positions, m.logits_indices))

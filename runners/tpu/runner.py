@@ -29,7 +29,7 @@ from runners.tpu import lowering
 from runners.tpu.attention import TILE, TpuAttention
 from runners.tpu.inputs import FILTERS, PENALTIES, RANDOM, TpuModelInput, bucket_for, fit, stage
 from runners.tpu.plan import make_plan
-from runners.tpu.sampler import sample
+from runners.tpu.sampler import most_likely, sample
 from runners.tpu.spmd import load
 
 FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
@@ -237,7 +237,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
                 return caches, [self._whole(hidden[name]) for name in self.model.intermediates]
             logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).contiguous()
             at = m.positions.index_select(0, m.logits_indices)
-            return caches, [self._whole(hidden), self._whole(logits), logits.argmax(-1).int(), at]
+            return caches, [self._whole(hidden), self._whole(logits), most_likely(logits), at]
 
         self.programs["step", bucket] = lowering.Program(step, arguments, kv_caches)
 

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 
 from hal.sampling.noise import exponential, row_keys
-from hal.sampling.sampler import penalised, threshold
+from hal.sampling.sampler import checked, penalised, reference, threshold
+
+# XLA takes numbers below the smallest normal one for 0, so the temperature must not be such a number, and a temperature
+# must not make the scores such numbers.
+_NORMAL = torch.finfo(torch.float32).tiny
+_FLAT = 2.0**40  # share of the largest score from which a temperature makes all tokens equally likely
 
 
 def sample(logits: torch.Tensor, positions: torch.Tensor, m: Any) -> torch.Tensor:
-    """A token a row, [n] int32; greedy where the temperature is 0.
+    """A token a row, [n] int32; greedy where the temperature is 0 or subnormal, -1 where no logit is a finite maximum.
 
     Args:
         logits: [n, vocab]. positions: [n], of the tokens that the logits follow.
@@ -25,13 +30,25 @@ def sample(logits: torch.Tensor, positions: torch.Tensor, m: Any) -> torch.Tenso
     scores = logits.float()
     if m.penalties is not None:
         scores = penalised(scores, m.penalties, m.history, m.prompt_lens)
-    greedy = m.temperature == 0
-    best = scores.argmax(-1)
-    scores = scores / torch.where(greedy, 1.0, m.temperature)[:, None]
+    greedy = m.temperature < _NORMAL
+    best, top = scores.argmax(-1), largest(scores)
+    size = torch.where(scores.abs() < torch.inf, scores.abs(), 0.0).amax(-1)
+    temperature = torch.where(greedy, 1.0, m.temperature).minimum((size * _FLAT).clamp(min=1.0))
+    scores = (scores - reference(top, temperature)[:, None]) / temperature[:, None]
     ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
     race = scores - exponential(row_keys(m.seeds, positions + 1), ids).log()
     if m.top_k is not None:
         top_k, top_p, min_p = (x[:, None] for x in (m.top_k, m.top_p, m.min_p))
         lowest = threshold(scores.sort(-1, descending=True).values, top_k, top_p, min_p, scores.logsumexp(-1, True))
         race = race.masked_fill(scores < lowest, -torch.inf)
-    return torch.where(greedy, best, race.argmax(-1)).int()
+    return checked(torch.where(greedy, best, race.argmax(-1)), top).int()
+
+
+def most_likely(logits: torch.Tensor) -> torch.Tensor:
+    """logits [n, vocab] -> [n] int32, -1 where no logit is a finite maximum."""
+    return checked(logits.argmax(-1), largest(logits)).int()
+
+
+def largest(scores: torch.Tensor) -> torch.Tensor:
+    """[n, vocab] -> [n]: each row's maximum, infinite where the row has NaN."""
+    return torch.where(scores < torch.inf, scores, torch.inf).amax(-1)

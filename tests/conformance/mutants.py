@@ -435,6 +435,31 @@ class reports_scaled_logprobs(Sampler):
         return out
 
 
+@mutant("L2/sampler")
+class samples_from_nan(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        out = super().__call__(logits, m)
+        out.token_ids = out.token_ids.clamp(min=0)
+        return out
+
+
+@mutant("L2/sampler")
+class lets_nan_end_the_whole_step(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        out = super().__call__(logits, m)
+        out.token_ids = torch.where((out.token_ids < 0).any(), -1, out.token_ids)
+        return out
+
+
+@mutant("L2/sampler")
+class overflows_at_a_tiny_temperature(Sampler):
+    def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
+        warm = m.temperature > 0
+        scores = scores / torch.where(warm, m.temperature, 1.0)[:len(scores), None]
+        m.temperature = warm.float()
+        return super()._draw(scores, m)
+
+
 # L3: a model.
 
 @mutant("L3/output")

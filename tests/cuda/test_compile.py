@@ -80,8 +80,8 @@ def test_the_rest(dtype: torch.dtype) -> None:
 
     x, ints, floats = torch.ones(3, 1000, dtype=dtype), torch.zeros(3, dtype=torch.int32), torch.ones(3)
     sampling.greedy(x, ints, ints)
-    for lowest in (None, floats):
-        sampling.greedy(x, draw=(floats, lowest, ints.long(), ints, ints))
+    for limits in ((None, None), (floats, floats)):
+        sampling.greedy(x, draw=(floats, *limits, ints.long(), ints, ints))
     sampling.thresholds(x, floats, ints, floats, floats)
     elementwise.resolve(ints, ints, ints)
     elementwise.rms_norm(x, x[0], 1e-5)

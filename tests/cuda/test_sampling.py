@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_sampler import batch, column, spread
 
 from hal.inputs import PagedModelInput
 from hal.sampling.noise import exponential, row_keys
-from hal.sampling.sampler import Sampler, threshold
+from hal.sampling.sampler import Sampler, reference, threshold
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else the interpreter
 EXAMPLES = int(os.environ.get("HAL_EXAMPLES", 60 if DEVICE.type == "cuda" else 12))
@@ -50,7 +51,8 @@ def drawn(seed: int, n: int) -> dict[str, torch.Tensor]:
 
 def scaled(logits: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
     assert m.temperature is not None
-    return logits.float() / torch.where(m.temperature == 0, 1.0, m.temperature)[:, None]
+    scores, temperature = logits.float(), torch.where(m.temperature == 0, 1.0, m.temperature)[:, None]
+    return (scores - reference(scores.max(-1, keepdim=True).values, temperature)) / temperature
 
 
 def kept(logits: torch.Tensor, m: PagedModelInput) -> list[torch.Tensor]:
@@ -107,15 +109,16 @@ def test_greedy(dtype: torch.dtype, n: int, vocab: int, gap: int, levels: int, s
     wide[seed % n] = -torch.inf
     logits = wide.to(DEVICE, dtype)[:, :vocab]
     expected = wide[:, :vocab].argmax(-1).int()
+    expected[seed % n] = -1
     places = torch.randperm(n + 2, generator=generator)[:n].int()
     places[torch.rand(n, generator=generator) < 0.4] = -1
     last = torch.full((n + 3,), -7, dtype=torch.int32, device=DEVICE)
     kept = last.tolist()
     assert greedy(logits).tolist() == greedy(logits, places.to(DEVICE), last).tolist() == expected.tolist()
-    padding = {int(t) for t, place in zip(expected, places, strict=True) if place < 0}
+    padding = {max(int(t), 0) for t, place in zip(expected, places, strict=True) if place < 0}
     for token, place in zip(expected.tolist(), places.tolist(), strict=True):
         if place >= 0:
-            kept[place] = token
+            kept[place] = max(token, 0)  # the next step looks it up
     assert last.tolist()[:-1] == kept[:-1] and (not padding or int(last[-1]) in padding)
 
 
@@ -137,8 +140,9 @@ def test_noise() -> None:
     seeds, at = torch.arange(n) * 2**57 - 2**62, torch.arange(n, dtype=torch.int32)
     scores, winners = torch.zeros(1, vocab, device=DEVICE), torch.empty(n, vocab, dtype=torch.int64, device=DEVICE)
     places = at.to(DEVICE)
-    _race[(n, vocab)](scores, torch.ones(n, device=DEVICE), None, seeds.to(DEVICE), places, places, winners, 0, vocab,
-                      1, vocab, DRAW=True, BLOCK=1, num_warps=1, **launch_options(scores))
+    bases = torch.empty(n, vocab, device=DEVICE)
+    _race[(n, vocab)](scores, torch.ones(n, device=DEVICE), None, None, seeds.to(DEVICE), places, places, winners,
+                      bases, 0, vocab, 1, vocab, DRAW=True, BLOCK=1, num_warps=1, **launch_options(scores))
     bits = (winners.cpu() >> 32).int()
     race = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     expected = exponential(row_keys(seeds, at + 1), torch.arange(vocab, dtype=torch.int32)[None])
@@ -155,7 +159,7 @@ def test_thresholds(dtype: torch.dtype, only: set[str], **how: Any) -> None:
     params["temperature"].clamp_(min=1e-3)
     logits, m = made(n=n, **how).to(dtype), batch(n, **{k: v for k, v in params.items() if k in only or k not in OFF})
     there = moved(m)
-    lowest = thresholds(logits.to(DEVICE), there.temperature, there.top_k, there.top_p, there.min_p).cpu()
+    lowest = thresholds(logits.to(DEVICE), there.temperature, there.top_k, there.top_p, there.min_p)[0].cpu()
     ours, (narrow, wide) = scaled(logits, m) >= lowest[:, None], kept(logits, m)
     assert (ours | ~narrow | logits.isneginf()).all() and (wide | ~ours).all()
 
@@ -171,7 +175,7 @@ def test_top_p_where_the_whole_tail_decides(top_p: float, temperature: float) ->
     logits = torch.zeros(n, vocab)
     logits[:, 7] = temperature * (np.log((vocab - 1) * p / (1 - p)) + torch.tensor([0.4, -0.4]))
     scores = logits / t[:, None]
-    lowest = thresholds(logits.to(DEVICE), t.to(DEVICE), None, p.to(DEVICE), None).cpu()
+    lowest = thresholds(logits.to(DEVICE), t.to(DEVICE), None, p.to(DEVICE), None)[0].cpu()
     assert (scores >= lowest[:, None]).sum(-1).tolist() == [1, vocab]
 
 
@@ -209,13 +213,39 @@ def test_a_token_depends_on_nothing_but_its_request(seed: int, vocab: int, scale
         assert sample(logits[i:i + 1], batch(1, at[i:i + 1], **own)) == together[i:i + 1]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_tokens_of_broken_logits_are_in_the_vocabulary(value: float) -> None:
-    """The next step looks them up."""
-    n, vocab = 6, 5000
-    logits, m = spread(n, vocab), batch(n, **drawn(3, n))
-    logits[:3], logits[3:, ::2] = value, value
-    assert all(0 <= token < vocab for token in [*sample(logits, m), *sample(logits, batch(n))])
+@pytest.mark.parametrize("filters", [(), ("top_k",), ("top_p",), ("min_p",), tuple(OFF)], ids=str)
+@given(seed=st.integers(0, 2**31), vocab=st.sampled_from(VOCABS), values=st.lists(st.sampled_from(
+    (math.nan, math.inf, -math.inf, 3e38, -3e38)), min_size=1, max_size=4), whole=st.booleans())
+@settings(max_examples=EXAMPLES // 3, deadline=None)
+def test_a_row_without_a_finite_maximum_has_no_token(filters: tuple[str, ...], seed: int, vocab: int,
+                                                     values: list[float], whole: bool) -> None:
+    """And the other rows have the tokens that they have without it."""
+    n, rng = 6, np.random.default_rng(seed)
+    logits, params = spread(n, vocab, seed), drawn(seed, n)
+    m = batch(n, **{k: v for k, v in params.items() if k in filters or k not in OFF})
+    sound, sound_greedy = sample(logits, m), sample(logits, batch(n))
+    for row in (1, 4):
+        where = slice(None) if whole else torch.tensor(rng.integers(0, vocab, len(values)))
+        logits[row, where] = float(values[0]) if whole else torch.tensor(values)
+    finite = (logits.max(-1).values.abs() < math.inf).tolist()
+    got, got_greedy = sample(logits, m), sample(logits, batch(n))
+    assert [t >= 0 for t in got] == [t >= 0 for t in got_greedy] == finite
+    for row in (0, 2, 3, 5):
+        assert (got[row], got_greedy[row]) == (sound[row], sound_greedy[row])
+
+
+@given(only=st.sets(st.sampled_from(tuple(OFF))), seed=st.integers(0, 2**31), vocab=st.sampled_from(VOCABS),
+       scale=st.sampled_from((1e-30, 1.0, 1e30)), shift=st.sampled_from((0.0, -1e3, 1e37)))
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_extreme_temperatures(only: set[str], seed: int, vocab: int, scale: float, shift: float) -> None:
+    """From the smallest number of fp32 to the largest; logits have ties, in several pieces."""
+    n, params = 8, drawn(seed, 8)
+    params["temperature"] = torch.tensor([0.0, 1e-45, 1e-40, 1e-37, 1e-20, 1e-5, 1e20, 3.4e38])
+    logits = spread(n, vocab, seed).round() * scale + shift
+    m = batch(n, **{k: v for k, v in params.items() if k in only or k not in OFF})
+    allowed = acceptable(logits, m)
+    for row, token in enumerate(sample(logits, m)):
+        assert allowed[row, token], (row, token, allowed[row].nonzero()[:, 0].tolist(), m)
 
 
 def everything(n: int, vocab: int) -> PagedModelInput:

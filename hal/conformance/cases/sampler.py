@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,3 +122,38 @@ def logprobs(ctx: Context) -> None:
     ctx.close("sampler", out.logprobs, expected.gather(1, out.token_ids.long()[:, None])[:, 0], "logprobs")
     ctx.close("sampler", out.top_logprobs, expected.topk(4).values, "the best logprobs")
     ctx.close("sampler", expected.gather(1, out.top_ids.long()), expected.topk(4).values, "ids of the best")
+
+
+@case(2, "sampler", "checkpoints")
+def nan_ends_its_row_alone(ctx: Context) -> None:
+    """A row without a finite maximum (NaN, infinity, or masks alone) gives the token -1. The rows beside it, and those
+    that have masks beside finite logits, give the tokens that they give without it."""
+    rows = _rows(ctx, _ALL, 3)
+    logits = ctx.normal(len(rows), _VOCAB, scale=3.0)
+    logits[::4, ::3] = -torch.inf
+    expected = _sample(ctx, rows, logits, 2).token_ids.tolist()
+    broken = torch.arange(len(rows)) % 3 == 1
+    for i, row in enumerate(broken.nonzero()[:, 0].tolist()):
+        at = int(ctx.rng.integers(_VOCAB))
+        logits[row, at:at + (1, 1, _VOCAB)[i % 3]] = (torch.nan, torch.inf, torch.nan)[i % 3]
+        if i % 4 == 3:
+            logits[row] = -torch.inf
+    tokens = _sample(ctx, rows, logits, 2).token_ids.tolist()
+    for i, (params, _, _) in enumerate(rows):
+        ctx.equal(f"{params} in row {i}", tokens[i], -1 if broken[i] else expected[i])
+
+
+@case(2, "sampler", "checkpoints")
+def extreme_temperatures(ctx: Context) -> None:
+    """A temperature near 0 gives the largest logit, with every filter, though no quotient by it is finite."""
+    kinds: tuple[dict[str, Any], ...] = (
+        {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2})
+    params = tuple(SamplingParams(temperature=t, **kind) for t in (1e-45, 1e-40, 1.2e-38, 1e-37, 1e-20, 1e-9)
+                   for kind in kinds)
+    rows = _rows(ctx, params, 1)
+    logits = (ctx.normal(len(rows), _VOCAB, scale=3.0) * 8).round() / 8
+    logits[torch.arange(len(rows)), torch.from_numpy(ctx.rng.permutation(_VOCAB)[:len(rows)])] = 30.0
+    tokens = _sample(ctx, rows, logits).token_ids.tolist()
+    for (given, _, history), row, token in zip(rows, logits, tokens, strict=True):
+        scores = race(row.double(), replace(given, temperature=0.0), 0, len(history), history, _PROMPT, 0.0)[0]
+        ctx.equal(f"{given}", token, int(scores.argmax()))

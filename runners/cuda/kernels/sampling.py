@@ -2,6 +2,11 @@
 
 Filters are thresholds, as in hal.sampling.sampler, found by bisection over the values' bits, so nothing is sorted. The
 noise is that of hal.sampling.noise, bit for bit up to its logarithms.
+
+Scores are divided by the temperature relative to the row's largest where hal.sampling.sampler.reference says so. The
+programs of an unfiltered race do not know the row's largest: each subtracts the largest of its own piece, and the
+program that joins the pieces adds the distance. A row without a finite maximum gives the token -1: an element that is
+NaN or infinity enters the race as infinity, and wins it.
 """
 
 from __future__ import annotations
@@ -10,10 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
+from hal.sampling.sampler import LARGE
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 _PIECE, _PROGRAMS = 512, 4096  # elements read at a time by a warp; how many are there to fill a device
 _LANES = 4096  # of the program that finds a row's thresholds, and the values that it can keep apart
+_LARGE = tl.constexpr(LARGE)
 _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits that are 0 in fp32
 
 
@@ -52,44 +59,74 @@ def _value(key, SHIFT: tl.constexpr):
     return ((key ^ ((key >> 31) & (0x7FFFFFFF >> SHIFT))) << SHIFT).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW: tl.constexpr, BLOCK: tl.constexpr):
+    """The best of a piece in each lane, its place, and the largest score of the piece."""
+    best, best_id = tl.full([BLOCK], float("-inf"), tl.float32), at
+    most = best
+    for _ in range(blocks):
+        x = tl.load(source + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
+        x = tl.where(x < float("inf"), x, float("inf"))
+        if DRAW and warmth > 0:
+            most = tl.maximum(most, x)
+            x = tl.div_rn(x - base, warmth)
+            x = tl.where(x >= least, x, float("-inf"))
+            if tl.max(x) > float("-inf"):  # behind a filter most blocks are empty
+                x -= _log_exponential(key, at)
+        better = x > best
+        best, best_id = tl.where(better, x, best), tl.where(better, at, best_id)
+        at += BLOCK
+    return best, best_id, tl.max(most)
+
+
 @triton.jit(do_not_specialize=["blocks", "pieces"])
-def _race(scores, temperature, lowest, seeds, positions, indices, winners, stride, vocab, blocks, pieces,
+def _race(scores, temperature, lowest, shift, seeds, positions, indices, winners, bases, stride, vocab, blocks, pieces,
           DRAW: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row, piece = tl.program_id(0), tl.program_id(1)
     at = piece * (blocks * BLOCK) + tl.arange(0, BLOCK)
-    best, best_id = tl.full([BLOCK], float("-inf"), tl.float32), at
+    source = scores + row.to(tl.int64) * stride
+    warmth, base, least, key = 0.0, 0.0, float("-inf"), tl.full([], 0, tl.int64)
     if DRAW:
-        warmth, least = tl.load(temperature + row), float("-inf")
+        warmth = tl.load(temperature + row)
         if lowest is not None:
-            least = tl.load(lowest + row)
+            least, base = tl.load(lowest + row), tl.load(shift + row)
         position = tl.load(positions + tl.load(indices + row)).to(tl.int64) + 1
         key = _mix64(_mix64(tl.load(seeds + row) + -0x61C8864680B583EB) + position * -0x61C8864680B583EB)
-    for _ in range(blocks):
-        x = tl.load(scores + row.to(tl.int64) * stride + at, mask=at < vocab, other=float("-inf")).to(tl.float32)
-        if DRAW and warmth > 0:
-            x = tl.div_rn(x, warmth)
-            x = tl.where(x >= least, x, float("-inf"))
-            if tl.max(x) > float("-inf"):  # behind a filter most blocks are empty
-                x -= _log_exponential(key, at)
-        better = x > best  # never where x is not a number
-        best, best_id = tl.where(better, x, best), tl.where(better, at, best_id)
-        at += BLOCK
+    best, best_id, most = _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW, BLOCK)
+    if DRAW:
+        if lowest is None:
+            far = tl.abs(tl.div_rn(most, warmth)) > _LARGE
+            if far & (warmth > 0) & (tl.abs(most) < float("inf")):
+                base = most
+                best, best_id, most = _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW, BLOCK)
+        tl.store(bases + row * pieces + piece, base)
     # In one number, the largest of which is the first of the best. (+ 0.0: the two zeros are equal.)
     winner = tl.max((_ordered(best + 0.0, 0).to(tl.int64) << 32) + (0x7FFFFFFF - best_id))
     tl.store(winners + row * pieces + piece, winner)
 
 
 @triton.jit(do_not_specialize=["pieces", "padding"])
-def _join(winners, out, rows, last, pieces, padding, KEEP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _join(winners, bases, temperature, out, rows, last, pieces, padding, DRAW: tl.constexpr, KEEP: tl.constexpr,
+          BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row, piece = tl.program_id(0), tl.arange(0, BLOCK)
-    winner = tl.load(winners + row * pieces + piece, mask=piece < pieces, other=-0x7FFFFFFFFFFFFFFF)
-    token = 0x7FFFFFFF - (tl.max(winner) & 0x7FFFFFFF).to(tl.int32)
+    there = piece < pieces
+    winner = tl.load(winners + row * pieces + piece, mask=there, other=-0x7FFFFFFFFFFFFFFF)
+    if DRAW:
+        warmth = tl.load(temperature + row)
+        if warmth > 0:
+            base = tl.load(bases + row * pieces + piece, mask=there, other=float("-inf"))
+            x = _value((winner >> 32).to(tl.int32), 0)
+            x = tl.where(there & (tl.abs(x) < float("inf")), x + tl.div_rn(base - tl.max(base), warmth), x)
+            winner = (_ordered(x + 0.0, 0).to(tl.int64) << 32) + (winner & 0x7FFFFFFF)
+    winner = tl.max(winner)
+    best = _value((winner >> 32).to(tl.int32), 0)
+    token = tl.where(tl.abs(best) < float("inf"), 0x7FFFFFFF - (winner & 0x7FFFFFFF).to(tl.int32), -1)
     tl.store(out + row, token)
     if KEEP:
         into = tl.load(rows + row)
-        tl.store(last + tl.where(into < 0, padding, into), token)
+        tl.store(last + tl.where(into < 0, padding, into), tl.maximum(token, 0))
 
 
 @triton.jit
@@ -127,23 +164,25 @@ def _dropped(source, count, low, high, far, best, k, p, total, rate, SHIFT: tl.c
 
 
 @triton.jit(do_not_specialize=["filters"])
-def _thresholds(scores, temperature, top_k, top_p, min_p, kept, lowest, stride, vocab, filters, SHIFT: tl.constexpr,
-                BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _thresholds(scores, temperature, top_k, top_p, min_p, kept, lowest, shift, stride, vocab, filters,
+                SHIFT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    warmth, least = tl.load(temperature + row), float("-inf")
+    warmth, least, base = tl.load(temperature + row), float("-inf"), 0.0
     k = tl.load(top_k + row, mask=(filters & 1) != 0, other=0)
     p = tl.load(top_p + row, mask=(filters & 2) != 0, other=1.0)
     floor = tl.load(min_p + row, mask=(filters & 4) != 0, other=0.0)
-    if (warmth > 0) & ((k > 0) | (p < 1) | (floor > 0)):
+    if warmth > 0:
         source, some = scores + row * stride, kept + row * BLOCK
         most = tl.full([BLOCK], float("-inf"), tl.float32)
         for start in range(0, vocab, BLOCK):
             x = tl.load(source + start + at, mask=start + at < vocab, other=float("-inf"))
             most = tl.maximum(most, x.to(tl.float32))
         best = tl.max(most)
-        if ((k > 0) | (p < 1)) & (best > float("-inf")):
-            rate, total = 1.4426950408889634 / warmth, 0.0
+        if tl.abs(tl.div_rn(best, warmth)) > _LARGE:
+            base = tl.where(tl.abs(best) < float("inf"), best, 0.0)
+        if ((k > 0) | (p < 1)) & (tl.abs(best) < float("inf")):
+            rate, total = tl.minimum(1.4426950408889634 / warmth, 3.4e38), 0.0  # finite, so that the best weighs 1
             low, high = _ordered(tl.full([], float("-inf"), tl.float32), SHIFT), _ordered(best, SHIFT)
             # All that is so far below the best weighs less than 1 - top_p together.
             far = best - (tl.log(vocab.to(tl.float32)) - tl.log(tl.maximum(1.0 - p, 1e-8)) + 1.0) * warmth
@@ -168,41 +207,47 @@ def _thresholds(scores, temperature, top_k, top_p, min_p, kept, lowest, stride, 
                 low = _dropped(some, count, low, high, far, best, k, p, total, rate, SHIFT, BLOCK)
             else:
                 low = _dropped(source, vocab, low, high, far, best, k, p, total, rate, SHIFT, BLOCK)
-            least = tl.div_rn(_value(low + 1, SHIFT), warmth)
-        least = tl.maximum(least, tl.div_rn(best, warmth) + tl.log(floor))
+            least = tl.div_rn(_value(low + 1, SHIFT) - base, warmth)
+        if floor > 0:
+            least = tl.maximum(least, tl.div_rn(best - base, warmth) + tl.log(floor))
     tl.store(lowest + row, least)
+    tl.store(shift + row, base)
 
 
 def thresholds(scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Tensor | None,
-               min_p: torch.Tensor | None) -> torch.Tensor:
-    """The least of scores [n, vocab] / temperature that passes all filters, fp32 [n]; see hal.sampling.sampler."""
+               min_p: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least of (scores [n, vocab] - reference) / temperature that passes all filters, and the reference, fp32 [n]
+    each; see hal.sampling.sampler."""
     n, vocab = scores.shape
-    lowest = torch.empty(n, dtype=torch.float32, device=scores.device)
+    lowest, shift = torch.empty(2, n, dtype=torch.float32, device=scores.device)
     kept = torch.empty(n, _LANES, dtype=scores.dtype, device=scores.device)
     filters = sum(1 << i for i, given in enumerate((top_k, top_p, min_p)) if given is not None)
     given = [temperature if x is None else x for x in (top_k, top_p, min_p)]
-    _thresholds[(n,)](scores, temperature, *given, kept, lowest, scores.stride(0), vocab, filters,
+    _thresholds[(n,)](scores, temperature, *given, kept, lowest, shift, scores.stride(0), vocab, filters,
                       SHIFT=_SHIFT[scores.dtype], BLOCK=_LANES, num_warps=16, **launch_options(scores))
-    return lowest
+    return lowest, shift
 
 
 def greedy(logits: torch.Tensor, rows: torch.Tensor | None = None, last: torch.Tensor | None = None,
-           draw: tuple[torch.Tensor | None, ...] = (None,) * 5) -> torch.Tensor:
-    """logits [n, vocab], rows may have gaps between them -> int32 [n], the first of the largest.
+           draw: tuple[torch.Tensor | None, ...] = (None,) * 6) -> torch.Tensor:
+    """logits [n, vocab], rows may have gaps between them -> int32 [n], the first of the largest; -1 where no logit is a
+    finite maximum.
 
     Args:
         rows: int32 [n]: token i is also written to last[rows[i]], and where that is -1 to the last entry.
         last: int32, see hal.relay.TokenRelay.
-        draw: PagedModelInput's temperature, `thresholds` or None, PagedModelInput's seeds, positions, logits_indices:
-            tokens are drawn where the temperature is not 0.
+        draw: PagedModelInput's temperature, the two of `thresholds` or None, PagedModelInput's seeds, positions,
+            logits_indices: tokens are drawn where the temperature is not 0.
     """
     n, vocab = logits.shape
     blocks = triton.cdiv(triton.cdiv(vocab, _PIECE), max(_PROGRAMS // max(n, 1), 1))
     pieces = triton.cdiv(vocab, blocks * _PIECE)
     winners = torch.empty(n, pieces, dtype=torch.int64, device=logits.device)
-    out = torch.empty(n, dtype=torch.int32, device=logits.device)
-    _race[(n, pieces)](logits, *draw, winners, logits.stride(0), vocab, blocks, pieces, DRAW=draw[0] is not None,
+    out, drawn = torch.empty(n, dtype=torch.int32, device=logits.device), draw[0] is not None
+    bases = torch.empty(n, pieces, dtype=torch.float32, device=logits.device) if drawn else None
+    _race[(n, pieces)](logits, *draw, winners, bases, logits.stride(0), vocab, blocks, pieces, DRAW=drawn,
                        BLOCK=_PIECE, num_warps=1, **launch_options(logits))
-    _join[(n,)](winners, out, rows, last, pieces, 0 if last is None else len(last) - 1, KEEP=last is not None,
-                BLOCK=triton.next_power_of_2(triton.cdiv(vocab, _PIECE)), num_warps=1, **launch_options(logits))
+    _join[(n,)](winners, bases, draw[0], out, rows, last, pieces, 0 if last is None else len(last) - 1, DRAW=drawn,
+                KEEP=last is not None, BLOCK=triton.next_power_of_2(triton.cdiv(vocab, _PIECE)), num_warps=1,
+                **launch_options(logits))
     return out
