@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.attention import AttentionSpec
-from hal.inputs import PagedModelInput
+from hal.inputs import NULL_BLOCK, PagedModelInput
 from hal.schema.packed import on_host
 
 
@@ -98,10 +98,23 @@ class PagedStep:
         self.slots = (rows * m.block_size + (slots % m.block_size)[:, None]).flatten()
         starts, lens = (on_host(m, name).tolist() for name in ("query_start_loc", "seq_lens"))  # no wait for the device
         self.real = starts[-1]
+        self.begun = self._begun(m)
         self.parts = self._decode_parts(m, lens[:m.num_decode_seqs])
         for seq in range(m.num_decode_seqs, len(lens)):
             if starts[seq] < starts[seq + 1]:
                 self.parts.append(self._prefill_part(m.block_tables[seq], starts[seq], starts[seq + 1], lens[seq]))
+
+    def _begun(self, m: PagedModelInput) -> torch.Tensor:
+        """The blocks whose first slot this step writes and whose last it may not, and the null block. What lies in
+        their other slots is masked, but NaN passes through a mask, as 0 * NaN. So they are cleared."""
+        ends = m.query_start_loc[1:]
+        if not len(m.positions):
+            return torch.full((1,), NULL_BLOCK, device=ends.device)
+        last = (ends - 1).clamp(min=0)  # of each sequence's tokens
+        positions, first = m.positions[last], m.seq_lens - (ends - m.query_start_loc[:-1])
+        begun = (positions - positions % m.block_size >= first) & (ends > m.query_start_loc[:-1])
+        blocks = torch.where(begun, m.slot_mapping[last] // m.block_size, NULL_BLOCK)
+        return F.pad(blocks[begun] if blocks.is_cpu else blocks, (0, 1), value=NULL_BLOCK).long()
 
     def _decode_parts(self, m: PagedModelInput, lens: list[int]) -> list[Part]:
         blocks = -(-max(lens, default=0) // self.block_size)
@@ -147,6 +160,9 @@ class PagedStep:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         attention, cache = self.attention, self.kv_caches[layer]
         spec = attention.specs[layer]
+        cache.index_fill_(1, self.begun, 0)
+        if self.real < len(k):
+            k, v = (F.pad(x[:self.real], (0, 0, 0, 0, 0, len(x) - self.real)) for x in (k, v))
         for into, new in zip(cache, (k, v), strict=True):
             into.view(-1, spec.head_dim).index_copy_(0, self.slots, new.reshape(-1, spec.head_dim))
         out = q.new_empty(q.shape[0], spec.num_heads * spec.head_dim)

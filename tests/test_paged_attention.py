@@ -33,11 +33,16 @@ def draw_tensors(m: PagedModelInput, spec: AttentionSpec, seed: int, dtype: torc
 
 
 def make_cache(attention: PagedAttention, m: PagedModelInput, seed: int) -> torch.Tensor:
-    """One layer's cache full of earlier tokens; the null block holds values that would show if they were seen."""
+    """One layer's cache full of earlier tokens. The null block and the blocks that the step is first to write hold
+    NaN, which another sequence may have left there."""
     blocks = int(m.block_tables.max()) + 2 if m.block_tables.numel() else 2
     generator = torch.Generator().manual_seed(seed)
     cache = torch.randn(attention.cache_shape(blocks, m.block_size), generator=generator).to(attention.dtype)
-    cache[:, 0] = 1e4
+    cache[:, 0] = torch.nan
+    queries = m.query_start_loc.diff().tolist()
+    for table, length, count in zip(m.block_tables.tolist(), m.seq_lens.tolist(), queries, strict=True):
+        for column in range(-(-(length - count) // m.block_size), -(-length // m.block_size)):
+            cache[:, table[column]] = torch.nan
     return cache
 
 
@@ -87,11 +92,11 @@ def test_attention_is_what_one_query_at_a_time_gives(cls: type[PagedAttention], 
         assert got.dtype == dtype and list(got.shape) == [len(q), spec.num_heads * spec.head_dim]
         expected = one_by_one(m, before[layer], spec, q, k, v)
         torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-        # The cache differs in this step's slots alone, which hold its keys and values.
-        slots, size = m.slot_mapping.long(), m.block_size
+        # The cache differs in this step's slots, which hold its keys and values, and where it was NaN.
+        slots, size, after = m.slot_mapping.long(), m.block_size, before[layer].nan_to_num(nan=0.0)
         for which, new in ((0, k), (1, v)):
-            before[layer][which, slots // size, :, slots % size] = new
-        assert torch.equal(caches[layer], before[layer])
+            after[which, slots // size, :, slots % size] = new
+        assert torch.equal(caches[layer][:, 1:], after[:, 1:])
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -111,8 +116,8 @@ def test_padding_changes_no_real_row(cls: type[PagedAttention], dtype: torch.dty
     cache = make_cache(attention, m, seed)
     padded_cache = cache.clone()
     q, k, v = draw_tensors(m, spec, seed, dtype)
-    wide_q, wide_k, wide_v = (torch.cat([x, torch.full_like(x[:1], 7.0).expand(tokens, -1, -1)]) if len(x) else
-                              torch.full((tokens, *x.shape[1:]), 7.0, dtype=dtype) for x in (q, k, v))
+    wide_q, wide_k, wide_v = (torch.cat([x, torch.full_like(x[:1], torch.nan).expand(tokens, -1, -1)]) if len(x) else
+                              torch.full((tokens, *x.shape[1:]), torch.nan, dtype=dtype) for x in (q, k, v))
     real = attention.begin(m, [cache])(0, q, k, v)
     got = attention.begin(wide, [padded_cache])(0, wide_q, wide_k, wide_v)
     assert torch.equal(got[:len(q)], real)

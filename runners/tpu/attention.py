@@ -52,16 +52,18 @@ class TpuStep:
         tokens, seqs = m.input_ids.shape[0], m.seq_lens.shape[0]
         self.queries = 1 if decode else min(TILE, tokens)
         if decode:
-            tables, query_at = m.block_tables, m.positions[:, None]
+            tables, lens, query_at = m.block_tables, m.seq_lens, m.positions[:, None]
         else:
             sequence = self._lay_out(m.query_start_loc, tokens, seqs)
-            tables, query_at = m.block_tables.index_select(0, sequence), m.positions[self.token_of].view(-1,
-                                                                                                         self.queries)
+            tables, lens = (x.index_select(0, sequence) for x in (m.block_tables, m.seq_lens))
+            query_at = m.positions[self.token_of].view(-1, self.queries)
         self.blocks = tables.flatten()
         key_at = _arange(tables.shape[1] * m.block_size, m)
         after = key_at > query_at[:, :, None]  # [N, Q, C]
         self.hidden = {window: after if window is None else after | (key_at <= query_at[:, :, None] - window)
                        for window in {spec.window for spec in attention.specs}}
+        # Behind a sequence's end lies what others left, which may be NaN: that passes through a weight of 0.
+        self.foreign = (key_at >= lens[:, None])[:, :, None, None, None]
 
     def _lay_out(self, starts: torch.Tensor, tokens: int, seqs: int) -> torch.Tensor:
         """Each sequence fills tiles of its own, one after another. Sets token_of [N * Q], what lies where, and place_of
@@ -107,7 +109,8 @@ class TpuStep:
         pages = pages.view(tiles, -1, ranks, kv, 2, dim)
         scores = torch.einsum("rnqkgd,ncrkd->rnkgqc", q, pages[..., 0, :]).float() * spec.scale
         weights = scores.masked_fill(hidden[None, :, None, None], _HIDDEN).softmax(-1).to(q.dtype)
-        out = torch.einsum("rnkgqc,ncrkd->rnqkgd", weights, pages[..., 1, :])
+        values = pages[..., 1, :].masked_fill(self.foreign, 0)
+        out = torch.einsum("rnkgqc,ncrkd->rnqkgd", weights, values)
         out = out.reshape(ranks, tiles * self.queries, heads * dim)
         if not self.decode:
             out = out.index_select(1, self.place_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.engine.llm import LLM
@@ -177,3 +179,24 @@ def test_plan_limits_and_text() -> None:
     assert [str(b) for b in plan.buckets()] == ["decode(num_seqs=4)", "decode(num_seqs=1)"]
     with pytest.raises(CapacityError, match="max_num_seqs"):
         plan.bucket_for("decode", {"num_seqs": 5})
+
+
+@pytest.mark.usefixtures("xla")
+def test_a_row_without_a_finite_maximum_ends_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Padding looks up token 0, whose embedding is NaN here, and writes the null block that shorter sequences read. The
+    request that has token 9 ends; the others have the tokens of the sound checkpoint on a CPU."""
+    shutil.copytree(checkpoint("qwen3"), tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights["model.embed_tokens.weight"][[0, 9]] = torch.nan
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    prompts = [[5, 6, 7], [5, 9, 7], list(range(20, 41))]
+    size: dict[str, Any] = {"max_model_len": 32, "max_num_seqs": 4, "num_blocks": 20}
+    kinds = ({}, {"temperature": 1e-38}, {"temperature": 1e-37, "top_k": 1}, {"temperature": 3e-38, "top_p": 0.5},
+             {"temperature": 3.4e38, "top_k": 1})
+    with LLM(str(checkpoint("qwen3")), device="cpu", **size) as llm:
+        expected = [o.token_ids for o in llm.generate(prompts, SamplingParams(max_tokens=6))]
+    with LLM(str(tmp_path / "damaged"), device=TPU, **size) as llm:
+        for kind in kinds:
+            outputs = llm.generate(prompts, SamplingParams(max_tokens=6, logprobs=1, **kind))
+            assert [o.finish_reason for o in outputs] == ["length", "error", "length"], kind
+            assert [o.token_ids for o in outputs] == [expected[0], [], expected[2]], kind
