@@ -116,5 +116,18 @@ class WorkerError(HalError):
         self.rank, self.cause, self.remote_traceback = rank, cause, remote_traceback
 
 
+class NumericsError(HalError, ArithmeticError):
+    """The model computed NaN or infinity for a request, which therefore ended; other requests are unaffected.
+
+    Attributes:
+        request_id: of the request. position: of the output token that could not be chosen, from 0.
+    """
+
+    def __init__(self, what: str, *, request_id: int, position: int, got: object = None, expected: object = None,
+                 hint: str | None = None) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint)
+        self.request_id, self.position = request_id, position
+
+
 class StateError(HalError, RuntimeError):
     """Ranks or calls are out of order: a step that was skipped, an epoch that does not match, use after shutdown."""

@@ -13,6 +13,7 @@ from hal.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from hal.engine.llm import LLM
+    from hal.engine.outputs import RequestOutput
 
 EPILOG = """examples:
   hal generate "37+85="                         the bundled model adds numbers below 1,000
@@ -23,7 +24,7 @@ EPILOG = """examples:
 A line of FILE has "prompt" or "prompt_token_ids", and may set sampling options by their names with underscores. FILE is
 read as UTF-8 in every locale. --json writes a line when its request has finished: "index" is the request's place, from
 0, and "id" is repeated from the line of FILE, where that has one. A line that is no request, or that the model cannot
-do, is reported with its number; the others run, and the exit code is 1."""
+do, is reported with its number; the others run, and the exit code is 1. So it is where the model computes NaN."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
             with LLM(**options.engine_options(args), progress=sys.stderr.isatty()) as llm:
                 if len(jobs) == 1 and sys.stdout.isatty() and not args.json:
-                    _stream(llm, usable[0])
+                    results.report(_stream(llm, usable[0]))
                 else:
                     _generate(llm, usable, results)
     return int(results.failures > 0)
@@ -81,6 +82,8 @@ def _generate(llm: LLM, jobs: dict[int, batch.Job], results: Results) -> None:
                 with bar.aside():
                     for output in done:
                         index = places[output.request_id]
+                        if output.error is not None:
+                            batch.at(output.error, jobs[index].origin)
                         results.finish(index, output, jobs[index].id)
                     sys.stdout.flush()
             if bar.enabled:
@@ -92,10 +95,11 @@ def _generate(llm: LLM, jobs: dict[int, batch.Job], results: Results) -> None:
         bar.close()
 
 
-def _stream(llm: LLM, job: batch.Job) -> None:
+def _stream(llm: LLM, job: batch.Job) -> RequestOutput:
     shown = 0
-    for output in llm.stream(job.prompt, job.params):
+    for output in llm.stream(job.prompt, job.params):  # at least one
         sys.stdout.write(output.text[shown:])
         sys.stdout.flush()
         shown = len(output.text)
     print(text(output) if not shown else "")
+    return output

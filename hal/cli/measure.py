@@ -61,7 +61,8 @@ def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], pr
 
 
 def time_batch(llm: LLM, vocab_size: int, batch: int, prompt_len: int, new_tokens: int) -> Run:
-    """Random prompts of `prompt_len` tokens, `new_tokens` (at least 3) greedy tokens each."""
+    """Random prompts of `prompt_len` tokens, `new_tokens` (at least 3) greedy tokens each. Raises NumericsError: the
+    model computes NaN, so there is nothing to time."""
     draw, params = random.Random(batch), SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     prompts = [[draw.randrange(vocab_size) for _ in range(prompt_len)] for _ in range(batch)]
     first: dict[int, float] = {}
@@ -75,6 +76,8 @@ def time_batch(llm: LLM, vocab_size: int, batch: int, prompt_len: int, new_token
         if outputs:
             arrivals.append(time.perf_counter() - start)
             for output in outputs:
+                if output.error is not None:
+                    raise output.error
                 first.setdefault(output.request_id, arrivals[-1])
                 if output.finish_reason is not None:
                     last[output.request_id] = arrivals[-1]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from hal import files
-from hal.cli import options
+from hal.cli import options, streams
 from hal.sampling.params import SamplingParams
 
 EPILOG = """example:
@@ -39,4 +39,6 @@ def run(args: argparse.Namespace) -> int:
         recorder.save(Path(args.output))
     for output in outputs:
         print(output.text)
-    return 0
+        if output.error is not None:
+            streams.complain(output.error, with_traceback=args.traceback)
+    return int(any(output.error is not None for output in outputs))

@@ -25,7 +25,7 @@ class Results:
         with_traceback: show where errors were raised.
 
     Attributes:
-        failures: requests without a result.
+        failures: requests without a result, or with one that ended with an error.
     """
 
     def __init__(self, total: int, *, as_json: bool, ordered: bool, with_traceback: bool = False) -> None:
@@ -45,7 +45,9 @@ class Results:
             sys.stdout.flush()
 
     def finish(self, index: int, output: RequestOutput, name: RequestId | None = None) -> None:
-        """`index`: the request's place. `name`: the user's, of a line's key "id"."""
+        """`index`: the request's place. `name`: the user's, of a line's key "id". See `report` for an output with an
+        error."""
+        self.report(output)
         if self.as_json:
             self._put(index, self._line(index, name, to_json(output)))
         elif self.total == 1:
@@ -53,6 +55,12 @@ class Results:
         else:
             prompt = output.prompt if output.prompt is not None else _ids(output.prompt_token_ids)
             self._put(index, f"> {prompt}\n{text(output)}\n")
+
+    def report(self, output: RequestOutput) -> None:
+        """Count an output that ended with an error, and say why."""
+        if output.error is not None:
+            self.failures += 1
+            streams.complain(output.error, with_traceback=self.with_traceback)
 
     def fail(self, index: int, error: HalError, name: RequestId | None = None) -> None:
         """The error goes to the standard error, and with `as_json` into the request's line too."""
@@ -85,9 +93,11 @@ def _ids(token_ids: list[int]) -> str:
 
 
 def to_json(output: RequestOutput) -> dict[str, Any]:
-    """What --json says of an output. Logprobs are there where they were asked for."""
+    """What --json says of an output: logprobs where they were asked for, an error where there was one."""
     line: dict[str, Any] = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids,
                             "token_ids": output.token_ids, "text": output.text, "finish_reason": output.finish_reason}
+    if output.error is not None:
+        line["error"] = str(output.error)
     if output.logprobs is not None:
         line["logprobs"] = [_logprob(entry) for entry in output.logprobs]
     if output.prompt_logprobs is not None:

@@ -33,6 +33,7 @@ class BlockManager:
         self._unused = list(range(num_blocks - 1, 0, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; the oldest first
         self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._root_of: list[bytes] = [b""] * num_blocks  # of registered blocks: the hash of their prefix's first block
         self._cached: dict[bytes, int] = {}
         self._unused_host = list(range(num_cpu_blocks - 1, -1, -1))
 
@@ -87,10 +88,23 @@ class BlockManager:
                 else:
                     self._evictable[block] = None
 
-    def register(self, block: int, key: bytes) -> None:
-        """A held block is full, and its content is settled by the steps issued so far. The first of equals is kept."""
+    def register(self, block: int, key: bytes, root: bytes) -> None:
+        """A held block is full, and its content is settled by the steps issued so far. The first of equals is kept.
+
+        Args:
+            key: the address of the block. root: the address of the first block of its prefix.
+        """
         if self.prefix_caching and self._hash_of[block] is None and self._cached.setdefault(key, block) == block:
-            self._hash_of[block] = key
+            self._hash_of[block], self._root_of[block] = key, root
+
+    def distrust(self, root: bytes) -> None:
+        """Make every block whose prefix begins with this first block unfindable, whoever computed it."""
+        for block, key in enumerate(self._hash_of):
+            if key is not None and self._root_of[block] == root:
+                self._forget(block)
+                if self.refs[block] == 0:
+                    del self._evictable[block]
+                    self._unused.append(block)
 
     def allocate_host(self, count: int) -> list[int]:
         """`num_free_host` must be at least count."""

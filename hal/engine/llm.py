@@ -96,6 +96,10 @@ class LLM:
             prompts: a text, a list of token ids, or a list of these. params: of all, or one for each; None is greedy.
             progress: show a bar with prefill and decode tokens/s.
 
+        Returns:
+            In the order of the prompts. One whose logits were NaN or infinite ended with finish_reason "error", and its
+            `error` is a NumericsError; the others are as without it.
+
         Raises:
             RequestError, CapacityError: a prompt is refused (named by its index); then none is run.
             WorkerError: a rank failed; the engine is shut down.
@@ -117,8 +121,9 @@ class LLM:
         return [r.output for r in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The output each time it has grown: the same object, whose text never shows part of a stop text. Closing the
-        iterator aborts the request. Several streams may take turns. Raises as `generate`, at once."""
+        """The output each time it has grown, and where it ends with an error once more: the same object, whose text
+        never shows part of a stop text. Closing the iterator aborts the request. Several streams may take turns. Raises
+        as `generate`, at once."""
         params = params or SamplingParams()
         return self._stream(prompt, self.check(prompt, params), params)
 
@@ -130,6 +135,8 @@ class LLM:
                 while len(output.token_ids) == seen and output.finish_reason is None:
                     self.step()
                 if len(output.token_ids) == seen:
+                    if output.error is not None:
+                        yield output
                     return
                 seen = len(output.token_ids)
                 request.write_text()  # it may have grown in the steps of another call
@@ -302,6 +309,8 @@ class LLM:
         for row in asked:
             seq = step.sampled[row]
             assert logprobs is not None
+            if seq.finish_reason == "error":
+                continue  # there is no token
             seq.owner.output.logprobs.append(logprobs.of(row, int(tokens[row]), seq.params.logprobs or 0))
         if text or self._stop_texts:
             for request in grown:
@@ -333,6 +342,9 @@ class LLM:
         self._stop_texts -= bool(seq.params.stop)
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
+        if request.output.finish_reason == "error":
+            request.output.error = request.numerics_error(
+                backends.resolve_dtype(self.backend, self.config.dtype, self.model_config.dtype))
         self._counts["cached_tokens"] += seq.num_cached
         self._counts["preemptions"] += seq.preemptions
 

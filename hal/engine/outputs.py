@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+from hal.errors import HalError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(slots=True)
@@ -23,7 +25,8 @@ class RequestOutput:
         index: place of the prompt in the call.
         token_ids: of the output; the engine's own list, to be read only.
         text: of the output alone; "" without a tokenizer. Stop texts are cut from it.
-        finish_reason: "stop" (end of sequence, stop text or id), "length", "abort"; None while it runs.
+        finish_reason: "stop" (end of sequence, stop text or id), "length", "abort", "error"; None while it runs.
+        error: why it ended with "error"; the tokens before the error are kept.
         logprobs: one per output token. prompt_logprobs: one per prompt token, None for the first.
     """
 
@@ -36,3 +39,4 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: HalError | None = None

@@ -10,6 +10,7 @@ import torch
 from hal.engine.outputs import RequestOutput, TokenLogprob
 from hal.engine.sequence import Sequence
 from hal.engine.text import TextStream
+from hal.errors import NumericsError
 from hal.outputs import SamplerOutput
 
 
@@ -39,6 +40,17 @@ class Request:
             self.text.append(tokens, last=done)
         if show or done:
             output.text = self.text.text if done else self.text.safe
+
+
+    def numerics_error(self, dtype: str) -> NumericsError:
+        """Why the sequence ended with "error", of a model that computes in `dtype`."""
+        number, position = self.seq.request_id, len(self.output.token_ids)
+        return NumericsError(
+            f"request {number} ended before output token {position}: the model's logits have no finite maximum",
+            request_id=number, position=position, got=f"NaN or infinity, computed in {dtype}", expected="finite logits",
+            hint="check the checkpoint, whose weights may be damaged; where they are sound, the model overflows this "
+                 "dtype: use " + ("dtype='float32'" if dtype == "bfloat16" else "dtype='bfloat16'" if dtype == "float32"
+                                  else "dtype='bfloat16' or 'float32'"))
 
 
 @dataclass(frozen=True, slots=True)

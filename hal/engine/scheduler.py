@@ -144,7 +144,8 @@ class Scheduler:
 
     def update(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
         """Take over a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete,
-        which are returned: their finish_reason is set and their blocks are free.
+        which are returned: their finish_reason is set and their blocks are free. A token of -1 (see SamplerOutput) ends
+        its sequence with "error", and is none of its tokens.
 
         Raises:
             StateError: the number of tokens is not that of the sampled sequences.
@@ -156,6 +157,7 @@ class Scheduler:
         self._in_flight[step.rows] -= 1
         self._num_in_flight -= len(step.rows)
         self.unknown[rows] -= 1
+        ended = self._end_failed(step, tokens) if np.count_nonzero(tokens < 0) else []
         self._last[rows] = tokens
         for seq, token in zip(step.sampled, tokens.tolist(), strict=True):
             if seq.finish_reason is None:
@@ -164,7 +166,6 @@ class Scheduler:
         stopped = self._ends_at_eos[rows]
         if np.count_nonzero(stopped):
             stopped &= (tokens[:, None] == self._eos).any(1)
-        ended = []
         for i in np.flatnonzero(done | stopped).tolist():
             seq = step.sampled[i]
             if seq.finish_reason is None:
@@ -180,6 +181,22 @@ class Scheduler:
                 self._leaving.remove(seq)
                 self._leave(seq)
         return ended
+
+    def _end_failed(self, step: Step, tokens: np.ndarray) -> list[Sequence]:
+        """End the sequences without a token, and set their tokens to 0: their rows may still be told of them. Keys and
+        values behind such a token may be NaN, from any block on, so they leave the prefix cache, and so does all that
+        was computed from them. Who still computes with them registers no more: it may be ended by its user before its
+        own logits show it."""
+        failed = [step.sampled[i] for i in np.flatnonzero(tokens < 0).tolist()]
+        tokens[tokens < 0] = 0
+        failed = [seq for seq in failed if seq.finish_reason is None]
+        for root in {seq.hashes[0] for seq in failed if seq.hashes}:
+            self.blocks.distrust(root)
+            for other in self.running + [seq for seq in self.waiting if seq.host_blocks]:
+                other.distrusted |= other.hashes[:1] == [root]
+        for seq in failed:
+            self.finish(seq, "error")
+        return failed
 
     def _can_run(self, rows: np.ndarray) -> np.ndarray:
         """Which rows need nothing that is still in flight."""
@@ -353,6 +370,7 @@ class Scheduler:
             seq, count = self._at[rows[i]], int(full[i])
             assert seq is not None
             extend_hashes(seq.hashes, seq.tokens, self.block_size, count)
-            for column in range(int(self._registered[rows[i]]), count):
-                self.blocks.register(seq.blocks[column], seq.hashes[column])
+            if not seq.distrusted:
+                for column in range(int(self._registered[rows[i]]), count):
+                    self.blocks.register(seq.blocks[column], seq.hashes[column], seq.hashes[0])
             self._registered[rows[i]] = count

@@ -21,7 +21,8 @@ class Sequence:
         num_computed: tokens in the cache when it last entered a row (0 after a preemption that dropped its blocks).
             While it runs the scheduler's `computed` counts on.
         blocks: its block table while it runs. host_blocks: where it was swapped to.
-        hashes: prefix addresses of its leading full blocks.
+        hashes: prefix addresses of its leading full blocks. distrusted: its prefix is that of a sequence that ended
+            with NaN, so the prefix cache takes none of its blocks.
         started: it has run. num_cached: prompt tokens that the prefix cache had when it started. tokens_computed: in
             all rows that it has left. preemptions: how often it was made to leave one.
     """
@@ -38,6 +39,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    distrusted: bool = False
     finish_reason: FinishReason | None = None
     started: bool = False
     num_cached: int = 0

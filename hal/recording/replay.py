@@ -21,7 +21,8 @@ class Compared:
 
     Attributes:
         tokens: sampled. flips: (row, recorded token, token here, by how much the recording preferred its own: in
-            logprob; infinity where the token here was not among the best recorded, and None for drawn tokens).
+            logprob; infinity where the token here was not among the best recorded, or only one of the two runs has
+            a token at all, and None for drawn tokens).
         error: largest |difference| / (1 + |recorded|) of the logprobs of equal tokens.
         exact: everything is equal to the last bit.
     """
@@ -119,15 +120,22 @@ def _compare(number: int, step: RecordedStep, old: SamplerOutput, new: SamplerOu
     for row, (a, b) in enumerate(zip(old.token_ids.tolist(), new.token_ids.tolist(), strict=True)):
         if a != b:
             drawn = step.input.temperature is not None and float(step.input.temperature[row]) > 0
-            flips.append((row, a, b, None if drawn else _margin(old, row, b)))
+            gap = torch.inf if min(a, b) < 0 else None if drawn else _margin(old, row, b)
+            flips.append((row, a, b, gap))
     error = 0.0
     if old.logprobs is not None and new.logprobs is not None:
-        same = old.token_ids == new.token_ids
+        same = (old.token_ids == new.token_ids) & (old.token_ids >= 0)
         worst = ((old.logprobs - new.logprobs).abs() / (1 + old.logprobs.abs()))[same]
         error = float(worst.nan_to_num(nan=torch.inf).max()) if len(worst) else 0.0
-    exact = all((a is None) == (b is None) and (a is None or a.equal(b)) for a, b in (
-        (old[f.name], new[f.name]) for f in SamplerOutput.schema.fields))
+    exact = all(_equal(old[f.name], new[f.name]) for f in SamplerOutput.schema.fields)
     return Compared(number, len(old.token_ids), flips, error, exact)
+
+
+def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """To the last bit, NaN being equal to NaN."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _margin(old: SamplerOutput, row: int, token: int) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from typing import Any
 
 import checkpoints
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hal.cli import main
 
@@ -50,6 +53,28 @@ def test_json_has_a_line_per_prompt(generate: Run) -> None:
     assert (first["index"], first["text"]) == (0, "1000")
     assert second == {"index": 1, "prompt": "3+2=", "prompt_token_ids": [THREE, PLUS, TWO, 15], "token_ids": [9, EOS],
                       "text": "5", "finish_reason": "stop"}
+
+
+def test_a_prompt_that_ends_with_an_error(checkpoint: Callable[[str], Path], tmp_path: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are printed; the error is on stderr, in its line of --json, and in the exit code."""
+    shutil.copytree(checkpoint("qwen3"), tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights["model.embed_tokens.weight"][9] = math.nan
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    path = _lines(tmp_path / "in.jsonl", {"prompt_token_ids": [5, 6, 7]}, {"prompt_token_ids": [5, 9, 7]})
+    command = ["generate", "--device", "cpu", "--num-blocks", "64", "--max-tokens", "2", "--input", str(path),
+               "--model", str(tmp_path / "damaged")]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [lines[0], *lines[2:]] == ["> 5 6 7", "> 5 9 7", ""] and len(lines[1].split()) == 2
+    assert err.startswith(f"hal: error: {path}, line 3: request 1 ended before output token 0: ") and "dtype" in err
+    assert main([*command, "--json", "--ordered"]) == 1
+    out, err = capsys.readouterr()
+    good, bad = map(json.loads, out.splitlines())
+    assert "error" not in good and len(good["token_ids"]) == 2
+    assert (bad["finish_reason"], bad["token_ids"]) == ("error", []) and bad["error"] in err
 
 
 def test_input_file_with_overrides(generate: Run, tmp_path: Path) -> None:

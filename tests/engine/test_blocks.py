@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hal.engine.blocks import BlockManager, extend_hashes
 
-OPERATIONS = st.lists(st.tuples(st.sampled_from(("allocate", "register", "share", "release")), st.integers(0, 50)),
-                      max_size=60)
+NAMES = "allocate", "register", "share", "release", "distrust"
+OPERATIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 50)), max_size=60)
 
 
 @settings(max_examples=200, deadline=None)
@@ -27,7 +27,7 @@ def test_no_block_has_two_owners_or_none(num_blocks: int, operations: list[tuple
             held.append(block)
         elif name == "register" and held:
             block, key = held[n % len(held)], bytes([n % 7])
-            pool.register(block, key)
+            pool.register(block, key, bytes([n % 7 % 2]))
             if key not in cached and block not in cached.values():
                 cached[key] = block
         elif name == "share":
@@ -42,6 +42,10 @@ def test_no_block_has_two_owners_or_none(num_blocks: int, operations: list[tuple
             pool.release([block])
             if block not in held and block in cached.values():
                 released.append(block)
+        elif name == "distrust":
+            pool.distrust(bytes([n % 2]))
+            cached = {key: b for key, b in cached.items() if key[0] % 2 != n % 2}
+            released = [b for b in released if b in cached.values()]
         assert pool.refs == [held.count(b) for b in range(num_blocks)]
         assert pool.num_free == num_blocks - 1 - len(set(held))
 
@@ -50,7 +54,7 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     pool = BlockManager(4)
     blocks = [pool.allocate() for _ in range(3)]
     for block in blocks:
-        pool.register(block, bytes([block]))
+        pool.register(block, bytes([block]), b"root")
     pool.release(blocks)
     assert [pool.allocate() for _ in range(3)] == blocks[::-1]
 
@@ -71,5 +75,5 @@ def test_hashes_address_prefixes() -> None:
 
 def test_without_prefix_caching_nothing_is_found() -> None:
     pool = BlockManager(3, prefix_caching=False)
-    pool.register(pool.allocate(), b"x")
+    pool.register(pool.allocate(), b"x", b"x")
     assert pool.match([b"x"]) == []

@@ -4,7 +4,7 @@ executor's batch state follows the diffs, and checks their chain of digests."""
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,11 +52,15 @@ def make(number: int, prompt: list[int], **params: Any) -> Sequence:
 
 @dataclass
 class Rig:
-    """An engine's loop in a few lines, which looks at the scheduler after every call."""
+    """An engine's loop in a few lines, which looks at the scheduler after every call.
+
+    Attributes: failures: by request id, the output token for which its logits have no finite maximum.
+    """
 
     config: EngineConfig
     num_blocks: int
     depth: int
+    failures: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ahead = bool(self.config.async_scheduling)
@@ -76,7 +80,11 @@ class Rig:
             self.pending.append((step, self.executor.execute_model(step.request)))
         if step is None or len(self.pending) >= (2 if self.ahead else self.depth):
             done, handle = self.pending.popleft()
-            self.scheduler.update(done, handle.result().token_ids.numpy())
+            tokens = handle.result().token_ids.numpy().copy()
+            for i, seq in enumerate(done.sampled):
+                if self.failures.get(seq.request_id) == len(seq.output_ids):
+                    tokens[i] = -1
+            self.scheduler.update(done, tokens)
             self.look()
         return step
 
@@ -123,12 +131,14 @@ ARRIVAL = st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 20), st
 @settings(max_examples=80, deadline=None)
 @given(st.lists(ARRIVAL, min_size=1, max_size=9), st.integers(14, 40), st.sampled_from((0, 5, 30)),
        st.sampled_from((1, 3, 7, 64)), st.sampled_from((1, 2, "ahead")), st.booleans(),
-       st.dictionaries(st.integers(1, 30), st.integers(0, 8), max_size=4))
+       st.dictionaries(st.integers(1, 30), st.integers(0, 8), max_size=4),
+       st.dictionaries(st.integers(0, 8), st.integers(0, 19), max_size=4))
 def test_every_sequence_gets_its_tokens(
         arrivals: list[tuple[int, int, int, int, int, int]], num_blocks: int, host: int, budget: int,
-        depth: int | str, caching: bool, aborts: dict[int, int]) -> None:
+        depth: int | str, caching: bool, aborts: dict[int, int], failures: dict[int, int]) -> None:
     r = rig(num_blocks, 2 if depth == 2 else 1, num_cpu_blocks=host, max_num_batched_tokens=budget,
             prefix_caching=caching, async_scheduling=depth == "ahead")
+    r.failures = failures
     common = np.random.default_rng(7).integers(4, 97, (2, 20)).tolist()
     coming: deque[tuple[int, Sequence]] = deque()
     seqs, when = [], 0
@@ -154,6 +164,9 @@ def test_every_sequence_gets_its_tokens(
         tokens, reason = expected(seq.prompt_ids, seq.params)
         if seq.finish_reason == "abort":
             assert seq.token_ids == tokens[:len(seq.token_ids)]
+        elif failures.get(seq.request_id, 99) < len(tokens) - len(seq.prompt_ids):
+            end = len(seq.prompt_ids) + failures[seq.request_id]
+            assert (seq.token_ids, seq.finish_reason) == (tokens[:end], "error")
         else:
             assert (seq.token_ids, seq.finish_reason) == (tokens, reason)
     assert r.is_clean()
@@ -193,6 +206,38 @@ def test_a_prefix_is_computed_once(shared: int, cached: int) -> None:
     r.drain()
     r.executor.shutdown()
     assert second.token_ids == expected(prompt[:shared], second.params)[0]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_blocks_of_a_failed_sequence_leave_the_prefix_cache(ahead: bool) -> None:
+    """All of them, whichever sequence computed them and in whichever step; and what was computed from them, also by a
+    sequence that is aborted before its own logits fail. Another prefix stays."""
+    r, prompt = rig(60, max_num_batched_tokens=8, async_scheduling=ahead), list(range(5, 17))
+    other, first = make(0, [50] * 12, max_tokens=2, ignore_eos=True), make(1, prompt, max_tokens=30, ignore_eos=True)
+    r.scheduler.add(other)
+    r.drain()
+    r.scheduler.add(first)
+    while len(first.output_ids) < 6:
+        r.turn()
+    second = make(2, [*prompt, *range(60, 90)], max_tokens=5, ignore_eos=True)
+    r.scheduler.add(second)
+    r.turn()
+    assert second.num_cached == 12  # of the first, with which it goes on
+    r.failures = {1: 8}
+    while first.finish_reason is None:
+        r.turn()
+    assert first.finish_reason == "error" and len(first.output_ids) == 8 and second.finish_reason is None
+    r.turn()
+    r.scheduler.finish(second, "abort")
+    r.drain()
+    again = [make(3, first.token_ids, max_tokens=2, ignore_eos=True), make(4, second.prompt_ids, max_tokens=2),
+             make(5, [50] * 12, max_tokens=2, ignore_eos=True)]
+    for seq in again:
+        r.scheduler.add(seq)
+        r.drain()
+    r.executor.shutdown()
+    assert [seq.num_cached for seq in again] == [0, 12, 11]  # 12: of the request before, which computed them anew
+    assert [seq.token_ids for seq in again[:2]] == [expected(s.prompt_ids, s.params)[0] for s in again[:2]]
 
 
 def test_a_long_prompt_does_not_hold_up_decodes() -> None:
