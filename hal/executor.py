@@ -36,11 +36,15 @@ class Executor(Protocol):
     num_blocks: int
     num_cpu_blocks: int
 
+    def check(self) -> None:
+        """Raises what ended this executor, if something did: a WorkerError, or a StateError after shutdown and in a
+        forked child of the process that made it."""
+
     def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
-        """Run one step on all ranks. Raises WorkerError."""
+        """Run one step on all ranks. Raises WorkerError, and as `check`."""
 
     def shutdown(self) -> None:
-        """End all workers and release what they hold. Idempotent."""
+        """End all workers and release what they hold. Idempotent; in a forked child it does nothing."""
 
 
 class MakeExecutor(Protocol):

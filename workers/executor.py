@@ -156,3 +156,7 @@ class WorkerExecutor(StepExecutor):
         self._ranks.end(patience)
         self._worker.shutdown()
         self._finalizer.detach()
+
+    def disown(self) -> None:
+        super().disown()
+        self._finalizer.detach()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import ctypes
+import os
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from hal.errors import StateError, WorkerError
+from hal.errors import HalError, StateError
 from hal.outputs import SamplerOutput
 from hal.profiling import span
 from hal.request import ExecuteModelRequest
@@ -41,9 +44,11 @@ class StepExecutor(abc.ABC):
     """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks."""
 
     def __init__(self) -> None:
-        self._failure: WorkerError | None = None
+        self._failure: HalError | None = None
         self._closed = False
         self._pending: deque[StepHandle] = deque()
+        self._process = os.getpid()
+        _executors.add(self)
 
     @abc.abstractmethod
     def _submit(self, request: ExecuteModelRequest) -> Take:
@@ -57,9 +62,12 @@ class StepExecutor(abc.ABC):
     def _end(self, patience: float) -> None:
         """End the ranks that this executor has, which are given `patience` seconds to end by themselves."""
 
-    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+    def check(self) -> None:
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="make a new engine")
+
+    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+        self.check()
         handle = StepHandle(self, self._guarded(self._submit, request))
         self._pending.append(handle)
         return handle
@@ -84,9 +92,9 @@ class StepExecutor(abc.ABC):
             self._fail(self._blame(error), error)
 
     def _fail(self, failure: Failure, error: Exception | None) -> NoReturn:
-        self._failure = failure.in_step()
+        raised = self._failure = failure.in_step()
         self._close(0, error)
-        raise self._failure from error
+        raise raised from error
 
     def _close(self, patience: float, error: BaseException | None = None) -> None:
         self._closed = True
@@ -94,3 +102,25 @@ class StepExecutor(abc.ABC):
         for each in chain(error):  # whose frames hold what the next engine needs room for, and graphs NCCL waits for
             traceback.clear_frames(each.__traceback__)
         self._end(patience)
+
+    def disown(self) -> None:
+        """In a forked child: leave the engine to the process that made it. The child must not end the ranks. A process
+        group's destructor would wait for threads that the child does not have, so nothing that this executor holds is
+        ever destroyed."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        if not self._closed:
+            self._closed = True
+            self._failure = StateError("the engine belongs to the process that made it, and this is a forked child",
+                                       got=f"process {os.getpid()}", expected=f"process {self._process}",
+                                       hint="make an engine in the child, or send its requests to the parent")
+
+
+_executors: weakref.WeakSet[StepExecutor] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for executor in list(_executors):
+        executor.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)

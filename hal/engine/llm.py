@@ -51,7 +51,8 @@ class LLM:
         with LLM("path/to/checkpoint", tp=2) as llm:
             outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
 
-    Not thread-safe. For an engine of one's own: `add_request`, and `step` while `unfinished`.
+    Not thread-safe, and of the process that made it: in a forked child `step` and what uses it raise a StateError, and
+    leaving the `with` block does nothing. For an engine of one's own: `add_request`, and `step` while `unfinished`.
 
     Args:
         model: checkpoint directory in Hugging Face format; by default the bundled one, which adds numbers. Without
@@ -215,6 +216,7 @@ class LLM:
         return [request.output for request in self._advance(text)[0]]
 
     def _advance(self, text: bool) -> tuple[list[Request], list[Request]]:
+        self.executor.check()
         step = self.scheduler.schedule()
         if step is not None:
             self._pending.append((step, self.executor.execute_model(step.request)))

@@ -47,6 +47,9 @@ class RecordingExecutor:
         self.recording = Recording(engine, config.model, describe(config, backend))
         self._state = batch_state(config)
 
+    def check(self) -> None:
+        self.executor.check()
+
     def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
         self._state.apply(request)
         step = RecordedStep(request, self._state.prepare(request).to())
