@@ -25,7 +25,7 @@ from hal.request import ExecuteModelRequest
 from hal.runner import Progress, no_progress
 from workers.agreement import agree, facts_of
 from workers.base import make_worker
-from workers.groups import serve_store
+from workers.groups import RendezvousStore
 from workers.launched import LaunchedExecutor
 from workers.links import connect
 from workers.ranks import PATIENCE, threads_per_rank
@@ -68,6 +68,7 @@ class WorkerExecutor(StepExecutor):
         tp = 1 if backend.capabilities.spmd else engine.tp
         configs = [WorkerConfig(engine, model, Topology(tp, engine.pp, rank)) for rank in range(tp * engine.pp)]
         self._plane: ControlPlane
+        self._store: RendezvousStore | None = None
         self._ranks = _load(EXECUTORS[engine.executor])()
         # Not shutdown(): a finalizer may run in the middle of anything, and must not communicate.
         self._finalizer = weakref.finalize(self, self._ranks.end)
@@ -87,8 +88,7 @@ class WorkerExecutor(StepExecutor):
         if len(configs) > 1:
             if "OMP_NUM_THREADS" not in os.environ:  # else each rank would take all cores, and wait for the others'
                 torch.set_num_threads(threads_per_rank(len(configs)))
-            store, address = serve_store(len(configs), ranks.host())
-            ranks.start(configs[1:], name, address)
+            store = self._store = RendezvousStore(ranks.start(configs[1:], name))
         device = worker.init_device()
         agree(facts_of(configs[0]), self._expect("up"))
         self._plane, communicator = self._unless_one_fails(lambda: connect(configs[0], worker.backend, device, store))

@@ -3,6 +3,7 @@ own groups, live in one process side by side."""
 
 from __future__ import annotations
 
+import hmac
 import os
 import socket
 import sys
@@ -11,14 +12,19 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed
 
-from hal.errors import BackendError, WorkerError
+from hal.errors import BackendError, WireError, WorkerError
+from workers import rendezvous
+from workers.rendezvous import Rendezvous
 
 dist: Any = torch.distributed  # its stubs leave out what its documentation has
 Store = Any
 LOOPBACK = "127.0.0.1"
-CONNECT = timedelta(seconds=60)
+CONNECT = timedelta(seconds=rendezvous.CONNECT)
+_ANY_PORT = 9
+_SECRET = 16  # bytes
 # Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
 _FOREVER = timedelta(days=3650)
 # NCCL's groups read this when they are made. By default PyTorch's threads end the process, which may be the user's, if
@@ -27,33 +33,40 @@ _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS
          "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
-def serve_store(world_size: int, host: str = LOOPBACK) -> tuple[Store, str]:
-    """The meeting place, on a free port of this host's address `host`; and where that is, "host:port"."""
-    listener = socket.create_server((host, 0))
-    port: int = listener.getsockname()[1]
-    store = dist.TCPStore(host, port, world_size, True, timeout=CONNECT, wait_for_workers=False,
-                          master_listen_fd=listener.detach())
-    return store, f"{host}:{port}"
+class RendezvousStore(dist.Store):  # type: ignore[misc]
+    """A Rendezvous as process groups ask it. Its owner keeps it as long as the groups: PyTorch does not."""
 
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__()
+        self._rendezvous, self.host = rendezvous, rendezvous.host
 
-def join_store(address: str, world_size: int) -> Store:
-    """The store at "host:port". Raises WorkerError: nobody serves it."""
-    host, _, port = address.rpartition(":")
-    try:
-        return dist.TCPStore(host, int(port), world_size, False, timeout=CONNECT, wait_for_workers=False)
-    except RuntimeError as error:
-        raise lost("connecting", error) from error
+    def set(self, key: str, value: bytes | str) -> None:
+        self._rendezvous.set(key, value.encode() if isinstance(value, str) else value)
+
+    def get(self, key: str) -> bytes:
+        return self._rendezvous.get(key)
+
+    def clone(self) -> RendezvousStore:
+        return self
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._rendezvous.has(key) for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta = CONNECT) -> None:
+        for key in keys:
+            self._rendezvous.get(key, timeout.total_seconds())
 
 
 def local_address(store: Store) -> str:
-    """This host's address on the way to the store, where other ranks reach it too; no packet is sent."""
+    """This host's address on the way to the driver, where other ranks reach it too; no packet is sent."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    if not isinstance(store, dist.TCPStore):
+    host = getattr(store, "host", LOOPBACK)
+    if host == LOOPBACK:
         return LOOPBACK
-    family = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0][0]
+    family = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((store.host, store.port))
+        probe.connect((host, _ANY_PORT))
         address: str = probe.getsockname()[0]
     return address
 
@@ -67,6 +80,7 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
     Raises:
         BackendError: this PyTorch has no such collectives.
         WorkerError: not all ranks came.
+        WireError: over gloo, another process took a rank's place.
     """
     prefixed = dist.PrefixStore(name, store)
     try:
@@ -76,6 +90,7 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
             options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], CONNECT
             with _stdout_to_stderr():
                 group = gloo(prefixed, rank, size, options)
+            _prove(group, prefixed, rank, size)
             group._set_default_timeout(_FOREVER)
             return group
         if kind == "nccl" and dist.is_nccl_available():
@@ -89,6 +104,25 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
         raise lost("connecting", error) from error
     raise BackendError("this PyTorch has no such collectives", got=kind, expected="gloo or nccl",
                        hint="set the backend's `collectives`, or install another PyTorch")
+
+
+def _prove(group: Any, store: Store, rank: int, size: int) -> None:
+    """Each rank shows every other one, over their connection, a secret that is for it alone and that the store has told
+    it. Gloo's own handshake accepts whoever connects first to a rank's port, which any user of the host can do."""
+    others = [peer for peer in range(size) if peer != rank]
+    sent = [torch.frombuffer(bytearray(os.urandom(_SECRET)), dtype=torch.uint8) for _ in others]
+    for peer, secret in zip(others, sent, strict=True):
+        store.set(f"secret of {rank} for {peer}", secret.numpy().tobytes())
+    works = [group.send([secret], peer, 0) for peer, secret in zip(others, sent, strict=True)]
+    for peer in others:
+        shown = torch.zeros(_SECRET, dtype=torch.uint8)
+        group.recv([shown], peer, 0).wait()
+        if not hmac.compare_digest(shown.numpy().tobytes(), bytes(store.get(f"secret of {peer} for {rank}"))):
+            raise WireError(f"a process that is not rank {peer} answered in its place", got="another secret",
+                            expected="the secret that the rank told through the store",
+                            hint="find out which program of this host connected to a port of the engine")
+    for work in works:
+        work.wait()
 
 
 def lost(what: str, error: Exception) -> WorkerError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
+import os
 import select
+import selectors
 import socket
 import threading
 import time
@@ -18,6 +21,7 @@ from workers.groups import CONNECT, Store, local_address, lost
 
 R = TypeVar("R")
 LINGER = 1.0  # seconds that the driver waits until the others have left, and a rank until its own operations have ended
+_SECRET = 16  # bytes
 _LEAVES = b"."
 _LEFT = 0.5  # seconds after which a rank that goes on without one that has left is told so
 _ISSUE = 0.2  # seconds that it takes at most to issue an operation, unless the device's queue is full
@@ -48,13 +52,13 @@ class Lifelines:
             if topology.is_driver:
                 host = local_address(store)
                 with socket.create_server((host, 0), backlog=topology.world_size) as server:
-                    server.settimeout(CONNECT.total_seconds())
-                    store.set(f"lifelines of {name}", f"{host}:{server.getsockname()[1]}")
-                    for _ in range(topology.world_size - 1):
-                        self._sockets.append(server.accept()[0])
+                    secret = os.urandom(_SECRET)
+                    store.set(f"lifelines of {name}", f"{secret.hex()} {host} {server.getsockname()[1]}")
+                    _admit(server, secret, topology.world_size - 1, self._sockets)
             else:
-                host, _, port = store.get(f"lifelines of {name}").decode().rpartition(":")
+                shown, host, port = bytes(store.get(f"lifelines of {name}")).decode().split()
                 self._sockets.append(socket.create_connection((host, int(port)), CONNECT.total_seconds()))
+                self._sockets[0].sendall(bytes.fromhex(shown))
             for connection in self._sockets:  # a host that is gone closes nothing
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         except (OSError, RuntimeError) as error:
@@ -116,6 +120,27 @@ class Lifelines:
         while groups:
             with contextlib.suppress(RuntimeError):
                 groups.pop(0).abort()  # ends kernels at once, and then waits for graphs that have captured any
+
+
+def _admit(server: socket.socket, secret: bytes, count: int, admitted: list[socket.socket]) -> None:
+    """Accept until `count` connections have begun with the secret. Others are closed: any process that reaches the port
+    may connect, and may then be silent."""
+    deadline = time.monotonic() + CONNECT.total_seconds()
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as asking:
+        selector.register(server, selectors.EVENT_READ)
+        while len(admitted) < count:
+            if not (events := selector.select(deadline - time.monotonic())) or time.monotonic() > deadline:
+                raise TimeoutError(f"{count - len(admitted)} of {count} ranks did not connect")
+            for key, _ in events:
+                if key.fileobj is server:
+                    connection = asking.enter_context(server.accept()[0])
+                    selector.register(connection, selectors.EVENT_READ, connection)
+                    continue
+                connection = key.data
+                selector.unregister(connection)
+                with contextlib.suppress(OSError):
+                    if hmac.compare_digest(connection.recv(_SECRET), secret):
+                        admitted.append(connection.dup())
 
 
 def _leaves(connection: socket.socket) -> bool:

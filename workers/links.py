@@ -11,36 +11,37 @@ from hal.communicator import Communicator, LocalCommunicator
 from hal.config import WorkerConfig
 from hal.control import ControlPlane
 from hal.errors import BackendError
-from workers.groups import Store, join_store, make_group
+from workers.collective_plane import CollectivePlane
+from workers.groups import Store, make_group
 from workers.lifelines import Lifelines
-from workers.planes import make_plane
+from workers.planes import log_without_memory, make_plane
 from workers.shm_comm import ShmCommunicator
 from workers.torch_comm import TorchCommunicator
 
 
 def connect(config: WorkerConfig, backend: Backend, device: torch.device,
-            store: Store | str | None) -> tuple[ControlPlane, Communicator]:
-    """A rank's links. All ranks call it at the same time; `store` is where they meet, or its "host:port"."""
+            store: Store | None) -> tuple[ControlPlane, Communicator]:
+    """A rank's links. All ranks call it at the same time; `store` is where they meet."""
     topology = config.topology
-    if isinstance(store, str):
-        store = join_store(store, topology.world_size)
     plane = make_plane(config.engine.control_plane, topology, store, backend.collectives, device)
     try:
-        return plane, _data_plane(config, backend, device, store)
+        return plane, _data_plane(config, backend, device, store, isinstance(plane, CollectivePlane))
     except BaseException:
         plane.close()  # nobody else has it yet
         raise
 
 
-def _data_plane(config: WorkerConfig, backend: Backend, device: torch.device, store: Store | None) -> Communicator:
+def _data_plane(config: WorkerConfig, backend: Backend, device: torch.device, store: Store | None,
+                in_groups: bool) -> Communicator:
+    """`in_groups`: the control plane needs no shared memory, because that was asked for or there is none."""
     topology = config.topology
     if store is None:
         return LocalCommunicator()
-    if device.type == "cpu" and config.engine.control_plane not in ("gloo", "collectives"):  # then nothing is shared
+    if device.type == "cpu" and not in_groups:
         try:
             return ShmCommunicator(topology, device, store)
-        except BackendError:  # on all ranks
-            pass
+        except BackendError as error:  # on all ranks
+            log_without_memory(topology, "the data plane", error)
     tp_group = world_group = check_group = None
     strict = os.environ.get("HAL_STRICT") == "1"
     if topology.tp > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,6 +15,7 @@ from hal.errors import BackendError, ConfigError
 from hal.schema.packed import Buffer
 from workers.groups import Store
 
+_log = logging.getLogger("hal")
 # A factory takes a Topology, the store that all ranks have joined, the backend's collectives and the rank's device.
 PLANES = {"local": "workers.planes:LocalPlane", "shm": "workers.shm_plane:ShmPlane",
           "gloo": "workers.collective_plane:GlooPlane", "collectives": "workers.collective_plane:CollectivePlane",
@@ -28,13 +30,19 @@ def make_plane(name: str, topology: Topology, store: Store | None, collectives: 
     if name == "auto":
         try:
             return make_plane("shm", topology, store, collectives, device)
-        except BackendError:  # on all ranks
+        except BackendError as error:  # on all ranks
+            log_without_memory(topology, "the control plane", error)
             name = "gloo"
     if name not in PLANES:
         raise ConfigError("unknown control_plane", got=repr(name), expected=", ".join(["auto", *PLANES]))
     module, _, attribute = PLANES[name].partition(":")
     factory = getattr(importlib.import_module(module), attribute)
     return cast(ControlPlane, factory(topology, store, collectives, device))
+
+
+def log_without_memory(topology: Topology, what: str, error: BackendError) -> None:
+    if topology.is_driver:
+        _log.warning("%s uses process groups, since %s: %s", what, error.what, error.got)
 
 
 class LocalPlane:

@@ -1,41 +1,61 @@
-"""One worker process. Run as a script by workers.ranks: the standard input brings its configuration as JSON lines, and
-its end says that the driver is gone; reports leave through another pipe."""
+"""One worker process. Run as a script by workers.ranks: the standard input brings its configuration, and what other
+ranks have set in the rendezvous, as JSON lines. Reports leave through another pipe. It ends with the process that
+started it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from workers.rendezvous import Rendezvous
+
+
+class Report(Protocol):
+    def __call__(self, event: str, **content: Any) -> None: ...
+
+
+_LOOK = 0.5  # seconds between looks at whether the process that started this one lives
 
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt ends
-    inbox: SimpleQueue[str] = SimpleQueue()
-    threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
-    start = json.loads(inbox.get())
+    messages = _messages(int(sys.argv[1]))
+    start = next(messages)
     sys.path[:] = start["path"]  # the driver's, before anything is imported that may be found there
     os.set_inheritable(start["reports"], False)  # else a child of this process would hide its death
     reports, writing = os.fdopen(start["reports"], "w", buffering=1), threading.Lock()
-    threading.Thread(target=_beat, args=(reports, writing, start["beat"]), daemon=True).start()
-    run(start, inbox, reports, writing)
-
-
-def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str], writing: threading.Lock) -> None:
-    from hal import guard
-    from hal.config import WorkerConfig
-    from workers.agreement import facts_of
-    from workers.base import make_worker
-    from workers.links import connect
-    from workers.reports import Failure
 
     def report(event: str, **content: Any) -> None:
         with writing:
             reports.write(json.dumps({"event": event, **content}) + "\n")
+
+    from workers.rendezvous import Rendezvous
+
+    rendezvous = Rendezvous(start["host"], lambda key, value: report("entry", key=key, value=value))
+    orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    threading.Thread(target=_listen, args=(messages, orders, rendezvous), daemon=True).start()
+    threading.Thread(target=_beat, args=(reports, writing, start["beat"]), daemon=True).start()
+    run(start, orders, rendezvous, report)
+
+
+def run(start: dict[str, Any], orders: SimpleQueue[dict[str, Any]], rendezvous: Rendezvous, report: Report) -> None:
+    from hal import guard
+    from hal.config import WorkerConfig
+    from workers.agreement import facts_of
+    from workers.base import make_worker
+    from workers.groups import RendezvousStore
+    from workers.links import connect
+    from workers.reports import Failure
 
     config = WorkerConfig.from_json(start["config"])
     worker = None
@@ -44,10 +64,11 @@ def run(start: dict[str, Any], inbox: SimpleQueue[str], reports: IO[str], writin
         worker = make_worker(start["worker"], config)
         device = worker.init_device()
         report("up", rank=config.topology.rank, facts=facts_of(config))
-        worker.connect(*connect(config, worker.backend, device, start["store"]))
+        store = RendezvousStore(rendezvous)  # kept: PyTorch asks the Python object, but does not keep it
+        worker.connect(*connect(config, worker.backend, device, store))
         worker.load_model()
         report("sized", rank=config.topology.rank, facts=worker.facts(), blocks=worker.determine_num_blocks())
-        worker.initialize_cache(json.loads(inbox.get())["blocks"])
+        worker.initialize_cache(orders.get()["blocks"])
         worker.warmup()
         report("ready")
         worker.serve()
@@ -67,10 +88,30 @@ def _beat(reports: IO[str], writing: threading.Lock, seconds: float) -> None:
             reports.write("\n")
 
 
-def _listen(inbox: SimpleQueue[str]) -> None:
-    for line in os.fdopen(0):
-        inbox.put(line)
+def _messages(parent: int) -> Iterator[dict[str, Any]]:
+    """Ends this process when its parent ends or says so. The end of the standard input alone would not tell: a process
+    that the parent forked keeps it open."""
+    buffer = b""
+    while os.getppid() == parent:
+        if select.select([0], [], [], _LOOK)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                break
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                message = json.loads(line)
+                if "end" in message:
+                    os._exit(1)
+                yield message
     os._exit(1)
+
+
+def _listen(messages: Iterator[dict[str, Any]], orders: SimpleQueue[dict[str, Any]], rendezvous: Rendezvous) -> None:
+    for message in messages:
+        if "key" in message:
+            rendezvous.arrived(**message)
+        else:
+            orders.put(message)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hal.config import WorkerConfig
+from workers.rendezvous import Rendezvous
 from workers.reports import Failure
 
 LOOPBACK = "127.0.0.1"
@@ -21,23 +24,27 @@ _SCRIPT = Path(__file__).with_name("process.py")
 _GRACE = 0.5  # seconds that a rank's own report may come later than another's that only finds it gone
 _BEATS = 4  # signs of life within EngineConfig.heartbeat
 PATIENCE = 3.0  # seconds that a process is given to end by itself
+_ROOM = 1 << 20  # bytes of a pipe to a rank, so that one that is stopped blocks nobody who passes entries on
 
 
 class RankProcess:
     """One worker process. `send` writes a JSON line to it; its reports are read from `reports`."""
 
-    def __init__(self, config: WorkerConfig, worker: str, store: str, environment: dict[str, str]) -> None:
+    def __init__(self, config: WorkerConfig, worker: str, host: str, environment: dict[str, str]) -> None:
         self.rank, self.heartbeat = config.topology.rank, config.engine.heartbeat
         self.reports, theirs = os.pipe()
         try:
             # The script's path, not -m: a folder named workers where the user works must not be taken for ours. What it
             # prints goes to the standard error, since the standard output may be a program's result.
-            self.process = subprocess.Popen([sys.executable, str(_SCRIPT)], stdin=subprocess.PIPE, stdout=2,
-                                            pass_fds=[theirs], env=environment)
+            self.process = subprocess.Popen([sys.executable, str(_SCRIPT), str(os.getpid())], stdin=subprocess.PIPE,
+                                            stdout=2, pass_fds=[theirs], env=environment)
         finally:
             os.close(theirs)
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # the system allows no more
+            fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, _ROOM)
         path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
-        self.send(config=config.to_json(), worker=worker, store=store, path=path, reports=theirs,
+        self.send(config=config.to_json(), worker=worker, host=host, path=path, reports=theirs,
                   beat=config.engine.heartbeat / _BEATS)
         self.buffer = b""
         self.missed = 0  # signs of life, one after another
@@ -70,6 +77,7 @@ class RankProcess:
     def hang_up(self) -> None:
         """Let it know that the driver has no more to say, which ends it."""
         assert self.process.stdin is not None
+        self.send(end=True)  # a forked child of this process may keep the pipe open
         try:
             self.process.stdin.close()
         except BrokenPipeError:
@@ -100,17 +108,21 @@ class Ranks:
         """This host's address, as the ranks reach it."""
         return LOOPBACK
 
-    def start(self, configs: Sequence[WorkerConfig], worker: str, store: str) -> None:
+    def start(self, configs: Sequence[WorkerConfig], worker: str) -> Rendezvous:
+        """Where the ranks meet."""
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(configs) + 1)))
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-        self.launch(configs, worker, store, environment)
+        host = self.host()
+        self.launch(configs, worker, host, environment)
+        self._rendezvous = Rendezvous(host, lambda key, value: self.tell(key=key, value=value))
         self._listener = threading.Thread(target=self._listen, name="hal-ranks", daemon=True)
         self._listener.start()
+        return self._rendezvous
 
-    def launch(self, configs: Sequence[WorkerConfig], worker: str, store: str, environment: dict[str, str]) -> None:
+    def launch(self, configs: Sequence[WorkerConfig], worker: str, host: str, environment: dict[str, str]) -> None:
         for config in configs:
-            self.processes.append(RankProcess(config, worker, store, environment))
+            self.processes.append(RankProcess(config, worker, host, environment))
 
     def expect(self, event: str) -> list[dict[str, Any]] | Failure:
         """Wait until every rank has reported `event`; or the first failure."""
@@ -166,6 +178,11 @@ class Ranks:
                         if event == "failed":
                             since = since or time.monotonic()
                             failures.append(Failure(**report))
+                        elif event == "entry":
+                            self._rendezvous.arrived(**report)
+                            for other in self.processes:
+                                if other is not key.data:
+                                    other.send(**report)
                         else:
                             self._reported.setdefault(event, {})[key.data.rank] = report
                 if time.monotonic() >= due:  # ticks, not seconds: this process may have been stopped too

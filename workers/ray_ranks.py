@@ -23,11 +23,10 @@ _CARRIED = ("HAL_", "OMP_")  # environment variables that go from the driver to 
 
 
 class Keeper:
-    """The actor. It holds no model: the rank is a process of its own, which ends when the actor does, since the pipe
-    that is its standard input closes."""
+    """The actor. It holds no model: the rank is a process of its own, which ends when the actor does."""
 
-    def __init__(self, config: str, worker: str, store: str, environment: str) -> None:
-        self._rank = RankProcess(WorkerConfig.from_json(config), worker, store,
+    def __init__(self, config: str, worker: str, host: str, environment: str) -> None:
+        self._rank = RankProcess(WorkerConfig.from_json(config), worker, host,
                                  {**os.environ, **json.loads(environment)})
 
     def pids(self) -> list[int]:
@@ -105,7 +104,7 @@ class RayRanks(Ranks):
         address: str = self._ray.util.get_node_ip_address()
         return address
 
-    def launch(self, configs: Sequence[WorkerConfig], worker: str, store: str, environment: dict[str, str]) -> None:
+    def launch(self, configs: Sequence[WorkerConfig], worker: str, host: str, environment: dict[str, str]) -> None:
         ray, device = self._ray, "GPU" if configs[0].engine.device == "cuda" else "CPU"
         self._group = ray.util.placement_group([{device: 1}] * len(configs), strategy="SPREAD")
         if not self._group.wait(_PLACED):
@@ -118,7 +117,7 @@ class RayRanks(Ranks):
             actor = ray.remote(Keeper).options(
                 **{f"num_{device.lower()}s": 1}, max_concurrency=4, max_restarts=0, scheduling_strategy=place,
                 runtime_env=runtime_env(),
-            ).remote(config.to_json(), worker, store, carried)
+            ).remote(config.to_json(), worker, host, carried)
             self.processes.append(RayRank(ray, actor, config))
 
     def end(self, patience: float = 3.0) -> None:

@@ -1,7 +1,8 @@
 """Memory shared by the ranks of one host: private to the user, without a name, waited on by futex.
 
 It is a memfd, which other ranks open through the driver's /proc entry: no file to leave behind, no limit of /dev/shm,
-and the kernel frees it when the last rank is gone, however it went.
+and the kernel frees it when the last rank is gone, however it went. A launcher's store, where ranks may meet, takes
+entries from anybody who reaches it: so a rank checks whose memory it maps, and of which kind it is.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import fcntl
 import mmap
 import os
 import platform
+import re
 import select
+import stat
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from hal.errors import BackendError, WorkerError
+from hal.errors import BackendError, HalError, WireError, WorkerError
 from hal.schema.packed import Buffer
 from workers.groups import Store, lost
 
@@ -32,6 +36,14 @@ START = 2**32 - 3  # where counters begin: they wrap, and so they do in every te
 LIMIT = 1800.0  # seconds; longer than any step
 _SLICE = 0.1  # seconds between looks at whether the awaited rank lives
 _SPIN = 300e-6  # seconds: the usual pause between the steps of a small model, or within a collective
+
+
+# What ranks answer each other: the driver its process, descriptor, secret and host; another rank its process, when it
+# has mapped the memory; and any of them why it cannot take part, or what is wrong with the driver's answer.
+_MADE = re.compile(r"([1-9][0-9]{0,8}) ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f-]{36} pid:\[[0-9]{1,20}\])")
+_MAPPED = re.compile(r"([1-9][0-9]{0,8})")
+_REFUSED, _FOREIGN = "refused: ", "foreign: "
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class _Time(ctypes.Structure):
@@ -55,6 +67,7 @@ class Segment:
 
     Raises:
         BackendError: on every rank, when one of them cannot take part (another host, another system).
+        WireError: on every rank, when an answer is not a rank's, or the memory not the driver's.
         WorkerError: not all ranks came.
     """
 
@@ -67,38 +80,37 @@ class Segment:
         self._fence = threading.Lock()
         self._spin_most = _SPIN if len(os.sched_getaffinity(0)) >= world_size else 0.0
         self._spin = self._spin_most
+        self._memory: Buffer | None = None
+        self._words: memoryview | None = None
         size += _FIRST
-        fd, answer = -1, ""
+        fd = -1
         try:
             try:
-                if rank == 0:
-                    fd, answer = _create(name, size)
-                else:
-                    fd, answer = _open(store.get(f"{name}/0").decode(), size)
+                fd, answer = _create(name, size) if rank == 0 else _open(_answer(store, name, 0), size)
                 self._map(fd, size)
-            except (OSError, AttributeError, ValueError) as error:
-                answer = f"no: rank {rank}: {error}"
+            except (OSError, AttributeError) as error:
+                answer = f"{_REFUSED}rank {rank}: {error}"
+            except WireError as error:
+                answer = f"{_FOREIGN}rank {rank}: {error.what}: {error.got}"
             store.set(f"{name}/{rank}", answer)
-            answers = [store.get(f"{name}/{r}").decode() for r in range(world_size)]
+            answers = [_answer(store, name, r) for r in range(world_size)]
+            peers = _peers(answers, rank, answer)
         except RuntimeError as error:
             raise lost("connecting", error) from error
+        except HalError:
+            self.close()
+            raise
         finally:
             if fd >= 0:
                 os.close(fd)  # the driver's, when all have mapped it
-        refusals = [a for a in answers if a.startswith("no")]
-        if refusals:
-            self.close()
-            raise BackendError("the ranks cannot share memory", got="; ".join(refusals), expected="ranks on one host",
-                               hint="control_plane='gloo' needs none")
-        for peer, answer in enumerate(answers):
-            if peer != rank:
-                self._watch(peer, int(answer.split()[0]))
+        for peer, pid in peers.items():
+            self._watch(peer, pid)
 
     def _map(self, fd: int, size: int) -> None:
         memory = mmap.mmap(fd, size)
-        self._memory: Buffer | None = np.frombuffer(memory, np.uint8)
+        self._memory = np.frombuffer(memory, np.uint8)
         self._address: int = self._memory.__array_interface__["data"][0]
-        self._words: memoryview | None = memoryview(memory).cast("I")
+        self._words = memoryview(memory).cast("I")
 
     def _watch(self, peer: int, pid: int) -> None:
         try:
@@ -187,7 +199,7 @@ class Segment:
 
 
 def _create(name: str, size: int) -> tuple[int, str]:
-    """A new segment, and where it is: process, descriptor, and a secret that tells it from another's."""
+    """A new segment, and where it is: process, descriptor, a secret that tells it from another's, and the host."""
     if _FUTEX is None:
         raise OSError(f"no futex known on {platform.machine()}")
     os.close(os.pidfd_open(os.getpid()))  # of Linux 5.3
@@ -196,19 +208,81 @@ def _create(name: str, size: int) -> tuple[int, str]:
     os.fchmod(fd, 0o600)
     os.ftruncate(fd, size)
     os.pwrite(fd, secret.ljust(_LINE, b"\0") + np.full(_FIRST // 4, START, np.uint32).tobytes()[_LINE:], 0)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    return fd, f"{os.getpid()} {fd} {secret.hex()}"
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd, f"{os.getpid()} {fd} {secret.hex()} {_host()}"
 
 
 def _open(where: str, size: int) -> tuple[int, str]:
-    if where.startswith("no"):
-        raise OSError("the driver has no segment")
-    pid, theirs, secret = where.split()
-    fd = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR | os.O_CLOEXEC)
-    if os.fstat(fd).st_size != size or os.pread(fd, 16, 0).hex() != secret:
+    """Raises OSError: this rank cannot share memory with the driver. WireError: that is not the driver's memory."""
+    if where.startswith(_REFUSED):
+        raise OSError("the driver made none")
+    found = _MADE.fullmatch(where)
+    if found is None:
+        raise WireError("the driver's answer about its memory is none", got=repr(where[:100]))
+    pid, theirs, secret, host = found.groups()
+    if host != _host():
+        raise OSError("it runs on another host, or in another container, than the driver")
+    path = f"/proc/{int(pid)}/fd/{int(theirs)}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait
+    except PermissionError:  # as where /proc is restricted
+        raise
+    except OSError as error:
+        raise WireError("the driver's memory is not there", got=str(error)) from error
+    wrong = _foreign(fd, size, secret)
+    if wrong is not None:
         os.close(fd)
-        raise OSError("another host's or engine's segment")
+        raise WireError(f"{path} is not the driver's memory", got=wrong)
     return fd, str(os.getpid())
+
+
+def _foreign(fd: int, size: int, secret: str) -> str | None:
+    """In which way an open file is not the memory that `_create` made with this secret."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    if status.st_uid != os.geteuid():
+        return f"a file of user {status.st_uid}, not of user {os.geteuid()}"
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & _SEALS != _SEALS:
+        return "a file that may change its size, not a sealed memfd"
+    if status.st_size != size:
+        return f"{status.st_size} bytes, not {size}"
+    return None if os.pread(fd, 16, 0).hex() == secret else "another secret"
+
+
+def _answer(store: Store, name: str, rank: int) -> str:
+    return bytes(store.get(f"{name}/{rank}")).decode(errors="replace")
+
+
+def _peers(answers: list[str], rank: int, own: str) -> dict[int, int]:
+    """The other ranks' processes, if all answers are in order. Raises BackendError, WireError as Segment."""
+    if answers[rank] != own:
+        raise WireError(f"another process answered for rank {rank}", got=repr(answers[rank][:100]), expected=repr(own))
+    foreign = [answer.removeprefix(_FOREIGN) for answer in answers if answer.startswith(_FOREIGN)]
+    if foreign:
+        raise WireError("the ranks were given memory that is not the driver's", got="; ".join(foreign),
+                        hint="find out which program writes to the store where ranks meet")
+    refusals = [answer.removeprefix(_REFUSED) for answer in answers if answer.startswith(_REFUSED)]
+    if refusals:
+        raise BackendError("the ranks cannot share memory", got="; ".join(refusals), expected="ranks on one host",
+                           hint="control_plane='gloo' needs none")
+    peers = {}
+    for peer, answer in enumerate(answers):
+        found = (_MAPPED if peer else _MADE).fullmatch(answer)
+        if found is None:
+            raise WireError(f"rank {peer}'s answer about the shared memory is none", got=repr(answer[:100]))
+        if peer != rank:
+            peers[peer] = int(found[1])
+    return peers
+
+
+def _host() -> str:
+    """This host since it was booted, and the namespace of its process ids, which a container has for itself."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _close(fds: list[int]) -> None:

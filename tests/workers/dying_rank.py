@@ -8,14 +8,14 @@ import time
 import torch
 
 from hal.config import Topology
-from workers.groups import join_store
+from workers.groups import dist
 from workers.lifelines import Lifelines
 from workers.links import connect  # noqa: F401  # what a worker process imports
 from workers.planes import make_plane
 from workers.shm_comm import ShmCommunicator
 
-what, address = sys.argv[1], sys.argv[2]
-store, cpu = join_store(address, 2), torch.device("cpu")
+what, path = sys.argv[1], sys.argv[2]
+store, cpu = dist.FileStore(path, 2), torch.device("cpu")
 joined: object
 if what == "data":
     joined = ShmCommunicator(Topology(tp=2, rank=1), cpu, store)

@@ -26,7 +26,7 @@ from hal.inputs import IntermediateTensors
 from hal.schema import Array
 from hal.testing.null import backend as null
 from workers import links
-from workers.groups import serve_store
+from workers.groups import dist
 from workers.lifelines import Lifelines
 from workers.links import connect
 from workers.shm_comm import ShmCommunicator
@@ -271,9 +271,10 @@ def test_stages_in_different_steps_are_named(kind: str) -> None:
     on(kind, 1, 2, call)
 
 
-def test_a_killed_peer_frees_who_waits_for_it() -> None:
-    store, address = serve_store(2)
-    with subprocess.Popen([sys.executable, str(DYING), "data", address], stdout=subprocess.PIPE) as other:
+def test_a_killed_peer_frees_who_waits_for_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "store")
+    store = dist.FileStore(path, 2)
+    with subprocess.Popen([sys.executable, str(DYING), "data", path], stdout=subprocess.PIPE) as other:
         communicator = ShmCommunicator(Topology(tp=2), CPU, store)
         assert other.stdout is not None and other.stdout.readline() == b"joined\n"
         killed: list[float] = []

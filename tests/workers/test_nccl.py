@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from hal.outputs import SamplerOutput
 from hal.testing.null import NullBackend
 from workers import groups
 from workers.collective_plane import CollectivePlane
-from workers.groups import serve_store
+from workers.groups import dist
 from workers.lifelines import Lifelines
 from workers.links import connect
 from workers.torch_comm import TorchCommunicator
@@ -77,8 +78,10 @@ class Pair:
     """Rank 0's communicator. Rank 1 lives in a process that can be killed; it has issued what it does at the start."""
 
     def __init__(self, topology: Topology) -> None:
-        store, address = serve_store(2)
-        self.process = subprocess.Popen([sys.executable, str(DYING), "lifelines of the data plane", address],
+        self.folder = tempfile.TemporaryDirectory()
+        path = f"{self.folder.name}/store"
+        store = dist.FileStore(path, 2)
+        self.process = subprocess.Popen([sys.executable, str(DYING), "lifelines of the data plane", path],
                                         stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         names = ["tp0"] * (topology.tp > 1) + ["world"] * (topology.pp > 1)
@@ -117,6 +120,7 @@ def pair(**sizes: int) -> Iterator[Pair]:
         made.process.wait()
         made.process.stdout.close()  # type: ignore[union-attr]
         made.communicator.close()
+        made.folder.cleanup()
 
 
 def taken(communicator: Any, output: Any = "tokens") -> Callable[[], Any]:

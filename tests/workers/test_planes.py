@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from hal.errors import BackendError, GuardError, WireError, WorkerError
 from hal.guard import Phase, phase
 from workers import shm
 from workers.collective_plane import CPU, GlooPlane
-from workers.groups import serve_store
+from workers.groups import dist
 from workers.planes import LocalPlane, make_plane
 from workers.shm import Segment
 from workers.shm_plane import Ring, ShmPlane
@@ -155,13 +156,14 @@ class TestEveryPlane:
                     call()
                 assert error.value.rank == -1
 
-    def test_a_killed_peer_frees_who_waits_for_it(self, name: str) -> None:
-        store, address = serve_store(2)
+    def test_a_killed_peer_frees_who_waits_for_it(self, name: str, tmp_path: Path) -> None:
+        path = str(tmp_path / "store")
+        store = dist.FileStore(path, 2)
         # NCCL's stand-in joins threads: its other rank is a process that has the lifeline alone.
         topology, kind = Topology(pp=2), name
         if name == "nccl":
             topology, kind = Topology(tp=2), "lifelines of the control plane"
-        with subprocess.Popen([sys.executable, str(DYING), kind, address], stdout=subprocess.PIPE) as other:
+        with subprocess.Popen([sys.executable, str(DYING), kind, path], stdout=subprocess.PIPE) as other:
             plane = make(name, topology, store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"
             killed: list[float] = []
@@ -206,22 +208,22 @@ def test_local_plane_has_nobody_to_tell() -> None:
     plane.close()
 
 
-def test_auto_is_shared_memory_or_else_gloo_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_shared_memory_or_else_gloo_on_every_rank(monkeypatch: pytest.MonkeyPatch,
+                                                          caplog: pytest.LogCaptureFixture) -> None:
     with joined("auto", Topology(tp=2)) as made:
         assert [type(plane) for plane in made] == [ShmPlane] * 2
-    opened = shm._open
-
-    def elsewhere(where: str, size: int) -> Any:
-        pid, fd, secret = where.split()
-        return opened(f"{pid} {fd} {'0' * len(secret)}", size)
-
-    monkeypatch.setattr(shm, "_open", elsewhere)  # as on another host, where this process and descriptor are others
+    assert not caplog.records
+    hosts = (f"00000000-0000-0000-0000-{n:012d} pid:[1]" for n in itertools.count())
+    monkeypatch.setattr(shm, "_host", lambda: next(hosts))  # each rank is on a host of its own
     with joined("auto", Topology(tp=2)) as made:
         assert [type(plane) for plane in made] == [GlooPlane] * 2
         together(lambda: made[0].broadcast(data(3)), lambda: made[1].receive())
     with pytest.raises(BackendError, match="cannot share memory") as error:
         on_ranks(2, lambda rank, store: make("shm", Topology(tp=2, rank=rank), store))
-    assert "rank 1: another host's" in error.value.got
+    assert "rank 1: it runs on another host" in error.value.got
+    assert [record.getMessage() for record in caplog.records] == [
+        "the control plane uses process groups, since the ranks cannot share memory: rank 1: it runs on another host, "
+        "or in another container, than the driver"]  # said once, by the driver
     monkeypatch.setattr(shm, "_FUTEX", None)
     with joined("auto", Topology(tp=2)) as made:
         assert [type(plane) for plane in made] == [GlooPlane] * 2
