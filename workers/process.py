@@ -5,6 +5,7 @@ started it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -24,7 +25,7 @@ class Report(Protocol):
     def __call__(self, event: str, **content: Any) -> None: ...
 
 
-_LOOK = 0.5  # seconds between looks at whether the process that started this one lives
+_LOOK = 0.5  # seconds between looks at whether the parent lives, where the system does not tell
 
 
 def main() -> None:
@@ -91,9 +92,11 @@ def _beat(reports: IO[str], writing: threading.Lock, seconds: float) -> None:
 def _messages(parent: int) -> Iterator[dict[str, Any]]:
     """Ends this process when its parent ends or says so. The end of the standard input alone would not tell: a process
     that the parent forked keeps it open."""
-    buffer = b""
+    buffer, watched = b"", [0]
+    with contextlib.suppress(OSError, AttributeError):  # an older system: then it is asked for now and then
+        watched.append(os.pidfd_open(parent))
     while os.getppid() == parent:
-        if select.select([0], [], [], _LOOK)[0]:
+        if 0 in select.select(watched, [], [], _LOOK)[0]:
             data = os.read(0, 1 << 16)
             if not data:
                 break

@@ -1,9 +1,11 @@
 """The failure drill: what fails (an exception, a kill, a stop, no memory), when, on which rank and in which topology.
 
 In each case the driver gets an error that names the rank and the cause within the deadline; then no process and nothing
-in shared memory is left, and the next engine starts.
+in shared memory is left, and the next engine starts. Where the driver is killed, its ranks end, though a child that it
+forked lives. Where another user of the host attacks an engine that starts slowly (as root: it takes two users), tokens
+are right or there is an error.
 
-    python tests/workers/drill.py [--loops N] [--only TEXT]
+    python tests/workers/drill.py [--loops N] [--only TEXT] [--pause SECONDS]
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import foreign
 from worker_cases import MODEL, Driver, executor
 
 from hal.errors import WorkerError
 
+PAUSE = 2.0  # seconds that an attacked engine is slowed down for
+ORPHANS = 2.0  # seconds in which ranks end when their driver was killed
 HEARTBEAT = 3.0  # less, and a rank that loads torch on a busy machine is taken for a stopped one
 GONE = 5.0  # seconds until every process has ended
 STEP = 3  # in which it happens
@@ -59,16 +65,23 @@ def cases() -> list[Case]:
     planes = "shm", "gloo"
     made = [Case(*case, planes[i % 2]) for i, case in enumerate(found)]
     made += [Case((2, pp), "connect", kind, 1, "gloo") for pp in (1, 2) for kind in ("bug", "die", "stop", "oom")]
+    made += [Case((2, 1), "parent", "fork", 0, plane) for plane in ("shm", "gloo", "collectives")]
+    if os.geteuid() == 0:
+        made += [Case((2, 1), "foreign", point, rank, plane) for plane, points in foreign.POINTS.items()
+                 for point, rank in points]
     return made + [Case((2, 1), "prepare", kind, 1, plane, "request")
                    for kind, plane in (("bug", "shm"), ("die", "gloo"), ("stop", "shm"))]
 
 
-def run(case: Case) -> float:
-    """Seconds to the error. Raises AssertionError: the case went wrong."""
+def run(case: Case, pause: float = PAUSE) -> float:
+    """Seconds to the error, or to the end of the attack. Raises AssertionError: the case went wrong."""
     os.environ["TEST_FAULT"] = f"{case.phase}-{case.kind} {case.rank} " + (
         str(STEP) if case.phase in ("prepare", "execute") else "0")
     before = set(os.listdir("/dev/shm")), descendants(os.getpid())
-    took = parent(case) if case.phase == "parent" else driver(case)
+    if case.phase == "foreign":
+        took = attacked(case, pause)
+    else:
+        took = parent(case) if case.phase == "parent" else driver(case)
     end = time.monotonic() + GONE
     while (left := descendants(os.getpid()) - before[1]) and time.monotonic() < end:
         time.sleep(0.01)
@@ -104,30 +117,53 @@ def driver(case: Case) -> float:
     return took
 
 
+def attacked(case: Case, pause: float) -> float:
+    start = time.monotonic()
+    printed, achieved = foreign.attack(case.plane, case.kind, case.rank, pause)
+    assert achieved["stored"] == achieved["descriptors"] == 0, achieved
+    if case.plane == "shm":
+        assert achieved["ports"] == 0, achieved
+        assert printed.get("links") == ["ShmPlane", "ShmCommunicator"], printed
+    else:
+        assert "error" in printed or printed["links"] == ["GlooPlane", "TorchCommunicator"], printed
+    assert "error" in printed or printed["tokens"] == list(foreign.expected()), printed
+    return time.monotonic() - start
+
+
 def parent(case: Case) -> float:
-    """The driver is a process of its own, which is killed or interrupted in the middle of its steps."""
+    """The driver is a process of its own, which is killed or interrupted in the middle of its steps. kind "fork": it is
+    killed, and a child that it forked lives."""
     tp, pp = case.topology
-    script = f"drive({{'tp': {tp}, 'pp': {pp}, 'control_plane': {case.plane!r}}})"
+    script = f"drive({{'tp': {tp}, 'pp': {pp}, 'control_plane': {case.plane!r}}}, {case.kind == 'fork'})"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
                f"from drill import drive\n{script}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         pids = {int(pid) for pid in process.stdout.readline().split()}
+        child = int(process.stdout.readline()) if case.kind == "fork" else 0
         assert len(pids) == tp * pp - 1, "the driver did not start"
         start = time.monotonic()
         process.send_signal(signal.SIGINT if case.kind == "interrupt" else signal.SIGKILL)
         status = process.wait(GONE)
         assert status == -(signal.SIGINT if case.kind == "interrupt" else signal.SIGKILL), status
-        while any(Path(f"/proc/{pid}").exists() for pid in pids):
-            assert time.monotonic() < start + GONE, "ranks outlive their driver"
-            time.sleep(0.01)
-        return time.monotonic() - start
+        try:
+            while any(Path(f"/proc/{pid}").exists() for pid in pids):
+                assert time.monotonic() < start + (GONE if not child else ORPHANS), "ranks outlive their driver"
+                time.sleep(0.01)
+            return time.monotonic() - start
+        finally:
+            if child:
+                os.kill(child, signal.SIGKILL)
 
 
-def drive(options: dict[str, Any]) -> None:
+def drive(options: dict[str, Any], fork: bool) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
     made = executor(dataclasses.replace(MODEL, max_position=1 << 14), **options)
     print(*(p.process.pid for p in made._ranks.processes), flush=True)
+    if fork:
+        if (child := os.fork()) == 0:
+            threading.Event().wait()
+        print(child, flush=True)
     driver = Driver(made, [[1, 2, 3]])
     while True:
         driver.run(1)
@@ -149,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--loops", type=int, default=1)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--pause", type=float, default=PAUSE, help="seconds that an attacked engine is slowed down for")
     args = parser.parse_args()
     chosen = [case for case in cases() if args.only in str(case)]
     failed, slowest = 0, 0.0
@@ -156,7 +193,7 @@ def main() -> None:
     for loop in range(args.loops):
         for case in chosen:
             try:
-                took = run(case)
+                took = run(case, args.pause)
                 slowest = max(slowest, took if case.phase in ("prepare", "execute") else 0.0)
                 print(f"{case}: {took:.2f} s", flush=True)
             except (AssertionError, subprocess.TimeoutExpired) as error:

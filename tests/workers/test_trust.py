@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch.distributed
 import worker_cases
+from foreign import listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_threads import on_ranks
@@ -51,25 +52,6 @@ def met(world: int) -> list[RendezvousStore]:
 
     made += [Rendezvous("127.0.0.1", tell(rank)) for rank in range(world)]
     return [RendezvousStore(each) for each in made]
-
-
-def listening(pid: int) -> set[str]:
-    """Where a process accepts connections."""
-    sockets = set()
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            sockets.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
-    found = set()
-    for table, state in (("tcp", "0A"), ("tcp6", "0A")):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == state and fields[9] in sockets:
-                found.add(f"{table} {fields[1]}")
-    for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()[1:]:
-        fields = line.split()
-        if int(fields[3], 16) & 1 << 16 and fields[6] in sockets:  # of a socket that accepts
-            found.add(f"unix {fields[7:]}")
-    return found
 
 
 def test_nothing_listens_where_ranks_share_memory() -> None:
