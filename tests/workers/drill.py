@@ -147,7 +147,7 @@ def parent(case: Case) -> float:
         status = process.wait(GONE)
         assert status == -(signal.SIGINT if case.kind == "interrupt" else signal.SIGKILL), status
         try:
-            while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            while any(map(lives, pids)):
                 assert time.monotonic() < start + (GONE if not child else ORPHANS), "ranks outlive their driver"
                 time.sleep(0.01)
             return time.monotonic() - start
@@ -167,6 +167,14 @@ def drive(options: dict[str, Any], fork: bool) -> None:
     driver = Driver(made, [[1, 2, 3]])
     while True:
         driver.run(1)
+
+
+def lives(pid: int) -> bool:
+    """Not of an orphan that has ended and that the system has yet to take notice of."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def descendants(pid: int) -> set[int]:
