@@ -9,6 +9,7 @@ import torch
 
 from hal.errors import InputError
 from hal.schema import Array, Declared, Doc
+from hal.schema.layout import MOST
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "penalties", "history", "prompt_lens",
                    "sampled_rows")
@@ -87,7 +88,8 @@ class PagedModelInput(ModelInput):
                 block_tables, a live slot is written twice or by padding, or an index points outside the batch.
         """
         super().check()
-        starts, lens = self.query_start_loc.cpu().numpy(), self.seq_lens.cpu().numpy()
+        # In int64, so that no difference or product of values from a message wraps around.
+        starts, lens = (x.cpu().numpy().astype(np.int64) for x in (self.query_start_loc, self.seq_lens))
         queries = np.diff(starts)
         if starts[0] != 0 or (queries < 0).any():
             self._refuse("query_start_loc", starts, "0, then never decreasing")
@@ -114,9 +116,12 @@ class PagedModelInput(ModelInput):
             self._refuse("logits_indices", rows.max(), f"below the number of real tokens ({real})")
 
     def _check_slots(self, seq: np.ndarray, positions: np.ndarray, lens: np.ndarray) -> None:
-        tables, size = self.block_tables.cpu().numpy(), self.block_size
-        if size < 1:
-            self._refuse("block_size", size, "at least 1")
+        size = self.block_size
+        if not 1 <= size <= MOST:
+            self._refuse("block_size", size, f"1 to {MOST}")
+        if not len(lens):
+            return self._check_padding(0)  # block_tables is empty, however many columns it claims
+        tables = self.block_tables.cpu().numpy().astype(np.int64)
         needed = -(-lens // size)
         if (needed > tables.shape[1]).any():
             self._refuse("block_tables", f"{tables.shape[1]} columns", f"{needed.max()} for the longest sequence")
@@ -130,8 +135,12 @@ class PagedModelInput(ModelInput):
         if len(np.unique(slots[:real])) != real:
             # Right for each sequence by itself, so two sequences' tables name the same block where they write.
             self._refuse("block_tables", "two tokens of this step write the same slot", "each slot written once")
-        if (slots[real:] >= size).any():
-            self._refuse("slot_mapping", slots[real:], "padding inside the null block")
+        self._check_padding(real)
+
+    def _check_padding(self, real: int) -> None:
+        slots = self.slot_mapping.cpu().numpy()[real:]
+        if (slots >= self.block_size).any():
+            self._refuse("slot_mapping", slots, "padding inside the null block")
 
     def _check_sampling(self) -> None:
         targets = 0 if self.prompt_targets is None else self.prompt_targets.shape[0]

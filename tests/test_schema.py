@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
+import zlib
 from typing import Annotated
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hal.errors import InputError, SchemaError, WireError
-from hal.inputs import WorkerInput
+from hal.inputs import PagedModelInput, WorkerInput
 from hal.schema import Array, Declared, Doc
 from hal.testing.strategies import NearMiss, instances, near_misses
 
@@ -132,6 +134,96 @@ def test_truncated_or_damaged_heads_are_refused(data: st.DataObject, cut: int, f
         Step.decode(damaged)
     with pytest.raises(WireError, match="another schema"):
         Host.decode(wire)
+
+
+class Sparse(Declared):
+    """An optional array whose symbols no other field has; one without elements may claim any width."""
+
+    rows: Annotated[np.ndarray, Array("int32", "n", "width")]
+    pairs: Annotated[np.ndarray | None, Array("int32", "num_pairs", 2)] = None
+    wide: Annotated[np.ndarray | None, Array("int64", "n", "width", "depth")] = None
+    own: Annotated[np.ndarray | None, Array("int32", "num_own", scope="driver")] = None
+    score: float | None = None
+    flag: bool = False
+    name: str = "hello"
+    names: tuple[str, ...] = ()
+
+
+def rewritten(message: np.ndarray, form: str, at: int, value: int) -> np.ndarray:
+    """The message with one number of its head replaced, or of its texts, and the CRC that belongs to it."""
+    head = 40 + Sparse.schema.head.size
+    out = bytearray(message)
+    struct.pack_into("<" + form, out, at, value)
+    texts = min(struct.unpack_from("<Q", out, 32)[0], len(out) - head)
+    struct.pack_into("<I", out, 4, zlib.crc32(out[len(out) - texts:], zlib.crc32(out[8:head])))
+    return np.frombuffer(bytes(out), np.uint8)
+
+
+NO_ROWS = Sparse(rows=np.zeros((0, 3), np.int32), wide=np.zeros((0, 3, 2), np.int64), name="some")
+# Presence bits: pairs 1, wide 2, score 4, own 8. Symbols: n, width, num_pairs, depth, num_own.
+FORGED = [
+    ("size of a text", "I", -12, 3, "corrupt"), ("size of a text", "I", -12, 100, "corrupt|of another size"),
+    ("count of a text", "I", -16, 0, "corrupt"), ("count of no texts", "I", -8, 2, "corrupt|of another size"),
+    ("size of no texts", "I", -4, 2**32 - 1, "corrupt|of another size"),
+    ("texts' size", "Q", 32, 0, "contradicts"), ("texts' size", "Q", 32, 2**64 - 1, "contradicts|corrupt"),
+    ("dimension", "Q", 48, 2**61, "out of range"), ("dimension", "Q", 48, 2**64 - 1, "out of range"),
+    ("product", "Q", 64, 2**62, "out of range"), ("absent array's dimension", "Q", 56, 1, "does not have"),
+    ("absent array's dimension", "Q", 56, 2**63, "does not have"), ("local array's", "Q", 72, 4, "does not have"),
+    ("bit of a local array", "Q", 24, 2 | 8, "does not have"), ("bit of no field", "Q", 24, 2 | 2**63, "does not have"),
+    ("absent scalar", "d", 80, 1, "has a value"), ("bool", "B", 88, 2, "0 or 1")]
+
+
+@pytest.mark.parametrize(("what", "form", "at", "value", "words"), FORGED)
+def test_forged_messages_are_refused_without_allocating_what_they_claim(what: str, form: str, at: int, value: int,
+                                                                        words: str) -> None:
+    """With the right CRC, so that only the meaning of the numbers can be at fault."""
+    message = NO_ROWS.encode()
+    assert Sparse.decode(rewritten(message, "Q", 16, len(message)))  # nothing changed
+    forged = rewritten(message, form, at if at > 0 else len(message) + at, value)
+    tracemalloc.start()
+    with pytest.raises(WireError, match=words):
+        Sparse.decode(forged)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+
+
+def test_a_message_ends_where_it_says_and_its_texts_are_covered() -> None:
+    message = Sparse(rows=np.ones((2, 3), np.int32), names=("ä", "b")).encode()
+    for spoilt in (bytes(message) + b"\0", bytes(message)[:-1], bytes(message).replace(b"hello", b"jello")):
+        with pytest.raises(WireError):
+            Sparse.decode(spoilt)
+    with pytest.raises(InputError, match="surrogate"):
+        Sparse(rows=np.zeros((0, 0), np.int32), name="\ud800").encode()
+
+
+def test_what_only_the_sender_has_does_not_travel() -> None:
+    """Neither the sizes of symbols that no array of the message has, nor the presence of local arrays."""
+    packed = Sparse.schema.allocate({"n": 1, "width": 2, "num_pairs": 7, "num_own": 5}, ["own"])
+    assert packed.dims == {"n": 1, "width": 2, "num_pairs": 0, "depth": 0, "num_own": 5}
+    arrived = Sparse.schema.unpack(packed.wire.copy())
+    assert arrived.dims == {**packed.dims, "num_own": 0} and "own" not in arrived.arrays
+
+
+def test_checks_do_not_allocate_by_a_claimed_dimension_and_refuse_what_is_no_number() -> None:
+    ints = torch.zeros(0, dtype=torch.int32)
+    empty = PagedModelInput(input_ids=ints, positions=ints, slot_mapping=ints, seq_lens=ints, logits_indices=ints,
+                            query_start_loc=torch.zeros(1, dtype=torch.int32), block_size=4,
+                            block_tables=torch.zeros(0, 2**31 - 1, dtype=torch.int32))
+    arrived = PagedModelInput.decode(empty.encode())
+    tracemalloc.start()
+    arrived.validate("cpu")
+    arrived.check()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
+    arrived.block_size = 2**40
+    with pytest.raises(InputError, match="block_size"):
+        arrived.check()
+    nan = Step(input_ids=ints, query_start_loc=torch.zeros(2, dtype=torch.int32), pairs=torch.zeros(2, 3).long(),
+               block_tables=torch.zeros(1, 0, dtype=torch.int32), weight=torch.tensor([torch.nan]).bfloat16())
+    with pytest.raises(InputError, match="weight"):
+        nan.check()
 
 
 @given(instance=instances(Step))

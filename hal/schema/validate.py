@@ -160,14 +160,30 @@ def _fits(dim: Dim, size: int) -> bool:
 
 
 def check_bounds(instance: Any) -> None:
-    """Every value of a field lies within its declared `low` and `high`. Raises InputError."""
+    """Every value of a field lies within its declared `low` and `high` (NaN does not), and a bool is 0 or 1.
+
+    Raises:
+        InputError: naming the first field that has another value.
+    """
     schema = type(instance).schema
     for f in schema.fields:
         value = instance.__dict__[f.name]
         if f.array is None or value is None or 0 in value.shape:
             continue
         low, high = f.array.low, f.array.high
-        if low is not None and bool((value < low).any()):
+        if low is not None and not bool((value >= low).all()):
             _fail(schema.name, f.name, f"minimum {value.min()}", f">= {low}")
-        if high is not None and bool((value > high).any()):
+        if high is not None and not bool((value <= high).all()):
             _fail(schema.name, f.name, f"maximum {value.max()}", f"<= {high}")
+        if f.array.dtype == "bool":
+            held = _bytes_of(value)
+            if bool((held > 1).any()):
+                _fail(schema.name, f.name, f"a byte of {held.max()}", "0 or 1")
+
+
+def _bytes_of(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.view(np.uint8)
+    import torch
+
+    return value.view(torch.uint8)
