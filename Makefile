@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: demo test test-fast test-xla lint clean
+.PHONY: demo test test-fast test-xla fuzz lint clean
 
 # The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
 demo: .venv/.made
@@ -32,6 +32,10 @@ test-xla: .venv-xla/.made
 
 test-fast: .venv/.made
 	.venv/bin/python -m pytest -q tests -m "not slow"
+
+# 100,000 messages and 2,000 recordings with something wrong in them; the seed is printed, and SEED=N repeats it.
+fuzz: .venv/.made
+	.venv/bin/python tests/fuzz.py $(if $(SEED),--seed $(SEED))
 
 lint: .venv/.made
 	.venv/bin/ruff check .

@@ -14,7 +14,7 @@ from hal import backend as backends
 from hal.backend import Backend
 from hal.communicator import LocalCommunicator
 from hal.conformance.tolerance import Tolerances
-from hal.errors import BackendError
+from hal.errors import BackendError, CapacityError
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
@@ -163,7 +163,7 @@ class _Traced:
 class _Device:
     """A runner on one device, traced or as it is."""
 
-    def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None, **options: str,
+    def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None, **options: Any,
                  ) -> None:
         config = recording.config(backend, device=device, **options)
         self.device, self.trace, self.dtype = backend.device(0), trace, config.engine.dtype
@@ -176,6 +176,12 @@ class _Device:
         if trace is not None:
             runner.ops = _Traced(runner.ops, trace)
         runner.load_model()
+        size = runner.kv_bytes_per_block() * ((config.engine.num_blocks or 1) + config.engine.num_cpu_blocks)
+        free = backend.free_memory(self.device)
+        if size + runner.reserve_bytes() > free:
+            raise CapacityError("memory cannot hold the recording's KV cache", got=f"{free:,} bytes free",
+                                expected=f"{size:,} bytes, and {runner.reserve_bytes():,} for a step",
+                                hint="bisect on a machine with more memory, or record with a smaller max_model_len")
         self.caches = runner.make_kv_caches(config.engine.num_blocks or 1)
         self.host = [c.new_zeros((c.shape[0], config.engine.num_cpu_blocks, *c.shape[2:])) for c in self.caches]
         if trace is not None:
@@ -213,16 +219,19 @@ class _Device:
 
 
 def bisect(path: Path, device: str, against: str, *, model: str | None = None,
-           tolerances: Tolerances | None = None, **options: str) -> Bisection:
+           tolerances: Tolerances | None = None, **options: Any) -> Bisection:
     """Compare `device` with `against` operation by operation, in the order in which the model calls them.
 
     Args:
+        model: the checkpoint; without it, only the bundled model is read.
         options: of the engine on both devices, to replace recorded ones.
 
     Raises:
         BackendError: a backend is not available, or its runner is not composed of operations and attention.
+        ConfigError, WireError: see Recording.load and Recording.config. CapacityError: the caches do not fit.
     """
-    recording, table = Recording.load(path, model), tolerances or Tolerances()
+    recording, table = Recording.load(path), tolerances or Tolerances()
+    options["model"] = model
     first, second = backends.select(against), backends.select(device)
     if not (first.capabilities.fp8_kv and second.capabilities.fp8_kv):
         options = {"kv_dtype": "auto", **options}  # on both: else what one of them rounded would be the other's fault

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from hal import backend as backends
 from hal import files
 from hal.backend import Backend
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
-from hal.errors import ConfigError, InputError, WireError
+from hal.errors import CapacityError, ConfigError, InputError, WireError
 from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
+from hal.models.hf_config import read_config
 from hal.outputs import SamplerOutput
+from hal.recording.check import inputs_of
+from hal.recording.reading import FORMAT, HONOURED, LIMITS, SHAPE, check_limits, info_of, object_of, read
+from hal.recording.renumber import renumbered, used_blocks
+from hal.recording.typed import typed
 from hal.request import ExecuteModelRequest
 from hal.schema import Declared
 from hal.schema.packed import as_tensor
 
-FORMAT = 1
 _BUNDLED = "(bundled)"
 _KINDS: tuple[type[Declared], ...] = (ExecuteModelRequest, PagedModelInput, SamplerOutput)
 D = TypeVar("D", bound=Declared)
@@ -43,22 +48,64 @@ class Recording:
     """Steps from an empty cache on, so that running them all rebuilds it, on a device with any layout of its own.
 
     Attributes:
+        engine: of a recording that was loaded, only the options that its steps depend on (HONOURED), within limits. All
+            others are the defaults, since a file must not start processes, import modules or choose what is read.
         info: where it was made: device, versions, schema fingerprints, and "error", when the last step failed.
+        ignored: the options of the file that are not in `engine`.
     """
 
     engine: EngineConfig
     model: ModelConfig
     info: dict[str, Any]
     steps: list[RecordedStep] = field(default_factory=list)
+    ignored: dict[str, Any] = field(default_factory=dict)
 
-    def config(self, backend: Backend, **options: Any) -> WorkerConfig:
-        """Of a run on one rank, with some of the engine's options replaced; so are a dtype, and that of the KV cache,
-        which the backend does not have, unless they are given."""
+    def config(self, backend: Backend, *, device: str, model: str | None = None, **options: Any) -> WorkerConfig:
+        """Of a run on one rank. A dtype, and that of the KV cache, that the backend lacks is replaced.
+
+        Args:
+            device: how the backend is named.
+            model: the checkpoint's directory. Without it, only the bundled model is read.
+            options: of the engine, to replace recorded ones. random_weights takes the model's shape from the file.
+
+        Raises:
+            ConfigError: the recording is of a checkpoint and none is given, or of another model than the one given, or
+                was made with random weights and none are asked for. ModelLoadError: the checkpoint cannot be read.
+            CapacityError: random weights of the recorded shape do not fit. WireError: the steps do not fit `options`.
+        """
         can, dtype = backend.capabilities, self.engine.dtype
-        options = {"dtype": dtype if dtype in can.dtypes else backends.resolve_dtype(backend, "auto", dtype),
-                   **({} if can.fp8_kv else {"kv_dtype": "auto"}), **options}
-        return WorkerConfig(EngineConfig(**{**asdict(self.engine), "tp": 1, "pp": 1, **options}), self.model,
-                            Topology())
+        engine = replace(self.engine, **{
+            "device": device, "dtype": dtype if dtype in can.dtypes else backends.resolve_dtype(backend, "auto", dtype),
+            **({} if can.fp8_kv else {"kv_dtype": "auto"}), "tp": 1, "pp": 1, **options})
+        if engine.random_weights:
+            found = self.model
+            size = found.num_params * (4 if engine.dtype == "float32" else 2)
+            free = backend.free_memory(backend.device(0))
+            if size > free:
+                raise CapacityError("memory cannot hold the recorded model's weights", got=f"{free:,} bytes free",
+                                    expected=f"{size:,} bytes", hint="use a device with more memory")
+        else:
+            engine = replace(engine, model=self._checkpoint(model))
+            found = read_config(engine.model)
+            for name in SHAPE:
+                if getattr(found, name) != getattr(self.model, name):
+                    raise ConfigError("the recording is of another model than the checkpoint",
+                                      got=f"{name}={getattr(found, name)} in {engine.model}",
+                                      expected=getattr(self.model, name), hint="give its own checkpoint: --model DIR")
+        if any(getattr(engine, name) != getattr(self.engine, name) for name in LIMITS):
+            inputs_of([step.request for step in self.steps], engine, found)
+        return WorkerConfig(engine, found, Topology())
+
+    def _checkpoint(self, given: str | None) -> str:
+        if self.ignored.get("random_weights") and given is None:
+            raise ConfigError("the recording was made with random weights", expected="to be asked for them",
+                              hint="--random-weights initialises the shape that the file gives; --model DIR takes the "
+                                   "weights of a checkpoint")
+        recorded = self.ignored.get("model", _BUNDLED)
+        if given is None and recorded != _BUNDLED:
+            raise ConfigError("the recording is of a checkpoint, and a file does not choose what is read",
+                              got=f"recorded with {recorded!r}", hint="say where the checkpoint lies: --model DIR")
+        return given or str(BUNDLED_MODEL)
 
     def save(self, path: Path) -> None:
         """Write the file as a whole; after an error an older one is as it was. Raises ConfigError."""
@@ -68,7 +115,7 @@ class Recording:
             parts = {"request": step.request, "input": step.input, "output": step.output}
             scalars.append({name: _take(f"{i:05}.{name}", part, tensors) for name, part in parts.items()
                             if part is not None})
-        engine = asdict(self.engine)
+        engine = {**asdict(self.engine), **self.ignored}
         engine["model"] = _BUNDLED if Path(engine["model"]) == BUNDLED_MODEL else engine["model"]
         head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
                 "schemas": _fingerprints()}
@@ -79,49 +126,82 @@ class Recording:
             raise ConfigError("the recording cannot be written", got=f"{path}: {error}") from error
 
     @classmethod
-    def load(cls, path: Path, model: str | None = None) -> Recording:
-        """Args:
-            model: the checkpoint's directory, where it is not the one that the recording names.
+    def load(cls, path: Path) -> Recording:
+        """Read and check a recording, which anybody may have made. The file's size and _TOKENS bound the memory.
 
         Raises:
-            ConfigError: it cannot be read. WireError: it is not a recording, or of other schemas than this library's.
+            ConfigError: it cannot be read, or its engine's options make no sense. WireError: it is not a recording, or
+                of other schemas than this library's, or has steps that cannot be run.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                head = json.loads((file.metadata() or {})["hal"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ConfigError("the recording cannot be read", got=f"{path}: {error}") from None
-        except (KeyError, ValueError):
-            raise WireError("this safetensors file is not a recording", got=path) from None
-        engine = head["engine"]
-        engine["model"] = model or (str(BUNDLED_MODEL) if engine["model"] == _BUNDLED else engine["model"])
-        try:
-            steps = [RecordedStep(
-                _restore(ExecuteModelRequest, f"{i:05}.request", scalars["request"], tensors),
-                _restore(PagedModelInput, f"{i:05}.input", scalars["input"], tensors),
-                _restore(SamplerOutput, f"{i:05}.output", scalars["output"], tensors) if "output" in scalars else None)
-                for i, scalars in enumerate(head["steps"])]
-        except (KeyError, TypeError, InputError) as error:
-            raise WireError(f"the recording does not fit this library's schemas: {error}", got=head["schemas"],
-                            expected=_fingerprints(), hint="replay it with the version that made it") from None
-        if tensors:
-            raise WireError("the recording has fields that this library's schemas lack", got=", ".join(tensors)[:200],
-                            expected=_fingerprints(), hint="replay it with the version that made it")
-        config = ModelConfig.from_dict(head["model"])
-        context = -(-(engine["max_model_len"] or config.max_position) // engine["block_size"])
-        # The device that made it may have had room for many more.
-        engine["num_blocks"] = 1 + max([context, *(_highest_block(step.request) for step in steps)])
-        return cls(EngineConfig(**engine), config, head["info"], steps)
+        head, tensors = read(path)
+        options = {"model": _BUNDLED, **object_of(head, "engine")}
+        named = options.pop("model")  # a path is not even expanded
+        if not isinstance(named, str):
+            raise WireError("the recording's engine.model is not usable", got=repr(named)[:100], expected="str")
+        engine = typed(EngineConfig, options, "engine")
+        model = typed(ModelConfig, head.get("model"), "model")
+        check_limits(engine, model)
+        steps = _steps(head, tensors)
+        requests = [step.request for step in steps]
+        inputs = inputs_of(requests, engine, model)
+        for i, (step, made) in enumerate(zip(steps, inputs, strict=True)):
+            _check_step(i, step, made, model)
+        context = -(-(engine.max_model_len or model.max_position) // engine.block_size)
+        blocks, host = used_blocks(requests, device=True), used_blocks(requests, device=False)
+        if blocks.max(initial=0) > max(len(blocks), context) or host.max(initial=-1) >= len(host):
+            # The device that made it may have had room for many more, and its ids lie far apart.
+            requests, blocks = renumbered(requests, blocks, host), np.arange(1, len(blocks) + 1)
+            inputs = inputs_of(requests, replace(engine, num_blocks=None), model)
+        steps = [RecordedStep(r, m, s.output) for r, m, s in zip(requests, inputs, steps, strict=True)]
+        own: dict[str, Any] = {"num_blocks": 1 + max(context, int(blocks.max(initial=0))), "num_cpu_blocks": len(host),
+               "async_scheduling": False}
+        ignored = {name: value for name, value in asdict(engine).items() if name not in (*HONOURED, *own)}
+        ignored["model"] = named
+        kept = {name: getattr(engine, name) for name in HONOURED}
+        return cls(EngineConfig(**kept, **own), model, info_of(head), steps, ignored)
 
 
-def _highest_block(request: ExecuteModelRequest) -> int:
-    found = [request.new_blocks]
-    for pairs, columns in ((request.blocks_to_copy, slice(0, 2)), (request.blocks_to_swap_in, slice(1, 2)),
-                           (request.blocks_to_swap_out, slice(0, 1))):
-        if pairs is not None:
-            found.append(pairs[:, columns].ravel())
-    return max(int(blocks.max(initial=0)) for blocks in found)
+def _steps(head: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[RecordedStep]:
+    found, hint = [], "replay it with the version that made it"
+    schemas = repr(head.get("schemas"))[:300]
+    steps = head.get("steps")
+    if not isinstance(steps, list):
+        raise WireError("the recording has no steps", got=repr(steps)[:100], expected="a list")
+    try:
+        for i, scalars in enumerate(steps):
+            parts = {"request": object_of(scalars, "request"), "input": object_of(scalars, "input")}
+            if "output" in scalars:
+                parts["output"] = object_of(scalars, "output")
+            found.append(RecordedStep(
+                _restore(ExecuteModelRequest, f"{i:05}.request", parts["request"], tensors),
+                _restore(PagedModelInput, f"{i:05}.input", parts["input"], tensors),
+                _restore(SamplerOutput, f"{i:05}.output", parts["output"], tensors) if "output" in parts else None))
+    except (TypeError, InputError) as error:
+        raise WireError(f"the recording does not fit this library's schemas: {error}", got=schemas,
+                        expected=_fingerprints(), hint=hint) from None
+    if tensors:
+        raise WireError("the recording has fields that this library's schemas lack", got=", ".join(tensors)[:200],
+                        expected=_fingerprints(), hint=hint)
+    return found
+
+
+def _check_step(i: int, step: RecordedStep, made: PagedModelInput, model: ModelConfig) -> None:
+    """The arrays recorded beside the request are what it means, and there are as many tokens as it samples."""
+    for f in PagedModelInput.schema.fields:
+        ours, theirs = made[f.name], step.input[f.name]
+        if f.array is not None and ours is not None and theirs is not None and not ours.equal(theirs):
+            raise WireError(f"step {i} of the recording has an input that is not what its request means", got=f.name,
+                            hint="replay it with the version that made it")
+    if step.output is None:
+        return
+    try:
+        step.output.check()
+    except InputError as error:
+        raise WireError(f"step {i} of the recording has no legal output: {error}") from None
+    tokens = step.output.token_ids
+    if len(tokens) != made.num_samples or (len(tokens) and int(tokens.max()) >= model.vocab_size):
+        raise WireError(f"step {i} of the recording has other tokens than it samples", got=str(tokens.tolist())[:200],
+                        expected=f"{made.num_samples} ids below {model.vocab_size}")
 
 
 def _fingerprints() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ import numpy as np
 
 from hal.backend import Backend, resolve_dtype
 from hal.batch import BatchState
-from hal.config import DType, WorkerConfig
+from hal.config import BUNDLED_MODEL, DType, WorkerConfig
 from hal.engine.sequence import Sequence
 from hal.engine.step import Changes
 from hal.errors import WireError
@@ -114,9 +115,20 @@ class FlightRecorder:
         """Write down the step that failed, and say so in `note`."""
         try:
             path = self._save(step, error)
-            self.note = f"; to run it again: hal replay {path} --device {self.config.engine.device}"
+            self.note = f"; to run it again: hal replay {path} {' '.join(self._options())}"
         except Exception as other:  # it must not hide the error that is recorded
             self.note = f"; it could not be recorded: {type(other).__name__}: {other}"
+
+    def _options(self) -> list[str]:
+        """Of hal replay, which takes from a file neither what to read nor how many processes to start."""
+        engine = self.config.engine
+        given = [f"--device {engine.device}", *(f"--{n} {getattr(engine, n)}" for n in ("tp", "pp")
+                                                if getattr(engine, n) > 1)]
+        if engine.random_weights:
+            given.append("--random-weights")
+        elif Path(engine.model) != BUNDLED_MODEL:
+            given.append(f"--model {shlex.quote(engine.model)}")
+        return given
 
     def _save(self, step: int, error: Exception) -> Path:
         config, m = self.config, self.last

@@ -14,6 +14,8 @@ from hal.executor import make_executor
 from hal.outputs import SamplerOutput
 from hal.recording.format import RecordedStep, Recording
 
+_LAYOUT = ("tp", "pp", "executor", "wire", "control_plane")
+
 
 @dataclass(frozen=True, slots=True)
 class Compared:
@@ -39,6 +41,7 @@ class Comparison:
     """Attributes:
         recorded, here: where the two runs took place; dtype: of the second.
         error: of the last step, when it failed as it was recorded. failure: what it did here; None when it ran.
+        ignored: options of the recorded run that only a caller may choose, and that differ here.
     """
 
     recorded: str
@@ -47,6 +50,7 @@ class Comparison:
     steps: list[Compared] = field(default_factory=list)
     error: str | None = None
     failure: str | None = None
+    ignored: dict[str, Any] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -60,7 +64,9 @@ class Comparison:
                 or (any(gap is None for _, _, _, gap in s.flips) and tolerance < 1e-3)]
 
     def table(self) -> str:
-        lines = [f"recorded on {self.recorded}, run again on {self.here}", "",
+        lines = [f"recorded on {self.recorded}, run again on {self.here}",
+                 *([f"not taken from the recording: {', '.join(f'{n}={v}'[:100] for n, v in self.ignored.items())} "
+                    "(options choose them)"] if self.ignored else []), "",
                  "step | tokens | other | largest logprob error | first other token (row: recorded -> here, margin)",
                  "---- | ------ | ----- | --------------------- | -------------------------------------------------"]
         for s in self.steps:
@@ -80,19 +86,22 @@ def replay(path: Path, backend: Backend, device: str, *, model: str | None = Non
     """All steps of a recording on `backend`, each given the tokens of the recording.
 
     Args:
-        device: how the backend is named. model: the checkpoint, where it lies elsewhere. options: of the engine, to
-            replace recorded ones (dtype, tp, pp, wire, ...).
+        device: how the backend is named. model: the checkpoint; without it, only the bundled model is read.
+        options: of the engine, to replace recorded ones. The file does not choose who runs the steps and how (tp, pp,
+            executor, wire, control_plane): without options one rank does, in this process.
 
     Raises:
-        ConfigError, WireError: see Recording.load. BackendError, ModelLoadError, CapacityError, WorkerError.
+        ConfigError, WireError: see Recording.load and Recording.config. BackendError, ModelLoadError, CapacityError,
+        WorkerError.
     """
-    recording = Recording.load(path, model)
-    config = recording.config(backend, **{"device": device, "tp": recording.engine.tp, "pp": recording.engine.pp,
-                                          "control_plane": "auto", **options})
+    recording = Recording.load(path)
+    config = recording.config(backend, device=device, model=model, **options)
     info = recording.info
     result = Comparison(_where(info["device"], recording.engine, info["versions"].get("torch")),
                         _where(backend.name, config.engine, torch.__version__), config.engine.dtype,
-                        error=info.get("error"))
+                        error=info.get("error"), ignored={n: recording.ignored[n] for n in _LAYOUT if n in
+                                                          recording.ignored and recording.ignored[n] != getattr(
+                                                              config.engine, n)})
     executor = make_executor(config.engine, config.model, backend)
     try:
         for i, step in enumerate(recording.steps):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # `planted`
 
@@ -18,13 +22,15 @@ import planted
 
 from hal import backend as backends
 from hal.cli import main
+from hal.config import BUNDLED_MODEL
 from hal.conformance.cases.guard import GOLDEN
 from hal.engine.llm import LLM
-from hal.errors import BackendError, ConfigError, WireError, WorkerError
+from hal.errors import BackendError, CapacityError, ConfigError, WireError, WorkerError
 from hal.executor import make_executor
 from hal.recording.bisect import bisect
 from hal.recording.format import Recording
 from hal.recording.replay import replay
+from hal.request import ExecuteModelRequest
 from hal.sampling.params import SamplingParams
 
 SMALL = {"dtype": "float32", "num_blocks": 65, "block_size": 4, "max_model_len": 128, "max_num_seqs": 4}
@@ -83,8 +89,6 @@ def test_a_recording_of_an_fp8_cache_runs_where_there_is_none(monkeypatch: pytes
 
 
 def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     with pytest.raises(ConfigError, match="cannot be read"):
         Recording.load(tmp_path / "nowhere")
     (tmp_path / "text").write_text("no tensors")
@@ -93,6 +97,127 @@ def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "foreign")
     with pytest.raises(WireError, match="not a recording"):
         Recording.load(tmp_path / "foreign")
+
+
+Head, Tensors = dict[str, Any], dict[str, torch.Tensor]
+
+
+def forged(path: Path, change: Callable[[Head, Tensors], object], source: Path = GREEDY) -> Path:
+    """A copy of a recording after `change`, each step's digest made to fit those before it."""
+    with safe_open(source, framework="pt") as file:
+        head = json.loads(file.metadata()["hal"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(head, tensors)
+    digest = 0
+    for i, step in enumerate(head["steps"]):
+        start = f"{i:05}.request."
+        step["request"]["digest"] = digest
+        arrays: Any = {name[len(start):]: t.numpy() for name, t in tensors.items() if name.startswith(start)}
+        digest = ExecuteModelRequest(**arrays, **step["request"]).chain()
+    save_file(tensors, path, {"hal": json.dumps(head)})
+    return path
+
+
+def put(name: str, value: float) -> Callable[[Head, Tensors], object]:
+    return lambda head, tensors: tensors[name].view(-1).__setitem__(0, value)
+
+
+FORGED = [("00000.request.new_rows", -1, "new_rows"), ("00000.request.new_rows", 8, "new_rows"),
+          ("00000.request.rows", 7, "hold a sequence"), ("00000.request.new_lens", 5000, "new_lens"),
+          ("00000.request.new_prompt_lens", 127, "new_prompt_lens"), ("00000.request.new_tokens", 16, "new_tokens"),
+          ("00000.request.new_floats", float("nan"), "temperature"), ("00000.request.new_ints", -1, "top_k"),
+          ("00000.request.block_counts", 2**31 - 1, "block_counts"), ("00000.request.block_rows", 5, "block_rows"),
+          ("00000.request.new_blocks", 0, "new_blocks"), ("00000.request.new_blocks", 10**6, "new_blocks"),
+          ("00000.request.num_scheduled", 128, "num_scheduled"), ("00000.request.num_computed", 2**31 - 1, "num_sched"),
+          ("00002.request.append_rows", 7, "append_rows"), ("00002.request.append_tokens", -1, "append_tokens"),
+          ("00000.input.positions", 1, "not what its request means"), ("00000.output.token_ids", 16, "other tokens")]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), FORGED)
+def test_steps_that_no_engine_could_run_are_refused(name: str, value: float, words: str, tmp_path: Path) -> None:
+    """Before anything is executed, digests and all else being right."""
+    with pytest.raises(WireError, match=words):
+        Recording.load(forged(tmp_path / "bad", put(name, value)))
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [
+    ("engine", "max_num_seqs", 10**9), ("engine", "max_num_batched_tokens", 10**12), ("engine", "block_size", 2**40),
+    ("engine", "max_model_len", 2**40), ("engine", "max_model_len", 513), ("engine", "num_cpu_blocks", 10**9),
+    ("engine", "memory_fraction", "x"), ("engine", "heartbeat", None), ("engine", "graphs", 1), ("engine", "new", 1),
+    ("engine", "dtype", "nope"), ("model", "num_layers", 10**7), ("model", "windows", None), ("model", "rope", [1]),
+    ("model", "vocab_size", True), ("model", "eos_token_ids", ["2"]), ("model", "norm_eps", float("nan")),
+    ("info", "device", None), ("info", "versions", [])])
+def test_values_that_are_out_of_range_are_refused_by_name(part: str, name: str, value: Any, tmp_path: Path) -> None:
+    path = forged(tmp_path / "bad", lambda head, tensors: head[part].__setitem__(name, value))
+    with pytest.raises(WireError, match=part if name == "new" else name):
+        Recording.load(path)
+    if value is None:
+        return
+    path = forged(tmp_path / "lacking", lambda head, tensors: head[part].pop(name, None))
+    with contextlib.suppress(WireError):
+        Recording.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "1" * 5000, "{", "[]", "null", '{"format": 1}'])
+def test_metadata_that_is_no_recording_is_refused(text: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "bad", {"hal": text})
+    with pytest.raises(WireError):
+        Recording.load(tmp_path / "bad")
+
+
+def test_a_file_does_not_choose_what_is_run_or_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Processes, executor, planes, modules and paths are the caller's, in the library as on the command line."""
+    wish = {"tp": 50, "executor": "ray", "control_plane": "ray", "wire": "none", "device": "evilmodule:backend",
+            "heartbeat": 1e-6, "memory_fraction": 1e-9}
+    path = forged(tmp_path / "wishes", lambda head, tensors: head["engine"].update(wish))
+    recording, cpu = Recording.load(path), backends.load("cpu")
+    for engine in (recording.engine, recording.config(cpu, device="cpu").engine):
+        assert not {name for name, value in wish.items() if getattr(engine, name) == value}
+    assert main(["replay", str(path), "--device", "cpu"]) == 0
+    assert "not taken from the recording: tp=50, executor=ray, wire=none, control_plane=ray" in capsys.readouterr().out
+    assert main(["bisect", str(path), "--device", "cpu"]) == 0
+    recording.save(tmp_path / "again")
+    assert Recording.load(tmp_path / "again").ignored == recording.ignored
+
+    path = forged(tmp_path / "elsewhere", lambda head, tensors: head["engine"].update(model="/etc"))
+    for run in (lambda **o: replay(path, cpu, "cpu", **o), lambda **o: bisect(path, "cpu", "cpu", **o)):
+        with pytest.raises(ConfigError, match="--model DIR"):
+            run()
+        run(model=str(BUNDLED_MODEL))
+    Recording.load(forged(tmp_path / "nul", lambda head, tensors: head["engine"].update(model="~\0")))
+    path = forged(tmp_path / "other", lambda head, tensors: head["model"].update(hidden_size=2**20))
+    with pytest.raises(ConfigError, match="of another model"):
+        replay(path, cpu, "cpu")
+    with pytest.raises(CapacityError, match="weights"):
+        replay(forged(path, lambda head, tensors: head["model"].update(vocab_size=2**24), path), cpu, "cpu",
+               random_weights=True)
+    path = forged(tmp_path / "random", lambda head, tensors: head["engine"].update(random_weights=True))
+    with pytest.raises(ConfigError, match="--random-weights"):
+        replay(path, cpu, "cpu")
+    assert main(["replay", str(path), "--device", "cpu", "--random-weights"]) == 1  # its weights were others
+
+
+def test_options_that_the_steps_do_not_fit_are_refused() -> None:
+    cpu = backends.load("cpu")
+    for option in ({"max_num_seqs": 1}, {"max_model_len": 8}, {"max_num_batched_tokens": 4}, {"num_blocks": 2}):
+        with pytest.raises(WireError, match="cannot be run"):
+            replay(GREEDY, cpu, "cpu", **option)
+
+
+def test_a_cache_needs_no_more_blocks_than_are_used(tmp_path: Path) -> None:
+    """A recording of a device with room for a million blocks replays on one that has room for a hundred."""
+    def far_apart(head: Head, tensors: Tensors) -> None:
+        head["engine"]["num_blocks"] = 10**8
+        for name, tensor in tensors.items():
+            if name.endswith("request.new_blocks") or name.endswith("input.block_tables"):
+                tensor.mul_(1_000_003)
+            elif name.endswith("input.slot_mapping"):
+                tensors[name] = tensor // 4 * 1_000_003 * 4 + tensor % 4
+
+    path = forged(tmp_path / "far", far_apart)
+    assert Recording.load(path).engine.num_blocks == Recording.load(GREEDY).engine.num_blocks
+    comparison = replay(path, backends.load("cpu"), "cpu")
+    assert [s.flips for s in comparison.steps] == [s.flips for s in replay(GREEDY, backends.load("cpu"), "cpu").steps]
 
 
 # In each step of the bundled model (4 layers): which call is spoilt, and what bisect must name.

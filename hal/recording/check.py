@@ -1,0 +1,123 @@
+"""Whether recorded requests can be run: each row, length, block and parameter, before anything is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hal.batch import BatchState
+from hal.config import EngineConfig
+from hal.errors import InputError, StateError, WireError
+from hal.inputs import PagedModelInput
+from hal.models.config import ModelConfig
+from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+
+_LARGEST = float(np.finfo(np.float32).max)
+_INT32 = 2**31 - 1
+# Legal values of each column of `new_floats` and `new_ints`, as SamplingParams has them.
+_FLOATS = {"temperature": (0.0, _LARGEST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
+           "repetition_penalty": (1e-45, _LARGEST), "presence_penalty": (-_LARGEST, _LARGEST),
+           "frequency_penalty": (-_LARGEST, _LARGEST)}
+_INTS = {"top_k": (0, _INT32), "seed": (-2**63, 2**63 - 1), "logprobs": (-1, 1000), "prompt_logprobs": (-1, 1000)}
+_SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1, "virtual_engine": _INT32}
+
+
+def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, model: ModelConfig,
+              ) -> list[PagedModelInput]:
+    """What the requests mean, in order, to an engine of these limits (num_blocks=None: any block).
+
+    Raises:
+        WireError: a request names a row, a token, a block or a length that the engine does not have, has a sampling
+            parameter out of range, or does not follow from those before it.
+    """
+    state = BatchState(engine.max_num_seqs, engine.max_model_len or model.max_position, engine.block_size,
+                       model.vocab_size)
+    found = []
+    for i, request in enumerate(requests):
+        try:
+            _check(state, request, engine, first=not i)
+            state.apply(request)
+            made = state.prepare(request).to()
+            made.check()
+        except (InputError, StateError) as error:
+            raise WireError(f"step {i} of the recording cannot be run: {error}") from None
+        found.append(made)
+    return found
+
+
+def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, first: bool) -> None:
+    """Everything that applying and preparing the request takes for granted. Raises InputError."""
+    r.check()
+    for name, most in _SCALARS.items():
+        _need(name, 0 <= r[name] <= most, r[name], f"0 to {most}")
+    _need("epoch", first or r.epoch == state.epoch, r.epoch, f"{state.epoch}, as in the step before")
+    lens, tables = state.num_tokens.copy(), state.num_blocks.copy()
+    _rows("finished_rows", r.finished_rows, lens)
+    lens[r.finished_rows] = 0
+    _rows("new_rows", r.new_rows, lens, live=False)
+    _check_new(r, state.token_ids.shape[1], state.vocab_size)
+    lens[r.new_rows], tables[r.new_rows] = r.new_lens, 0
+    _rows("append_rows", r.append_rows, lens)
+    _within("append_tokens", r.append_tokens, 0, state.vocab_size - 1)
+    lens[r.append_rows] += 1
+    _within("append_rows", lens[r.append_rows], 1, state.token_ids.shape[1])
+    _rows("block_rows", r.block_rows, lens)
+    _sum("block_counts", r.block_counts, len(r.new_blocks))
+    _need("block_starts", bool((r.block_starts <= tables[r.block_rows]).all()), r.block_starts,
+          "at most the blocks that the row has")
+    ends = r.block_starts.astype(np.int64) + r.block_counts
+    _within("block_counts", ends, 0, state.block_tables.shape[1])
+    blocks = (engine.num_blocks or _INT32 + 1) - 1
+    _within("new_blocks", r.new_blocks, 1, blocks)
+    _rows("rows", r.rows, lens)
+    _need("rows", len(r.rows) > 0, "none", "at least one row to compute")
+    reached = r.num_computed.astype(np.int64) + r.num_scheduled
+    _need("num_scheduled", bool((reached <= lens[r.rows]).all()), reached, f"at most the rows' tokens {lens[r.rows]}")
+    _within("num_scheduled", r.num_scheduled.sum(dtype=np.int64), 1, engine.max_num_batched_tokens)
+    _moves("blocks_to_copy", r.blocks_to_copy, (1, blocks), (1, blocks))
+    _moves("blocks_to_swap_in", r.blocks_to_swap_in, (0, engine.num_cpu_blocks - 1), (1, blocks))
+    _moves("blocks_to_swap_out", r.blocks_to_swap_out, (1, blocks), (0, engine.num_cpu_blocks - 1))
+
+
+def _check_new(r: ExecuteModelRequest, max_model_len: int, vocab_size: int) -> None:
+    _within("new_lens", r.new_lens, 1, max_model_len)
+    _sum("new_lens", r.new_lens, len(r.new_tokens))
+    _need("new_prompt_lens", bool((r.new_prompt_lens <= r.new_lens).all()), r.new_prompt_lens,
+          f"at most new_lens {r.new_lens}")
+    _within("new_tokens", r.new_tokens, 0, vocab_size - 1)
+    for i, name in enumerate(FLOAT_PARAMS):
+        _within(f"new_floats ({name})", r.new_floats[:, i], *_FLOATS[name])
+    for i, name in enumerate(INT_PARAMS):
+        _within(f"new_ints ({name})", r.new_ints[:, i], *_INTS[name])
+
+
+def _need(field: str, good: bool, got: object, expected: object) -> None:
+    if not good:
+        raise InputError(f"ExecuteModelRequest.{field} is inconsistent", got=str(got)[:200], expected=expected,
+                         fields=(field,))
+
+
+def _within(field: str, values: np.ndarray[Any, Any] | np.integer[Any], low: float, high: float) -> None:
+    _need(field, bool(((values >= low) & (values <= high)).all()), values, f"{low} to {high}")  # NaN is not within
+
+
+def _sum(field: str, counts: np.ndarray[Any, Any], expected: int) -> None:
+    total = int(counts.sum(dtype=np.int64))
+    _need(field, total == expected, f"{total} in all", f"{expected}, which are there")
+
+
+def _rows(field: str, rows: np.ndarray[Any, Any], lens: np.ndarray[Any, Any], live: bool = True) -> None:
+    """Rows that exist, each named once, and that hold a sequence, or none."""
+    _within(field, rows, 0, len(lens) - 1)
+    _need(field, len(np.unique(rows)) == len(rows), rows, "each row once")
+    _need(field, bool(((lens[rows] > 0) == live).all()), rows,
+          "rows that hold a sequence" if live else "rows that are free")
+
+
+def _moves(field: str, pairs: np.ndarray[Any, Any] | None, source: tuple[int, int], into: tuple[int, int]) -> None:
+    if pairs is not None:
+        _within(field, pairs[:, 0], *source)
+        _within(field, pairs[:, 1], *into)
+        _need(field, len(np.unique(pairs[:, 1])) == len(pairs), pairs[:, 1], "no block written twice")
