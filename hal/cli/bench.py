@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal import files
 from hal.cli import options
+from hal.cli.options import positive
 from hal.cli.shapes import SHAPES
 from hal.config import EngineConfig
 from hal.errors import ConfigError
@@ -36,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="random weights of this shape instead of a checkpoint: "
                         f"{', '.join(SHAPES)}, or a config.json")
     parser.add_argument("--batch-sizes", type=_sizes, default=[1, 8, 32], metavar="N,N,...", help="default: 1,8,32")
-    parser.add_argument("--prompt-len", type=_positive, default=128, metavar="N", help="in tokens (default: 128)")
-    parser.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="of each request (default: 64)")
-    parser.add_argument("--repeat", type=_positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
+    parser.add_argument("--prompt-len", type=positive, default=128, metavar="N", help="in tokens (default: 128)")
+    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each request (default: 64)")
+    parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--profile", type=options.path, metavar="FILE",
                         help="then write a torch.profiler trace of further batches (of several ranks, the driver's), "
@@ -46,15 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_engine_options(parser, skip=("prefix_caching", "trust_remote_code"))
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
 def _sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]
 
 
 @dataclass(frozen=True, slots=True)

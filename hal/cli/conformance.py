@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="a backend's name, or module:attribute")
     parser.add_argument("--level", type=int, choices=range(7), default=6, metavar="N",
                         help="highest level (default: 6)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N",
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N",
                         help="of weights, prompts and examples (default: 0)")
-    parser.add_argument("--examples", type=int, default=25, metavar="N",
+    parser.add_argument("--examples", type=options.positive, default=25, metavar="N",
                         help="that each property is tried on (default: 25)")
     parser.add_argument("--report", type=options.path, metavar="DIR",
                         help="write report.md, report.html, report.json and junit.xml there")
@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; the report says so; repeatable")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**63 - 1")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:

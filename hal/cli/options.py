@@ -93,6 +93,14 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
     group.add_argument(flag, **options)
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
 def path(text: str) -> str:
     """The type of an option that names a file or folder. A shell leaves the ~ of `--output=~/run` as it is.
     Of a model's path it is EngineConfig that expands it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from hal.errors import ConfigError
@@ -38,7 +39,7 @@ class Tolerances:
         """From "attention:bfloat16=0.05".
 
         Raises:
-            ConfigError: no such entry, or the value is narrower than the table's.
+            ConfigError: no such entry, or the value is narrower than the table's, or not finite.
         """
         widened = {}
         for text in texts:
@@ -50,8 +51,9 @@ class Tolerances:
             except (ValueError, KeyError):
                 raise ConfigError("a tolerance cannot be read", got=text, expected="OP:DTYPE=VALUE with OP one of "
                                   f"{', '.join(TOLERANCES)}") from None
-            if number < usual:
-                raise ConfigError("a tolerance may be widened, not narrowed", got=text, expected=f"at least {usual}")
+            if not usual <= number < math.inf:  # nothing is above not-a-number, and every error would pass
+                raise ConfigError("a tolerance may be widened, not narrowed", got=text,
+                                  expected=f"a finite number of at least {usual}")
             widened[op, dtype] = number
         return cls(widened)
 

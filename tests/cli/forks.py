@@ -40,13 +40,13 @@ class Forks:
 
     def run(self, *args: str, cwd: Path | None = None, stdin: str = os.devnull, stdout: str = "", stderr: str = "",
             encoding: str = "utf-8", kill: signal.Signals | None = None,
-            when: Callable[[bytes], bool] = lambda out: True) -> Ended:
+            when: Callable[[bytes, int], bool] = lambda out, pid: out != b"") -> Ended:
         """
         Args:
             stdin, stdout, stderr: a path, CLOSED, BROKEN or READ_ONLY; by default the outputs go to files that are read
                 here.
             encoding: of the standard streams, as the locale or PYTHONIOENCODING would choose it.
-            kill: a signal to send as soon as what has come on stdout fulfils `when`.
+            kill: a signal to send once `when` is true of what has come on stdout and of the process's id.
         """
         out, err = self.scratch / "stdout", self.scratch / "stderr"
         for path in (out, err):
@@ -57,7 +57,7 @@ class Forks:
         pid = self._receive()
         if kill is not None:
             end = time.monotonic() + 120
-            while not when(out.read_bytes()) and time.monotonic() < end:
+            while not when(out.read_bytes(), pid) and time.monotonic() < end:
                 time.sleep(0.01)
             os.kill(pid, kill)
         self._send("wait")
