@@ -31,6 +31,7 @@ def install(strict: bool | None = None) -> None:
     """
     global _tier
     from hal.guard.always import patch_torch
+    from hal.guard.logs import patch_logging
 
     if strict is None:
         strict = os.environ.get("HAL_STRICT") == "1"
@@ -38,6 +39,7 @@ def install(strict: bool | None = None) -> None:
         try:
             if _tier is None:
                 patch_torch(_patches)
+                patch_logging(_patches)
                 _tier = "always"
             if strict and _tier == "always":
                 from hal.guard.strict import patch_strict

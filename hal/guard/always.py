@@ -1,4 +1,5 @@
-"""The always-on tier: everything of torch.distributed that ends in a method of a process group, backend or store.
+"""The always-on tier: everything of torch.distributed that ends in a method or a constructor of a process group, a
+backend or a store.
 
 Patching methods, not functions, is what makes references saved before install() harmless, leaves the identity of
 torch.distributed.* alone (P2POp and torch.compile compare by identity), and needs no list of collectives.
@@ -15,18 +16,25 @@ from hal.guard.patch import Patches
 # abort is local on purpose: it is how a failing rank frees its peers.
 _LOCAL: Final = frozenset({
     "rank", "size", "name", "getBackendName", "abort", "set_timeout", "get_group_store", "boxed", "unbox",
-    "allocate_tensor", "memory_stats", "use_pg_for_symm_mem_rendezvous", "setUsePgForSymmMemRendezvous", "clone",
+    "allocate_tensor", "memory_stats", "use_pg_for_symm_mem_rendezvous", "setUsePgForSymmMemRendezvous",
     "has_extended_api",
 })  # fmt: skip
-_PRIVATE: Final = frozenset({"_allgather_base", "_reduce_scatter_base", "_start_coalescing"})
+_PRIVATE: Final = frozenset({"_allgather_base", "_reduce_scatter_base", "_start_coalescing", "_end_coalescing"})
+# Methods that only subclasses of a root class have (ProcessGroupNCCL). A group of NCCL calls is launched where it ends.
+_OF_SUBCLASSES: Final = ("perform_nocolor_split", "_group_start", "_group_end")
+# The constructor of a class below a root class connects: it exchanges addresses through a store, opens the store's
+# socket, or counts itself in the store's file. These constructors do not; the root classes' own neither.
+_LOCAL_CONSTRUCTORS: Final = frozenset({"HashStore", "PrefixStore", "FakeProcessGroup", "_ProcessGroupWrapper"})
 # Where the public methods are mostly local, by name.
 _ONLY: Final = {"_SymmetricMemory": ("rendezvous", "barrier", "put_signal", "wait_signal", "stream_write_value32")}
 _ROOTS: Final = ("ProcessGroup", "Backend", "Store", "_ControlCollectives", "_SymmetricMemory")
-# Groups are made and ended by functions. Saved references to them end in the helper, in TCPStore() or in shutdown().
+# Groups are made and ended by functions. Saved references to them end in the helper, in a constructor or in shutdown().
 _GROUP_FUNCTIONS: Final = (
     "init_process_group", "destroy_process_group", "new_group", "new_subgroups", "new_subgroups_by_enumeration",
     "split_group", "shrink_group", "_new_process_group_helper",
 )  # fmt: skip
+# C++ functions that call a process group without its Python methods (DistributedDataParallel makes itself with them).
+_C_FUNCTIONS: Final = ("_broadcast_coalesced", "_verify_params_across_processes")
 
 
 def patch_torch(patches: Patches) -> None:
@@ -44,10 +52,10 @@ def patch_torch(patches: Patches) -> None:
         root = getattr(c10d, root_name, None)
         if root is not None:
             _guard_tree(patches, root, guarded_names(root))
-    patches.guard(c10d.TCPStore, ("__init__",), "TCPStore")
     modules: tuple[ModuleType, ...] = (distributed_c10d, dist)
     for module in modules:
-        patches.guard(module, [name for name in _GROUP_FUNCTIONS if name in vars(module)], "torch.distributed")
+        names = (*_GROUP_FUNCTIONS, *_C_FUNCTIONS)
+        patches.guard(module, [name for name in names if name in vars(module)], "torch.distributed")
 
 
 def guarded_names(root: type) -> tuple[str, ...]:
@@ -67,7 +75,10 @@ def _guard_tree(patches: Patches, root: Any, names: tuple[str, ...]) -> None:
     """Guard `root`, its subclasses, and the subclasses that Python code will define (a plug-in's ProcessGroup)."""
 
     def visit(cls: type) -> None:
-        patches.guard(cls, [name for name in names if name in vars(cls)], cls.__name__)
+        guarded = names if cls is root else (*names, *_OF_SUBCLASSES, "__init__")
+        if cls.__name__ in _LOCAL_CONSTRUCTORS:
+            guarded = names
+        patches.guard(cls, [name for name in guarded if name in vars(cls)], cls.__name__)
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         super(root, cls).__init_subclass__(**kwargs)

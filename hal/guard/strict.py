@@ -72,7 +72,8 @@ def _patch_threads(patches: Patches) -> None:
     def carry_and_start(self: threading.Thread) -> None:
         region = current()
         if region is not None and not region.open:
-            self.run = _carried(self.run)  # type: ignore[method-assign]
+            # Past __setattr__, which a subclass may have made refuse.
+            self.__dict__["run"] = _carried(self.run)
         start(self)
 
     @functools.wraps(submit)

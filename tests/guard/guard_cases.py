@@ -6,9 +6,12 @@ import _thread
 import asyncio
 import ctypes
 import itertools
+import multiprocessing.connection
 import os
+import select
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +48,7 @@ def _wait(value: Any) -> Any:
 
 
 CASES: list[Case] = []
+KEYS = itertools.count()  # a key serves once
 
 
 def _family(title: str, tier: Tier, prefix: str = "") -> Callable[..., None]:
@@ -104,15 +108,23 @@ groups("split_group", lambda e: dist.split_group(e.world, [[0]]), errors=(Runtim
 groups("shrink_group", lambda e: dist.shrink_group([]), errors=(ValueError,))
 groups("destroy_process_group", lambda e: dist.destroy_process_group(e.spare),
        lambda e: setattr(e, "spare", dist.new_group([0])))  # fmt: skip
-groups("TCPStore()", lambda e: dist.TCPStore("127.0.0.1", 0, 1, True, TIMEOUT))
-CASES[-1] = Case(**{**vars(CASES[-1]), "operation": "TCPStore.__init__"})
+groups("_verify_params_across_processes", lambda e: dist._verify_params_across_processes(e.world, [e.t()], None))
+groups("_broadcast_coalesced", lambda e: dist._broadcast_coalesced(e.world, [e.t()], 500, 0))
+
+made = _family("constructors and copies that connect", "always")
+made("TCPStore()", lambda e: dist.TCPStore("127.0.0.1", 0, 1, True, TIMEOUT), operation="TCPStore.__init__")
+made("FileStore()", lambda e: dist.FileStore(e.file_store.path, 1), operation="FileStore.__init__")
+made("TCPStore.clone", lambda e: e.tcp_store.clone(), operation="Store.clone")
+made("PrefixStore.clone", lambda e: e.prefix_store.clone(), operation="Store.clone")
+made("ProcessGroupGloo()",
+     lambda e: dist.ProcessGroupGloo(dist.PrefixStore(f"new{next(KEYS)}", e.store), 0, 1, TIMEOUT),
+     operation="ProcessGroupGloo.__init__")  # fmt: skip
 
 saved = _family("references saved before install()", "always", "torch.distributed.")
 saved("all_reduce", lambda e: e.saved_all_reduce(e.t()))
 saved("all_reduce(async_op=True)", lambda e: e.saved_all_reduce(e.t(), async_op=True).wait())
 saved("new_group", lambda e: e.saved_new_group([0]))
 
-KEYS = itertools.count()  # a key serves once
 methods = _family("ProcessGroup and Backend methods", "always")
 methods("ProcessGroup.allreduce", lambda e: e.world.allreduce([e.t()]).wait())
 methods("ProcessGroup.broadcast", lambda e: e.world.broadcast(e.t(), 0).wait())
@@ -230,12 +242,37 @@ threads("ThreadPoolExecutor.submit: all_reduce", lambda e: e.executor.submit(dis
         operation="all_reduce")  # fmt: skip
 
 unseen = _family("not seen", "none")
+
+
+def _exit_code(code: int) -> None:
+    """Through a process of its own, which inherits this process by fork."""
+    child = multiprocessing.get_context("fork").Process(target=os._exit, args=(code,))
+    child.start()
+    child.join()
+    assert child.exitcode == code
+
+
 libc = ctypes.CDLL(None)
 unseen("os.write on a socket's descriptor", lambda e: os.write(e.near.fileno(), b"x"))
 unseen("write through ctypes", lambda e: libc.write(e.near.fileno(), b"x", 1))
+unseen("os.writev on a socket's descriptor", lambda e: os.writev(e.near.fileno(), [b"x"]))
+unseen("os.sendfile to a socket's descriptor", lambda e: os.sendfile(e.near.fileno(), e.file, 0, 1))
+unseen("socket.SocketType.send", lambda e: socket.SocketType.send(e.near, b"x"))
+unseen("super(socket.socket, s).send", lambda e: super(socket.socket, e.near).send(b"x"))
 unseen("a bound socket method saved before install()", lambda e: e.saved_send(b"x"))
 unseen("Work.wait on work launched before the phase", lambda e: e.work.wait(),
        lambda e: setattr(e, "work", dist.all_reduce(e.t(), async_op=True)))  # fmt: skip
 unseen("_thread.start_new_thread: all_reduce",
        lambda e: in_thread(lambda body: _thread.start_new_thread(body, ()), lambda: dist.all_reduce(e.t())))
 unseen("multiprocessing.pool.ThreadPool.apply: all_reduce", lambda e: e.thread_pool.apply(dist.all_reduce, (e.t(),)))
+unseen("subprocess.run: its output", lambda e: subprocess.run(["echo", "x"], capture_output=True, check=True))
+unseen("multiprocessing.Process: its exit code", lambda e: _exit_code(0))
+unseen("select.select on a socket", lambda e: select.select([e.near], [], [], 0))
+unseen("multiprocessing.connection.wait", lambda e: multiprocessing.connection.wait([e.conn], 0))
+
+through = _family("let through on purpose", "none")
+through("socket.shutdown", lambda e: e.ending.shutdown(socket.SHUT_WR),
+        lambda e: setattr(e, "ending", socket.socketpair()[0]))  # fmt: skip
+through("socket.create_server: bind and listen", lambda e: socket.create_server(("127.0.0.1", 0)).close())
+through("HashStore()", lambda e: dist.HashStore())
+through("PrefixStore()", lambda e: dist.PrefixStore("p", e.store))

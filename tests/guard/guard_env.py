@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import ssl
 import sys
@@ -38,12 +39,15 @@ class Env:
         self._closers: list[Callable[[], object]] = [directory.cleanup]
         self._kept: list[object] = []  # gloo cancels a send or recv whose Work is collected
         self.spare: Any = None  # a group to be destroyed
+        self.ending: Any = None  # a socket to be shut down
         self.work: Any = None  # a collective launched before the phase
 
         self.store = dist.HashStore()
         self.file_store = dist.FileStore(f"{directory.name}/store", 1)
         self.tcp_store = dist.TCPStore("127.0.0.1", 0, 1, True, TIMEOUT)
         self.prefix_store = dist.PrefixStore("prefix", self.store)
+        self.file = os.open(__file__, os.O_RDONLY)
+        self._closers.append(lambda: os.close(self.file))
         self.control: Any = torch._C._distributed_c10d._StoreCollectives(dist.PrefixStore("control", self.store), 0, 1)
 
         dist.init_process_group("gloo", store=self.store, rank=0, world_size=1)

@@ -6,6 +6,7 @@ import _thread
 import asyncio
 import contextvars
 import inspect
+import logging.handlers
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
@@ -29,7 +30,7 @@ from guard_env import Env
 from torch.distributed import distributed_c10d
 
 from hal.errors import GuardError
-from hal.guard import Phase, allow, current, data_plane, install, installed_tier, phase, strict, uninstall
+from hal.guard import Phase, allow, always, current, data_plane, install, installed_tier, phase, strict, uninstall
 from hal.guard.always import guarded_names
 
 pytestmark = [pytest.mark.torch_release, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -197,6 +198,100 @@ def test_site_of_an_operation_handed_to_a_thread_is_where_it_was_handed_over(env
     assert refused.value.site.startswith(f"{__file__}:")
 
 
+def test_a_thread_class_that_refuses_new_attributes_starts_in_a_phase(env: Env) -> None:
+    class Frozen(threading.Thread):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "run":
+                raise AttributeError("frozen")
+            super().__setattr__(name, value)
+
+    install(strict=True)
+    seen: list[object] = []
+    with phase(EXECUTE, 1):
+        thread = Frozen(target=lambda: seen.append(now()))
+        thread.start()
+        thread.join()
+    assert seen == [(EXECUTE, 1, False)]
+
+
+def test_a_suspended_generator_leaves_its_caller_in_its_phase() -> None:
+    """A limitation that docs/guard.md lists: Python gives a generator no context of its own."""
+
+    def steps() -> Iterator[int]:
+        with phase(EXECUTE, 4):
+            yield 1
+
+    generator = steps()
+    next(generator)
+    assert now() == (EXECUTE, 4, False)
+    with phase(WORKER, 5):
+        next(generator, None)
+        assert now() is None  # its end restores what was there when it began, even inside another phase
+    assert now() is None
+
+
+# Logging
+
+REFUSED_HANDLERS = {
+    "socket.connect": lambda: logging.handlers.SocketHandler("127.0.0.1", 9),
+    "socket.sendto": lambda: logging.handlers.DatagramHandler("127.0.0.1", 9),
+    "multiprocessing.Queue.put": lambda: logging.handlers.QueueHandler(multiprocessing.Queue()),
+}
+
+
+@pytest.mark.parametrize("operation", REFUSED_HANDLERS)
+def test_a_refused_logging_handler_says_so_once(operation: str, capfd: pytest.CaptureFixture[str]) -> None:
+    install(strict=True)
+    logger = logging.Logger("refused")
+    handler = REFUSED_HANDLERS[operation]()
+    logger.addHandler(handler)
+    for step in (PREPARE, EXECUTE):
+        for number in range(3):
+            with phase(step, 1):
+                logger.warning("record %d", number)
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "Traceback" not in told
+    assert type(handler).__name__ in told and "phase prepare" in told and f"({operation} at {__file__}:" in told
+    assert "Use a handler that writes to a file" in told
+    handler.close()
+
+
+def test_other_errors_of_a_logging_handler_are_reported_as_before(capfd: pytest.CaptureFixture[str]) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                raise KeyError("mine")
+            except KeyError:
+                self.handleError(record)
+
+    install(strict=True)
+    logger = logging.Logger("broken")
+    logger.addHandler(Broken())
+    with phase(EXECUTE):
+        logger.warning("one")
+        logger.warning("two")
+    assert capfd.readouterr().err.count("KeyError: 'mine'") == 2
+
+
+def test_a_handler_that_a_store_refuses_is_told_in_the_always_on_tier(env: Env,
+                                                                      capfd: pytest.CaptureFixture[str]) -> None:
+    class ToStore(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                env.store.set("log", record.getMessage())
+            except Exception:
+                self.handleError(record)
+
+    install(strict=False)
+    logger = logging.Logger("store")
+    logger.addHandler(ToStore())
+    with phase(EXECUTE):
+        logger.warning("one")
+        logger.warning("two")
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "ToStore" in told and "Store.set" in told
+
+
 # install and uninstall
 
 
@@ -208,7 +303,8 @@ def owners() -> list[Any]:
         found.append(pending.pop())
         pending.extend(type.__subclasses__(found[-1]))
     found += [getattr(multiprocessing.queues, name) for name in ("Queue", "JoinableQueue", "SimpleQueue")]
-    found += [multiprocessing.connection._ConnectionBase, socket.socket, threading.Thread, ThreadPoolExecutor]
+    found += [multiprocessing.connection._ConnectionBase, socket.socket, threading.Thread, ThreadPoolExecutor,
+              logging.Handler]
     return [*found, dist, distributed_c10d, sys.modules["ssl"].SSLSocket, sys.modules["ray"], sys.modules["ray.actor"]]
 
 
@@ -289,6 +385,40 @@ def test_every_method_that_communicates_is_refused(env: Env) -> None:
         assert (env.world.rank(), env.world.size(), env.backend.name()) == (0, 1, "gloo")
         with pytest.raises(GuardError):
             c10d._SymmetricMemory.rendezvous(env.t())
+
+
+def test_every_constructor_that_connects_is_refused(env: Env) -> None:
+    """Of all classes that this torch has, so that a backend added by a new torch is caught."""
+    c10d = torch._C._distributed_c10d
+    connecting = {cls for cls in owners() if isinstance(cls, type) and issubclass(cls, (c10d.Backend, dist.Store))}
+    connecting -= {c10d.Backend, dist.Store}
+    connecting = {cls for cls in connecting
+                  if "__init__" in vars(cls) and cls.__name__ not in always._LOCAL_CONSTRUCTORS}
+    assert {dist.ProcessGroupGloo, dist.TCPStore, dist.FileStore} <= connecting
+    install(strict=False)
+    for step in (PREPARE, EXECUTE):
+        for cls in connecting:
+            with phase(step), pytest.raises(GuardError) as refused:
+                cls()
+            assert refused.value.operation == f"{cls.__name__}.__init__"
+
+
+def test_constructors_written_in_python_are_guarded(env: Env) -> None:
+    """A plug-in's store or group connects where it is made. Calls of the base's constructor do not recurse."""
+    install(strict=False)
+
+    class Mine(dist.ProcessGroup):
+        def __init__(self, rank: int, size: int) -> None:
+            super().__init__(rank, size)
+            self.made = True
+
+    mine: Any = Mine
+    assert mine(0, 1).made
+    with phase(EXECUTE), pytest.raises(GuardError) as refused:
+        mine(0, 1)
+    assert refused.value.operation == "Mine.__init__"
+    with phase(EXECUTE), data_plane("op"):
+        assert mine(0, 1).rank() == 0
 
 
 LOCAL = {
