@@ -30,12 +30,15 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     Attributes:
         input_type: the declared input of a step.
         intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
-        compiled: programs compiled or graphs captured so far; `warmup` makes the last of them.
+        compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
+            its time. late: how many of them a step had to make therefore. pending: how many no step has needed yet.
     """
 
     input_type: ClassVar[type[ModelInput]]
     intermediate_type: type[IntermediateTensors] | None = None
     compiled: int = 0
+    late: int = 0
+    pending: int = 0
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.config, self.device, self.communicator = config, device, communicator
@@ -70,7 +73,8 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     @abc.abstractmethod
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
-        """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards."""
+        """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards, unless the user
+        limited the time of the warm-up; what comes later is counted in `late`."""
 
     @abc.abstractmethod
     def prepare_model_input(self, request: ExecuteModelRequest) -> InputT:

@@ -72,7 +72,7 @@ class Worker(LocalOrDistributedWorkerBase):
         return schemas_of(self.runner.input_type, *([] if handed_on is None else [handed_on]))
 
     def determine_num_blocks(self) -> int:
-        on_host = self.device.type == "cpu"
+        on_host = self.device.type == "cpu" or self.backend.capabilities.host_memory
         free = self.backend.free_memory(self.device) // (self.topology.world_size if on_host else 1)
         return count_blocks(self.config, free=free, reserve=self.runner.reserve_bytes(),
                             per_block=self.runner.kv_bytes_per_block(), host_memory=on_host)

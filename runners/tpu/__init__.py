@@ -25,7 +25,11 @@ _CPU_SHARE = 8  # XLA's CPU client shares the host's memory with everything: the
 
 class TpuBackend(Backend):
     name = "tpu"
-    capabilities = Capabilities(dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True)
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]
+        return Capabilities(dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True,
+                            host_memory=os.environ.get("PJRT_DEVICE") == "CPU")
 
     @property
     def priority(self) -> int:  # type: ignore[override]

@@ -1,16 +1,21 @@
-"""The TPU's runner: static shapes, compiled before the first step and never after."""
+"""The TPU's runner: static shapes, compiled before the first step as far as the compile budget goes, and the others
+when a step first needs them."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from itertools import accumulate
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from hal.batch import BatchState
 from hal.communicator import Communicator
@@ -28,13 +33,15 @@ from hal.shape_plan import Bucket
 from runners.tpu import lowering
 from runners.tpu.attention import TILE, TpuAttention
 from runners.tpu.inputs import FILTERS, PENALTIES, RANDOM, TpuModelInput, bucket_for, fit, stage
-from runners.tpu.plan import make_plan
+from runners.tpu.plan import budget, by_need, make_plan
 from runners.tpu.sampler import most_likely, sample
 from runners.tpu.spmd import load
 
 FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
 SAMPLERS = {"random": RANDOM, "filtered": RANDOM + FILTERS, "penalised": RANDOM + FILTERS + PENALTIES}
 BLOCKS_AT_ONCE = 8  # blocks that are copied or swapped by one call
+QUIET = 5.0  # seconds of compiling that nobody needs to be told of
+SMALL = 0.1  # what a program that is not a step's takes to compile, in step programs (measured)
 TOP = 20  # most likely tokens that the device finds; more are looked for on the host
 
 
@@ -44,7 +51,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     and logprobs where they were asked for.
 
     Attributes:
-        plan: the shapes. mesh: of tensor parallelism, or None.
+        plan: the shapes. mesh: of tensor parallelism, or None. late, pending: programs that the budget of the
+            warm-up left out: compiled since, each when it was first needed, and not needed yet.
     """
 
     input_type = TpuModelInput
@@ -63,6 +71,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
                                 self.input_type)
         self.programs: dict[tuple[str, Any], lowering.Program] = {}
+        self._planned = 0
         self.strict = os.environ.get("HAL_STRICT") == "1"
 
     @property
@@ -100,21 +109,62 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         return [lowering.zeros(shape, self.dtype, self.mesh, 3) for _ in self.model.attention_specs]
 
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
-        """Every program, compiled or read from the persistent cache; none runs yet."""
-        todo: list[Callable[[], None]] = [lambda b=b: self._compile_step(b, kv_caches)  # type: ignore[misc]
-                                          for b in self.plan.buckets()]
-        if self.config.topology.is_last_stage:
-            todo += [lambda s=s, n=n: self._compile_sampler(s, n) for n in self.seq_rungs  # type: ignore[misc]
-                     for s in SAMPLERS]
-            todo += [lambda n=n: self._compile_logprobs(n) for n in self.seq_rungs]  # type: ignore[misc]
-            todo += [lambda t=t: self._compile_head(t) for t in sorted(  # type: ignore[misc]
-                {b.dims.get("num_tokens", b.dims["num_seqs"]) for b in self.plan.buckets()})]
-        todo.append(lambda: self._compile_moves(kv_caches))
-        for done, compile_one in enumerate(todo):
-            progress("compiling", done, len(todo))
-            compile_one()
-        progress("compiling", len(todo), len(todo))
+        """Compile the programs, or read them from the persistent cache, until the budget is spent. None runs yet."""
+        keys, start, limit = self._all_programs(), monotonic(), budget()
+        for done, (name, key) in enumerate(keys):
+            spent = monotonic() - start
+            if spent >= limit:
+                break
+            if done == 1:
+                self._tell(keys, spent, limit)
+            progress("compiling", done, len(keys))
+            self._compile(name, key, kv_caches)
+        progress("compiling", len(keys), len(keys))
+        self._planned = len(keys)
         lowering.wait()
+
+    @property
+    def pending(self) -> int:  # type: ignore[override]
+        return self._planned - len(self.programs)
+
+    def _all_programs(self) -> list[tuple[str, Any]]:
+        """Keys of `programs`, in the order in which the warm-up makes them."""
+        steps = by_need(self.plan, largest_first=lowering.device_kind() != "CPU")
+        keys: list[tuple[str, Any]] = [("step", bucket) for bucket in steps]
+        if self.config.topology.is_last_stage:
+            keys += [(name, rows) for rows in self.seq_rungs for name in (*SAMPLERS, "logprobs")]
+            tokens = {b.dims.get("num_tokens", b.dims["num_seqs"]) for b in steps}
+            keys += [("head", count) for count in sorted(tokens)]
+        return [*keys, ("read", None), ("write", None)]
+
+    def _tell(self, keys: Sequence[tuple[str, Any]], each: float, limit: float) -> None:
+        """One line on the standard error where compiling takes a while; `each` is what the first program took."""
+        costs = [each if name == "step" else SMALL * each for name, _ in keys]
+        now = sum(end - cost < limit for end, cost in zip(accumulate(costs), costs, strict=True))
+        if self.config.topology.rank == 0 and min(sum(costs), limit) > QUIET:
+            tqdm.write(f"hal: compiling about {now} of {len(keys)} XLA programs, for at most {limit:g} seconds; the "
+                       "others are compiled when they are first needed. To start sooner, set HAL_COMPILE_BUDGET to "
+                       "fewer seconds or lower max_num_seqs or max_num_batched_tokens.", file=sys.stderr)
+
+    def _compile(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor]) -> None:
+        if name == "step":
+            self._compile_step(key, kv_caches)
+        elif name == "logprobs":
+            self._compile_logprobs(key)
+        elif name == "head":
+            self._compile_head(key)
+        elif name in ("read", "write"):
+            self._compile_move(name, kv_caches)
+        else:
+            self._compile_sampler(name, key)
+
+    def _program(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor] = ()) -> lowering.Program:
+        """A program of the plan; compiled here where the warm-up's budget left it out."""
+        if (name, key) not in self.programs:
+            before = self.compiled
+            self._compile(name, key, kv_caches)
+            self.late += self.compiled - before
+        return self.programs[name, key]
 
     def read_blocks(self, kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor,  # type: ignore[override]
                     ) -> list[torch.Tensor]:
@@ -122,7 +172,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         parts = []
         for at in range(0, len(blocks), BLOCKS_AT_ONCE):
             ids, count = self._some_blocks(blocks, at)
-            parts.append([x.cpu()[:, :count] for x in self.programs["read", None]([ids, *kv_caches])])
+            parts.append([x.cpu()[:, :count] for x in self._program("read", None, kv_caches)([ids, *kv_caches])])
         return [torch.cat(of_layer, 1) for of_layer in zip(*parts, strict=True)]
 
     def write_blocks(self, kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor,  # type: ignore[override]
@@ -131,7 +181,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             ids, count = self._some_blocks(blocks, at)
             fill = (0, 0) * (values[0].ndim - 2) + (0, BLOCKS_AT_ONCE - count)
             some = lowering.to_device([F.pad(v[:, at:at + count], fill) for v in values])
-            self.programs["write", None]([ids, *some], kv_caches)
+            self._program("write", None, kv_caches)([ids, *some], kv_caches)
 
     @staticmethod
     def _some_blocks(blocks: torch.Tensor, at: int) -> tuple[torch.Tensor, int]:
@@ -148,7 +198,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     def execute_model(self, model_input: TpuModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         lowering.settle(kv_caches)
-        m, before = model_input, self.compiled
+        m, before = model_input, self.compiled - self.late
         packed = packed_source(m) or TpuModelInput.schema.pack(m)
         fitted = fit(packed, self.plan, self.config.max_model_len)
         if fitted is not packed:
@@ -160,14 +210,14 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             arguments[-1], = lowering.to_device([torch.from_numpy(packed.arrays["logits_indices"][:seqs])])
         if intermediate is not None:
             arguments += [intermediate[name] for name in self.model.intermediates]
-        results = self.programs["step", bucket](arguments, kv_caches)
+        results = self._program("step", bucket, kv_caches)(arguments, kv_caches)
         if self.config.topology.is_last_stage:
             with span("sample"):
                 output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
         else:
             output = self.model.hand_on(*results)
-        if self.strict and self.compiled != before:
-            raise StateError("a step compiled a program", got=self.compiled - before, expected=0,
+        if self.strict and self.compiled - self.late != before:
+            raise StateError("a step compiled a program", got=self.compiled - self.late - before, expected=0,
                              hint=f"{bucket} is in the plan: look for a tensor operation outside the programs")
         return output
 
@@ -177,7 +227,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         tokens = greedy
         for name in ("penalised", "filtered", "random"):
             if all(m[field] is not None for field in SAMPLERS[name]):
-                tokens, = self.programs[name, seqs]([logits, positions, *(m[field] for field in SAMPLERS[name])])
+                tokens, = self._program(name, seqs)([logits, positions, *(m[field] for field in SAMPLERS[name])])
                 break
         found: dict[str, torch.Tensor] = {}
         if m.num_logprobs >= 0:
@@ -193,7 +243,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         """On the host: of the given tokens, and of the `top` most likely with their ids."""
         if top > TOP:
             return logprobs(logits.cpu(), tokens.cpu(), top)
-        chosen, ids, values = (x.cpu() for x in self.programs["logprobs", logits.shape[0]]([logits, tokens]))
+        chosen, ids, values = (x.cpu() for x in self._program("logprobs", logits.shape[0])([logits, tokens]))
         top = max(top, 0)
         return chosen, ids[:, :top].contiguous(), values[:, :top].contiguous()
 
@@ -207,7 +257,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             count = min(rows, len(targets) - at)
             some[:, :count] = indices[at:at + rows], targets[at:at + rows]
             which, wanted = lowering.to_device(list(torch.from_numpy(some)))
-            logits, = self.programs["head", hidden.shape[0]]([hidden, which])
+            logits, = self._program("head", hidden.shape[0])([hidden, which])
             parts.append([x[:count] for x in self._logprobs(logits, wanted, top)])
         chosen, ids, values = (torch.cat(column) for column in zip(*parts, strict=True))
         more = {"prompt_top_ids": ids, "prompt_top_logprobs": values} if top > 0 else {}
@@ -241,10 +291,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
         self.programs["step", bucket] = lowering.Program(step, arguments, kv_caches)
 
-    def _compile_moves(self, kv_caches: Sequence[torch.Tensor]) -> None:
-        ids = torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)
-        values = [torch.zeros(1, BLOCKS_AT_ONCE, *cache.shape[2:], dtype=self.dtype) for cache in kv_caches]
-        ids, *values = lowering.to_device([ids, *values])
+    def _compile_move(self, name: str, kv_caches: Sequence[torch.Tensor]) -> None:
+        ids, = lowering.to_device([torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)])
 
         def read(given: Sequence[torch.Tensor], _: Sequence[torch.Tensor]) -> Any:
             return [], [self._whole(cache[0].index_select(0, given[0])[None]) for cache in given[1:]]
@@ -254,8 +302,12 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
                    for cache, v in zip(caches, given[1:], strict=True)]
             return [self._split(cache) for cache in new], []
 
-        self.programs["read", None] = lowering.Program(read, [ids, *kv_caches])
-        self.programs["write", None] = lowering.Program(write, [ids, *values], kv_caches)
+        if name == "read":
+            program = lowering.Program(read, [ids, *kv_caches])
+        else:
+            values = [torch.zeros(1, BLOCKS_AT_ONCE, *cache.shape[2:], dtype=self.dtype) for cache in kv_caches]
+            program = lowering.Program(write, [ids, *lowering.to_device(values)], kv_caches)
+        self.programs[name, None] = program
 
     def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if self.mesh is None else lowering.shard(tensor, self.mesh, None)

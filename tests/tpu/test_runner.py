@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.engine.llm import LLM
-from hal.errors import WorkerError
+from hal.errors import ConfigError, WorkerError
 from hal.models.hf_config import read_config
 from hal.sampling.params import SamplingParams
 from hal.shape_plan import ShapePlan
@@ -52,6 +52,113 @@ def test_the_plan_holds_every_legal_step(data: st.DataObject) -> None:
     assert all(size <= dict(other.sizes)[symbol] for other in holding for symbol, size in bucket.sizes)
 
 
+@pytest.mark.parametrize("largest_first", [False, True])
+@pytest.mark.parametrize("budget", ["5", "60", "600"])
+def test_every_request_finds_its_small_programs_compiled_first(budget: str, largest_first: bool,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    from runners.tpu.plan import by_need, make_plan
+
+    monkeypatch.setenv("HAL_COMPILE_BUDGET", budget)
+    engine = EngineConfig()
+    plan = make_plan(WorkerConfig(engine, read_config(engine.model), Topology()))
+    order = by_need(plan, largest_first)
+    assert sorted(map(str, order)) == sorted(map(str, plan.buckets()))
+    if largest_first:
+        begin, order = order[:2], order[2:]
+        assert [b.dims[symbol] for b in begin for symbol, _ in b.sizes] == [
+            rungs[-1] for axes in plan.kinds.values() for rungs in axes.values()]
+    else:
+        assert [b.dims[symbol] for b in order[:2] for symbol, _ in b.sizes] == [
+            rungs[0] for axes in plan.kinds.values() for rungs in axes.values()]
+    for kind in plan.kinds:
+        sizes = [[size for _, size in b.sizes] for b in order if b.kind == kind]
+        assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(("variables", "seconds"), [
+    ({"PJRT_DEVICE": "CPU"}, 20), ({"PJRT_DEVICE": "CPU", "XLA_PERSISTENT_CACHE_PATH": "somewhere"}, 120),
+    ({"PJRT_DEVICE": "TPU"}, 120), ({}, 120), ({"HAL_COMPILE_BUDGET": "0"}, 0), ({"HAL_COMPILE_BUDGET": "7.5"}, 7.5),
+    ({"HAL_COMPILE_BUDGET": "inf"}, float("inf"))])
+def test_the_compile_budget_is_small_where_programs_are_not_kept(variables: dict[str, str], seconds: float,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    from runners.tpu.plan import budget
+
+    for name in ("PJRT_DEVICE", "XLA_PERSISTENT_CACHE_PATH", "HAL_COMPILE_BUDGET"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert budget() == seconds
+
+
+@pytest.mark.parametrize("given", ["", "ten", "-1", "nan", "1,5"])
+def test_a_compile_budget_that_is_no_time_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from runners.tpu.plan import budget
+
+    monkeypatch.setenv("HAL_COMPILE_BUDGET", given)
+    with pytest.raises(ConfigError, match="HAL_COMPILE_BUDGET") as caught:
+        budget()
+    assert repr(given) in str(caught.value)
+
+
+class Clock:
+    """Seconds that pass while programs are compiled, and at no other time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, each: float) -> None:
+        from runners.tpu.runner import TpuModelRunner
+
+        self.now, self.calls, original = 0.0, 0, TpuModelRunner._compile
+
+        def compile_(runner: Any, *args: Any) -> None:
+            original(runner, *args)
+            self.now, self.calls = self.now + each, self.calls + 1
+
+        monkeypatch.setattr(TpuModelRunner, "_compile", compile_)
+        monkeypatch.setattr("runners.tpu.runner.monotonic", lambda: self.now)
+
+
+@pytest.mark.torch_release
+@pytest.mark.usefixtures("xla")
+@pytest.mark.parametrize(("budget", "each", "warm"), [("10", 3.0, 4), ("9", 3.0, 3), ("1", 50.0, 1), ("0", 1.0, 0)])
+def test_a_spent_budget_leaves_programs_to_the_steps_that_need_them(
+        checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], budget: str,
+        each: float, warm: int) -> None:
+    """The clock stops the warm-up, within one program. Strict mode takes later compiling as the user's choice."""
+    from runners.tpu import lowering
+
+    monkeypatch.setenv("HAL_COMPILE_BUDGET", budget)
+    monkeypatch.setenv("HAL_STRICT", "1")
+    clock = Clock(monkeypatch, each)
+    sampled = SamplingParams(max_tokens=5, temperature=0.7, top_p=0.8, presence_penalty=0.5, seed=3, logprobs=2,
+                             prompt_logprobs=1)
+    with engine(checkpoint("gpt2")) as llm:
+        runner: Any = llm.executor._worker.runner  # type: ignore[attr-defined]
+        planned = len(runner.programs) + runner.pending
+        assert clock.calls == len(runner.programs) == warm and runner.late == 0 < runner.pending
+        before = lowering.compiles()
+        first = llm.generate([[1, 2, 3]], sampled)
+        late, made = runner.late, clock.calls
+        assert made > warm and runner.pending == planned - made
+        assert late == lowering.compiles() - before  # 0 where torch_xla still has an earlier engine's programs
+        again = llm.generate([[1, 2, 3]], sampled)
+        assert again[0].token_ids == first[0].token_ids and (runner.late, clock.calls) == (late, made)
+    monkeypatch.setenv("HAL_COMPILE_BUDGET", "inf")
+    with engine(checkpoint("gpt2")) as llm:
+        assert llm.executor._worker.runner.pending == 0  # type: ignore[attr-defined]
+        assert llm.generate([[1, 2, 3]], sampled)[0].token_ids == first[0].token_ids
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hal:")]
+    told = f"compiling about {warm} of {planned} XLA programs"
+    assert [told in line and "HAL_COMPILE_BUDGET" in line for line in lines[:-1]] == [True] * (float(budget) > 5)
+
+
+@pytest.mark.torch_release
+@pytest.mark.usefixtures("xla")
+def test_caches_in_host_memory_are_no_larger_than_sequences_need(checkpoint: Checkpoint) -> None:
+    """XLA's CPU client converts the whole of a bfloat16 cache in each step."""
+    with LLM(str(checkpoint("gpt2")), device=TPU, block_size=4, max_num_seqs=3, max_num_batched_tokens=16,
+             max_model_len=40) as llm:
+        assert llm.executor.num_blocks == 3 * 10 + 1
+
+
 def batches(llm: LLM, steps: int, seed: int = 11) -> tuple[int, set[int]]:
     """Requests that come, go and are aborted at random; how many steps ran, and how wide they were."""
     rng, widths, start = np.random.default_rng(seed), set(), llm.stats().steps
@@ -73,6 +180,7 @@ def test_500_steps_compile_nothing(checkpoint: Checkpoint, monkeypatch: pytest.M
     from runners.tpu import lowering
 
     monkeypatch.setenv("HAL_COMPILE_BUDGET", "30")
+    monkeypatch.setattr("runners.tpu.runner.monotonic", lambda: 0.0)  # the warm-up has all the time it needs
     with LLM(str(checkpoint("qwen2-tied")), device=TPU, dtype="float32", block_size=4, max_num_seqs=6, num_blocks=150,
              max_num_batched_tokens=48, max_model_len=100) as llm:
         before = lowering.compiles()
