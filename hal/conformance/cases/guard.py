@@ -87,5 +87,5 @@ def its_own_recording(ctx: Context) -> None:
         recorder.save(path)
     finally:
         recorder.shutdown()
-    comparison = replay(path, ctx.backend, ctx.device)
+    comparison = replay(path, ctx.backend, ctx.device, model=config.engine.model)
     ctx.check(comparison.exact, f"a replay on the same device differs:\n{comparison.table()}")
