@@ -11,6 +11,8 @@ NaN or infinity enters the race as infinity, and wins it.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,20 @@ from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 _PIECE, _PROGRAMS = 512, 4096  # elements read at a time by a warp; how many are there to fill a device
 _LANES = 4096  # of the program that finds a row's thresholds, and the values that it can keep apart
 _LARGE = tl.constexpr(LARGE)
+_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits that are 0 in fp32
+
+
+@triton.jit
+def _divided(x, y):
+    """x / y in fp32, rounded to nearest. tl.div_rn takes subnormal numbers for 0 on a GPU, and a temperature or a
+    quotient may be one."""
+    if _COMPILED:
+        quotient = tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True,
+                                             pack=1)
+    else:
+        quotient = tl.div_rn(x, y)
+    return quotient
 
 
 @triton.jit
@@ -69,7 +84,7 @@ def _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW: tl.constexp
         x = tl.where(x < float("inf"), x, float("inf"))
         if DRAW and warmth > 0:
             most = tl.maximum(most, x)
-            x = tl.div_rn(x - base, warmth)
+            x = _divided(x - base, warmth)
             x = tl.where(x >= least, x, float("-inf"))
             if tl.max(x) > float("-inf"):  # behind a filter most blocks are empty
                 x -= _log_exponential(key, at)
@@ -96,7 +111,7 @@ def _race(scores, temperature, lowest, shift, seeds, positions, indices, winners
     best, best_id, most = _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW, BLOCK)
     if DRAW:
         if lowest is None:
-            far = tl.abs(tl.div_rn(most, warmth)) > _LARGE
+            far = tl.abs(_divided(most, warmth)) > _LARGE
             if far & (warmth > 0) & (tl.abs(most) < float("inf")):
                 base = most
                 best, best_id, most = _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW, BLOCK)
@@ -118,7 +133,7 @@ def _join(winners, bases, temperature, out, rows, last, pieces, padding, DRAW: t
         if warmth > 0:
             base = tl.load(bases + row * pieces + piece, mask=there, other=float("-inf"))
             x = _value((winner >> 32).to(tl.int32), 0)
-            x = tl.where(there & (tl.abs(x) < float("inf")), x + tl.div_rn(base - tl.max(base), warmth), x)
+            x = tl.where(there & (tl.abs(x) < float("inf")), x + _divided(base - tl.max(base), warmth), x)
             winner = (_ordered(x + 0.0, 0).to(tl.int64) << 32) + (winner & 0x7FFFFFFF)
     winner = tl.max(winner)
     best = _value((winner >> 32).to(tl.int32), 0)
@@ -179,7 +194,7 @@ def _thresholds(scores, temperature, top_k, top_p, min_p, kept, lowest, shift, s
             x = tl.load(source + start + at, mask=start + at < vocab, other=float("-inf"))
             most = tl.maximum(most, x.to(tl.float32))
         best = tl.max(most)
-        if tl.abs(tl.div_rn(best, warmth)) > _LARGE:
+        if tl.abs(_divided(best, warmth)) > _LARGE:
             base = tl.where(tl.abs(best) < float("inf"), best, 0.0)
         if ((k > 0) | (p < 1)) & (tl.abs(best) < float("inf")):
             rate, total = tl.minimum(1.4426950408889634 / warmth, 3.4e38), 0.0  # finite, so that the best weighs 1
@@ -207,9 +222,9 @@ def _thresholds(scores, temperature, top_k, top_p, min_p, kept, lowest, shift, s
                 low = _dropped(some, count, low, high, far, best, k, p, total, rate, SHIFT, BLOCK)
             else:
                 low = _dropped(source, vocab, low, high, far, best, k, p, total, rate, SHIFT, BLOCK)
-            least = tl.div_rn(_value(low + 1, SHIFT) - base, warmth)
+            least = _divided(_value(low + 1, SHIFT) - base, warmth)
         if floor > 0:
-            least = tl.maximum(least, tl.div_rn(best - base, warmth) + tl.log(floor))
+            least = tl.maximum(least, _divided(best - base, warmth) + tl.log(floor))
     tl.store(lowest + row, least)
     tl.store(shift + row, base)
 
