@@ -54,8 +54,8 @@ class RankProcess:
         try:
             self.process.stdin.write(json.dumps(content).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended; its reports say why
+        except (BrokenPipeError, ValueError):
+            pass  # it ended, and its reports say why; or it was hung up, while another thread passed an entry on
 
     def read(self) -> list[dict[str, Any]] | None:
         """Reports that have arrived, or None when there will be no more."""

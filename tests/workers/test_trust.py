@@ -82,6 +82,15 @@ def test_an_entry_that_does_not_come_is_a_named_error() -> None:
     assert store.get("b") == b"text" and store.check(["b"])
 
 
+def test_an_entry_may_come_while_the_ranks_are_ended() -> None:
+    """The thread that passes it on must live, since it alone sees how the ranks end."""
+    made = executor(tp=2)
+    rank = made._ranks.processes[0]
+    rank.hang_up()
+    rank.send(key="late", value="")
+    made.shutdown()
+
+
 @contextlib.contextmanager
 def memory(kind: str) -> Iterator[str]:
     """What an attacker may name as the driver's memory, as the driver would say it."""
