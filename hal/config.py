@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from hal.errors import ConfigError
 from hal.models.config import ModelConfig
+from hal.values import described, plain
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 WirePolicy = Literal["model-input", "request", "none"]
 KVDType = Literal["auto", "fp8"]
 ExecutorName = Literal["multiprocess", "ray"]
+_LARGEST = 2**31 - 1
+_INTEGERS = {"tp": 1, "pp": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_model_len": 1,
+             "num_blocks": 1, "num_cpu_blocks": 0}  # and the smallest value of each
+_OPTIONAL = ("max_model_len", "num_blocks", "async_scheduling")  # may be None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,34 +79,38 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError, naming the option."""
-        if not isinstance(self.model, str) or not self.model:
-            raise ConfigError("model is not usable", got=repr(self.model), expected="the path of a directory")
+        """Raises ConfigError, naming the option. Numbers of numpy and torch become Python's own."""
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for name, low in _INTEGERS.items():
+            self._take(name, (int,), f"an integer from {low} to {_LARGEST}", low, _LARGEST)
+        self._take("seed", (int,), "a 64-bit integer", -(2**63), 2**63 - 1)
+        for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0)):
+            self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)
+        for name in ("prefix_caching", "graphs", "random_weights", "trust_remote_code", "async_scheduling"):
+            self._take(name, (bool,), "true or false")
+        for name in ("device", "control_plane"):
+            self._take(name, (str,), "a text")
+        self._take("model", (str,), "the path of a directory")
         object.__setattr__(self, "model", os.path.expanduser(self.model))
-        for name in ("tp", "pp", "max_num_seqs", "max_num_batched_tokens", "block_size"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("max_model_len", "num_blocks"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        _at_least("num_cpu_blocks", self.num_cpu_blocks, 0)
-        if not 0.0 < self.memory_fraction <= 1.0:
-            raise ConfigError("memory_fraction is out of range", got=self.memory_fraction, expected="above 0, up to 1")
-        if not 0.0 < self.heartbeat <= 86400.0:
-            raise ConfigError("heartbeat is out of range", got=self.heartbeat, expected="above 0, up to 86400 seconds")
-        if not isinstance(self.trust_remote_code, bool):  # a text such as "no" would count as true
-            raise ConfigError("trust_remote_code is not usable", got=repr(self.trust_remote_code),
-                              expected="true or false")
+        for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName)):
+            value = plain(getattr(self, name))
+            if not isinstance(value, str) or value not in get_args(kind):
+                raise ConfigError(f"unknown {name}", got=described(value), expected=", ".join(get_args(kind)))
+            object.__setattr__(self, name, value)
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
-        for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"unknown {name}", got=repr(getattr(self, name)), expected=", ".join(get_args(kind)))
 
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigError(f"{name} is not usable", got=repr(value), expected=f"an integer of at least {low}")
+    def _take(self, name: str, kinds: tuple[type, ...], expected: str, low: float = 0, high: float = 1) -> None:
+        """Keep an option as a plain Python value, or refuse it. `low` and `high` are the bounds of a number."""
+        given = getattr(self, name)
+        value: Any = plain(given)
+        if value is None and name in _OPTIONAL:
+            return
+        if type(value) not in kinds or value == "" or (not isinstance(value, str) and not low <= value <= high):
+            raise ConfigError(f"{name} is not usable", got=described(given), expected=expected)
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar, cast
-
-import torch
 
 from hal import backend as backends
 from hal import guard
@@ -28,7 +25,7 @@ from workers.base import make_worker
 from workers.groups import RendezvousStore
 from workers.launched import LaunchedExecutor
 from workers.links import connect
-from workers.ranks import PATIENCE, threads_per_rank
+from workers.ranks import PATIENCE
 from workers.reports import Failure
 from workers.steps import StepExecutor, StepHandle, Take
 
@@ -63,9 +60,9 @@ class WorkerExecutor(StepExecutor):
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
                  worker: str) -> None:
-        super().__init__()
-        guard.install()
         tp = 1 if backend.capabilities.spmd else engine.tp
+        super().__init__(tp * engine.pp)
+        guard.install()
         configs = [WorkerConfig(engine, model, Topology(tp, engine.pp, rank)) for rank in range(tp * engine.pp)]
         self._plane: ControlPlane
         self._store: RendezvousStore | None = None
@@ -75,7 +72,8 @@ class WorkerExecutor(StepExecutor):
         self._worker = make_worker(worker, configs[0], backend)
         self.num_cpu_blocks = engine.num_cpu_blocks
         try:
-            self.num_blocks = self._start(configs, worker, progress)
+            with self._torch:
+                self.num_blocks = self._start(configs, worker, progress)
         except BaseException as error:
             failure = self._blame(error)
             self._close(0, error)
@@ -86,8 +84,6 @@ class WorkerExecutor(StepExecutor):
     def _start(self, configs: list[WorkerConfig], name: str, progress: Progress) -> int:
         worker, ranks, store = self._worker, self._ranks, None
         if len(configs) > 1:
-            if "OMP_NUM_THREADS" not in os.environ:  # else each rank would take all cores, and wait for the others'
-                torch.set_num_threads(threads_per_rank(len(configs)))
             store = self._store = RendezvousStore(ranks.start(configs[1:], name))
         device = worker.init_device()
         agree(facts_of(configs[0]), self._expect("up"))
@@ -143,7 +139,8 @@ class WorkerExecutor(StepExecutor):
     def shutdown(self) -> None:
         if not self._closed:
             try:
-                self._plane.broadcast([])
+                with self._torch:
+                    self._plane.broadcast([])
             except WorkerError:
                 pass  # a rank is gone or hangs; end() sees to it
             self._close(PATIENCE)

@@ -45,8 +45,8 @@ class LaunchedExecutor(StepExecutor):
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
                  worker: str) -> None:
-        super().__init__()
         tp = 1 if backend.capabilities.spmd else engine.tp
+        super().__init__(tp * engine.pp)
         self._topology = topology = Topology(tp, engine.pp, launched_rank(tp * engine.pp))
         guard.install()
         config = WorkerConfig(engine, model, topology)
@@ -55,7 +55,8 @@ class LaunchedExecutor(StepExecutor):
         self._worker = make_worker(worker, config, backend)
         self.num_cpu_blocks = engine.num_cpu_blocks
         try:
-            self.num_blocks = self._start(config, progress)
+            with self._torch:
+                self.num_blocks = self._start(config, progress)
         except BaseException as error:
             failure = self._blame(error)
             self._close(0, error)

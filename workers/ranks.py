@@ -205,3 +205,22 @@ class Ranks:
 def threads_per_rank(world_size: int) -> int:
     """The cores that this process may use, shared by the ranks."""
     return max(len(os.sched_getaffinity(0)) // world_size, 1)
+
+
+def threads_of_driver(world_size: int) -> int:
+    """Threads of the driver's rank: what torch takes in a fresh process where it is the only one."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    if world_size > 1:
+        return threads_per_rank(world_size)
+    # torch starts one thread a core, and not one for each of the core's hardware threads.
+    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def _siblings(cpu: int) -> str:
+    """The hardware threads of this one's core; itself alone where the system does not say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)

@@ -15,6 +15,8 @@ from hal.errors import HalError, StateError
 from hal.outputs import SamplerOutput
 from hal.profiling import span
 from hal.request import ExecuteModelRequest
+from hal.torch_state import TorchState
+from workers.ranks import threads_of_driver
 from workers.reports import Failure, chain
 
 A = TypeVar("A")
@@ -41,9 +43,14 @@ class StepHandle:
 
 
 class StepExecutor(abc.ABC):
-    """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks."""
+    """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks.
 
-    def __init__(self) -> None:
+    Args:
+        world_size: ranks that share this host's cores.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._torch = TorchState(threads_of_driver(world_size))
         self._failure: HalError | None = None
         self._closed = False
         self._pending: deque[StepHandle] = deque()
@@ -68,7 +75,8 @@ class StepExecutor(abc.ABC):
 
     def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
         self.check()
-        handle = StepHandle(self, self._guarded(self._submit, request))
+        with self._torch:
+            handle = StepHandle(self, self._guarded(self._submit, request))
         self._pending.append(handle)
         return handle
 
@@ -79,7 +87,8 @@ class StepExecutor(abc.ABC):
         first = None
         while first is not handle:
             first = self._pending.popleft()
-            self._guarded(first.fetch, None)
+            with self._torch:
+                self._guarded(first.fetch, None)
 
     def _guarded(self, call: Callable[[A], R], argument: A) -> R:
         """Run a part of a step; when it fails, nothing of the engine remains."""

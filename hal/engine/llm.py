@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Iterator
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from hal import backend as backends
 from hal.config import BUNDLED_MODEL, EngineConfig
+from hal.engine.calls import Calls
 from hal.engine.outputs import RequestOutput
 from hal.engine.progress import LoadProgress, RequestProgress
+from hal.engine.prompts import Prompt, Prompts, as_params, as_prompts, as_token_ids, check_length
 from hal.engine.requests import Logprobs, Request
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
@@ -21,9 +26,8 @@ from hal.executor import StepHandle, make_executor
 from hal.models.hf_config import read_config
 from hal.runner import no_progress
 from hal.sampling.params import SamplingParams
-
-Prompt = str | list[int]
-Prompts = Prompt | list[str] | list[list[int]] | list[Prompt]
+from hal.torch_state import TorchState
+from hal.values import described, plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,12 @@ class LLM:
         with LLM("path/to/checkpoint", tp=2) as llm:
             outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
 
-    Not thread-safe, and of the process that made it: in a forked child `step` and what uses it raise a StateError, and
-    leaving the `with` block does nothing. For an engine of one's own: `add_request`, and `step` while `unfinished`.
+    For an engine of one's own: `add_request`, and `step` while `unfinished`.
+
+    It belongs to the process that made it: in a forked child `step` and what uses it raise a StateError, and leaving
+    the `with` block does nothing. It is not thread-safe: a call while another thread is in one raises a StateError. A
+    call that an exception ends in the middle (KeyboardInterrupt, one of a signal handler, a WorkerError) leaves the
+    engine in doubt: every later call is refused with an error that says so, until `restart`.
 
     Args:
         model: checkpoint directory in Hugging Face format; by default the bundled one, which adds numbers. Without
@@ -64,14 +72,16 @@ class LLM:
         ConfigError, ModelLoadError, BackendError, CapacityError, WorkerError.
     """
 
-    def __init__(self, model: str = str(BUNDLED_MODEL), *, progress: bool = False, **options: Any) -> None:
-        self.config = config = EngineConfig(model=str(model), **options)
+    def __init__(self, model: str | os.PathLike[str] = str(BUNDLED_MODEL), *, progress: bool = False,
+                 **options: Any) -> None:
+        self.config = config = _config(model, options)
         self.model_config = read_config(config.model, weights=not config.random_weights)
         self.max_model_len = config.max_model_len or self.model_config.max_position
         if self.max_model_len > self.model_config.max_position:
             raise ConfigError("max_model_len is longer than the model's context", got=self.max_model_len,
                               expected=f"at most {self.model_config.max_position}")
-        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        with TorchState():  # transformers loads modules that make tensors
+            self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.backend = backends.select(config.device)
         bars = LoadProgress() if progress else None
         try:
@@ -79,22 +89,30 @@ class LLM:
         finally:
             if bars is not None:
                 bars.close()
-        ahead = backends.resolve_async(self.backend, config.async_scheduling, config.pp)
-        self.scheduler = Scheduler(config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=config.pp,
-                                   eos_token_ids=self.model_config.eos_token_ids, ahead=ahead)
-        self._steps_in_flight = 2 if ahead else config.pp
+        self.scheduler = self._make_scheduler()
+        self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
+        self._calls = Calls()
         self._pending: deque[tuple[Step, StepHandle]] = deque()
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, Request] = {}  # not complete; all that restart() needs follows from them
+        self._kept: dict[int, Request] = {}  # grew, and the next step() hands their outputs out
+        self._cancelled: deque[Request] = deque()  # by a finalizer in the middle of a call; they end in the next step
         self._next_id = 0
         self._stop_texts = 0  # unfinished requests that have such
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
-    def generate(self, prompts: Prompts, params: SamplingParams | list[SamplingParams] | None = None, *,
+    def _make_scheduler(self) -> Scheduler:
+        return Scheduler(self.config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=self.config.pp,
+                         eos_token_ids=self.model_config.eos_token_ids, ahead=backends.resolve_async(
+                             self.backend, self.config.async_scheduling, self.config.pp))
+
+    def generate(self, prompts: Prompts, params: SamplingParams | Several[SamplingParams] | None = None, *,
                  progress: bool = False) -> list[RequestOutput]:
-        """Complete all prompts.
+        """Complete all prompts. Requests of add_request and stream go on meanwhile; `step` hands out what came of the
+        former.
 
         Args:
-            prompts: a text, a list of token ids, or a list of these. params: of all, or one for each; None is greedy.
+            prompts: a text, token ids (a list, tuple, range or one-dimensional array), or a list of these. params: of
+                all, or one for each; None is greedy.
             progress: show a bar with prefill and decode tokens/s.
 
         Returns:
@@ -103,47 +121,56 @@ class LLM:
 
         Raises:
             RequestError, CapacityError: a prompt is refused (named by its index); then none is run.
-            WorkerError: a rank failed; the engine is shut down.
+            WorkerError: a rank failed. StateError: see the class.
         """
-        several = _as_list(prompts)
-        requests = self._add_all(several, _as_many(params, len(several)))
-        bar = RequestProgress(len(requests), progress)
-        try:
-            waiting = {r.output.request_id for r in requests}
-            while waiting:
-                before = self._counts.copy()
-                done = waiting & {r.seq.request_id for r in self._advance(text=False)[1]}
-                waiting -= done
-                prefill, decode = (self._counts[n] - before[n] for n in ("prefill_tokens", "decode_tokens"))
-                bar.step(prefill, decode, len(done))
-        finally:
-            bar.close()
-            self._abandon(requests)
+        several = as_prompts(prompts)
+        each = as_params(params, len(several))
+        checked = self._checked(several, each)
+        with self._calls.begin():
+            requests, first = list[Request](), self._next_id
+            bar = RequestProgress(len(several), progress)
+            try:
+                for i, (prompt, ids) in enumerate(zip(several, checked, strict=True)):
+                    requests.append(self._add(i, prompt, ids, each[i], polled=False))
+                waiting = {r.output.request_id for r in requests}
+                while waiting:
+                    before = self._counts.copy()
+                    grown, complete = self._advance(text=False)
+                    self._keep(grown)
+                    done = waiting & {r.seq.request_id for r in complete}
+                    waiting -= done
+                    prefill, decode = (self._counts[n] - before[n] for n in ("prefill_tokens", "decode_tokens"))
+                    bar.step(prefill, decode, len(done))
+            except BaseException:
+                self._drop_since(first)
+                raise
+            finally:
+                bar.close()
         return [r.output for r in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The output each time it has grown, and where it ends with an error once more: the same object, whose text
-        never shows part of a stop text. Closing the iterator aborts the request. Several streams may take turns. Raises
-        as `generate`, at once."""
-        params = params or SamplingParams()
-        return self._stream(prompt, self.check(prompt, params), params)
+        """The output each time it has grown, and when it has ended: the same object, whose text never shows part of a
+        stop text. Closing the iterator aborts the request. Several streams may take turns. Raises as `generate`, at
+        once."""
+        chosen, = as_params(params, 1)
+        ids, = self._checked([prompt], [chosen])
+        return self._stream(prompt, ids, chosen)
 
     def _stream(self, prompt: Prompt, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
-        request, seen = self._add(0, prompt, ids, params), 0  # here: an iterator that nobody starts enqueues nothing
-        output = request.output
+        request = self._enqueue(prompt, ids, params, polled=False)  # here: an iterator that nobody starts enqueues none
+        output, seen, told = request.output, 0, None
         try:
             while True:
-                while len(output.token_ids) == seen and output.finish_reason is None:
-                    self.step()
-                if len(output.token_ids) == seen:
-                    if output.error is not None:
-                        yield output
-                    return
-                seen = len(output.token_ids)
-                request.write_text()  # it may have grown in the steps of another call
+                with self._calls.begin():
+                    while len(output.token_ids) <= seen and output.finish_reason is None:
+                        self._keep(self._advance(text=True)[0])
+                    if len(output.token_ids) <= seen and output.finish_reason == told:
+                        return
+                    seen, told = len(output.token_ids), output.finish_reason
+                    request.write_text()  # it may have grown in the steps of another call
                 yield output
         finally:
-            self._abandon([request])
+            self._cancel(request)
 
     def check(self, prompt: Prompt, params: SamplingParams | None = None) -> list[int]:
         """The prompt's token ids.
@@ -151,7 +178,25 @@ class LLM:
         Raises:
             RequestError: this model cannot do it. CapacityError: the KV cache cannot hold it.
         """
-        params, vocab = params or SamplingParams(), self.model_config.vocab_size
+        chosen, = as_params(params, 1)
+        return self._checked([prompt], [chosen])[0]
+
+    def _checked(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[list[int]]:
+        """The token ids of all prompts, none of which is enqueued yet."""
+        token_ids = []
+        with self._calls.begin(reads=True):
+            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+                try:
+                    token_ids.append(self._check(prompt, each))
+                except HalError as error:
+                    error.what = f"prompt {i}: {error.what}" if len(prompts) > 1 else error.what
+                    raise
+        return token_ids
+
+    def _check(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        vocab = self.model_config.vocab_size
+        hint = None if self.max_model_len == self.model_config.max_position else (
+            f"max_model_len may be up to {self.model_config.max_position}")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer", got="a text prompt", expected="token ids",
@@ -161,21 +206,9 @@ class LLM:
             except UnicodeEncodeError as error:  # half a surrogate pair: how Python shows bytes that are not UTF-8
                 raise RequestError("the prompt is not a text", got=str(error), expected="text in UTF-8") from None
             ids = encode(self.tokenizer, prompt)
-        elif isinstance(prompt, Iterable):
-            ids = list(prompt)
+            check_length(len(ids), self.max_model_len - 1, hint)
         else:
-            raise RequestError("a prompt is neither a text nor token ids", got=repr(prompt))
-        for token in ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise RequestError("a token id is out of the vocabulary", got=repr(token),
-                                   expected=f"an integer from 0 to {vocab - 1}")
-        if not ids:
-            raise RequestError("the prompt is empty", expected="at least one token")
-        if len(ids) >= self.max_model_len:
-            raise RequestError("the prompt is longer than the context", got=f"{len(ids)} tokens",
-                               expected=f"at most {self.max_model_len - 1}, so that one more fits",
-                               hint=None if self.max_model_len == self.model_config.max_position else
-                               f"max_model_len may be up to {self.model_config.max_position}")
+            ids = as_token_ids(prompt, self.max_model_len - 1, vocab, hint)
         if params.stop and self.tokenizer is None:
             raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids")
         if params.stop:
@@ -187,36 +220,61 @@ class LLM:
         return ids
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Enqueue a request; its number. Raises as `check`."""
-        return self._add_all([prompt], [params or SamplingParams()])[0].output.request_id
+        """Enqueue a request; its number. Raises as `generate`."""
+        chosen, = as_params(params, 1)
+        ids, = self._checked([prompt], [chosen])
+        return self._enqueue(prompt, ids, chosen, polled=True).output.request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request now; one that is finished or unknown stays as it is. Its output appears in no further step."""
-        request = self._requests.get(request_id)
+        """End a request now; one that is finished or unknown stays as it is. Its output appears in no further step.
+        Also possible after a failure: then `restart` does not bring the request back.
+
+        Raises:
+            RequestError: not a number. StateError: another thread is in a call.
+        """
+        number = plain(request_id)
+        if not isinstance(number, int):
+            raise RequestError("a request's number is not an integer", got=described(request_id))
+        self._calls.refuse_other_threads()
+        self._kept.pop(number, None)
+        request = self._requests.get(number)
         if request is not None:
-            self.scheduler.finish(request.seq, "abort")
-            self._complete(request)
+            self._cancel(request)
 
     @property
     def unfinished(self) -> bool:
-        return bool(self._requests)
+        """Requests are not complete, or `step` has not handed out all outputs."""
+        return bool(self._requests or self._kept)
 
     def step(self, *, text: bool = True) -> list[RequestOutput]:
-        """Submit a step where one can be, and take over the oldest one's output once enough are in flight.
+        """Hand out what grew in the steps of `generate` and `stream`. Where there is nothing such: submit a step if one
+        can be, and take over the oldest one's output once enough are in flight.
 
         Args:
             text: bring the texts of running requests up to date. Complete ones have theirs in any case.
 
         Returns:
-            The outputs that grew; those with a finish_reason are complete.
+            The outputs of add_request that grew; those with a finish_reason are complete.
 
         Raises:
-            WorkerError: a rank failed; the engine is shut down.
+            WorkerError: a rank failed. StateError: see the class.
         """
-        return [request.output for request in self._advance(text)[0]]
+        with self._calls.begin():
+            if self._kept:
+                grown = list(self._kept.values())
+                for request in grown:
+                    if text and request.seq.finish_reason is None:
+                        request.write_text()
+            else:
+                grown = self._advance(text)[0]
+            outputs = [request.output for request in grown if request.polled]
+        self._kept = {}
+        return outputs
 
     def _advance(self, text: bool) -> tuple[list[Request], list[Request]]:
         self.executor.check()
+        while self._cancelled:
+            self._end(self._cancelled.popleft())
         step = self.scheduler.schedule()
         if step is not None:
             self._pending.append((step, self.executor.execute_model(step.request)))
@@ -234,30 +292,56 @@ class LLM:
         counts = self._counts.copy()
         counts["cached_tokens"] += sum(s.num_cached for s in live)
         counts["preemptions"] += sum(s.preemptions for s in live)
-        return Stats(**counts, running=len(self.scheduler.running), waiting=len(self.scheduler.waiting))
+        running = sum(s.row >= 0 for s in live)
+        return Stats(**counts, running=running, waiting=len(live) - running)
 
     def restart(self) -> None:
-        """New workers after a WorkerError, or at any time. Unfinished requests keep the tokens that they have and go on
+        """New workers after any failure, or at any time. Unfinished requests keep the tokens that they have and go on
         from them; steps in flight are void, and give the same tokens again.
 
         Raises:
-            As making an LLM; CapacityError also where a request no longer fits. The engine is then shut down.
+            As making an LLM. CapacityError also where a request no longer fits, which it names: abort that one, or make
+            room, and restart again. After an error the workers are ended, and the requests stay.
+            StateError: another thread is in a call.
         """
-        self.executor.shutdown()
-        self._pending.clear()
-        self.executor = make_executor(self.config, self.model_config, self.backend)
-        scheduler = self.scheduler
-        scheduler.num_blocks, scheduler.num_cpu_blocks = self.executor.num_blocks, self.executor.num_cpu_blocks
-        try:
-            for seq in scheduler.restart():
-                seq.finish_reason, seq.num_computed, seq.blocks, seq.host_blocks = None, 0, [], []
-                scheduler.add(seq)
-        except CapacityError:
+        with self._calls.begin_anew():
             self.executor.shutdown()
-            raise
+            self._pending.clear()
+            while self._cancelled:
+                self._drop(self._cancelled.popleft())
+            self.executor = make_executor(self.config, self.model_config, self.backend)
+            self.scheduler = self._make_scheduler()
+            self._stop_texts = sum(bool(r.seq.params.stop) for r in self._requests.values())
+            try:
+                for request in list(self._requests.values()):
+                    self._resume(request)
+            except CapacityError:
+                self.executor.shutdown()
+                raise
+
+    def _resume(self, request: Request) -> None:
+        """Enqueue a request with the tokens that it has; or complete it, where these are all."""
+        seq = request.seq
+        request.recover(self._make_text(seq.prompt_ids, seq.params))
+        if seq.finish_reason is None:
+            seq.finish_reason = self.scheduler.ending(seq)
+            if seq.params.stop:
+                request.write_text()
+                if request.text is not None and request.text.stopped:
+                    seq.finish_reason = "stop"
+        if seq.finish_reason is None:
+            try:
+                self.scheduler.add(seq)
+            except CapacityError as error:
+                error.what = f"request {seq.request_id}: {error.what}"
+                raise
+        else:
+            self._keep([request] if seq.finish_reason != "abort" else [])
+            self._complete(request)
 
     def shutdown(self) -> None:
-        """End the workers. Idempotent."""
+        """End the workers. Idempotent. Raises StateError: another thread is in a call."""
+        self._calls.shut_down()
         self.executor.shutdown()
 
     def __enter__(self) -> LLM:
@@ -269,18 +353,16 @@ class LLM:
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
         return min(len(ids) + params.max_tokens, self.max_model_len)
 
-    def _add_all(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
-        """All or none."""
-        token_ids = []
-        for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+    def _enqueue(self, prompt: Prompt, ids: list[int], params: SamplingParams, *, polled: bool) -> Request:
+        with self._calls.begin():
+            first = self._next_id
             try:
-                token_ids.append(self.check(prompt, each))
-            except HalError as error:
-                error.what = f"prompt {i}: {error.what}" if len(prompts) > 1 else error.what
+                return self._add(0, prompt, ids, params, polled)
+            except BaseException:
+                self._drop_since(first)
                 raise
-        return [self._add(*args) for args in zip(range(len(prompts)), prompts, token_ids, params, strict=True)]
 
-    def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams) -> Request:
+    def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, polled: bool) -> Request:
         if params.stop and (hidden := hidden_stops(self.tokenizer, params.stop)):
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *hidden))
         number, self._next_id = self._next_id, self._next_id + 1
@@ -289,11 +371,20 @@ class LLM:
         output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids.copy(), seq.output_ids,
                                logprobs=None if params.logprobs is None else [],
                                prompt_logprobs=None if params.prompt_logprobs is None else [None])
-        text = None if self.tokenizer is None else TextStream(self.tokenizer, ids, params.stop)
-        request = self._requests[number] = seq.owner = Request(seq, output, text)
+        request = self._requests[number] = seq.owner = Request(seq, output, self._make_text(ids, params), polled)
         self._stop_texts += bool(params.stop)
         self.scheduler.add(seq)
         return request
+
+    def _make_text(self, prompt_ids: list[int], params: SamplingParams) -> TextStream | None:
+        return None if self.tokenizer is None else TextStream(self.tokenizer, prompt_ids, params.stop)
+
+    def _keep(self, requests: list[Request]) -> None:
+        """For the next `step`, in the order in which they grew last."""
+        for request in requests:
+            if request.polled:
+                self._kept.pop(request.seq.request_id, None)
+                self._kept[request.seq.request_id] = request
 
     def _take_over(self, step: Step, handle: StepHandle, text: bool) -> tuple[list[Request], list[Request]]:
         """The requests that grew, and those of them that are complete."""
@@ -321,6 +412,7 @@ class LLM:
                     if request.text.stopped and request.seq.finish_reason is None:
                         self.scheduler.finish(request.seq, "stop")
                         complete.append(request)
+        self._keep(complete)  # what an interrupted call does not hand out, the next one does
         for request in complete:
             self._complete(request)
         return grown, complete
@@ -339,31 +431,50 @@ class LLM:
 
     def _complete(self, request: Request) -> None:
         seq = request.seq
-        del self._requests[seq.request_id]
-        seq.owner = None  # else the two hold each other
-        self._stop_texts -= bool(seq.params.stop)
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
         if request.output.finish_reason == "error":
             request.output.error = request.numerics_error(
                 backends.resolve_dtype(self.backend, self.config.dtype, self.model_config.dtype))
-        self._counts["cached_tokens"] += seq.num_cached
-        self._counts["preemptions"] += seq.preemptions
+        seq.owner = None  # else the two hold each other
+        if self._requests.pop(seq.request_id, None) is not None:  # last: until then restart() completes it anew
+            self._stop_texts -= bool(seq.params.stop)
+            self._counts["cached_tokens"] += seq.num_cached
+            self._counts["preemptions"] += seq.preemptions
 
-    def _abandon(self, requests: list[Request]) -> None:
-        for request in requests:
-            self.abort(request.output.request_id)
+    def _cancel(self, request: Request) -> None:
+        """Abort a request, in whatever state the engine is."""
+        if self._calls.idle:
+            with self._calls.begin():
+                self._end(request)
+        elif self._calls.ended:
+            self._drop(request)
+        else:  # the finalizer of a stream, in the middle of a call
+            self._cancelled.append(request)
+
+    def _end(self, request: Request) -> None:
+        if request.seq.owner is not None:
+            self.scheduler.finish(request.seq, "abort")
+            self._complete(request)
+
+    def _drop(self, request: Request) -> None:
+        """Forget a request of an engine in doubt, which restart() will build from those that are left."""
+        self._requests.pop(request.seq.request_id, None)
+        request.output.finish_reason = request.output.finish_reason or "abort"
+        request.seq.owner = None
+
+    def _drop_since(self, first: int) -> None:
+        """Forget the requests of a call that ends by an exception: nobody will ask for them."""
+        for number in [n for n in self._requests if n >= first]:
+            self._drop(self._requests[number])
 
 
-def _as_list(prompts: Prompts) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(cast(list[Prompt], prompts))
-
-
-def _as_many(params: SamplingParams | list[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError("there are not as many params as prompts", got=len(params), expected=count)
-    return list(params)
+def _config(model: str | os.PathLike[str], options: dict[str, Any]) -> EngineConfig:
+    """Raises ConfigError."""
+    names = [field.name for field in fields(EngineConfig)]
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            raise ConfigError("LLM has no such option", got=name, expected=", ".join(names),
+                              hint=f"did you mean {close[0]}?" if close else None)
+    return EngineConfig(model=model, **options)  # type: ignore[arg-type]  # a path becomes a text there

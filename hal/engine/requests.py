@@ -16,11 +16,15 @@ from hal.outputs import SamplerOutput
 
 @dataclass(slots=True)
 class Request:
-    """Attributes: shown: output tokens that `text` has."""
+    """Attributes:
+        polled: its outputs are handed out by LLM.step; those of other requests by the call that made them.
+        shown: output tokens that `text` has.
+    """
 
     seq: Sequence
     output: RequestOutput
     text: TextStream | None
+    polled: bool
     shown: int = 0
 
     def write_text(self, *, show: bool = True) -> None:
@@ -41,7 +45,6 @@ class Request:
         if show or done:
             output.text = self.text.text if done else self.text.safe
 
-
     def numerics_error(self, dtype: str) -> NumericsError:
         """Why the sequence ended with "error", of a model that computes in `dtype`."""
         number, position = self.seq.request_id, len(self.output.token_ids)
@@ -51,6 +54,23 @@ class Request:
             hint="check the checkpoint, whose weights may be damaged; where they are sound, the model overflows this "
                  "dtype: use " + ("dtype='float32'" if dtype == "bfloat16" else "dtype='bfloat16'" if dtype == "float32"
                                   else "dtype='bfloat16' or 'float32'"))
+
+    def recover(self, text: TextStream | None) -> None:
+        """Make all that follows from the tokens follow from them again, wherever an exception left it. The sequence is
+        then as one that waits. A token whose logprobs are missing goes: it will be sampled again.
+
+        Args:
+            text: a new one, for this request.
+        """
+        seq, output = self.seq, self.output
+        if output.logprobs is not None:
+            count = min(len(output.logprobs), len(output.token_ids))
+            del output.logprobs[count:], output.token_ids[count:]
+        if seq.finish_reason != "abort":  # any other reason follows from the tokens
+            seq.finish_reason = output.finish_reason = output.error = None
+        seq.distrusted = False  # the cache that held its prefix is gone
+        seq.row, seq.num_computed, seq.blocks, seq.host_blocks, seq.hashes, seq.owner = -1, 0, [], [], [], self
+        self.text, self.shown = text, 0
 
 
 @dataclass(frozen=True, slots=True)

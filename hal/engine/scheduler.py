@@ -48,19 +48,9 @@ class Scheduler:
         self.max_num_batched_tokens, self.prefix_caching = config.max_num_batched_tokens, config.prefix_caching
         self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
         self._eos = np.array(sorted(eos_token_ids), np.int64)
-        self.epoch = -1
+        self.epoch = self.step = self.digest = 0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.restart()
-
-    def restart(self) -> list[Sequence]:
-        """Begin a new epoch: rows, blocks and steps in flight are void, as are all unfinished sequences (returned)."""
-        lost = [s for s in self.running + self.waiting if s.finish_reason is None]
-        for seq in lost:
-            seq.finish_reason, seq.row = "abort", -1
-        self.epoch += 1
-        self.step = self.digest = 0
-        self.waiting, self.running = [], []
         self.blocks = BlockManager(self.num_blocks, self.num_cpu_blocks, prefix_caching=self.prefix_caching)
         self.length, self.unknown, self.computed, self.capacity, self._told, self._last, self._limit, \
             self._registered, self._in_flight = np.zeros((9, self.max_rows), np.int64)
@@ -72,7 +62,6 @@ class Scheduler:
         self._order: np.ndarray | None = None  # rows of `running`
         self._leaving: list[Sequence] = []  # finished while in flight
         self._changes = Changes()
-        return lost
 
     @property
     def unfinished(self) -> bool:
@@ -92,6 +81,14 @@ class Scheduler:
         """Raises CapacityError (see `check`)."""
         self.check(len(seq.prompt_ids), seq.limit)
         insort(self.waiting, seq, key=_AGE)
+
+    def ending(self, seq: Sequence) -> FinishReason | None:
+        """Why a sequence with these tokens is complete; None when it is not."""
+        if seq.output_ids:
+            token, params = seq.output_ids[-1], seq.params
+            if token in params.stop_token_ids or (not params.ignore_eos and token in self._eos):
+                return "stop"
+        return "length" if len(seq) >= seq.limit else None
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
         """End a sequence now: an abort, or a stop that the scheduler cannot see; a finished one stays as it is. What is
@@ -168,13 +165,9 @@ class Scheduler:
             stopped &= (tokens[:, None] == self._eos).any(1)
         for i in np.flatnonzero(done | stopped).tolist():
             seq = step.sampled[i]
-            if seq.finish_reason is None:
-                if stopped[i] or seq.output_ids[-1] in seq.params.stop_token_ids:
-                    self.finish(seq, "stop")
-                elif len(seq) >= seq.limit:
-                    self.finish(seq, "length")
-                else:
-                    continue
+            reason = self.ending(seq) if seq.finish_reason is None else None
+            if reason is not None:
+                self.finish(seq, reason)
                 ended.append(seq)
         if self._leaving:
             for seq in [s for s in self._leaving if not self._in_flight[s.row]]:

@@ -257,24 +257,6 @@ def test_a_long_prompt_does_not_hold_up_decodes() -> None:
     assert chunks == [7, 7, 7, 7, 2] and before + 5 <= len(early.token_ids)
 
 
-def test_restart_voids_what_was_there() -> None:
-    r = rig(20)
-    seqs = [make(i, [20 + i] * 6, max_tokens=9, ignore_eos=True) for i in range(6)]
-    for seq in seqs:
-        r.scheduler.add(seq)
-    for _ in range(4):
-        r.turn()
-    assert r.scheduler.restart() == seqs and {s.finish_reason for s in seqs} == {"abort"} and r.is_clean()
-    r.pending.clear()
-    again = [make(10 + i, s.token_ids, max_tokens=5, ignore_eos=True) for i, s in enumerate(seqs)]
-    for seq in again:
-        r.scheduler.add(seq)
-    r.drain()
-    r.executor.shutdown()
-    assert [s.token_ids for s in again] == [expected(s.prompt_ids, s.params)[0] for s in again]
-    assert r.scheduler.epoch == 1 and r.is_clean()
-
-
 def test_what_can_never_run_is_refused() -> None:
     scheduler = Scheduler(EngineConfig(block_size=SIZE), 5)
     scheduler.check(16, 17)  # the last token's cache entry is never needed

@@ -1,0 +1,58 @@
+"""Plain Python values from what callers hold them in: numpy and torch scalars and arrays are taken, and both libraries
+stay unloaded here."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from typing import Any, Protocol, SupportsIndex, TypeGuard
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+class ArrayLike(Protocol):
+    """An array, tensor or scalar of numpy, torch or a library like them."""
+
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+    def item(self) -> Any: ...
+    def tolist(self) -> Any: ...
+
+
+def plain(value: object) -> object:
+    """An integer, float or boolean of numpy, torch or Python as Python's own; any other value as it is."""
+    if value is None or type(value) in (int, float, bool, str):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if is_array(value):
+        try:
+            item: object = value.item() if value.ndim == 0 else value
+            return item
+        except (RuntimeError, NotImplementedError):  # a tensor without data
+            return value
+    return operator.index(value) if isinstance(value, SupportsIndex) else value
+
+
+def is_array(value: object) -> TypeGuard[ArrayLike]:
+    """Judged by the methods, not by the class."""
+    return not isinstance(value, type) and all(hasattr(value, name) for name in ("ndim", "dtype", "item", "tolist"))
+
+
+def described(value: object) -> str:
+    """A value for an error message: its type, unless that can be seen, and its beginning."""
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # an integer of more digits than Python converts, or an object's own __repr__
+        text = "a value without a text"
+    if value is None or type(value) in (bool, int, float, str):
+        return text
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if is_array(value):
+        return f"{kind} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"{kind}: {text}"
