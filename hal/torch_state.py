@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 import torch.utils._device as torch_device
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (  # in each step: torch's own wrappers of these take as long again
+    _get_deterministic_algorithms,
+    _get_float32_matmul_precision,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+    get_default_dtype,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+)
 from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -38,8 +47,8 @@ class TorchState:
 
     def __enter__(self) -> None:
         found = (torch.get_num_threads(), _len_torch_function_stack(), _len_torch_dispatch_stack(),
-                 torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-                 torch._C._is_any_autocast_enabled(), torch.are_deterministic_algorithms_enabled(), _precision())
+                 get_default_dtype(), is_grad_enabled(), is_inference_mode_enabled(), _is_any_autocast_enabled(),
+                 _get_deterministic_algorithms(), _precision())
         self._undo.append(None if found == self._fresh else self._change(found))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -90,7 +99,7 @@ def _set(undo: ExitStack, write: Callable[[Any], object], value: Any, before: An
 def _precision() -> str | None:
     """The precision of float32 matrix products; None where the caller has set it for single libraries."""
     try:
-        return torch.get_float32_matmul_precision()
+        return _get_float32_matmul_precision()
     except RuntimeError:
         return None
 

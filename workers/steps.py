@@ -87,8 +87,7 @@ class StepExecutor(abc.ABC):
         first = None
         while first is not handle:
             first = self._pending.popleft()
-            with self._torch:
-                self._guarded(first.fetch, None)
+            self._guarded(first.fetch, None)  # whatever the caller's settings: it computes nothing
 
     def _guarded(self, call: Callable[[A], R], argument: A) -> R:
         """Run a part of a step; when it fails, nothing of the engine remains."""
