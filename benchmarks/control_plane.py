@@ -26,6 +26,7 @@ import torch
 from ranks import as_rank, on_ranks, quantiles
 
 from hal.config import Topology
+from hal.features import COLUMNS
 from hal.inputs import PagedModelInput
 from hal.request import ExecuteModelRequest
 from workers.groups import Store, dist
@@ -57,7 +58,8 @@ def diff() -> ExecuteModelRequest:
     none, ones = np.zeros(0, np.int32), np.ones(SEQS, np.int32)
     return ExecuteModelRequest(
         step=1, finished_rows=none, new_rows=none, new_lens=none, new_prompt_lens=none, new_tokens=none,
-        new_floats=np.zeros((0, 6), np.float32), new_ints=np.zeros((0, 4), np.int64), append_rows=rows,
+        new_floats=np.zeros((0, len(COLUMNS["float"])), np.float32),
+        new_ints=np.zeros((0, len(COLUMNS["int"])), np.int64), append_rows=rows,
         append_tokens=rows, block_rows=rows[::16].copy(), block_starts=rows[::16].copy(),
         block_counts=ones[::16].copy(), new_blocks=rows[::16] + 1, rows=rows, num_scheduled=ones, num_computed=ones)
 

@@ -31,7 +31,8 @@ class Capabilities:
         swap: KV blocks can be swapped to host memory. fp8_kv: they can be kept as fp8.
         spmd: one process drives the devices of all tensor-parallel ranks (a compiler cuts the tensors), so a worker's
             topology has tp=1 and EngineConfig.tp is left to its runner.
-        asynchronous: execute_model returns before the device is done, and the runner relays sampled tokens (hal.relay).
+        asynchronous: execute_model returns before the device is done, and the runner keeps pending tokens on the device
+            (hal.pending).
         host_memory: the device's memory is the host's, shared with all else that runs there: a KV cache of automatic
             size is no larger than max_num_seqs sequences need. A device of type "cpu" need not declare it.
         checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.

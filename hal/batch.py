@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 
 from hal.errors import StateError
+from hal.features import COLUMNS, FEATURES
+from hal.features.declare import StepRows
 from hal.inputs import NULL_BLOCK, PagedModelInput
-from hal.request import FLOAT_PARAMS, INT_PARAMS, UNKNOWN_TOKEN, ExecuteModelRequest
+from hal.request import ExecuteModelRequest
 from hal.schema import Packed
 
 Ints = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
-_FLOAT, _INT = ({name: i for i, name in enumerate(names)} for names in (FLOAT_PARAMS, INT_PARAMS))
-_PENALTIES = slice(_FLOAT["repetition_penalty"], _FLOAT["frequency_penalty"] + 1)
-_NO_PENALTIES = np.array([1.0, 0.0, 0.0], np.float32)
-
+_COLUMN_AT = {c.name: (kind, i, c.dtype) for kind, columns in COLUMNS.items() for i, c in enumerate(columns)}
+_NAMES = {kind: [c.name for c in columns] for kind, columns in COLUMNS.items()}
+_TEMPERATURE = _COLUMN_AT["temperature"][1]
+_DEFAULTS = {kind: np.array([c.default for c in columns], {"float": np.float32, "int": np.int64}[kind])
+             for kind, columns in COLUMNS.items()}
+_NOT_SEED = np.array([c.name != "seed" for c in COLUMNS["int"]])  # every sequence has one; only a drawn one uses it
+_EXTRA_SYMBOLS = {name: [d.symbol for d in array.dims] for f in FEATURES for name, array in f.fields.items()}
+_ALWAYS = tuple(i for i, f in enumerate(FEATURES) if f.always)
+_ASKED = tuple(i for i, f in enumerate(FEATURES) if not f.always)
+_PER_STEP = tuple(next(iter(f.request)) for f in FEATURES if f.per_step)  # an array of each feature that a step brings
 
 Bucket = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[dict[str, int], Iterable[str]]]
 
@@ -26,27 +34,36 @@ def no_bucket(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[
     return {}, ()
 
 
+def _asked(floats: np.ndarray[Any, Any], ints: np.ndarray[Any, Any]) -> frozenset[str]:
+    """The columns in which a row differs from the default."""
+    of_floats, of_ints = np.flatnonzero(floats.any(0)).tolist(), np.flatnonzero(ints.any(0)).tolist()
+    return frozenset([*(_NAMES["float"][i] for i in of_floats), *(_NAMES["int"][i] for i in of_ints)])
+
+
 class BatchState:
     """Args:
         max_rows: rows, EngineConfig.max_num_seqs. max_model_len: tokens of a row. block_size: tokens per KV block.
         vocab_size: token ids of new sequences lie below it.
-        input_type: the step input that `prepare` makes. relay: it says where sampled tokens are kept on the device.
+        input_type: the step input that `prepare` makes. asynchronous: sampled tokens may stay on the device for a step.
 
     Attributes:
         token_ids: int32 [max_rows, max_model_len]. num_tokens, prompt_lens, num_blocks: int32 [max_rows].
         block_tables: int32 [max_rows, max_blocks], the null block behind the last.
-        floats, ints: sampling parameters [max_rows, ...], columns as in `hal.request`.
+        floats, ints: sampling parameters [max_rows, ...], columns as in `hal.features.COLUMNS`.
     """
 
     def __init__(self, max_rows: int, max_model_len: int, block_size: int, vocab_size: int,
-                 input_type: type[PagedModelInput] = PagedModelInput, *, relay: bool = False) -> None:
-        self.block_size, self.vocab_size, self.input_type, self.relay = block_size, vocab_size, input_type, relay
+                 input_type: type[PagedModelInput] = PagedModelInput, *,
+                 asynchronous: bool = False) -> None:
+        self.block_size, self.vocab_size, self.input_type = block_size, vocab_size, input_type
+        self.asynchronous = asynchronous
         self.token_ids = np.zeros((max_rows, max_model_len), np.int32)
         self.block_tables = np.full((max_rows, -(-max_model_len // block_size)), NULL_BLOCK, np.int32)
         self.num_tokens, self.prompt_lens, self.num_blocks = np.zeros((3, max_rows), np.int32)
-        self.floats = np.zeros((max_rows, len(FLOAT_PARAMS)), np.float32)
-        self.ints = np.zeros((max_rows, len(INT_PARAMS)), np.int64)
-        self._special = np.zeros(max_rows, np.bool_)  # not plain greedy, or logprobs were asked for
+        self.floats = np.zeros((max_rows, len(COLUMNS["float"])), np.float32)
+        self.ints = np.zeros((max_rows, len(COLUMNS["int"])), np.int64)
+        self._states = [f.make_state(max_rows, vocab_size) for f in FEATURES]
+        self._special = np.zeros(max_rows, np.bool_)  # a feature has something to do
         self.epoch = self.step = self.digest = 0
 
     def apply(self, request: ExecuteModelRequest) -> None:
@@ -89,36 +106,38 @@ class BatchState:
             row_of = np.repeat(rows, queries)
             positions = np.arange(total) + np.repeat(positions - starts[:-1], queries)
         sampled = np.flatnonzero(ends == self.num_tokens[rows])
-        fields: dict[str, np.ndarray[Any, Any]] = {}
-        wanted = np.zeros(0, np.intp)
-        logprobs = prompt_logprobs = -1
-        if np.count_nonzero(self._special[rows]):  # several times faster than any()
-            fields, logprobs = self._sampling(rows[sampled])
-            wanted, prompt_logprobs = self._prompt_logprobs(row_of, positions)
-            if len(wanted):
-                fields["prompt_targets"] = self.token_ids[row_of[wanted], positions[wanted] + 1]
-        input_ids = self.token_ids[row_of, positions]
-        if self.relay:
-            fields["sampled_rows"] = rows[sampled]
-            unknown = input_ids == UNKNOWN_TOKEN
-            if np.count_nonzero(unknown):
-                fields["relay"], input_ids = np.where(unknown, row_of, -1), np.where(unknown, 0, input_ids)
+        step = StepRows(self, request, rows[sampled], row_of, positions, self.token_ids[row_of, positions],
+                        np.zeros(0, np.intp))
+        found: dict[str, Any] = {}
+        for i in _ALWAYS:
+            found |= FEATURES[i].prepare(step, self._states[i])
+        if np.count_nonzero(self._special[rows]) or any(request[name] is not None for name in _PER_STEP):
+            self._gather(step)
+            for i in _ASKED:
+                found |= FEATURES[i].prepare(step, self._states[i])
+        targets = step.targets
         width = -(-int(ends.max()) // size) if n else 0
-        dims = {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(wanted),
-                "num_sampled": len(sampled), "num_targets": len(wanted),
-                "max_history": fields["history"].shape[1] if "history" in fields else 0}
+        dims = {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(targets),
+                "num_sampled": len(sampled), "num_targets": len(targets)}
         values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(sampled),
-                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0)),
-                  "num_logprobs": logprobs, "num_prompt_logprobs": prompt_logprobs}
+                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0))}
+        fields: dict[str, np.ndarray[Any, Any]] = {}
+        for name, value in found.items():
+            if isinstance(value, int):
+                values[name] = value
+                continue
+            fields[name] = value
+            for symbol, length in zip(_EXTRA_SYMBOLS[name], value.shape, strict=True):
+                dims.setdefault(symbol, length)
         larger, also = bucket(dims, values)
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
             dims | larger, {*fields, *also}, **values)
         columns = positions // size  # the slot is block * size + position % size
         ids = starts[sampled + 1] - 1
-        fields |= {"input_ids": input_ids, "positions": positions, "query_start_loc": starts, "seq_lens": ends,
+        fields |= {"input_ids": step.input_ids, "positions": positions, "query_start_loc": starts, "seq_lens": ends,
                    "block_tables": self.block_tables[rows, :width],
                    "slot_mapping": (self.block_tables[row_of, columns] - columns) * size + positions,
-                   "logits_indices": np.concatenate((ids, wanted)) if len(wanted) else ids}
+                   "logits_indices": np.concatenate((ids, targets)) if len(targets) else ids}
         for name in packed.arrays:
             packed.fill(name, fields.get(name))
         return packed
@@ -148,8 +167,10 @@ class BatchState:
         self.num_tokens[rows], self.prompt_lens[rows] = request.new_lens, request.new_prompt_lens
         self.block_tables[rows], self.num_blocks[rows] = NULL_BLOCK, 0
         self.floats[rows], self.ints[rows] = floats, ints = request.new_floats, request.new_ints
-        self._special[rows] = ((floats[:, _FLOAT["temperature"]] > 0) | (floats[:, _PENALTIES] != _NO_PENALTIES).any(1)
-                               | (ints[:, _INT["logprobs"]:] >= 0).any(1))
+        self._special[rows] = (floats != _DEFAULTS["float"]).any(1) | ((ints != _DEFAULTS["int"]) & _NOT_SEED).any(1)
+        for state in self._states:
+            if state is not None:
+                self._special[state.apply(request)] = True
 
     def _set_blocks(self, rows: Ints, starts: Ints, counts: Ints, blocks: Ints) -> None:
         ends = starts + counts
@@ -161,29 +182,24 @@ class BatchState:
             rows = np.repeat(rows, counts)
         self.block_tables[rows, starts] = blocks
 
-    def _sampling(self, rows: Ints) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
-        """The sampling fields that these rows need, and the most logprobs that any of them asked for."""
-        floats, ints = self.floats[rows], self.ints[rows]
-        fields: dict[str, np.ndarray[Any, Any]] = {}
-        temperature = floats[:, _FLOAT["temperature"]]
-        random = temperature > 0
-        if random.any():
-            fields["temperature"], fields["seeds"] = temperature, ints[:, _INT["seed"]]
-            for name, column, none in (("top_k", ints[:, _INT["top_k"]], 0), ("top_p", floats[:, _FLOAT["top_p"]], 1),
-                                       ("min_p", floats[:, _FLOAT["min_p"]], 0)):
-                if (column[random] != none).any():
-                    fields[name] = column
-        penalties = floats[:, _PENALTIES]
-        if (penalties != _NO_PENALTIES).any():
-            lens = self.num_tokens[rows]
-            width = int(lens.max())
-            fields["penalties"], fields["prompt_lens"] = penalties, self.prompt_lens[rows]
-            fields["history"] = np.where(np.arange(width) < lens[:, None], self.token_ids[rows, :width], -1)
-        return fields, int(ints[:, _INT["logprobs"]].max(initial=-1))
+    def _gather(self, step: StepRows) -> None:
+        """Columns of the sampled rows, and which of them are asked for."""
+        floats, ints = self.floats[step.sampled], self.ints[step.sampled]
+        unusual = floats != _DEFAULTS["float"], (ints != _DEFAULTS["int"]) & _NOT_SEED
 
-    def _prompt_logprobs(self, rows: Ints, positions: Ints) -> tuple[Ints, int]:
-        """Which of the step's tokens (given by row and position) are followed by a prompt token whose logprob was asked
-        for, and the most that any of them asked for."""
-        asked = self.ints[rows, _INT["prompt_logprobs"]]
-        wanted = np.flatnonzero((asked >= 0) & (positions + 1 < self.prompt_lens[rows]))
-        return wanted, int(asked[wanted].max(initial=-1))
+        def column(name: str) -> np.ndarray[Any, Any]:
+            kind, at, dtype = _COLUMN_AT[name]
+            values: np.ndarray[Any, Any] = (floats if kind == "float" else ints)[:, at]
+            return values.astype(dtype, copy=False)
+
+        step.column = column
+        step.asked = _asked(*unusual)
+        if "temperature" in step.asked:
+            drawn = floats[:, _TEMPERATURE] > 0
+            step.asked_drawn = step.asked if drawn.all() else _asked(*(some[drawn] for some in unusual))
+
+    def column(self, name: str, rows: Ints) -> np.ndarray[Any, Any]:
+        """The values of a feature's column for these rows, in the column's dtype."""
+        kind, at, dtype = _COLUMN_AT[name]
+        values: np.ndarray[Any, Any] = (self.floats if kind == "float" else self.ints)[rows, at]
+        return values.astype(dtype, copy=False)

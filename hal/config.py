@@ -99,7 +99,7 @@ class EngineConfig:
                 raise ConfigError(f"unknown {name}", got=described(value), expected=", ".join(get_args(kind)))
             object.__setattr__(self, name, value)
         if self.async_scheduling and self.pp > 1:
-            raise ConfigError("async_scheduling relays tokens within one pipeline stage", got=f"pp={self.pp}",
+            raise ConfigError("async_scheduling keeps pending tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
 
     def _take(self, name: str, kinds: tuple[type, ...], expected: str, low: float = 0, high: float = 1) -> None:

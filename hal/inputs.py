@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
 
 from hal.errors import InputError
+from hal.features import FEATURES, input_annotations
 from hal.schema import Array, Declared, Doc
 from hal.schema.layout import MOST
 
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seeds", "penalties", "history", "prompt_lens",
-                   "sampled_rows")
 NULL_BLOCK = 0  # reserved: padding writes its slots, and no sequence ever owns it
 
 
@@ -35,9 +34,10 @@ class WorkerInput(Declared):
                                                            doc="device to host")] = None
 
 
-class PagedModelInput(ModelInput):
+class PagedModelInput(ModelInput, fields=input_annotations()):
     """A mixed prefill and decode batch over a paged KV cache. Tokens of a sequence are adjacent; sequences that decode
-    (one query token) come first, so that a backend may split the batch at `num_decode_seqs`."""
+    (one query token) come first, so that a backend may split the batch at `num_decode_seqs`. What the sampled sequences
+    ask for beside that are the fields of hal.features, absent where no sequence needs them."""
 
     input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="token ids")]
     positions: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="place of each token in its sequence")]
@@ -51,34 +51,14 @@ class PagedModelInput(ModelInput):
     logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, doc="tokens whose logits are needed: "
                                                   "first those to sample after, in the order of their sequences, then "
                                                   "those whose next prompt token's logprob was asked for")]
-    # Asynchronous scheduling (see hal.relay).
-    relay: Annotated[torch.Tensor | None, Array("int32", "num_tokens", low=-1, pad=-1, doc="row whose last sampled "
-                                                "token is this one, not yet known on the host; else -1")] = None
-    sampled_rows: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=-1, pad=-1,
-                                                       doc="row of each sampled sequence")] = None
     block_size: Annotated[int, Doc("tokens per block")]
     num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token")] = 0
     max_query_len: Annotated[int, Doc("most query tokens of a sequence; at 1 padding decodes too; 0: unknown")] = 0
     num_samples: Annotated[int, Doc("leading rows of logits_indices to sample")] = 0
 
-    # Sampling, absent where no sampled sequence needs it; greedy where temperature is absent or 0.
-    temperature: Annotated[torch.Tensor | None, Array("float32", "num_sampled", low=0.0)] = None
-    top_k: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=0, doc="0 keeps all")] = None
-    top_p: Annotated[torch.Tensor | None, Array("float32", "num_sampled", low=0.0, high=1.0, pad=1.0)] = None
-    min_p: Annotated[torch.Tensor | None, Array("float32", "num_sampled", low=0.0, high=1.0)] = None
-    seeds: Annotated[torch.Tensor | None, Array("int64", "num_sampled", doc="of the request; the position is the "
-                                                "other half of the random counter")] = None
-    penalties: Annotated[torch.Tensor | None, Array("float32", "num_sampled", 3, doc="repetition (1 is none), "
-                                                    "presence, frequency (0 is none)")] = None
-    history: Annotated[torch.Tensor | None, Array("int32", "num_sampled", "max_history", low=-1, pad=-1,
-                                                  doc="all tokens of the sequence so far, for the penalties; -1 behind "
-                                                  "the last")] = None
-    prompt_lens: Annotated[torch.Tensor | None, Array("int32", "num_sampled", low=0, doc="how many of `history` are "
-                                                      "the prompt")] = None
-    prompt_targets: Annotated[torch.Tensor | None, Array("int32", "num_targets", low=0, doc="the token whose logprob "
-                                                         "is wanted, for the rows behind the sampled ones")] = None
-    num_logprobs: Annotated[int, Doc("most likely tokens to report beside each sampled one; -1: no logprobs")] = -1
-    num_prompt_logprobs: Annotated[int, Doc("the same for prompt tokens")] = -1
+    if TYPE_CHECKING:  # the features' fields
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def check(self) -> None:
         """Semantic check (HAL_STRICT=1): the tensors describe one consistent batch.
@@ -147,13 +127,13 @@ class PagedModelInput(ModelInput):
         room = self.logits_indices.shape[0] - targets
         if not 0 <= self.num_samples <= room:
             self._refuse("num_samples", self.num_samples, f"0 to {room}, the rows of logits_indices without a target")
-        for name in SAMPLING_FIELDS:
-            if self[name] is not None and self[name].shape[0] < self.num_samples:
-                self._refuse(name, f"{self[name].shape[0]} rows", f"at least num_samples ({self.num_samples})")
-        if (self.temperature is None) != (self.seeds is None):
-            self._refuse("seeds", "only one of temperature and seeds", "both or none")
-        if (self.penalties is None) != (self.history is None) or (self.history is None) != (self.prompt_lens is None):
-            self._refuse("penalties", "some of penalties, history, prompt_lens", "all of them or none")
+        for feature in FEATURES:
+            there = [name for name in feature.fields if self[name] is not None]
+            if feature.together and there and len(there) < len(feature.fields):
+                self._refuse(there[0], f"only {', '.join(there)}", f"all of {', '.join(feature.fields)}, or none")
+            for name in there:
+                if feature.fields[name].dims[0].symbol == "num_sampled" and len(self[name]) < self.num_samples:
+                    self._refuse(name, f"{len(self[name])} rows", f"at least num_samples ({self.num_samples})")
 
     def _refuse(self, field: str, got: object, expected: object) -> None:
         raise InputError(f"{type(self).__name__}.{field} is inconsistent", got=got, expected=expected, fields=(field,))

@@ -18,11 +18,11 @@ from hal.models.loader import check_weights, load_weights, random_weights
 from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
 from hal.paged_attention import PagedAttention
+from hal.pending import PendingTokens
 from hal.profiling import span
-from hal.relay import TokenRelay
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
-from hal.sampling.sampler import Sampler, logprobs
+from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
 
 
 class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
@@ -45,8 +45,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         # As bytes: all that moves blocks takes those, and attention knows what they are.
         self.kv_dtype = torch.uint8 if engine.kv_dtype == "fp8" else self.dtype
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
-                                self.input_type, relay=bool(engine.async_scheduling))
-        self.relay = TokenRelay(engine.max_num_seqs, device, communicator)
+                                self.input_type, asynchronous=bool(engine.async_scheduling))
+        self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
 
     def load_model(self, progress: Progress = no_progress) -> None:
         engine = self.config.engine
@@ -132,7 +132,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m = model_input
-        hidden = self.model(self.relay.input_ids(m), m.positions, self.attention.begin(m, kv_caches), intermediate)
+        hidden = self.model(self.pending.input_ids(m), m.positions, self.attention.begin(m, kv_caches), intermediate)
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden
             return stage
@@ -145,7 +145,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         n, samples = m.num_samples, self.config.topology.samples
         logits = self.model.compute_logits(rows[:n])
         output = self.draw(logits, m)
-        self.relay.keep(m, None if output is None else output.token_ids)
+        self.pending.keep(m, None if output is None else output.token_ids)
         if m.prompt_targets is None:
             return output
         parts, step = [], self.config.engine.max_num_seqs  # as many at once as `reserve_bytes` counts
@@ -156,10 +156,9 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
                 parts.append(logprobs(logits, targets, m.num_prompt_logprobs))
         if output is None:
             return None
-        chosen, top_ids, top = (torch.cat(column) for column in zip(*parts, strict=True))
-        output.prompt_logprobs = chosen
-        if m.num_prompt_logprobs > 0:
-            output.prompt_top_ids, output.prompt_top_logprobs = top_ids, top
+        of_targets = TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        for name, value in of_targets.fields("prompt_").items():
+            setattr(output, name, value)
         return output
 
     def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:

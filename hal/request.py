@@ -7,15 +7,13 @@ from typing import Annotated
 
 import numpy as np
 
+from hal.features import COLUMNS, request_annotations
 from hal.schema import Array, Declared, Doc
 
-# Columns of `new_floats` and `new_ints`, in order.
-FLOAT_PARAMS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-INT_PARAMS = ("top_k", "seed", "logprobs", "prompt_logprobs")  # the last two: -1 is not asked for
-UNKNOWN_TOKEN = -1  # an appended token that is still on the device: the one that the row sampled last
+_FLOATS, _INTS = len(COLUMNS["float"]), len(COLUMNS["int"])
 
 
-class ExecuteModelRequest(Declared):
+class ExecuteModelRequest(Declared, fields=request_annotations()):
     """One step as a diff. A sequence lives in a *row* of every preparing rank's `hal.batch.BatchState` from the step
     that brings it in (`new_*`) to the one that lists it in `finished_rows`; a row may be given anew in the step after.
 
@@ -32,10 +30,10 @@ class ExecuteModelRequest(Declared):
     new_lens: Annotated[np.ndarray, Array("int32", "num_new", low=1, doc="tokens known of each (prompt and output)")]
     new_prompt_lens: Annotated[np.ndarray, Array("int32", "num_new", low=1, doc="how many of them are the prompt")]
     new_tokens: Annotated[np.ndarray, Array("int32", "num_new_tokens", low=0, doc="those tokens, one after another")]
-    new_floats: Annotated[np.ndarray, Array("float32", "num_new", 6, doc="sampling parameters: FLOAT_PARAMS")]
-    new_ints: Annotated[np.ndarray, Array("int64", "num_new", 4, doc="sampling parameters: INT_PARAMS")]
+    new_floats: Annotated[np.ndarray, Array("float32", "num_new", _FLOATS, doc="hal.features.COLUMNS['float']")]
+    new_ints: Annotated[np.ndarray, Array("int64", "num_new", _INTS, doc="hal.features.COLUMNS['int']")]
     append_rows: Annotated[np.ndarray, Array("int32", "num_appended", low=0, doc="rows that gained one token")]
-    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended", low=-1, doc="the token, or UNKNOWN_TOKEN")]
+    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended", low=-1, doc="the token, or PENDING_TOKEN")]
     block_rows: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="rows whose block table changes")]
     block_starts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="first column that changes")]
     block_counts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="how many; the rest is cleared")]

@@ -31,14 +31,14 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         input_type: the declared input of a step.
         intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
         compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
-            its time. late: how many of them a step had to make therefore. pending: how many no step has needed yet.
+            its time. late: how many of them a step had to make therefore. uncompiled: how many no step has needed yet.
     """
 
     input_type: ClassVar[type[ModelInput]]
     intermediate_type: type[IntermediateTensors] | None = None
     compiled: int = 0
     late: int = 0
-    pending: int = 0
+    uncompiled: int = 0
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.config, self.device, self.communicator = config, device, communicator

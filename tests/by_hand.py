@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from hal.features import COLUMNS
 from hal.outputs import SamplerOutput
-from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+from hal.request import ExecuteModelRequest
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
           "frequency_penalty": 0.0, "top_k": 0, "seed": 3, "logprobs": -1, "prompt_logprobs": -1}
@@ -27,6 +28,13 @@ class Seq:
     outputs: list[dict[str, Any]] = field(default_factory=list)
 
 
+def numbers(kind: str, params: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """A request's new_floats or new_ints; what is not given has its default."""
+    dtype = np.float32 if kind == "float" else np.int64
+    return np.array([[p.get(c.name, c.default) for c in COLUMNS[kind]] for p in params],
+                    dtype).reshape(-1, len(COLUMNS[kind]))
+
+
 def request(step: int, digest: int, epoch: int = 0, finished: Sequence[int] = (), new: Sequence[Seq] = (),
             appended: Sequence[tuple[int, int]] = (), blocks: Sequence[tuple[int, int, list[int]]] = (),
             run: Sequence[tuple[Seq, int]] = ()) -> ExecuteModelRequest:
@@ -38,8 +46,7 @@ def request(step: int, digest: int, epoch: int = 0, finished: Sequence[int] = ()
         step=step, digest=digest, epoch=epoch, finished_rows=ints(finished), new_rows=ints(s.row for s in new),
         new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
         new_tokens=ints(t for s in new for t in s.tokens),
-        new_floats=np.array([[s.params[n] for n in FLOAT_PARAMS] for s in new], np.float32).reshape(-1, 6),
-        new_ints=np.array([[s.params[n] for n in INT_PARAMS] for s in new], np.int64).reshape(-1, 4),
+        new_floats=numbers("float", [s.params for s in new]), new_ints=numbers("int", [s.params for s in new]),
         append_rows=ints(r for r, _ in appended), append_tokens=ints(t for _, t in appended),
         block_rows=ints(r for r, _, _ in blocks), block_starts=ints(c for _, c, _ in blocks),
         block_counts=ints(len(b) for _, _, b in blocks), new_blocks=ints(b for _, _, bs in blocks for b in bs),

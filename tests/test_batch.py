@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from hal.batch import BatchState
 from hal.errors import StateError
-from hal.inputs import SAMPLING_FIELDS, PagedModelInput
-from hal.request import FLOAT_PARAMS, ExecuteModelRequest
+from hal.features import FEATURES
+from hal.features.penalties import NO_PENALTIES
+from hal.inputs import PagedModelInput
+from hal.request import ExecuteModelRequest
 
 VOCAB, MAX_LEN, ROWS = 50, 40, 6
 
@@ -45,18 +47,17 @@ def expected(run: list[tuple[Seq, int]], size: int) -> dict[str, Any]:
     e["num_prompt_logprobs"] = max((int(s.params["prompt_logprobs"]) for _, s in target_rows), default=-1)
     e["prompt_targets"] = targets or None
     random_ones = [s for s in samples if s.params["temperature"] > 0]
-    for name in ("temperature", "seeds", "top_k", "top_p", "min_p"):
-        key = "seed" if name == "seeds" else name
-        needed = random_ones if key in ("temperature", "seed") else [s for s in random_ones
-                                                                     if s.params[key] != GREEDY[key]]
-        e[name] = [s.params[key] for s in samples] if needed else None
-    triples = [[s.params[n] for n in FLOAT_PARAMS[3:]] for s in samples]
-    if any(t != [1.0, 0.0, 0.0] for t in triples):
+    for name in ("temperature", "seed", "top_k", "top_p", "min_p"):
+        needed = random_ones if name in ("temperature", "seed") else [s for s in random_ones
+                                                                      if s.params[name] != GREEDY[name]]
+        e[name] = [s.params[name] for s in samples] if needed else None
+    if any(s.params[name] != none for s in samples for name, none in NO_PENALTIES.items()):
         longest = max(len(s.tokens) for s in samples)
-        e["penalties"], e["prompt_lens"] = triples, [s.prompt for s in samples]
+        e |= {name: [s.params[name] for s in samples] for name in NO_PENALTIES}
+        e["prompt_lens"] = [s.prompt for s in samples]
         e["history"] = [s.tokens + [-1] * (longest - len(s.tokens)) for s in samples]
     else:
-        e |= dict.fromkeys(("penalties", "prompt_lens", "history"))
+        e |= dict.fromkeys((*NO_PENALTIES, "prompt_lens", "history"))
     return e
 
 
@@ -125,7 +126,8 @@ def test_every_step_is_what_plain_lists_give(seed: int, size: int, lively: bool)
         got.validate("cpu")
         got.check()
         compare(got, expected(run, size))
-        assert all(got[n] is None or len(got[n]) == got.num_samples for n in SAMPLING_FIELDS)
+        assert all(got[n] is None or len(got[n]) == got.num_samples for f in FEATURES for n, a in f.fields.items()
+                   if a.dims[0].symbol == "num_sampled")
         digest = r.chain()
         appended = [(s.row, rng.randrange(VOCAB)) for s, q in run if s.computed + q == len(s.tokens)]
         for s, queries in run:

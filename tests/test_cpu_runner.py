@@ -115,7 +115,7 @@ def gqa(checkpoint: Checkpoint) -> CpuModelRunner:
 def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInput, seqs: int, tokens: int, blocks: int,
                                              samples: int) -> None:
     """A padded step through the whole runner: the same tokens and logprobs, and nothing else written to the cache."""
-    for ids in (m.input_ids, m.history, m.prompt_targets):
+    for ids in (m.input_ids, m.history, m.prompt_targets, m.bias_ids):
         if ids is not None:  # drawn for a larger vocabulary
             ids.copy_(torch.where(ids < 0, ids, ids % checkpoints.VOCAB))
     generator, blocks_there = torch.Generator().manual_seed(0), int(m.block_tables.max()) + 1
@@ -127,9 +127,9 @@ def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInp
                     max_blocks=dims["max_blocks"] + blocks, num_logits=dims["num_logits"] + samples,
                     num_sampled=dims["num_sampled"] + samples)
     wide.check()
-    gqa.relay.last.copy_(torch.arange(len(gqa.relay.last)))
+    gqa.pending.last.copy_(torch.arange(len(gqa.pending.last)))
     expected = gqa.execute_model(m, caches)
-    gqa.relay.last.copy_(torch.arange(len(gqa.relay.last)))
+    gqa.pending.last.copy_(torch.arange(len(gqa.pending.last)))
     got = gqa.execute_model(wide, padded_caches)
     assert isinstance(expected, SamplerOutput) and isinstance(got, SamplerOutput)
     assert torch.equal(got.token_ids[:m.num_samples], expected.token_ids)

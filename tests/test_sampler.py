@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hal.features.penalties import NO_PENALTIES, penalised
 from hal.inputs import PagedModelInput
 from hal.sampling.noise import exponential, row_keys
-from hal.sampling.sampler import Sampler, penalised, threshold
+from hal.sampling.sampler import Sampler, threshold
 from runners.cpu.sampler import CpuSampler
 
 pytestmark = pytest.mark.torch_release
@@ -78,9 +79,9 @@ def test_penalties(seed: int, repetition: float, presence: float, frequency: flo
         for token in range(vocab):
             count = int((tokens[prompts[row]:] == token).sum())
             expected[row, token] -= presence * (count > 0) + frequency * count
-    penalties = torch.tensor([[repetition, presence, frequency]] * 3)
+    penalties = (torch.full((3,), value) for value in (repetition, presence, frequency))
     before = scores.clone()
-    got = penalised(scores, penalties, torch.tensor(history, dtype=torch.int32), torch.tensor(prompts).int())
+    got = penalised(scores, *penalties, torch.tensor(history, dtype=torch.int32), torch.tensor(prompts).int())
     torch.testing.assert_close(got, expected)
     assert torch.equal(scores, before)
 
@@ -90,7 +91,7 @@ def test_penalties(seed: int, repetition: float, presence: float, frequency: flo
 def test_greedy_takes_the_first_of_equals(cls: type[Sampler], dtype: torch.dtype) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [-1.0, -3.0, -1.0, -2.0], [5.0, 1.0, 1.0, 9.0]], dtype=dtype)
     assert cls()(logits, batch(3)).token_ids.tolist() == [1, 0, 3]
-    mixed = batch(3, temperature=torch.tensor([0.0, 0.0, 1e-6]), seeds=torch.zeros(3, dtype=torch.int64),
+    mixed = batch(3, temperature=torch.tensor([0.0, 0.0, 1e-6]), seed=torch.zeros(3, dtype=torch.int64),
                   top_p=column(3, 0.9))
     assert cls()(logits, mixed).token_ids.tolist() == [1, 0, 3]
 
@@ -143,7 +144,7 @@ def test_any_temperature_gives_what_fp64_gives(
     given: dict[str, torch.Tensor] = {"top_k": torch.tensor(top_k, dtype=torch.int32), "top_p": torch.tensor(top_p),
                                       "min_p": torch.tensor(min_p)}
     used = {k: v for k, v in given.items() if (v != FILTERS[k]).any()}
-    tokens = cls()(logits, batch(n, at, temperature=torch.tensor(temperature), seeds=seeds, **used)).token_ids.tolist()
+    tokens = cls()(logits, batch(n, at, temperature=torch.tensor(temperature), seed=seeds, **used)).token_ids.tolist()
     for i, row in enumerate(rows):
         allowed = in_fp64(logits[i], *row, int(seeds[i]), int(at[i]))
         assert allowed[tokens[i]], (row, tokens[i], allowed.nonzero()[:, 0].tolist())
@@ -151,7 +152,7 @@ def test_any_temperature_gives_what_fp64_gives(
 
 def test_a_temperature_below_fp32_is_greedy() -> None:
     logits = spread(1, 50)
-    m = batch(1, temperature=torch.tensor([1e-46]), seeds=torch.ones(1, dtype=torch.int64), **fields(1, top_k=9))
+    m = batch(1, temperature=torch.tensor([1e-46]), seed=torch.ones(1, dtype=torch.int64), **fields(1, top_k=9))
     assert Sampler()(logits, m).token_ids.tolist() == [int(logits.argmax())]
 
 
@@ -165,11 +166,12 @@ def test_penalties_overflow_to_the_largest_number(repetition: float, presence: f
     logits = torch.tensor([[2.0, -3.0, 0.0, -torch.inf, 1.5]]) if broken is None else torch.tensor(
         [[broken, -torch.inf, -torch.inf, -torch.inf, -torch.inf]])
     history = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 3]], dtype=torch.int32)
-    penalties = torch.tensor([[repetition, presence, frequency]])
-    scores = penalised(logits, penalties, history, torch.tensor([2]))
+    penalties = {name: column(1, value) for name, value in zip(NO_PENALTIES, (repetition, presence, frequency),
+                                                               strict=True)}
+    scores = penalised(logits, *penalties.values(), history, torch.tensor([2]))
     assert torch.equal(scores.isfinite(), logits.isfinite()) and torch.equal(scores.isnan(), logits.isnan())
-    m = batch(1, penalties=penalties, history=history, prompt_lens=column(1, 2, torch.int32),
-              temperature=column(1, temperature), seeds=torch.ones(1, dtype=torch.int64))
+    m = batch(1, **penalties, history=history, prompt_lens=column(1, 2, torch.int32),
+              temperature=column(1, temperature), seed=torch.ones(1, dtype=torch.int64))
     token = int(Sampler()(logits, m).token_ids)
     assert token == -1 if broken is not None else token not in (-1, 3)
 
@@ -187,7 +189,7 @@ def test_a_row_without_a_finite_maximum_has_no_token(
     """And its neighbours have the tokens that they have beside a sound row."""
     n, rng = 5, np.random.default_rng(seed)
     params: dict[str, Any] = {} if greedy else {
-        "temperature": torch.tensor([0.0, 0.5, 1.0, 1e-40, 2.0]), "seeds": torch.arange(n) + seed}
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 1e-40, 2.0]), "seed": torch.arange(n) + seed}
     if not greedy:
         params |= {k: v for k, v in fields(n, top_k=5, top_p=0.8, min_p=0.01).items() if k in filters}
     logits = spread(n, vocab, seed).to(dtype)
@@ -224,7 +226,7 @@ def test_tokens_follow_the_filtered_distribution(case: str) -> None:
     p = scaled.masked_fill(scaled < lowest, -math.inf).softmax(-1)[0].double().numpy()
     positions = torch.arange(n, dtype=torch.int32)
     for seeds, at in ((torch.full((n,), SEED), positions), (torch.arange(n) + SEED, torch.full_like(positions, 9))):
-        m = batch(n, at, temperature=column(n, temperature), seeds=seeds, **fields(n, **CASES[case]))
+        m = batch(n, at, temperature=column(n, temperature), seed=seeds, **fields(n, **CASES[case]))
         counts = np.bincount(Sampler()(logits.expand(n, vocab), m).token_ids.numpy(), minlength=vocab)
         assert counts[p == 0].sum() == 0
         enough = p * n >= 5
@@ -285,7 +287,7 @@ def test_a_token_depends_on_nothing_but_its_request(seed: int, vocab: int, scale
         "top_k": torch.tensor(rng.choice([0, 1, 50, 700], n), dtype=torch.int32),
         "top_p": torch.tensor(rng.choice([0.3, 0.95, 1.0], n), dtype=torch.float32),
         "min_p": torch.tensor(rng.choice([0.0, 0.1], n), dtype=torch.float32),
-        "seeds": torch.tensor(rng.integers(-2**63, 2**63 - 1, n))}
+        "seed": torch.tensor(rng.integers(-2**63, 2**63 - 1, n))}
     at = torch.tensor(rng.integers(0, 5000, n), dtype=torch.int32)
     together = Sampler()(logits, batch(n, at, **params)).token_ids
     assert torch.equal(CpuSampler()(logits, batch(n, at, **params)).token_ids, together)
@@ -301,7 +303,7 @@ def test_a_token_depends_on_nothing_but_its_request(seed: int, vocab: int, scale
 def test_logprobs_are_of_the_raw_logits(top: int) -> None:
     n, vocab = 4, 30
     logits = spread(n, vocab).bfloat16()
-    m = batch(n, temperature=column(n, 0.5), seeds=torch.arange(n), num_logprobs=top)
+    m = batch(n, temperature=column(n, 0.5), seed=torch.arange(n), num_logprobs=top)
     m.check()
     out = Sampler()(logits, m)
     out.validate("cpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 from hal.config import WorkerConfig
 from hal.errors import StateError
+from hal.features import FEATURES
 from hal.inputs import WorkerInput
 from hal.outputs import SamplerOutput
 from hal.request import ExecuteModelRequest
@@ -24,6 +25,7 @@ def facts_of(config: WorkerConfig) -> dict[str, str]:
     except PackageNotFoundError:  # a source tree
         found = {}
     found["HAL_STRICT"] = str(os.environ.get("HAL_STRICT") == "1")  # strict ranks exchange more messages
+    found["step features"] = ", ".join(type(feature).__name__ for feature in FEATURES)
     for name in ("engine", "model"):
         found |= {f"{name}.{field}": repr(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
     return found | schemas_of(ExecuteModelRequest, WorkerInput, SamplerOutput)

@@ -1,4 +1,4 @@
-"""Command line options made from the fields of EngineConfig and SamplingParams, whose defaults stay in one place."""
+"""Command line options made from the fields of EngineConfig and the declared parameters of SamplingParams."""
 
 from __future__ import annotations
 
@@ -37,46 +37,21 @@ ENGINE_HELP = {
     "random_weights": "initialise instead of loading",
     "trust_remote_code": "run the checkpoint's own Python where its tokenizer is made of that",
 }
-SAMPLING_HELP = {
-    "temperature": "0 is greedy",
-    "top_k": "keep the most likely K tokens; 0 keeps all",
-    "top_p": "keep the most likely tokens that make up this probability",
-    "min_p": "drop tokens below this share of the best one's probability",
-    "repetition_penalty": "divides the logits of tokens in prompt or output; 1 is none",
-    "presence_penalty": "subtracted from the logits of tokens in the output",
-    "frequency_penalty": "the same for each time a token occurred",
-    "seed": "of sampling",
-    "max_tokens": "at most this many new tokens",
-    "ignore_eos": "do not end at the model's end-of-sequence token",
-    "stop": "a text that ends the output; repeatable",
-    "stop_token_ids": "a token that ends the output; repeatable",
-    "logprobs": "report each output token's logprob, and this many alternatives",
-    "prompt_logprobs": "the same for prompt tokens",
-}
-_NONE = {"max_model_len": "the model's context", "num_blocks": "from free memory", "seed": "the engine's seed",
+_UNSET = {"max_model_len": "the model's context", "num_blocks": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}
 
 
-def add_options(group: argparse._ArgumentGroup, kind: type, helps: dict[str, str], *,
-                skip: tuple[str, ...] = ()) -> None:
-    """One option for each field of the dataclass `kind`. An option that is not given is absent from the namespace, so
-    that the field's own default holds."""
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if field.name not in skip:
-            _add(group, field.name, hints[field.name], field.default, helps[field.name])
-
-
-def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, text: str) -> None:
+def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, text: str, unset: str | None) -> None:
+    """An option that is not given is absent from the namespace, so that the field's own default holds."""
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
     flag = "--" + name.replace("_", "-")
     if hint is bool:
         flag = flag if not default else "--no-" + flag[2:]
         group.add_argument(flag, action="store_false" if default else "store_true", **options)
         return
-    if default != () and name in _NONE:
-        options["help"] += f" (default: {_NONE[name]})"
+    if unset is not None:
+        options["help"] += f" (default: {unset})"
     elif default not in ((), None):
         options["help"] += f" (default: {default})"
     if isinstance(hint, types.UnionType):  # X | None
@@ -87,7 +62,9 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
         options["choices"] = typing.get_args(hint)
     elif typing.get_origin(hint) is tuple:
         element = typing.get_args(hint)[0]
-        options |= {"type": element, "action": "append", "metavar": "TEXT" if element is str else "ID"}
+        options["help"] += "; repeatable"
+        options |= {"action": "append", **({"type": element, "metavar": "TEXT" if element is str else "ID"}
+                                           if element in (str, int) else {"type": _pair, "metavar": "ID=X"})}
     else:
         options |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
     group.add_argument(flag, **options)
@@ -109,11 +86,23 @@ def path(text: str) -> str:
 
 def add_engine_options(parser: argparse.ArgumentParser, *, skip: tuple[str, ...] = ()) -> None:
     group = parser.add_argument_group("engine")
-    add_options(group, EngineConfig, ENGINE_HELP, skip=("seed", "random_weights", *skip))
+    hints = typing.get_type_hints(EngineConfig)
+    for field in dataclasses.fields(EngineConfig):
+        if field.name not in ("seed", "random_weights", *skip):
+            _add(group, field.name, hints[field.name], field.default, ENGINE_HELP[field.name], _UNSET.get(field.name))
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    add_options(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+    group = parser.add_argument_group("sampling")
+    for field in dataclasses.fields(SamplingParams):
+        param = SamplingParams.param(field.name)
+        _add(group, field.name, SamplingParams.kind(field.name)[0], field.default, param.help, param.unset)
+
+
+def _pair(text: str) -> tuple[str, float]:
+    """ "ID=X" of the command line."""
+    token, _, number = text.partition("=")
+    return token, float(number)
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def to_json(output: RequestOutput) -> dict[str, Any]:
 
 
 def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    return {"token_id": entry.token_id, "logprob": _finite(entry.logprob),
+    return {"token_id": entry.token_id, "logprob": _finite(entry.logprob), "rank": entry.rank,
             "top": [[token, _finite(value)] for token, value in entry.top]}
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from hal.features.penalties import NO_PENALTIES
 from hal.models.config import ModelConfig
 from hal.models.rope import inverse_frequencies
 from hal.sampling.noise import exponential, row_keys
@@ -105,12 +106,14 @@ def race(logits: torch.Tensor, params: SamplingParams, seed: int, position: int,
         [vocab] each: the value whose largest wins; which tokens surely pass the filters; which possibly do.
     """
     scores, all_of = logits.clone(), torch.ones_like(logits, dtype=torch.bool)
-    if params.penalised:
+    if any(getattr(params, name) != default for name, default in NO_PENALTIES.items()):
         seen = torch.tensor(sorted(set(history)))
         old = scores[seen]
         new = torch.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
         counts = torch.bincount(torch.tensor(history[prompt:], dtype=torch.int64), minlength=len(scores))[seen]
         scores[seen] = new - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+    for token, value in params.logit_bias:
+        scores[token] += value
     if params.temperature == 0:
         return scores, all_of, all_of
     scores, slack = scores / params.temperature, slack / params.temperature

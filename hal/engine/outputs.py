@@ -12,10 +12,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """A token's logprob (natural, of the raw logits) and, as (token id, logprob) best first, those asked for beside."""
+    """Attributes:
+        logprob: natural, of the raw logits. rank: of the token by its raw logit; 1 is the most likely.
+        top: (token id, logprob) of the most likely tokens that were asked for, best first.
+    """
 
     token_id: int
     logprob: float
+    rank: int
     top: list[tuple[int, float]] = field(default_factory=list)
 
 

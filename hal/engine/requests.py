@@ -78,27 +78,29 @@ class Logprobs:
     """A step's logprobs on the host, by row; `of` gives one row's."""
 
     chosen: np.ndarray
+    ranks: np.ndarray
     top_ids: np.ndarray
     top: np.ndarray
 
     @classmethod
     def sampled(cls, output: SamplerOutput) -> Logprobs | None:
-        return cls._make(output.logprobs, output.top_ids, output.top_logprobs)
+        return cls._make(output.logprobs, output.ranks, output.top_ids, output.top_logprobs)
 
     @classmethod
     def prompt(cls, output: SamplerOutput) -> Logprobs | None:
-        return cls._make(output.prompt_logprobs, output.prompt_top_ids, output.prompt_top_logprobs)
+        return cls._make(output.prompt_logprobs, output.prompt_ranks, output.prompt_top_ids, output.prompt_top_logprobs)
 
     @classmethod
-    def _make(cls, chosen: torch.Tensor | None, ids: torch.Tensor | None, top: torch.Tensor | None) -> Logprobs | None:
-        if chosen is None:
+    def _make(cls, chosen: torch.Tensor | None, ranks: torch.Tensor | None, ids: torch.Tensor | None,
+              top: torch.Tensor | None) -> Logprobs | None:
+        if chosen is None or ranks is None:
             return None
         if ids is None or top is None:
             none = np.zeros((len(chosen), 0), np.int32)
-            return cls(chosen.numpy(), none, none)
-        return cls(chosen.numpy(), ids.numpy(), top.numpy())
+            return cls(chosen.numpy(), ranks.numpy(), none, none)
+        return cls(chosen.numpy(), ranks.numpy(), ids.numpy(), top.numpy())
 
     def of(self, row: int, token: int, count: int) -> TokenLogprob:
         """`count`: what this request asked for; a step reports the most that any did."""
         ids, values = self.top_ids[row, :count].tolist(), self.top[row, :count].tolist()
-        return TokenLogprob(token, float(self.chosen[row]), list(zip(ids, values, strict=True)))
+        return TokenLogprob(token, float(self.chosen[row]), int(self.ranks[row]), list(zip(ids, values, strict=True)))

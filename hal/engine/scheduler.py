@@ -21,7 +21,8 @@ from hal.engine.outputs import FinishReason
 from hal.engine.sequence import Sequence
 from hal.engine.step import Changes, Step
 from hal.errors import CapacityError, StateError
-from hal.request import UNKNOWN_TOKEN
+from hal.features import needs_tokens
+from hal.features.pending import PENDING_TOKEN
 
 _AGE = attrgetter("request_id")
 
@@ -314,7 +315,7 @@ class Scheduler:
         self._registered[row] = registered
         self._ends_at_eos[row] = not seq.params.ignore_eos
         self._own_stops[row] = bool(seq.params.stop_token_ids)
-        self._needs_tokens[row] = seq.params.penalised
+        self._needs_tokens[row] = seq.needs_tokens or needs_tokens(seq.params)
         self._asks_prompt[row] = seq.wants_prompt_logprobs
         return True
 
@@ -333,7 +334,7 @@ class Scheduler:
         tellable = self.unknown == 0
         tellable[rows] = True
         appended = running[(self.length[running] > self._told[running]) & tellable[running]]
-        tokens = np.where(self.unknown[appended] > 0, UNKNOWN_TOKEN, self._last[appended])
+        tokens = np.where(self.unknown[appended] > 0, PENDING_TOKEN, self._last[appended])
         request = changes.request(rows, counts, computed, appended, tokens, epoch=self.epoch,
                                   step=self.step, digest=self.digest, virtual_engine=self.step % self.depth)
         self._told[appended] += 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 from hal.engine.outputs import FinishReason
+from hal.features.declare import Column
 from hal.sampling.params import SamplingParams
 
 
@@ -15,6 +17,8 @@ class Sequence:
     """Attributes:
         request_id: grows with arrival; smaller ones go first.
         prompt_ids, output_ids: its tokens; the scheduler appends to the latter.
+        needs_tokens: it is scheduled only when its last token is known on the host, as a mask that follows from the
+            token needs it.
         owner: what the engine keeps beside it, until it is complete.
         limit: length at which it ends (prompt + max_tokens, at most the context).
         row: in the ranks' batch state while it runs, else -1.
@@ -33,6 +37,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     limit: int
+    needs_tokens: bool = False
     owner: Any = field(default=None, repr=False)
     row: int = -1
     num_computed: int = 0
@@ -66,18 +71,11 @@ class Sequence:
         """Some prompt logprobs are still to come: they are complete once the first token is sampled."""
         return self.params.prompt_logprobs is not None and not self.output_ids
 
-    @property
-    def floats(self) -> list[float]:
-        """A row of ExecuteModelRequest.new_floats."""
-        p = self.params
-        return [p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
-
-    @property
-    def ints(self) -> list[int]:
-        """A row of ExecuteModelRequest.new_ints."""
-        p = self.params
-        prompt = p.prompt_logprobs if self.wants_prompt_logprobs else None
-        return [p.top_k, self.seed, -1 if p.logprobs is None else p.logprobs, -1 if prompt is None else prompt]
+    def numbers(self, columns: Iterable[Column]) -> list[float]:
+        """A row of ExecuteModelRequest.new_floats or new_ints."""
+        prompt = self.params.prompt_logprobs if self.wants_prompt_logprobs else None
+        own = {"seed": self.seed, "prompt_logprobs": prompt}
+        return [c.number(own[c.name] if c.name in own else getattr(self.params, c.name)) for c in columns]
 
 
 def derive_seed(engine_seed: int, request_id: int) -> int:

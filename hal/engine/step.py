@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from hal.engine.sequence import Sequence
-from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+from hal.errors import StateError
+from hal.features import COLUMNS, FEATURES
+from hal.features.masks import mask_fields
+from hal.request import ExecuteModelRequest
 
 # Most steps bring nothing new, and making eight empty arrays takes as long as what they carry.
 _NONE = np.zeros(0, np.int32)
-_NO_FLOATS = np.zeros((0, len(FLOAT_PARAMS)), np.float32)
-_NO_INTS = np.zeros((0, len(INT_PARAMS)), np.int64)
+_NO_FLOATS = np.zeros((0, len(COLUMNS["float"])), np.float32)
+_WITH_ARRAYS = tuple(f for f in FEATURES if f.request)
+_NO_INTS = np.zeros((0, len(COLUMNS["int"])), np.int64)
 
 
 @dataclass(slots=True)
@@ -35,6 +41,24 @@ class Step:
     num_prefill: int
 
 
+    def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int) -> None:
+        """Say which tokens sequences may get from this step, before it is executed. A sequence under asynchronous
+        scheduling needs `Sequence.needs_tokens`, else its mask would have to be known before its last token.
+
+        Args:
+            masks: bool [vocab_size] by request_id, of sequences in `sampled`; the others are not restricted.
+
+        Raises:
+            StateError: a request is not sampled in this step.
+        """
+        rows = {seq.request_id: seq.row for seq in self.sampled}
+        if not masks.keys() <= rows.keys():
+            raise StateError("a mask is given for a request that this step does not sample",
+                             got=sorted(masks.keys() - rows.keys()), expected=f"some of {sorted(rows)}")
+        for name, array in mask_fields({rows[i]: mask for i, mask in masks.items()}, vocab_size).items():
+            setattr(self.request, name, array)
+
+
 @dataclass(slots=True)
 class Changes:
     """What the next request carries beside the rows it computes. Pairs are (source block, destination block).
@@ -54,12 +78,15 @@ class Changes:
                 append_tokens: np.ndarray, **values: int) -> ExecuteModelRequest:
         """Args: rows, counts, computed: int [num_seqs]. append_rows, append_tokens: int [num_appended]."""
         new, grown = self.entered, self.grown
+        of_features: dict[str, Any] = {}
+        for feature in _WITH_ARRAYS if new else ():
+            of_features |= feature.request_fields(new)
         return ExecuteModelRequest(
             finished_rows=_ints(self.finished), new_rows=_ints([s.row for s in new]),
             new_lens=_ints([len(s) for s in new]), new_prompt_lens=_ints([len(s.prompt_ids) for s in new]),
             new_tokens=_ints([t for s in new for t in s.token_ids]),
-            new_floats=np.array([s.floats for s in new], np.float32) if new else _NO_FLOATS,
-            new_ints=np.array([s.ints for s in new], np.int64) if new else _NO_INTS,
+            new_floats=np.array([s.numbers(COLUMNS["float"]) for s in new], np.float32) if new else _NO_FLOATS,
+            new_ints=np.array([s.numbers(COLUMNS["int"]) for s in new], np.int64) if new else _NO_INTS,
             append_rows=append_rows.astype(np.int32), append_tokens=append_tokens.astype(np.int32),
             block_rows=_ints([s.row for s in new] + [row for row, _, _ in grown]),
             block_starts=_ints([0] * len(new) + [column for _, column, _ in grown]),
@@ -67,7 +94,7 @@ class Changes:
             new_blocks=_ints([b for s in new for b in s.blocks] + [block for _, _, block in grown]),
             rows=rows.astype(np.int32), num_scheduled=counts.astype(np.int32), num_computed=computed.astype(np.int32),
             blocks_to_copy=_pairs(self.copies), blocks_to_swap_in=_pairs(self.swap_in),
-            blocks_to_swap_out=_pairs(self.swap_out), **values)
+            blocks_to_swap_out=_pairs(self.swap_out), **of_features, **values)
 
 
 def _ints(values: list[int]) -> np.ndarray:

@@ -10,17 +10,12 @@ import numpy as np
 from hal.batch import BatchState
 from hal.config import EngineConfig
 from hal.errors import InputError, StateError, WireError
+from hal.features import COLUMNS, FEATURES
 from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
-from hal.request import FLOAT_PARAMS, INT_PARAMS, ExecuteModelRequest
+from hal.request import ExecuteModelRequest
 
-_LARGEST = float(np.finfo(np.float32).max)
 _INT32 = 2**31 - 1
-# Legal values of each column of `new_floats` and `new_ints`, as SamplingParams has them.
-_FLOATS = {"temperature": (0.0, _LARGEST), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0),
-           "repetition_penalty": (1e-45, _LARGEST), "presence_penalty": (-_LARGEST, _LARGEST),
-           "frequency_penalty": (-_LARGEST, _LARGEST)}
-_INTS = {"top_k": (0, _INT32), "seed": (-2**63, 2**63 - 1), "logprobs": (-1, 1000), "prompt_logprobs": (-1, 1000)}
 _SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1, "virtual_engine": _INT32}
 
 
@@ -59,6 +54,8 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
     _rows("new_rows", r.new_rows, lens, live=False)
     _check_new(r, state.token_ids.shape[1], state.vocab_size)
     lens[r.new_rows], tables[r.new_rows] = r.new_lens, 0
+    for feature in FEATURES:
+        feature.check_request(r, state.vocab_size)
     _rows("append_rows", r.append_rows, lens)
     _within("append_tokens", r.append_tokens, 0, state.vocab_size - 1)
     lens[r.append_rows] += 1
@@ -87,10 +84,9 @@ def _check_new(r: ExecuteModelRequest, max_model_len: int, vocab_size: int) -> N
     _need("new_prompt_lens", bool((r.new_prompt_lens <= r.new_lens).all()), r.new_prompt_lens,
           f"at most new_lens {r.new_lens}")
     _within("new_tokens", r.new_tokens, 0, vocab_size - 1)
-    for i, name in enumerate(FLOAT_PARAMS):
-        _within(f"new_floats ({name})", r.new_floats[:, i], *_FLOATS[name])
-    for i, name in enumerate(INT_PARAMS):
-        _within(f"new_ints ({name})", r.new_ints[:, i], *_INTS[name])
+    for kind, columns in COLUMNS.items():
+        for i, column in enumerate(columns):
+            _within(f"new_{kind}s ({column.name})", r[f"new_{kind}s"][:, i], column.low, column.high)
 
 
 def _need(field: str, good: bool, got: object, expected: object) -> None:

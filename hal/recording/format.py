@@ -17,6 +17,7 @@ from hal import files
 from hal.backend import Backend
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
 from hal.errors import CapacityError, ConfigError, InputError, WireError
+from hal.features import COLUMNS
 from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
 from hal.models.hf_config import read_config
@@ -118,7 +119,7 @@ class Recording:
         engine = {**asdict(self.engine), **self.ignored}
         engine["model"] = _BUNDLED if Path(engine["model"]) == BUNDLED_MODEL else engine["model"]
         head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
-                "schemas": _fingerprints()}
+                "schemas": _fingerprints(), "columns": _columns()}
         try:
             with files.replacing(path) as temporary:
                 save_file(tensors, str(temporary), {"hal": json.dumps(head)})
@@ -165,6 +166,10 @@ def _steps(head: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[Recor
     found, hint = [], "replay it with the version that made it"
     schemas = repr(head.get("schemas"))[:300]
     steps = head.get("steps")
+    if head.get("columns") != _columns():
+        raise WireError("the recording has other columns of sampling parameters than this library",
+                        got=repr(head.get("columns"))[:300], expected=_columns(),
+                        hint=f"{hint}, and with the same step features (HAL_FEATURES)")
     if not isinstance(steps, list):
         raise WireError("the recording has no steps", got=repr(steps)[:100], expected="a list")
     try:
@@ -207,6 +212,11 @@ def _check_step(i: int, step: RecordedStep, made: PagedModelInput, model: ModelC
 def _fingerprints() -> dict[str, str]:
     """They say whether the schemas are the same; others that have all that is recorded read it too."""
     return {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}
+
+
+def _columns() -> dict[str, list[str]]:
+    """What the columns of new_floats and new_ints are."""
+    return {kind: [column.name for column in columns] for kind, columns in COLUMNS.items()}
 
 
 def _take(prefix: str, value: Declared, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

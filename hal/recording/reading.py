@@ -13,7 +13,7 @@ from hal.config import EngineConfig
 from hal.errors import ConfigError, WireError
 from hal.models.config import ModelConfig
 
-FORMAT = 1
+FORMAT = 2
 # What a run takes from a file. The numbers of blocks follow from the steps. Everything else is the caller's to say.
 HONOURED = ("dtype", "kv_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "graphs",
             "seed")
@@ -37,8 +37,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     except (RuntimeError, TypeError, OverflowError) as error:  # shapes and dtypes that torch does not have
         raise WireError("the recording's tensors are not usable", got=f"{path}: {error}") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT or type(head["format"]) is not int:
-        raise WireError("this safetensors file is not a recording of this format", got=path,
-                        expected=f"format {FORMAT}")
+        got = head.get("format") if isinstance(head, dict) else None
+        raise WireError("this safetensors file is not a recording of this format", got=f"{path}: {got!r:.40}",
+                        expected=f"format {FORMAT}", hint="replay it with the version of hal that made it")
     return head, tensors
 
 

@@ -17,6 +17,7 @@ from hal.engine.sequence import Sequence
 from hal.engine.step import Changes
 from hal.errors import WireError
 from hal.executor import Executor, StepHandle
+from hal.features import FEATURES
 from hal.inputs import ModelInput, PagedModelInput, WorkerInput
 from hal.outputs import SamplerOutput
 from hal.recording.format import RecordedStep, Recording
@@ -106,7 +107,7 @@ class FlightRecorder:
         """A step is about to run: nothing can be read from a device on which one has failed."""
         self.last = None
         if isinstance(m, PagedModelInput):
-            ids = m.input_ids if m.relay is None else runner.relay.input_ids(m)
+            ids = m.input_ids if m.pending_rows is None else runner.pending.input_ids(m)
             self.last = type(m).decode(m.encode())
             real = int(self.last.query_start_loc[-1])
             self.slots.reshape(-1)[self.last.slot_mapping[:real].numpy()] = ids[:real].cpu().numpy()
@@ -190,10 +191,5 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
 
 def _params(m: PagedModelInput, i: int) -> tuple[SamplingParams, int]:
     """What the sampling fields say of a sampled row, and its seed."""
-    values: dict[str, Any] = {n: m[n][i].item() for n in ("temperature", "top_k", "top_p", "min_p") if m[n] is not None}
-    if m.penalties is not None:
-        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        values |= dict(zip(names, m.penalties[i].tolist(), strict=True))
-    if m.num_logprobs >= 0:
-        values["logprobs"] = m.num_logprobs
-    return SamplingParams(**values), 0 if m.seeds is None else int(m.seeds[i])
+    values = {name: value for feature in FEATURES for name, value in feature.restore(m, i).items()}
+    return SamplingParams(**values), values.get("seed") or 0

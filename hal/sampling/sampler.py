@@ -6,8 +6,11 @@ The filters and their order are those of transformers' logits processors: penalt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from hal.features import adjusting
 from hal.inputs import PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.sampling.noise import exponential, row_keys
@@ -16,7 +19,6 @@ from hal.schema.packed import on_host
 _CANDIDATES = 256  # tokens looked at before a whole row is sorted
 _PIECE = 1 << 18  # elements made at once on a CPU: they stay in its cache
 LARGE = 2.0**14  # quotient of the best score and the temperature up to which float32 keeps the others apart
-_MAX = torch.finfo(torch.float32).max
 
 
 class Sampler:
@@ -35,14 +37,12 @@ class Sampler:
         m, n = model_input, model_input.num_samples
         raw = logits[:n]
         scores = raw
-        if m.penalties is not None and n:
-            assert m.history is not None and m.prompt_lens is not None
-            scores = penalised(raw.float(), m.penalties[:n], m.history[:n], m.prompt_lens[:n])
+        for feature in adjusting(m) if n else ():
+            scores = feature.adjust(raw.float() if scores is raw else scores, m)
         token_ids = self._draw(scores, m) if m.temperature is not None and n else self.greedy(scores)
         result = {"token_ids": token_ids.int()}
         if m.num_logprobs >= 0:
-            chosen, top_ids, top = logprobs(raw, token_ids, m.num_logprobs)
-            result |= {"logprobs": chosen} | ({"top_ids": top_ids, "top_logprobs": top} if m.num_logprobs else {})
+            result |= logprobs(raw, token_ids, m.num_logprobs).fields()
         return SamplerOutput(**result)
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
@@ -62,9 +62,8 @@ class Sampler:
         """A token a row from `scores` [n, vocab] of any float type, greedy where the temperature is 0; -1 where no
         score is a finite maximum."""
         n, vocab = scores.shape
-        assert m.temperature is not None and m.seeds is not None
         temperature = m.temperature[:n, None]
-        keys = row_keys(m.seeds[:n], m.positions[m.logits_indices[:n]] + 1)
+        keys = row_keys(m.seed[:n], m.positions[m.logits_indices[:n]] + 1)
         greedy, scores = temperature == 0, scores.float()
         best = self.argmax(scores)
         top = scores.gather(1, best[:, None])
@@ -157,33 +156,33 @@ def threshold(values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Ten
     return torch.minimum(lowest, best)
 
 
-def penalised(scores: torch.Tensor, penalties: torch.Tensor, history: torch.Tensor,
-              prompt_lens: torch.Tensor) -> torch.Tensor:
-    """fp32 scores [n, vocab] with the penalties applied, a copy; arguments as in PagedModelInput.
+class TokenLogprobs(NamedTuple):
+    """Logprobs of given tokens, and of the most likely ones.
 
-    Repetition is of prompt and output (CTRL, arXiv 1909.05858); presence and frequency count the output alone. A finite
-    score stays finite, at most the largest number of fp32, and one that is not stays what it is: -inf is a mask.
+    Attributes:
+        chosen: fp32 [n], of the given tokens. ranks: int32 [n], 1 for the most likely token; equals share a rank.
+        top_ids, top: int32 and fp32 [n, top], best first.
     """
-    places = torch.arange(history.shape[1], device=history.device)
-    # Behind the last token the first one is repeated: it is written again with the same value.
-    ids = torch.where(history < 0, history[:, :1].clamp(min=0), history).long()
-    output = (places >= prompt_lens[:, None]) & (history >= 0)
-    counts = torch.zeros_like(scores).scatter_add_(1, ids, output.to(scores.dtype)).gather(1, ids)
-    old = scores.gather(1, ids)
-    repetition, presence, frequency = (column[:, None] for column in penalties.unbind(1))
-    # Each term is kept finite, since infinities would cancel to NaN.
-    new = torch.where(old > 0, old / repetition, old * repetition).clamp(-_MAX, _MAX)
-    new = (new - presence * (counts > 0)).clamp(-_MAX, _MAX) - (frequency * counts).clamp(-_MAX, _MAX)
-    # A row of padding has no history, and zeros for penalties: it stays as it is.
-    kept = (history[:, :1] < 0) | ~(old.abs() < torch.inf)
-    return scores.scatter(1, ids, torch.where(kept, old, new.clamp(-_MAX, _MAX)))
+
+    chosen: torch.Tensor
+    ranks: torch.Tensor
+    top_ids: torch.Tensor
+    top: torch.Tensor
+
+    def fields(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """As fields of SamplerOutput; those of most likely tokens only where some were asked for."""
+        found = {f"{prefix}logprobs": self.chosen, f"{prefix}ranks": self.ranks}
+        if self.top.shape[1]:
+            found |= {f"{prefix}top_ids": self.top_ids, f"{prefix}top_logprobs": self.top}
+        return found
 
 
-def logprobs(raw: torch.Tensor, token_ids: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """fp32 logprobs of the given tokens [n], and the ids and logprobs of the `top` most likely [n, top]. What comes for
-    a token id of -1 means nothing."""
+def logprobs(raw: torch.Tensor, token_ids: torch.Tensor, top: int) -> TokenLogprobs:
+    """Of the raw logits [n, vocab] of any float type, for the tokens [n], and the `top` most likely ones. The values of
+    a token id of -1 mean nothing."""
     raw = raw.float()
     normaliser = raw.logsumexp(-1, keepdim=True)
-    chosen = raw.gather(1, token_ids.long().clamp(min=0)[:, None]) - normaliser
+    given = raw.gather(1, token_ids.long().clamp(min=0)[:, None])
+    ranks = (raw > given).sum(-1, dtype=torch.int32) + 1
     values, ids = raw.topk(min(max(top, 0), raw.shape[1]), -1)
-    return chosen[:, 0], ids.int(), values - normaliser
+    return TokenLogprobs((given - normaliser)[:, 0], ranks, ids.int(), values - normaliser)

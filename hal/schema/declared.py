@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from typing_extensions import dataclass_transform
@@ -32,13 +33,17 @@ class Declared:
 
     schema: ClassVar[Schema[Any]]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, fields: Mapping[str, tuple[Any, Any]] | None = None, **kwargs: Any) -> None:
+        """`fields`: more fields than the class body has, as (annotation, default) by name."""
         super().__init_subclass__(**kwargs)
+        for name, (hint, default) in (fields or {}).items():
+            cls.__annotations__[name] = hint
+            setattr(cls, name, default)
         dataclasses.dataclass(kw_only=True, eq=False, repr=False)(cls)
         hints = typing.get_type_hints(cls, include_extras=True)
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        cls.schema = Schema(cls, tuple(resolve(cls.__name__, f.name, hints[f.name]) for f in fields), defaults)
+        declared = dataclasses.fields(cls)  # type: ignore[arg-type]
+        defaults = {f.name: f.default for f in declared if f.default is not dataclasses.MISSING}
+        cls.schema = Schema(cls, tuple(resolve(cls.__name__, f.name, hints[f.name]) for f in declared), defaults)
 
     @classmethod
     def declare(cls: type[Self], name: str, **arrays: Array) -> type[Self]:

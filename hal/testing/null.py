@@ -17,8 +17,8 @@ from hal.communicator import Communicator
 from hal.config import WorkerConfig
 from hal.inputs import IntermediateTensors, PagedModelInput
 from hal.outputs import SamplerOutput
+from hal.pending import PendingTokens
 from hal.profiling import span
-from hal.relay import TokenRelay
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.sampling.sampler import Sampler, logprobs
@@ -40,8 +40,8 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         engine = config.engine
         self.layers = config.topology.layers(config.model.num_layers)
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
-                                relay=bool(engine.async_scheduling))
-        self.relay = TokenRelay(engine.max_num_seqs, device, communicator)
+                                asynchronous=bool(engine.async_scheduling))
+        self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
         self.sampler = Sampler()
 
     def load_model(self, progress: Progress = no_progress) -> None:
@@ -68,7 +68,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m, topology = model_input, self.config.topology
-        input_ids = self.relay.input_ids(m)
+        input_ids = self.pending.input_ids(m)
         sums = torch.zeros(len(m.input_ids), dtype=torch.int64) if intermediate is None else intermediate["sums"]
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             found = self.communicator.all_reduce(self.attend(cache, m, input_ids, layer))
@@ -76,7 +76,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         if not topology.is_last_stage:
             return NullIntermediate(sums=sums)  # type: ignore[call-arg]  # declared at run time
         output = self.sample(sums[m.logits_indices], m) if topology.samples else None
-        self.relay.keep(m, None if output is None else output.token_ids)
+        self.pending.keep(m, None if output is None else output.token_ids)
         return output
 
     def attend(self, cache: torch.Tensor, m: PagedModelInput, input_ids: torch.Tensor, layer: int) -> torch.Tensor:
@@ -98,8 +98,9 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         with span("sample"):
             output = self.sampler(logits, m)
         if m.prompt_targets is not None:
-            chosen, top_ids, top = logprobs(logits[m.num_samples:], m.prompt_targets, m.num_prompt_logprobs)
-            output.prompt_logprobs, output.prompt_top_ids, output.prompt_top_logprobs = chosen, top_ids, top
+            found = logprobs(logits[m.num_samples:], m.prompt_targets, m.num_prompt_logprobs)
+            for name, value in found.fields("prompt_").items():
+                setattr(output, name, value)
         return output
 
 

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 from hypothesis import strategies as st
 
+from hal.features import FEATURES
+from hal.features.declare import Batch
 from hal.inputs import PagedModelInput
-from hal.schema import Declared, Field
+from hal.schema import Array, Declared, Field
 from hal.schema.layout import NP_DTYPES, bfloat16_bits
 from hal.schema.packed import as_tensor
 
@@ -57,7 +59,13 @@ def _instances(draw: st.DrawFn, cls: Any, min_size: int, max_size: int) -> Any:
 
 def _array(f: Field, dims: dict[str, int], rng: np.random.Generator) -> Any:
     assert f.array is not None
-    a, shape = f.array, tuple(d.size(dims) for d in f.array.dims)
+    array = make_array(f.array, dims, rng)
+    return as_tensor(array, f.array.dtype) if f.kind == "tensor" else array
+
+
+def make_array(a: Array, dims: dict[str, int], rng: np.random.Generator) -> np.ndarray:
+    """Any legal content of a declared array, bfloat16 as its bits."""
+    shape = tuple(d.size(dims) for d in a.dims)
     dtype = NP_DTYPES[a.dtype]
     if a.low is not None or a.high is not None:
         low, high = a.low if a.low is not None else -1000, a.high if a.high is not None else 1000
@@ -71,7 +79,7 @@ def _array(f: Field, dims: dict[str, int], rng: np.random.Generator) -> Any:
         array = rng.integers(0, 2, shape).astype(np.bool_)
     else:  # any bits at all, NaN included
         array = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape).copy()
-    return as_tensor(array, a.dtype) if f.kind == "tensor" else array
+    return array
 
 
 @dataclass(frozen=True)
@@ -168,34 +176,20 @@ def _paged(draw: st.DrawFn, cls: type[PagedModelInput], min_size: int, max_size:
     targets = rng.permutation(len(positions))[:draw(st.sampled_from((0, 0, 3)), label="targets")]
     arrays = {"input_ids": ids, "positions": positions, "slot_mapping": slots, "query_start_loc": starts,
               "seq_lens": np.array(totals), "block_tables": tables,
-              "logits_indices": np.concatenate([starts[sampled + 1] - 1, targets]),
-              **_sampling(draw, rng, [totals[i] for i in sampled])}
-    if len(targets):
-        arrays["prompt_targets"] = rng.integers(0, _VOCAB, len(targets))
-    if draw(st.booleans(), label="relay"):  # sequence i in row i; each sampled token may be taken up by a decode
-        arrays["sampled_rows"] = sampled
-        arrays["relay"] = np.where((queries == 1)[rows] & (rng.random(len(rows)) < 0.5), rows, -1)
-    fields = {name: _as(cls, name, array) for name, array in arrays.items()}
+              "logits_indices": np.concatenate([starts[sampled + 1] - 1, targets])}
     scalars = {"block_size": size, "num_decode_seqs": int((queries == 1).sum()), "num_samples": len(sampled),
-               "max_query_len": int(queries.max(initial=0)),
-               "num_logprobs": draw(st.integers(-1, 3)), "num_prompt_logprobs": draw(st.integers(-1, 3))}
+               "max_query_len": int(queries.max(initial=0))}
+    batch = Batch(queries.tolist(), rows, sampled.tolist(), [totals[i] for i in sampled], len(targets), _VOCAB)
+    for feature in FEATURES:
+        if draw(st.booleans(), label=type(feature).__name__):
+            for name, value in feature.example(draw, rng, batch).items():
+                if isinstance(value, int):
+                    scalars[name] = value
+                else:
+                    arrays[name] = value
+    fields = {name: _as(cls, name, array) for name, array in arrays.items()}
     make: Any = cls  # mypy: each name's type is not known here
     return make(**fields, **scalars, **_further(draw, cls, fields, rng))
-
-
-def _sampling(draw: st.DrawFn, rng: np.random.Generator, lens: list[int]) -> dict[str, np.ndarray]:
-    """The sampling fields of sequences of `lens` tokens: each there or not, but those together that belong together."""
-    n, fields = len(lens), {}
-    if draw(st.booleans(), label="random"):
-        fields = {"temperature": rng.choice([0.0, 0.5, 2.0], n), "seeds": rng.integers(-2**63, 2**63, n)}
-        drawn = {"top_k": rng.integers(0, 50, n), "top_p": rng.uniform(0.1, 1, n), "min_p": rng.uniform(0, 1, n)}
-        fields |= {name: array for name, array in drawn.items() if draw(st.booleans(), label=name)}
-    if draw(st.booleans(), label="penalised"):
-        prompts = np.array([rng.integers(1, total + 1) for total in lens], np.int32)
-        there = np.arange(max(lens, default=0)) < np.array(lens).reshape(-1, 1)
-        fields |= {"penalties": rng.uniform(0.5, 2, (n, 3)), "prompt_lens": prompts,
-                   "history": np.where(there, rng.integers(0, _VOCAB, there.shape), -1)}
-    return fields
 
 
 def _further(draw: st.DrawFn, cls: type[PagedModelInput], known: dict[str, Any], rng: np.random.Generator,

@@ -14,7 +14,7 @@ from hal.schema.packed import Packed
 from runners.cuda.staging import end_of, views
 
 _SEGMENT = 24 << 20  # bytes that the allocator may take beside what is asked for
-RELAYED = ("relay", "sampled_rows")  # optional fields that every graph has
+PENDING = ("pending_rows", "sampled_rows")  # optional fields that every graph has
 
 Results = IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
 Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
@@ -66,5 +66,5 @@ def capture(empty: Packed[Any], received: IntermediateTensors | None, run: Run, 
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = run(m, received)
     torch.cuda.synchronize(device)
-    return DecodeGraph(len(m.seq_lens), staged, end_of(empty, RELAYED[-1]), graph, received, results,
+    return DecodeGraph(len(m.seq_lens), staged, end_of(empty, PENDING[-1]), graph, received, results,
                        time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0))

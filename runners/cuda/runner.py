@@ -12,6 +12,7 @@ import torch
 from hal.communicator import Communicator
 from hal.config import WorkerConfig
 from hal.errors import BackendError, CapacityError
+from hal.features import adjusting
 from hal.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.paged_runner import PagedModelRunner
@@ -19,7 +20,7 @@ from hal.request import ExecuteModelRequest
 from hal.runner import Progress, no_progress
 from hal.schema.packed import Packed
 from runners.cuda.attention import CudaAttention
-from runners.cuda.graphs import RELAYED, DecodeGraph, Results, batch_sizes, capture
+from runners.cuda.graphs import PENDING, DecodeGraph, Results, batch_sizes, capture
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.sampling import greedy
 from runners.cuda.ops import CudaOps
@@ -106,9 +107,9 @@ class CudaModelRunner(PagedModelRunner):
     def _decode(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
                 ) -> Results:
         """What a graph does."""
-        assert m.relay is not None
-        last = self.relay.last
-        input_ids = elementwise.resolve(m.input_ids, m.relay, last)
+        assert m.pending_rows is not None
+        last = self.pending.last
+        input_ids = elementwise.resolve(m.input_ids, m.pending_rows, last)
         hidden = self.model(input_ids, m.positions, self.attention.begin(m, kv_caches), received)
         if not isinstance(hidden, torch.Tensor):
             return cast(IntermediateTensors, hidden)
@@ -121,9 +122,9 @@ class CudaModelRunner(PagedModelRunner):
         one, row = (torch.ones(1, dtype=kind, device=self.device) for kind in (torch.float32, torch.int64))
         for dtype in {self.dtype, torch.float32}:  # the second with penalties
             logits = torch.zeros(1, n, dtype=dtype, device=self.device)
-            m.temperature = m.seeds = None
+            m.temperature = m.seed = None
             self.sampler(logits, m)
-            m.temperature, m.seeds = one, row
+            m.temperature, m.seed = one, row
             for m.top_k, m.top_p in ((None, None), (None, one), (row.int(), None)):
                 self.sampler(logits, m)
 
@@ -131,10 +132,10 @@ class CudaModelRunner(PagedModelRunner):
         """A decode input in which every sequence is padding: it writes the null block."""
         packed = self.input_type.schema.allocate(
             {"num_tokens": num_seqs, "num_seqs": num_seqs, "max_blocks": self.width, "num_logits": num_seqs,
-             "num_sampled": num_seqs}, RELAYED, block_size=self.config.engine.block_size, max_query_len=1,
+             "num_sampled": num_seqs}, PENDING, block_size=self.config.engine.block_size, max_query_len=1,
             num_samples=num_seqs)
         for name, array in packed.arrays.items():
-            array[...] = -1 if name in RELAYED else NULL_BLOCK
+            array[...] = -1 if name in PENDING else NULL_BLOCK
         return packed
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
@@ -159,14 +160,14 @@ class CudaModelRunner(PagedModelRunner):
         if not self.graphs or not decodes(values["max_query_len"], dims):
             return {}, ()
         n = self.sizes[bisect.bisect_left(self.sizes, dims["num_seqs"])]
-        return {"num_tokens": n, "num_seqs": n, "num_logits": n, "num_sampled": n, "max_blocks": self.width}, RELAYED
+        return {"num_tokens": n, "num_seqs": n, "num_logits": n, "num_sampled": n, "max_blocks": self.width}, PENDING
 
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m, dims = model_input, model_input.dims
         graph = self.graphs.get(dims["num_seqs"]) if decodes(m.max_query_len, dims) else None
-        if graph is None or m.relay is None or dims["max_blocks"] != self.width:
+        if graph is None or m.pending_rows is None or dims["max_blocks"] != self.width:
             with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
                 return super().execute_model(m, kv_caches, intermediate)
         storage = m.input_ids.untyped_storage()
@@ -180,12 +181,12 @@ class CudaModelRunner(PagedModelRunner):
         if isinstance(graph.results, IntermediateTensors):
             return graph.results  # sending them holds the stream, and with it the replay that writes them again
         n, samples, (logits, token_ids) = m.num_samples, self.config.topology.samples, graph.results
-        if m.temperature is None and m.penalties is None:
+        if m.temperature is None and not adjusting(m):
             if m.num_logprobs < 0:
                 return SamplerOutput(token_ids=token_ids[:n]) if samples else None
             return self.draw(logits[:n], m)
         output = self.draw(logits[:n], m)
-        self.relay.keep(m, None if output is None else output.token_ids)
+        self.pending.keep(m, None if output is None else output.token_ids)
         return output
 
     def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:

@@ -19,4 +19,4 @@ class CudaSampler(Sampler):
         limits: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
         if any(x is not None for x in filters):
             limits = thresholds(scores, m.temperature, *filters)
-        return greedy(scores, draw=(m.temperature, *limits, m.seeds, m.positions, m.logits_indices))
+        return greedy(scores, draw=(m.temperature, *limits, m.seed, m.positions, m.logits_indices))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from hal.features import ADJUSTING
+from hal.features.drawing import Draw, MinP, TopK, TopP
 from hal.inputs import PagedModelInput
 from hal.schema import Packed
 from hal.schema.packed import as_tensor, packed_source
 from hal.shape_plan import Bucket, ShapePlan
 from runners.tpu import lowering
 
-RANDOM = ("temperature", "seeds")
-FILTERS = ("top_k", "top_p", "min_p")
-PENALTIES = ("penalties", "history", "prompt_lens")
+# The fields of each sampling program; a program's fields include those of the ones before it.
+DRAWN = tuple(Draw.fields)
+FILTERED = (*DRAWN, *TopK.fields, *TopP.fields, *MinP.fields)
+ADJUSTED = (*FILTERED, *(name for feature in ADJUSTING for name in feature.fields))
 
 
 class TpuModelInput(PagedModelInput):
@@ -50,23 +54,25 @@ def bucket_for(plan: ShapePlan, packed: Packed[TpuModelInput]) -> Bucket:
     return plan.bucket_for(kind, packed.dims)
 
 
-def fit(packed: Packed[TpuModelInput], plan: ShapePlan, max_history: int) -> Packed[TpuModelInput]:
-    """The batch in its bucket's shapes; the same object where it has them already. Sampling fields are completed to one
-    of four sets: none, random, filtered, penalised."""
+def fit(packed: Packed[TpuModelInput], plan: ShapePlan, widths: Mapping[str, int]) -> Packed[TpuModelInput]:
+    """The batch in its bucket's shapes; the same object where it has them already. Sampling fields are completed to
+    those of one sampling program, or there are none.
+
+    Args:
+        widths: sizes of the symbols that only sampling fields have.
+    """
     dims, here = packed.dims, packed.arrays
     sizes = bucket_for(plan, packed).dims
     seqs = sizes["num_seqs"]
     sizes.setdefault("num_tokens", seqs)
     present: set[str] = set()
-    if any(name in here for name in PENALTIES):
-        present.update(RANDOM, FILTERS, PENALTIES)
-        sizes["max_history"] = max_history
-    elif any(name in here for name in FILTERS):
-        present.update(RANDOM, FILTERS)
-    elif any(name in here for name in RANDOM):
-        present.update(RANDOM)
+    for fields in (DRAWN, FILTERED, ADJUSTED):
+        if any(name in here for name in fields if name not in present):
+            present = set(fields)
     if present:
         sizes["num_sampled"] = seqs
+    if len(present) == len(ADJUSTED):
+        sizes |= widths
     sizes["num_logits"] = max(seqs, packed.values["num_samples"] + dims["num_targets"])
     if all(dims[symbol] == size for symbol, size in sizes.items()) and present <= here.keys():
         return packed

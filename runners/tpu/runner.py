@@ -21,37 +21,47 @@ from hal.batch import BatchState
 from hal.communicator import Communicator
 from hal.config import WorkerConfig
 from hal.errors import BackendError, StateError
-from hal.inputs import NULL_BLOCK, SAMPLING_FIELDS, IntermediateTensors
+from hal.features.bias import MOST_TOKENS
+from hal.features.masks import WORD
+from hal.inputs import NULL_BLOCK, IntermediateTensors
 from hal.models.causal_lm import CausalLM
 from hal.outputs import SamplerOutput
 from hal.profiling import span
 from hal.request import ExecuteModelRequest
 from hal.runner import ModelRunnerBase, Progress, no_progress
-from hal.sampling.sampler import logprobs
+from hal.sampling.sampler import TokenLogprobs, logprobs
+from hal.schema.fields import Dim
 from hal.schema.packed import packed_source
 from hal.shape_plan import Bucket
 from runners.tpu import lowering
 from runners.tpu.attention import TILE, TpuAttention
-from runners.tpu.inputs import FILTERS, PENALTIES, RANDOM, TpuModelInput, bucket_for, fit, stage
+from runners.tpu.inputs import ADJUSTED, DRAWN, FILTERED, TpuModelInput, bucket_for, fit, stage
 from runners.tpu.plan import budget, by_need, make_plan
 from runners.tpu.sampler import most_likely, sample
 from runners.tpu.spmd import load
 
 FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
-SAMPLERS = {"random": RANDOM, "filtered": RANDOM + FILTERS, "penalised": RANDOM + FILTERS + PENALTIES}
+SAMPLERS = {"drawn": DRAWN, "filtered": FILTERED, "adjusted": ADJUSTED}
 BLOCKS_AT_ONCE = 8  # blocks that are copied or swapped by one call
 QUIET = 5.0  # seconds of compiling that nobody needs to be told of
 SMALL = 0.1  # what a program that is not a step's takes to compile, in step programs (measured)
 TOP = 20  # most likely tokens that the device finds; more are looked for on the host
 
 
+def schema_dims(name: str) -> tuple[Dim, ...]:
+    """The dimensions of an array field of the step's input."""
+    array = TpuModelInput.schema.by_name[name].array
+    assert array is not None
+    return array.dims
+
+
 class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
-    """Programs, by name: ("step", bucket) from a step's input to logits and the most likely token; ("random" and so on,
+    """Programs, by name: ("step", bucket) from a step's input to logits and the most likely token; ("drawn" and so on,
     sequences) the samplers; ("logprobs", rows); ("head", tokens) logits of prompt tokens. Token ids leave the device,
     and logprobs where they were asked for.
 
     Attributes:
-        plan: the shapes. mesh: of tensor parallelism, or None. late, pending: programs that the budget of the
+        plan: the shapes. mesh: of tensor parallelism, or None. late, uncompiled: programs that the budget of the
             warm-up left out: compiled since, each when it was first needed, and not needed yet.
     """
 
@@ -62,7 +72,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         super().__init__(config, device, communicator)
         engine = config.engine
         if engine.async_scheduling:
-            raise BackendError("backend 'tpu' does not relay sampled tokens", got="async_scheduling=True",
+            raise BackendError("backend 'tpu' does not keep pending tokens on the device", got="async_scheduling=True",
                                expected="async_scheduling=False")
         self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
         self.mesh = lowering.use_mesh(engine.tp) if engine.tp > 1 else None
@@ -70,6 +80,13 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         self.seq_rungs = sorted({b.dims["num_seqs"] for b in self.plan.buckets()})
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
                                 self.input_type)
+        self.widths = {"max_history": config.max_model_len, "max_bias": MOST_TOKENS,
+                       "mask_words": -(-config.model.vocab_size // WORD)}
+        unknown = sorted({d.symbol for name in ADJUSTED for d in schema_dims(name)} - {"num_sampled", *self.widths})
+        if unknown:
+            raise BackendError("backend 'tpu' does not know the size of a step feature's fields",
+                               got=", ".join(unknown), expected=", ".join(self.widths),
+                               hint="run without HAL_FEATURES, or on another device")
         self.programs: dict[tuple[str, Any], lowering.Program] = {}
         self._planned = 0
         self.strict = os.environ.get("HAL_STRICT") == "1"
@@ -124,7 +141,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         lowering.wait()
 
     @property
-    def pending(self) -> int:  # type: ignore[override]
+    def uncompiled(self) -> int:  # type: ignore[override]
         return self._planned - len(self.programs)
 
     def _all_programs(self) -> list[tuple[str, Any]]:
@@ -193,14 +210,14 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     def prepare_model_input(self, request: ExecuteModelRequest) -> TpuModelInput:
         self.state.apply(request)
         packed: Any = self.state.prepare(request)
-        return stage(fit(packed, self.plan, self.config.max_model_len))
+        return stage(fit(packed, self.plan, self.widths))
 
     def execute_model(self, model_input: TpuModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         lowering.settle(kv_caches)
         m, before = model_input, self.compiled - self.late
         packed = packed_source(m) or TpuModelInput.schema.pack(m)
-        fitted = fit(packed, self.plan, self.config.max_model_len)
+        fitted = fit(packed, self.plan, self.widths)
         if fitted is not packed:
             m, packed = stage(fitted), fitted
         bucket = bucket_for(self.plan, packed)
@@ -225,27 +242,24 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
                 positions: torch.Tensor) -> SamplerOutput:
         n, seqs = m.num_samples, logits.shape[0]
         tokens = greedy
-        for name in ("penalised", "filtered", "random"):
+        for name in reversed(SAMPLERS):
             if all(m[field] is not None for field in SAMPLERS[name]):
                 tokens, = self._program(name, seqs)([logits, positions, *(m[field] for field in SAMPLERS[name])])
                 break
         found: dict[str, torch.Tensor] = {}
         if m.num_logprobs >= 0:
-            chosen, ids, top = self._logprobs(logits, tokens, m.num_logprobs)
-            found = {"logprobs": chosen[:n]}
-            if m.num_logprobs:
-                found |= {"top_ids": ids[:n], "top_logprobs": top[:n]}
+            found = TokenLogprobs(*(x[:n] for x in self._logprobs(logits, tokens, m.num_logprobs))).fields()
         if m.prompt_targets is not None:
             found |= self._prompt_logprobs(packed, hidden, m.num_prompt_logprobs)
         return SamplerOutput(token_ids=tokens.cpu()[:n], **found)
 
-    def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:
-        """On the host: of the given tokens, and of the `top` most likely with their ids."""
+    def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, top: int) -> TokenLogprobs:
+        """On the host."""
         if top > TOP:
             return logprobs(logits.cpu(), tokens.cpu(), top)
-        chosen, ids, values = (x.cpu() for x in self._program("logprobs", logits.shape[0])([logits, tokens]))
+        chosen, ranks, ids, values = (x.cpu() for x in self._program("logprobs", logits.shape[0])([logits, tokens]))
         top = max(top, 0)
-        return chosen, ids[:, :top].contiguous(), values[:, :top].contiguous()
+        return TokenLogprobs(chosen, ranks, ids[:, :top].contiguous(), values[:, :top].contiguous())
 
     def _prompt_logprobs(self, packed: Any, hidden: torch.Tensor, top: int) -> dict[str, torch.Tensor]:
         rows, n = self.seq_rungs[-1], packed.values["num_samples"]
@@ -259,9 +273,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             which, wanted = lowering.to_device(list(torch.from_numpy(some)))
             logits, = self._program("head", hidden.shape[0])([hidden, which])
             parts.append([x[:count] for x in self._logprobs(logits, wanted, top)])
-        chosen, ids, values = (torch.cat(column) for column in zip(*parts, strict=True))
-        more = {"prompt_top_ids": ids, "prompt_top_logprobs": values} if top > 0 else {}
-        return {"prompt_logprobs": chosen, **more}
+        return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True))).fields("prompt_")
 
     # Programs. Their arguments while tracing are of the right shapes, and of no value.
 
@@ -317,18 +329,17 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
     def _compile_sampler(self, name: str, rows: int) -> None:
         fields, schema = SAMPLERS[name], TpuModelInput.schema
-        dims = {"num_sampled": rows, "max_history": self.config.max_model_len}
+        dims = {"num_sampled": rows, **self.widths}
         arguments = [torch.zeros(rows, self.config.model.vocab_size, dtype=self.dtype),
                      torch.zeros(rows, dtype=torch.int32)]
         for field in fields:
             array = schema.by_name[field].array
             assert array is not None
             arguments.append(torch.zeros([d.size(dims) for d in array.dims], dtype=getattr(torch, array.dtype)))
-        absent = dict.fromkeys(SAMPLING_FIELDS)
+        absent = dict.fromkeys(ADJUSTED)
 
         def program(given: Sequence[torch.Tensor], _: Sequence[torch.Tensor]) -> Any:
-            m = SimpleNamespace(**absent | dict(zip(fields, given[2:], strict=True)))
-            return [], [sample(given[0], given[1], m)]
+            return [], [sample(given[0], given[1], absent | dict(zip(fields, given[2:], strict=True)))]
 
         self.programs[name, rows] = lowering.Program(program, lowering.to_device(arguments))
 

@@ -6,12 +6,14 @@ Here a filtered row is always sorted: whether to is not for a program to decide.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from hal.features import adjusting
 from hal.sampling.noise import exponential, row_keys
-from hal.sampling.sampler import checked, penalised, reference, threshold
+from hal.sampling.sampler import checked, reference, threshold
 
 # XLA takes numbers below the smallest normal one for 0, so the temperature must not be such a number, and a temperature
 # must not make the scores such numbers.
@@ -19,26 +21,26 @@ _NORMAL = torch.finfo(torch.float32).tiny
 _FLAT = 2.0**40  # share of the largest score from which a temperature makes all tokens equally likely
 
 
-def sample(logits: torch.Tensor, positions: torch.Tensor, m: Any) -> torch.Tensor:
+def sample(logits: torch.Tensor, positions: torch.Tensor, m: Mapping[str, Any]) -> torch.Tensor:
     """A token a row, [n] int32; greedy where the temperature is 0 or subnormal, -1 where no logit is a finite maximum.
 
     Args:
         logits: [n, vocab]. positions: [n], of the tokens that the logits follow.
-        m: the sampling fields of PagedModelInput, of n rows each: temperature and seeds; all filters or none of them;
-            all that penalties need or none of it.
+        m: the fields of one sampling program, of n rows each, by name; fields of no program are None.
     """
     scores = logits.float()
-    if m.penalties is not None:
-        scores = penalised(scores, m.penalties, m.history, m.prompt_lens)
-    greedy = m.temperature < _NORMAL
+    for feature in adjusting(m):
+        scores = feature.adjust(scores, m)
+    temperature, seed, top_k, top_p, min_p = (m[name] for name in ("temperature", "seed", "top_k", "top_p", "min_p"))
+    greedy = temperature < _NORMAL
     best, top = scores.argmax(-1), largest(scores)
     size = torch.where(scores.abs() < torch.inf, scores.abs(), 0.0).amax(-1)
-    temperature = torch.where(greedy, 1.0, m.temperature).minimum((size * _FLAT).clamp(min=1.0))
+    temperature = torch.where(greedy, 1.0, temperature).minimum((size * _FLAT).clamp(min=1.0))
     scores = (scores - reference(top, temperature)[:, None]) / temperature[:, None]
     ids = torch.arange(scores.shape[1], dtype=torch.int32, device=scores.device)[None]
-    race = scores - exponential(row_keys(m.seeds, positions + 1), ids).log()
-    if m.top_k is not None:
-        top_k, top_p, min_p = (x[:, None] for x in (m.top_k, m.top_p, m.min_p))
+    race = scores - exponential(row_keys(seed, positions + 1), ids).log()
+    if top_k is not None:
+        top_k, top_p, min_p = (x[:, None] for x in (top_k, top_p, min_p))
         lowest = threshold(scores.sort(-1, descending=True).values, top_k, top_p, min_p, scores.logsumexp(-1, True))
         race = race.masked_fill(scores < lowest, -torch.inf)
     return checked(torch.where(greedy, best, race.argmax(-1)), top).int()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 
 from hal.backend import Capabilities
 from hal.batch import BatchState
+from hal.features import COLUMNS
+from hal.features.penalties import Penalties
 from hal.inputs import PagedModelInput
 from hal.models.ops import Ops
 from hal.outputs import SamplerOutput
@@ -147,7 +149,8 @@ class keeps_the_last_ones_parameters(BatchState):
 class forgets_the_penalties(PagedModelRunner):
     def prepare_model_input(self, request: Any) -> Any:
         made = super().prepare_model_input(request)
-        made.penalties = made.history = made.prompt_lens = None
+        for name in Penalties.fields:
+            setattr(made, name, None)
         return made
 
 
@@ -375,7 +378,7 @@ class padding_is_not_finite(_Attention):
 @mutant("L2/sampler")
 class draws_by_row(Sampler):
     def _draw(self, scores: torch.Tensor, m: Any) -> torch.Tensor:
-        m.seeds = m.seeds + torch.arange(len(m.seeds))
+        m.seed = m.seed + torch.arange(len(m.seed))
         return super()._draw(scores, m)
 
 
@@ -554,8 +557,8 @@ class draws_by_step(PagedModelRunner):
         return super().prepare_model_input(request)
 
     def sample(self, hidden: torch.Tensor, m: Any) -> Any:
-        if m.seeds is not None:
-            m.seeds = m.seeds + self.steps
+        if m.seed is not None:
+            m.seed = m.seed + self.steps
         return super().sample(hidden, m)
 
 
@@ -578,7 +581,7 @@ class one_graph_is_stale(PagedModelRunner):
     """The graph of 6 decoding sequences has kept an old block table of its last row."""
 
     def execute_model(self, m: Any, *args: Any) -> Any:
-        if m.num_decode_seqs == len(m.seq_lens) == 6 and m.temperature is None and m.penalties is None:
+        if m.num_decode_seqs == len(m.seq_lens) == 6 and m.temperature is None and m.history is None:
             m.block_tables = m.block_tables.clone()
             m.block_tables[5] = m.block_tables[4]
         return super().execute_model(m, *args)
@@ -631,7 +634,7 @@ class hides_a_failure(PagedModelRunner):
 @mutant("L6/guard")
 class talks_while_it_executes(PagedModelRunner):
     def sample(self, hidden: torch.Tensor, m: Any) -> Any:
-        if m.penalties is not None and m.top_p is not None and m.top_k is None and m.num_logprobs >= 2:
+        if m.history is not None and m.top_p is not None and m.top_k is None and m.num_logprobs >= 2:
             dist.HashStore().set("step", "done")
         return super().sample(hidden, m)
 
@@ -640,7 +643,7 @@ class talks_while_it_executes(PagedModelRunner):
 class talks_while_it_prepares(PagedModelRunner):
     def prepare_model_input(self, request: Any) -> Any:
         if self.config.topology.world_size > 1 and self.config.engine.wire == "request" and any(
-                request.new_ints[:, 2] >= 2):
+                request.new_ints[:, [c.name for c in COLUMNS["int"]].index("logprobs")] >= 2):
             self.communicator.all_reduce(torch.ones(1))
         return super().prepare_model_input(request)
 

@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampler import batch, column, spread
 
+from hal.features import ADJUSTING
+from hal.features.penalties import NO_PENALTIES
 from hal.inputs import PagedModelInput
 from hal.sampling.noise import exponential, row_keys
 from hal.sampling.sampler import Sampler, reference, threshold
@@ -46,7 +48,7 @@ def drawn(seed: int, n: int) -> dict[str, torch.Tensor]:
             "top_k": torch.tensor(rng.choice([0, 0, 1, 7, 50, 3000, 5000], n), dtype=torch.int32),
             "top_p": torch.tensor(rng.choice([0.0, 0.3, 0.95, 0.999, 1.0, 1.0], n), dtype=torch.float32),
             "min_p": torch.tensor(rng.choice([0.0, 0.0, 0.02, 1.0], n), dtype=torch.float32),
-            "seeds": torch.tensor(rng.integers(-2**63, 2**63 - 1, n))}
+            "seed": torch.tensor(rng.integers(-2**63, 2**63 - 1, n))}
 
 
 def scaled(logits: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
@@ -72,9 +74,9 @@ def kept(logits: torch.Tensor, m: PagedModelInput) -> list[torch.Tensor]:
 def acceptable(logits: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
     """bool [n, vocab]: the default sampler's token, and those that rounding makes it: near a threshold, or as good as
     the winner of the race."""
-    assert m.temperature is not None and m.seeds is not None
+    assert m.temperature is not None and m.seed is not None
     ids = torch.arange(logits.shape[1], dtype=torch.int32)[None]
-    race = scaled(logits, m) - exponential(row_keys(m.seeds, m.positions + 1), ids).log()
+    race = scaled(logits, m) - exponential(row_keys(m.seed, m.positions + 1), ids).log()
     narrow, wide = (race.masked_fill(~some, -torch.inf) for some in kept(logits, m))
     found = (wide >= narrow.max(-1, keepdim=True).values - 1e-4) & (wide > -torch.inf) & (m.temperature > 0)[:, None]
     found[torch.arange(len(logits)), Sampler()(logits, m).token_ids.long()] = True
@@ -251,8 +253,10 @@ def test_extreme_temperatures(only: set[str], seed: int, vocab: int, scale: floa
 def everything(n: int, vocab: int) -> PagedModelInput:
     rng, fields = np.random.default_rng(n), drawn(n, n)
     history = torch.tensor(rng.integers(0, vocab, (n, 9)), dtype=torch.int32)
-    return batch(n, **fields, penalties=torch.tensor([[1.2, 0.5, 0.25]]).repeat(n, 1), history=history,
-                 prompt_lens=column(n, 4, torch.int32), num_logprobs=3)
+    penalties = {name: column(n, value) for name, value in zip(NO_PENALTIES, (1.2, 0.5, 0.25), strict=True)}
+    mask = torch.tensor(rng.integers(-2**31, 2**31, (n, -(-vocab // 32))), dtype=torch.int32)
+    return batch(n, **fields, **penalties, history=history, prompt_lens=column(n, 4, torch.int32), num_logprobs=3,
+                 token_mask=mask, bias_ids=history[:, :3].contiguous(), bias_values=torch.ones(n, 3))
 
 
 def test_whole_outputs() -> None:
@@ -261,7 +265,7 @@ def test_whole_outputs() -> None:
     logits, m = spread(n + 2, vocab).half(), everything(n, vocab)
     got, expected = ours()(logits.to(DEVICE), moved(m)), Sampler()(logits, m)
     got.validate(got.token_ids.device)
-    for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+    for name in ("token_ids", "logprobs", "ranks", "top_ids", "top_logprobs"):
         torch.testing.assert_close(getattr(got, name).cpu(), getattr(expected, name))
     m.num_samples = 0
     assert ours()(logits[:0].to(DEVICE), moved(m)).token_ids.tolist() == []
@@ -270,7 +274,8 @@ def test_whole_outputs() -> None:
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="requires an NVIDIA GPU: nothing else counts waits")
 def test_the_host_never_waits() -> None:
     n, vocab = 8, 50_257
-    kinds: list[dict[str, Any]] = [{}, {"penalties": None, "history": None, "prompt_lens": None, "num_logprobs": -1}]
+    adjusted = (name for feature in ADJUSTING for name in feature.fields)
+    kinds: list[dict[str, Any]] = [{}, {**dict.fromkeys(adjusted), "num_logprobs": -1}]
     for changes in kinds:
         m = everything(n, vocab)
         for name, value in changes.items():

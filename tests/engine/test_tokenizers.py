@@ -224,7 +224,7 @@ def test_stop_texts_that_a_text_can_show() -> None:
     assert hidden_stops(tokenizer, ("</s>", "the")) == tuple(tokenizer.convert_tokens_to_ids(["</s>"]))
 
 
-@pytest.mark.parametrize(("stop", "message"), [(["a"] * 65, "too many stop texts"), (["a", "b" * 1025], "too long")])
+@pytest.mark.parametrize(("stop", "message"), [(["a"] * 65, "too many entries"), (["a", "b" * 1025], "too long")])
 def test_the_limits_of_stop_texts(stop: list[str], message: str) -> None:
     SamplingParams(stop=tuple(text[:1024] for text in stop[:64]))
     with pytest.raises(RequestError, match=message):

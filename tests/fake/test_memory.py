@@ -23,6 +23,7 @@ from hal.communicator import LocalCommunicator
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.conformance.context import Context
 from hal.errors import CapacityError, WorkerError
+from hal.features.penalties import NO_PENALTIES
 from hal.models.config import ModelConfig, RopeConfig
 from hal.testing.fake import FakeBackend
 from hal.testing.fake_device import OutOfDeviceMemory
@@ -106,7 +107,7 @@ def test_a_failed_start_leaves_no_memory_behind() -> None:
         pytest.fail("it warms up")
 
 
-SAMPLED = {"temperature": 0.8, "seeds": 1, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "penalties": [1.2, 0.1, 0.1],
+SAMPLED = {"temperature": 0.8, "seed": 1, "top_k": 50, "top_p": 0.9, "min_p": 0.01, **dict.fromkeys(NO_PENALTIES, 1.2),
            "history": 3, "prompt_lens": 1}
 
 

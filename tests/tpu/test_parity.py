@@ -97,7 +97,7 @@ def test_the_bundled_model_adds() -> None:
 
 def test_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
     path = str(checkpoint("gpt2"))
-    with pytest.raises((BackendError, WorkerError), match="relay"):
+    with pytest.raises((BackendError, WorkerError), match="pending tokens"):
         LLM(path, device=TPU, async_scheduling=True, **SMALL)
     with pytest.raises((BackendError, WorkerError), match="CPU_NUM_DEVICES=2"):
         LLM(path, device=TPU, tp=2, **SMALL)

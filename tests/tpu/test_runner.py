@@ -132,18 +132,18 @@ def test_a_spent_budget_leaves_programs_to_the_steps_that_need_them(
                              prompt_logprobs=1)
     with engine(checkpoint("gpt2")) as llm:
         runner: Any = llm.executor._worker.runner  # type: ignore[attr-defined]
-        planned = len(runner.programs) + runner.pending
-        assert clock.calls == len(runner.programs) == warm and runner.late == 0 < runner.pending
+        planned = len(runner.programs) + runner.uncompiled
+        assert clock.calls == len(runner.programs) == warm and runner.late == 0 < runner.uncompiled
         before = lowering.compiles()
         first = llm.generate([[1, 2, 3]], sampled)
         late, made = runner.late, clock.calls
-        assert made > warm and runner.pending == planned - made
+        assert made > warm and runner.uncompiled == planned - made
         assert late == lowering.compiles() - before  # 0 where torch_xla still has an earlier engine's programs
         again = llm.generate([[1, 2, 3]], sampled)
         assert again[0].token_ids == first[0].token_ids and (runner.late, clock.calls) == (late, made)
     monkeypatch.setenv("HAL_COMPILE_BUDGET", "inf")
     with engine(checkpoint("gpt2")) as llm:
-        assert llm.executor._worker.runner.pending == 0  # type: ignore[attr-defined]
+        assert llm.executor._worker.runner.uncompiled == 0  # type: ignore[attr-defined]
         assert llm.generate([[1, 2, 3]], sampled)[0].token_ids == first[0].token_ids
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("hal:")]
     told = f"compiling about {warm} of {planned} XLA programs"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from by_hand import numbers
 
 from hal import backend as backends
 from hal.config import BUNDLED_MODEL, EngineConfig
@@ -78,8 +79,8 @@ class Driver:
             step=self.step, digest=self.digest, finished_rows=ints([]), new_rows=ints(range(len(new))),
             new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
             new_tokens=ints(t for s in new for t in s.tokens),
-            new_floats=np.array([[s.temperature, 1, 0, 1, 0, 0] for s in new], np.float32).reshape(-1, 6),
-            new_ints=np.array([[0, i, -1, -1] for i, _ in enumerate(new)], np.int64).reshape(-1, 4),
+            new_floats=numbers("float", [{"temperature": s.temperature} for s in new]),
+            new_ints=numbers("int", [{"seed": i} for i, _ in enumerate(new)]),
             append_rows=ints(r for r, _ in self.appended), append_tokens=ints(t for _, t in self.appended),
             block_rows=ints(order), block_starts=ints(starts), block_counts=ints(counts), new_blocks=ints(blocks),
             rows=ints(order), num_scheduled=ints(queries[i] for i in order),

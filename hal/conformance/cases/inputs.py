@@ -122,7 +122,7 @@ def follows_the_request(ctx: Context) -> None:
     kind = session.runner.input_type
     if not issubclass(kind, PagedModelInput):
         raise NotApplicable(f"{kind.__name__} is not a PagedModelInput")
-    state = BatchState(8, 128, 16, 199, relay=bool(session.config.engine.async_scheduling))
+    state = BatchState(8, 128, 16, 199, asynchronous=bool(session.config.engine.async_scheduling))
     for request in schedule(ctx, session):
         state.apply(request)
         _holds(ctx, session.prepare(request), state.prepare(request).to(), request.step)
@@ -139,7 +139,7 @@ def _holds(ctx: Context, got: PagedModelInput, expected: PagedModelInput, step: 
             inner = a[tuple(slice(n) for n in b.shape)]
             ctx.check(inner.equal(b), f"step {step}: {f.name} is {inner.tolist()}, expected {b.tolist()}")
         elif f.array and a is not None:  # a field may be there that greedy rows do not need
-            asks = f.name == "prompt_targets" or (f.name == "relay" and bool((a >= 0).any()))
+            asks = f.name == "prompt_targets" or (f.name == "pending_rows" and bool((a >= 0).any()))
             ctx.check(not asks, f"step {step}: {f.name} was not asked for")
         elif not f.array:
             ctx.equal(f"step {step}: {f.name}", a, b)

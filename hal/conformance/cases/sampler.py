@@ -11,6 +11,7 @@ import torch
 from hal.conformance.case import case
 from hal.conformance.context import Context
 from hal.conformance.reference import race
+from hal.features.penalties import NO_PENALTIES
 from hal.inputs import PagedModelInput
 from hal.outputs import SamplerOutput
 from hal.sampling.params import SamplingParams
@@ -42,13 +43,14 @@ def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], log
         "block_tables": (np.ones((n, 1)), "int32"), "logits_indices": (np.arange(n), "int32")}
     if any(p.temperature for p in params):
         arrays |= {"temperature": ([p.temperature for p in params], "float32"),
-                   "seeds": ([seed for _, seed, _ in rows], "int64"), "top_k": ([p.top_k for p in params], "int32"),
+                   "seed": ([seed for _, seed, _ in rows], "int64"), "top_k": ([p.top_k for p in params], "int32"),
                    "top_p": ([p.top_p for p in params], "float32"), "min_p": ([p.min_p for p in params], "float32")}
-    if any(p.penalised for p in params):
-        arrays |= {"penalties": ([[p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for p in params],
-                                 "float32"), "history": (history, "int32"), "prompt_lens": ([_PROMPT] * n, "int32")}
+    if any(getattr(p, name) != default for p in params for name, default in NO_PENALTIES.items()):
+        arrays |= {name: ([getattr(p, name) for p in params], "float32") for name in NO_PENALTIES}
+        arrays |= {"history": (history, "int32"), "prompt_lens": ([_PROMPT] * n, "int32")}
     fields: dict[str, Any] = {k: as_tensor(np.ascontiguousarray(a, dtype), dtype) for k, (a, dtype) in arrays.items()}
-    made = PagedModelInput(block_size=64, num_samples=n, num_decode_seqs=n, num_logprobs=num_logprobs, **fields)
+    made = PagedModelInput(block_size=64, num_samples=n, num_decode_seqs=n, **fields)
+    made.num_logprobs = num_logprobs
     there = PagedModelInput.decode(made.encode(), session.device)
     output: SamplerOutput = ctx.part(session, "sampler")(logits.to(session.device), there)
     ctx.backend.synchronize(session.device)

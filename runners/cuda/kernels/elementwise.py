@@ -69,11 +69,11 @@ def _silu_mul(gate_up, out, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
 
 
 @triton.jit
-def _resolve(input_ids, relay, last, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _resolve(input_ids, pending, last, out, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < count
-    row = tl.load(relay + at, mask=here, other=-1)
+    row = tl.load(pending + at, mask=here, other=-1)
     known = tl.load(input_ids + at, mask=here)
     tl.store(out + at, tl.where(row < 0, known, tl.load(last + row, mask=here & (row >= 0), other=0)), mask=here)
 
@@ -113,10 +113,10 @@ def rotary(heads: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) ->
     return out
 
 
-def resolve(input_ids: torch.Tensor, relay: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """What TokenRelay.input_ids gives: int32 [n], of `last` where relay [n] is not negative."""
+def resolve(input_ids: torch.Tensor, pending: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """What PendingTokens.input_ids gives: int32 [n], of `last` where pending [n] is not negative."""
     n, out = len(input_ids), torch.empty_like(input_ids)
-    _resolve[(triton.cdiv(n, 256),)](input_ids, relay, last, out, n, BLOCK=256, num_warps=4, **launch_options(out))
+    _resolve[(triton.cdiv(n, 256),)](input_ids, pending, last, out, n, BLOCK=256, num_warps=4, **launch_options(out))
     return out
 
 

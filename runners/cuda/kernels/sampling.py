@@ -134,7 +134,8 @@ def _join(winners, bases, temperature, out, rows, last, pieces, padding, DRAW: t
             base = tl.load(bases + row * pieces + piece, mask=there, other=float("-inf"))
             x = _value((winner >> 32).to(tl.int32), 0)
             x = tl.where(there & (tl.abs(x) < float("inf")), x + _divided(base - tl.max(base), warmth), x)
-            winner = (_ordered(x + 0.0, 0).to(tl.int64) << 32) + (winner & 0x7FFFFFFF)
+            # What is behind the last piece decodes to NaN, which a GPU gives another sign when it computes with it.
+            winner = tl.where(there, (_ordered(x + 0.0, 0).to(tl.int64) << 32) + (winner & 0x7FFFFFFF), winner)
     winner = tl.max(winner)
     best = _value((winner >> 32).to(tl.int32), 0)
     token = tl.where(tl.abs(best) < float("inf"), 0x7FFFFFFF - (winner & 0x7FFFFFFF).to(tl.int32), -1)
@@ -250,8 +251,8 @@ def greedy(logits: torch.Tensor, rows: torch.Tensor | None = None, last: torch.T
 
     Args:
         rows: int32 [n]: token i is also written to last[rows[i]], and where that is -1 to the last entry.
-        last: int32, see hal.relay.TokenRelay.
-        draw: PagedModelInput's temperature, the two of `thresholds` or None, PagedModelInput's seeds, positions,
+        last: int32, see hal.pending.PendingTokens.
+        draw: PagedModelInput's temperature, the two of `thresholds` or None, PagedModelInput's seed, positions,
             logits_indices: tokens are drawn where the temperature is not 0.
     """
     n, vocab = logits.shape

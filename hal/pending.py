@@ -1,5 +1,4 @@
-"""Sampled tokens that stay on the device: under asynchronous scheduling the host prepares a sequence's next step before
-it knows the token that the step begins with."""
+"""Where pending tokens are kept on the device (see hal.features.pending)."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from hal.communicator import Communicator
 from hal.inputs import PagedModelInput
 
 
-class TokenRelay:
+class PendingTokens:
     """The token that each row sampled last.
 
     Attributes:
@@ -23,7 +22,8 @@ class TokenRelay:
 
     def input_ids(self, m: PagedModelInput) -> torch.Tensor:
         """[num_tokens] int32, complete."""
-        return m.input_ids if m.relay is None else torch.where(m.relay < 0, m.input_ids, self.last[m.relay])
+        rows = m.pending_rows
+        return m.input_ids if rows is None else torch.where(rows < 0, m.input_ids, self.last[rows])
 
     def keep(self, m: PagedModelInput, token_ids: torch.Tensor | None) -> None:
         """token_ids [num_samples] int32 on the rank that samples; its tensor-parallel peers give None, and get them."""

@@ -1,0 +1,249 @@
+"""The vocabulary of a step feature: what a request may ask for, and what a step carries of it, declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+
+from hal.errors import InputError, SchemaError
+from hal.features.params import Param, Params
+from hal.schema import Array, Doc
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis import strategies as st
+
+Ints = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
+Fields = dict[str, np.ndarray[Any, Any] | int]  # arrays and scalars of a step's input, by name
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A parameter that travels as one number a sequence.
+
+    Attributes:
+        name: of the parameter, of the column in the rows' state, and of the input's field.
+        dtype: of the field. `kind`: of the request's matrix that carries it.
+        default: what the parameter's default is as a number; None is -1. low, high: legal numbers, inclusive.
+    """
+
+    name: str
+    dtype: str
+    default: float
+    low: float
+    high: float
+
+    @property
+    def kind(self) -> Literal["float", "int"]:
+        return "float" if self.dtype.startswith("float") else "int"
+
+    def number(self, value: float | bool | None) -> float:
+        """A parameter's value as the column holds it."""
+        return -1 if value is None else value
+
+
+class Rows(Protocol):
+    """The state of the sequences in flight, as a feature reads it (hal.batch.BatchState): one row a sequence.
+
+    Attributes:
+        token_ids: int32 [max_rows, max_model_len]. num_tokens, prompt_lens: int32 [max_rows].
+        vocab_size: token ids lie below it. asynchronous: sampled tokens may stay on the device for a step.
+    """
+
+    token_ids: Ints
+    num_tokens: Ints
+    prompt_lens: Ints
+    vocab_size: int
+    asynchronous: bool
+
+    def column(self, name: str, rows: Ints) -> np.ndarray[Any, Any]:
+        """The values of a column for these rows."""
+
+
+def _no_column(name: str) -> np.ndarray[Any, Any]:
+    raise KeyError(name)
+
+
+@dataclass(slots=True)
+class StepRows:
+    """A step whose input is being prepared.
+
+    Attributes:
+        state: of all rows. request: the ExecuteModelRequest that is prepared.
+        sampled: rows that get a token in this step, in the order of its output.
+        row_of, positions: of each token that the step computes, its row and its place in the sequence.
+        input_ids: those tokens; a feature may replace the array.
+        targets: indices into these three of tokens whose logits are needed beside the sampled ones; a feature sets it.
+        column: gives the values of a column for the sampled rows.
+        asked, asked_drawn: columns in which a sampled row, or a sampled row that is drawn, differs from the default.
+    """
+
+    state: Rows
+    request: Any
+    sampled: Ints
+    row_of: Ints
+    positions: Ints
+    input_ids: Ints
+    targets: Ints
+    column: Callable[[str], np.ndarray[Any, Any]] = _no_column
+    asked: frozenset[str] = frozenset()
+    asked_drawn: frozenset[str] = frozenset()
+
+
+class FeatureState(Protocol):
+    """What a feature keeps of each row beside its columns."""
+
+    def apply(self, request: Any) -> Ints:
+        """Take over a request's new rows. Returns those for which the feature has something to do."""
+
+
+class Feature:
+    """Something that a step carries for a sequence. A subclass declares; the public parameter, the command-line
+    option, the JSONL key, the request's columns, the rows' state, the input's fields, the hypothesis strategy, the
+    recording and the documentation follow.
+
+    Attributes:
+        params: the public parameters. Those with a `column` travel as one number a sequence.
+        fields: further arrays of the step's input, all optional; their first dimension is "num_sampled" unless the
+            feature says otherwise in `prepare`.
+        scalars: further integers of the step's input, and their defaults.
+        request: further arrays of ExecuteModelRequest, all optional.
+        drawn: the feature only matters to sequences that are drawn (temperature above 0).
+        always: `prepare` is called in every step; else only where a row has a parameter that is not the default, or
+            the request has arrays of the feature.
+        per_step: the arrays of `request` may come with any step, not only with one that brings new rows.
+        together: all fields are there, or none.
+        needs_tokens: the step's input has tokens that may still be pending under asynchronous scheduling, so a sequence
+            that asks for the feature is scheduled when its last token is known on the host.
+        column_fields: the columns are fields of the step's input; False leaves them in the rows' state.
+    """
+
+    params: ClassVar[type[Params]] = Params
+    fields: ClassVar[Mapping[str, Array]] = {}
+    scalars: ClassVar[Mapping[str, tuple[int, Doc]]] = {}
+    request: ClassVar[Mapping[str, Array]] = {}
+    drawn: ClassVar[bool] = False
+    always: ClassVar[bool] = False
+    per_step: ClassVar[bool] = False
+    together: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
+    column_fields: ClassVar[bool] = True
+    columns: ClassVar[tuple[Column, ...]] = ()
+    names: ClassVar[frozenset[str]] = frozenset()  # of the columns
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.columns = tuple(_columns(cls.params))
+        cls.names = frozenset(c.name for c in cls.columns)
+        if cls.column_fields:
+            cls.fields = {**{c.name: _field(cls.params, c) for c in cls.columns}, **cls.fields}
+
+    def make_state(self, max_rows: int, vocab_size: int) -> FeatureState | None:
+        """What is kept of each row beside the columns; None: nothing."""
+        return None
+
+    def request_fields(self, entered: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """The arrays of `request` for the sequences that enter rows with it (each has `params` and `row`)."""
+        return {}
+
+    def check_request(self, request: Any, vocab_size: int) -> None:
+        """Whether the arrays of `request` can be applied, for a request that nobody vouches for (a recording's). Its
+        columns are checked already. Raises InputError."""
+
+    def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
+        """The fields that this step needs; empty where no sampled row asks for the feature. By default the columns,
+        where one of them differs from its default."""
+        if self.names.isdisjoint(step.asked_drawn if self.drawn else step.asked):
+            return {}
+        return {name: step.column(name) for name in self.names}
+
+    def present(self, model_input: Any) -> bool:
+        """Whether a step's input carries the feature."""
+        return any(model_input[name] is not None for name in self.fields)
+
+    def adjust(self, scores: torch.Tensor, model_input: Any) -> torch.Tensor:
+        """Where the feature is present: scores before a token is chosen.
+
+        Args:
+            scores: fp32 [n, vocab_size] of the first n sampled rows, the caller's own memory.
+
+        Returns:
+            The same shape and dtype; `scores` itself may be changed and returned.
+        """
+        return scores
+
+    def restore(self, model_input: Any, i: int) -> dict[str, Any]:
+        """The parameters of a sampled row that is described by a step's input on the host: what a recording reads."""
+        if not self.column_fields or not self.present(model_input):
+            return {}
+        return {c.name: _value(self.params, c, model_input[c.name][i].item()) for c in self.columns}
+
+    def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
+        """Consistent fields of a made-up batch, for `hal.testing.strategies`. By default each field by itself, within
+        its declared bounds."""
+        from hal.testing.strategies import make_array
+
+        return {name: make_array(array, {"num_sampled": len(batch.lens)}, rng) for name, array in self.fields.items()}
+
+
+def need(feature: Feature, field: str, good: bool, got: object, expected: str) -> None:
+    """Raises InputError, naming a field of the request, unless `good`."""
+    if not good:
+        raise InputError(f"ExecuteModelRequest.{field} is inconsistent ({type(feature).__name__})", got=str(got)[:200],
+                         expected=expected, fields=(field,))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A made-up batch.
+
+    Attributes:
+        queries: tokens of each sequence to compute. row_of: of each of these tokens, its sequence.
+        sampled: which sequences get a token. lens: tokens that each of these has.
+        num_targets: tokens whose logits are needed beside these.
+        vocab_size: token ids lie below it.
+    """
+
+    queries: list[int]
+    row_of: Ints
+    sampled: list[int]
+    lens: list[int]
+    num_targets: int
+    vocab_size: int
+
+
+def _columns(params: type[Params]) -> list[Column]:
+    found = []
+    for name in params.names():
+        param, default = params.param(name), getattr(params, name)
+        if param.column is not None:
+            number = -1 if default is None else default
+            if not isinstance(number, (int, float)):
+                raise SchemaError(f"{params.__name__}.{name} cannot be a column", got=default,
+                                  expected="a number or None as its default")
+            low, high = _bounds(param)
+            found.append(Column(name, param.column, number, min(low, number), high))
+    return found
+
+
+def _field(params: type[Params], column: Column) -> Array:
+    param: Param = params.param(column.name)
+    low = None if param.low is None else column.low
+    return Array(column.dtype, "num_sampled", low=low, high=param.high, pad=column.default, doc=param.help)
+
+
+def _bounds(param: Param) -> tuple[float, float]:
+    """Inclusive, within what the column's dtype holds."""
+    if param.column is not None and param.column.startswith("float"):
+        most = float(np.finfo(np.float32).max)
+        smallest = float(np.finfo(np.float32).smallest_subnormal)
+        low = -most if param.low is None else param.low + (smallest if param.above else 0)
+        return low, most if param.high is None else param.high
+    return -(2**63) if param.low is None else param.low, 2**63 - 1 if param.high is None else param.high
+
+
+def _value(params: type[Params], column: Column, number: float) -> Any:
+    return None if params.kind(column.name)[1] and number == -1 else number

@@ -1,0 +1,77 @@
+"""Which tokens a sequence may get next, as bits, given anew for every step by whoever drives the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.features.declare import Batch, Feature, FeatureState, Fields, StepRows, need
+from hal.schema import Array
+
+if TYPE_CHECKING:
+    import torch
+    from hypothesis import strategies as st
+
+WORD = 32  # bits of a word
+
+
+class TokenMasks(Feature):
+    """A row's mask holds for the step whose request carries it. Bit i % 32 of word i // 32 says whether token i is
+    allowed. A row that the request does not name, and bits behind the vocabulary, are not restricted."""
+
+    per_step = True
+    fields = {"token_mask": Array("int32", "num_sampled", "mask_words", pad=-1,
+                                  doc="bit i % 32 of word i // 32: whether token i is allowed")}
+    request = {"mask_rows": Array("int32", "num_masked", low=0, doc="scheduled rows whose next token is restricted"),
+               "token_masks": Array("int32", "num_masked", "mask_words", doc="the bits of each, see TokenMasks")}
+
+    def check_request(self, request: Any, vocab_size: int) -> None:
+        rows, masks = request.mask_rows, request.token_masks
+        if rows is None or masks is None:
+            need(self, "mask_rows", rows is masks is None, "one of mask_rows and token_masks", "both or none")
+            return
+        words = -(-vocab_size // WORD)
+        need(self, "token_masks", masks.shape[1] == words, f"{masks.shape[1]} words", f"{words}")
+        need(self, "mask_rows", set(rows.tolist()) <= set(request.rows.tolist()), rows, "scheduled rows")
+
+    def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
+        rows, masks = step.request.mask_rows, step.request.token_masks
+        if rows is None or masks is None or not len(step.sampled):
+            return {}
+        found = np.full((len(step.sampled), -(-step.state.vocab_size // WORD)), -1, np.int32)
+        at = {row: i for i, row in enumerate(step.sampled.tolist())}
+        for row, mask in zip(rows.tolist(), masks, strict=True):
+            if row in at:  # else this step does not reach the row's last token
+                found[at[row]] = mask
+        return {"token_mask": found}
+
+    def adjust(self, scores: torch.Tensor, model_input: Any) -> torch.Tensor:
+        return scores.masked_fill(~allowed(model_input["token_mask"][:len(scores)], scores.shape[1]), -float("inf"))
+
+    def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
+        words = -(-batch.vocab_size // WORD)
+        return {"token_mask": rng.integers(-2**31, 2**31, (len(batch.lens), words))}
+
+
+def allowed(mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """[n, words] int32 -> [n, vocab_size] bool."""
+    import torch
+
+    bits = torch.arange(WORD, dtype=torch.int32, device=mask.device)
+    return (torch.bitwise_right_shift(mask[:, :, None], bits) & 1).flatten(1)[:, :vocab_size] != 0
+
+
+def mask_fields(masks: Mapping[int, np.ndarray[Any, Any]], vocab_size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What a request carries for these rows.
+
+    Args:
+        masks: by row, a bool array [vocab_size]: which tokens are allowed.
+    """
+    words = -(-vocab_size // WORD)
+    rows = np.array(list(masks), np.int32)
+    bits = np.ones((len(rows), words * WORD), np.bool_)
+    for i, mask in enumerate(masks.values()):
+        bits[i, :vocab_size] = mask
+    return {"mask_rows": rows, "token_masks": np.packbits(bits, axis=1, bitorder="little").view("<i4")}
