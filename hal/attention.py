@@ -42,6 +42,18 @@ class LayerAttention(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a model is called with beside tokens and positions: all that its layers may read of a step.
+
+    Attributes:
+        attention: of this step. model_input: its input; a layer reads the fields of step features from it.
+    """
+
+    attention: LayerAttention
+    model_input: PagedModelInput
+
+
 class Attention(Protocol):
     """What a backend supplies. `cache_shape` is one layer's cache; its dimension 1 counts blocks, so that blocks can
     be copied and swapped without knowing the rest; dimension 0 is K and V."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hal.attention import MakeAttention
+from hal.attention import ForwardContext, MakeAttention
 from hal.batch import BatchState
 from hal.communicator import Communicator
 from hal.config import WorkerConfig
@@ -132,7 +132,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m = model_input
-        hidden = self.model(self.pending.input_ids(m), m.positions, self.attention.begin(m, kv_caches), intermediate)
+        context = ForwardContext(self.attention.begin(m, kv_caches), m)
+        hidden = self.model(self.pending.input_ids(m), m.positions, context, intermediate)
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden
             return stage

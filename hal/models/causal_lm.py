@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hal.attention import AttentionSpec, LayerAttention
+from hal.attention import AttentionSpec, ForwardContext
 from hal.inputs import IntermediateTensors
 from hal.models.config import ModelConfig
 from hal.models.layers import Build, Head, Linear, VocabEmbedding, vocab_weight
@@ -49,12 +49,13 @@ class CausalLM(nn.Module, abc.ABC):
             self.head = Head(build, weight, config.vocab_size)
 
     @abc.abstractmethod
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: LayerAttention,
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
         """One step of this stage.
 
         Args:
             input_ids: [num_tokens] int32, of the first stage. positions: [num_tokens] int32, below max_position.
+            context: of the step.
             intermediate: the previous stage's result, of a later stage.
 
         Returns:

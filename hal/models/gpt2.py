@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hal.attention import LayerAttention
+from hal.attention import ForwardContext
 from hal.inputs import IntermediateTensors
 from hal.models.causal_lm import CausalLM, local_heads
 from hal.models.config import ModelConfig
@@ -31,10 +31,10 @@ class GPT2Layer(nn.Module):
                          transposed=True)
         self.down = row(build, f"{name}.mlp.c_proj", c.intermediate_size, c.hidden_size, bias=True, transposed=True)
 
-    def forward(self, index: int, x: torch.Tensor, attention: LayerAttention) -> torch.Tensor:
+    def forward(self, index: int, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         normed = self.ops.layer_norm(x, self.attn_norm, self.attn_norm_bias, self.eps)
         q, k, v = self.qkv(normed).view(-1, 3, self.heads, self.head_dim).unbind(1)
-        x = x + self.out(attention(index, q, k, v))
+        x = x + self.out(context.attention(index, q, k, v))
         normed = self.ops.layer_norm(x, self.mlp_norm, self.mlp_norm_bias, self.eps)
         x += self.down(self.ops.activation(self.up(normed), self.act))
         return x
@@ -53,14 +53,14 @@ class GPT2(CausalLM):
             self.norm = build.vector("ln_f.weight", config.hidden_size)
             self.norm_bias = build.vector("ln_f.bias", config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: LayerAttention,
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
         if intermediate is None:
             x = self.embed(input_ids) + F.embedding(positions, self.positions)
         else:
             x = intermediate["hidden_states"]
         for index, layer in enumerate(self.layers):
-            x = layer(index, x, attention)
+            x = layer(index, x, context)
         if not self.topology.is_last_stage:
             return self.hand_on(x)
         return self.ops.layer_norm(x, self.norm, self.norm_bias, self.config.norm_eps)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hal.attention import LayerAttention
+from hal.attention import ForwardContext
 from hal.inputs import IntermediateTensors
 from hal.models.causal_lm import CausalLM, local_heads
 from hal.models.config import ModelConfig
@@ -40,7 +40,7 @@ class LlamaLayer(nn.Module):
         self.down = row(build, f"{name}.mlp.down_proj", c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, index: int, x: torch.Tensor, residual: torch.Tensor | None, rotary: Any,
-                attention: LayerAttention) -> tuple[torch.Tensor, torch.Tensor]:
+                context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) -> (x, residual), whose sum is the layer's output; the very first layer has no residual yet."""
         ops, kv = self.ops, self.kv_heads
         qkv, residual = ops.norm_linear(self.qkv, x, residual, self.attn_norm, self.eps)
@@ -48,7 +48,7 @@ class LlamaLayer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             qkv = torch.cat((ops.rms_norm(qkv[:, :self.heads], self.q_norm, self.eps),
                              ops.rms_norm(qkv[:, self.heads:-kv], self.k_norm, self.eps), qkv[:, -kv:]), 1)
-        x = self.out(ops.rotary_attention(attention, index, qkv, kv, rotary))
+        x = self.out(ops.rotary_attention(context.attention, index, qkv, kv, rotary))
         x, residual = ops.norm_linear(self.gate_up, x, residual, self.mlp_norm, self.eps, gated=True)
         return self.down(x), residual
 
@@ -65,7 +65,7 @@ class Llama(CausalLM):
         if self.topology.is_last_stage:
             self.norm = build.vector("norm.weight", config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, attention: LayerAttention,
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
         residual: torch.Tensor | None
         if intermediate is None:
@@ -74,7 +74,7 @@ class Llama(CausalLM):
             x, residual = intermediate["hidden_states"], intermediate["residual"]
         rotary = self.ops.begin_rotary(positions, self.get_buffer("rope_table"), self.dtype)
         for index, layer in enumerate(self.layers):
-            x, residual = layer(index, x, residual, rotary, attention)
+            x, residual = layer(index, x, residual, rotary, context)
         assert residual is not None
         if not self.topology.is_last_stage:
             return self.hand_on(x, residual)

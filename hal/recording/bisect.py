@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hal import backend as backends
+from hal.attention import ForwardContext
 from hal.backend import Backend
 from hal.communicator import LocalCommunicator
 from hal.conformance.tolerance import Tolerances
@@ -212,7 +213,7 @@ class _Device:
             output: SamplerOutput = self.runner.execute_model(m, self.caches)
         else:  # by hand, so that nothing compiled or captured hides the operations
             self.trace.calls = []
-            hidden = self.runner.model(m.input_ids, m.positions, self.attention.begin(m, self.caches), None)
+            hidden = self.runner.model(m.input_ids, m.positions, ForwardContext(self.attention.begin(m, self.caches), m), None)
             output = self.runner.sample(hidden, m)
         tokens: list[int] = output.token_ids.tolist()
         return tokens

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from hal.attention import ForwardContext
 from hal.communicator import Communicator
 from hal.config import WorkerConfig
 from hal.errors import BackendError, CapacityError
@@ -110,7 +111,7 @@ class CudaModelRunner(PagedModelRunner):
         assert m.pending_rows is not None
         last = self.pending.last
         input_ids = elementwise.resolve(m.input_ids, m.pending_rows, last)
-        hidden = self.model(input_ids, m.positions, self.attention.begin(m, kv_caches), received)
+        hidden = self.model(input_ids, m.positions, ForwardContext(self.attention.begin(m, kv_caches), m), received)
         if not isinstance(hidden, torch.Tensor):
             return cast(IntermediateTensors, hidden)
         logits = self.model.compute_logits(hidden)

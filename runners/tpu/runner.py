@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from hal.attention import ForwardContext
 from hal.batch import BatchState
 from hal.communicator import Communicator
 from hal.config import WorkerConfig
@@ -293,7 +294,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             m: Any = SimpleNamespace(**dict(zip(FIELDS, given, strict=False)), block_size=size)
             before = None if first else self.model.hand_on(*given[len(FIELDS):])
             attention = self.attention.begin(m, caches, decode)
-            hidden: Any = self.model(m.input_ids, m.positions, attention, before)
+            hidden: Any = self.model(m.input_ids, m.positions, ForwardContext(attention, m), before)
             caches = [self._split(cache) for cache in attention.caches]
             if not last:
                 return caches, [self._whole(hidden[name]) for name in self.model.intermediates]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hal.attention import ForwardContext
 from hal.backend import Backend, Capabilities
 from hal.errors import CapacityError
 from hal.inputs import NULL_BLOCK, PagedModelInput
@@ -212,7 +213,7 @@ class StaticRunner(PagedModelRunner):
     def execute_model(self, m: Any, kv_caches: Sequence[torch.Tensor], *_: Any) -> SamplerOutput:
         bucket = bucket_for(self.plan, m._packed[0])
         step = self.attention.begin(m, kv_caches, bucket.kind == "decode")
-        hidden = self.model(m.input_ids, m.positions, step, None)
+        hidden = self.model(m.input_ids, m.positions, ForwardContext(step, m), None)
         for cache, new in zip(kv_caches, step.caches, strict=True):
             cache.copy_(new)
         tokens = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).argmax(-1).int()

@@ -13,7 +13,7 @@ import checkpoints
 import pytest
 import torch
 
-from hal.attention import AttentionSpec
+from hal.attention import AttentionSpec, ForwardContext, LayerAttention
 from hal.communicator import Communicator, LocalCommunicator
 from hal.config import BUNDLED_MODEL, Topology
 from hal.inputs import IntermediateTensors
@@ -74,11 +74,16 @@ def load(path: Path, topology: Topology, communicator: Communicator, dtype: torc
     return model
 
 
+def context(attention: LayerAttention) -> ForwardContext:
+    """Of a step without an input of its own."""
+    return ForwardContext(attention, None)  # type: ignore[arg-type]
+
+
 def step(model: CausalLM, token_ids: list[int], intermediate: IntermediateTensors | None = None,
          ) -> torch.Tensor | IntermediateTensors:
     ids = torch.tensor(token_ids, dtype=torch.int32)
     positions = torch.arange(len(token_ids), dtype=torch.int32)
-    out = model(ids, positions, DenseAttention(model.attention_specs), intermediate)
+    out = model(ids, positions, context(DenseAttention(model.attention_specs)), intermediate)
     return model.compute_logits(out).float().log_softmax(-1) if isinstance(out, torch.Tensor) else out
 
 
@@ -162,9 +167,9 @@ def test_each_row_of_a_mixed_batch_is_its_own(checkpoint: Checkpoint, name: str)
         return (q * (1 + k) + v).flatten(1)
 
     ids, positions = (torch.tensor(x, dtype=torch.int32) for x in ([5, 198, 7, 5], [200, 0, 31, 3]))
-    together = model.compute_logits(model(ids, positions, own_value))
+    together = model.compute_logits(model(ids, positions, context(own_value)))
     for i in range(4):
-        alone = model.compute_logits(model(ids[i:i + 1], positions[i:i + 1], own_value))
+        alone = model.compute_logits(model(ids[i:i + 1], positions[i:i + 1], context(own_value)))
         torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -172,11 +177,11 @@ def test_each_row_of_a_mixed_batch_is_its_own(checkpoint: Checkpoint, name: str)
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_compiles_without_a_break(checkpoint: Checkpoint, name: str) -> None:
     model = load(checkpoint(name), Topology(), LocalCommunicator())
-    attention = DenseAttention(model.attention_specs)
+    step = context(DenseAttention(model.attention_specs))
     ids, positions = torch.tensor(PROMPT, dtype=torch.int32), torch.arange(len(PROMPT), dtype=torch.int32)
-    compiled = torch.compile(lambda i, p: model.compute_logits(model(i, p, attention)), fullgraph=True,
+    compiled = torch.compile(lambda i, p: model.compute_logits(model(i, p, step)), fullgraph=True,
                              backend="aot_eager")
-    torch.testing.assert_close(compiled(ids, positions), model.compute_logits(model(ids, positions, attention)),
+    torch.testing.assert_close(compiled(ids, positions), model.compute_logits(model(ids, positions, step)),
                                rtol=1e-4, atol=1e-4)
 
 
