@@ -213,7 +213,8 @@ class _Device:
             output: SamplerOutput = self.runner.execute_model(m, self.caches)
         else:  # by hand, so that nothing compiled or captured hides the operations
             self.trace.calls = []
-            hidden = self.runner.model(m.input_ids, m.positions, ForwardContext(self.attention.begin(m, self.caches), m), None)
+            context = ForwardContext(self.attention.begin(m, self.caches), m)
+            hidden = self.runner.model(m.input_ids, m.positions, context, None)
             output = self.runner.sample(hidden, m)
         tokens: list[int] = output.token_ids.tolist()
         return tokens
