@@ -36,6 +36,7 @@ from hal.config import Topology, WorkerConfig
 from hal.conformance.cases.guard import GOLDEN
 from hal.engine.llm import LLM
 from hal.errors import HalError, WireError
+from hal.features import COLUMNS
 from hal.inputs import IntermediateTensors, PagedModelInput, WorkerInput
 from hal.outputs import SamplerOutput
 from hal.recording.bisect import bisect
@@ -97,10 +98,13 @@ def instances(rng: np.random.Generator) -> list[Declared]:
         made.append(SamplerOutput(token_ids=tensor(n), logprobs=torch.zeros(n), top_ids=tensor(n, 5),
                                   top_logprobs=torch.zeros(n, 5)))
         lens = np.arange(1, n + 1)
+        bias: Any = {"bias_rows": ints(n), "bias_counts": np.ones(n, np.int32), "bias_ids": ints(n),
+                     "bias_values": np.zeros(n, np.float32), "mask_rows": ints(1), "token_masks": ints(1, 7)}
         made.append(ExecuteModelRequest(
             step=n, finished_rows=ints(0), new_rows=np.arange(n, dtype=np.int32), new_lens=lens.astype(np.int32),
             new_prompt_lens=lens.astype(np.int32), new_tokens=ints(int(lens.sum())),
-            new_floats=np.zeros((n, 6), np.float32), new_ints=np.zeros((n, 4), np.int64), append_rows=ints(0),
+            new_floats=np.zeros((n, len(COLUMNS["float"])), np.float32),
+            new_ints=np.zeros((n, len(COLUMNS["int"])), np.int64), append_rows=ints(0), **bias,
             append_tokens=ints(0), block_rows=np.arange(n, dtype=np.int32), block_starts=np.zeros(n, np.int32),
             block_counts=np.ones(n, np.int32), new_blocks=np.arange(1, n + 1, dtype=np.int32),
             rows=np.arange(n, dtype=np.int32), num_scheduled=lens.astype(np.int32), num_computed=np.zeros(n, np.int32)))
@@ -112,7 +116,8 @@ def instances(rng: np.random.Generator) -> list[Declared]:
             query_start_loc=starts, seq_lens=torch.from_numpy(lens).int(), num_decode_seqs=min(n, 1),
             block_tables=torch.arange(1, n + 1, dtype=torch.int32)[:, None].contiguous(), block_size=8,
             logits_indices=starts[1:] - 1, num_samples=n, temperature=torch.ones(n),
-            seeds=torch.zeros(n, dtype=torch.int64)))
+            seed=torch.zeros(n, dtype=torch.int64), bias_ids=tensor(n, 2), bias_values=torch.zeros(n, 2),
+            token_mask=tensor(n, 7)))
     for instance in made:
         instance.validate()
         instance.check()

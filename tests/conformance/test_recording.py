@@ -27,6 +27,7 @@ from hal.conformance.cases.guard import GOLDEN
 from hal.engine.llm import LLM
 from hal.errors import BackendError, CapacityError, ConfigError, WireError, WorkerError
 from hal.executor import make_executor
+from hal.features import COLUMNS
 from hal.recording.bisect import bisect
 from hal.recording.format import Recording
 from hal.recording.replay import replay
@@ -118,8 +119,10 @@ def forged(path: Path, change: Callable[[Head, Tensors], object], source: Path =
     return path
 
 
-def put(name: str, value: float) -> Callable[[Head, Tensors], object]:
-    return lambda head, tensors: tensors[name].view(-1).__setitem__(0, value)
+def put(name: str, value: float, column: str = "") -> Callable[[Head, Tensors], object]:
+    """Replace the first number of an array, or that of a sampling parameter's column."""
+    at = next((i for columns in COLUMNS.values() for i, c in enumerate(columns) if c.name == column), 0)
+    return lambda head, tensors: tensors[name].view(-1).__setitem__(at, value)
 
 
 FORGED = [("00000.request.new_rows", -1, "new_rows"), ("00000.request.new_rows", 8, "new_rows"),
@@ -137,7 +140,7 @@ FORGED = [("00000.request.new_rows", -1, "new_rows"), ("00000.request.new_rows",
 def test_steps_that_no_engine_could_run_are_refused(name: str, value: float, words: str, tmp_path: Path) -> None:
     """Before anything is executed, digests and all else being right."""
     with pytest.raises(WireError, match=words):
-        Recording.load(forged(tmp_path / "bad", put(name, value)))
+        Recording.load(forged(tmp_path / "bad", put(name, value, words)))
 
 
 @pytest.mark.parametrize(("part", "name", "value"), [
@@ -158,7 +161,8 @@ def test_values_that_are_out_of_range_are_refused_by_name(part: str, name: str, 
         Recording.load(path)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "1" * 5000, "{", "[]", "null", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "1" * 5000, "{", "[]", "null", '{"format": 1}',
+                                  '{"format": 2}'])
 def test_metadata_that_is_no_recording_is_refused(text: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "bad", {"hal": text})
     with pytest.raises(WireError):
@@ -270,3 +274,15 @@ def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("HAL_RECORD_ON_ERROR")
     assert main(["replay", str(path), "--device", "cpu", "--tp", "1"]) == 0
     assert "here: it ran" in capsys.readouterr().out
+
+
+def test_a_recording_of_an_older_format_is_refused_with_a_hint(tmp_path: Path) -> None:
+    path = forged(tmp_path / "old", lambda head, tensors: head.__setitem__("format", 1))
+    with pytest.raises(WireError, match=r"format 2.*\n.*the version of hal that made it"):
+        Recording.load(path)
+
+
+def test_a_recording_with_other_step_features_is_refused(tmp_path: Path) -> None:
+    path = forged(tmp_path / "other", lambda head, tensors: head["columns"]["float"].append("odd_bonus"))
+    with pytest.raises(WireError, match="HAL_FEATURES"):
+        Recording.load(path)

@@ -11,10 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal.errors import RequestError
+from hal.errors import InputError, RequestError
 from hal.features import ADJUSTING, FEATURES
-from hal.features.masks import allowed, mask_fields
+from hal.features.bias import LogitBias
+from hal.features.declare import Feature
+from hal.features.masks import TokenMasks, allowed, mask_fields
 from hal.inputs import PagedModelInput
+from hal.request import ExecuteModelRequest
 from hal.sampling.params import SamplingParams
 from hal.sampling.sampler import Sampler, logprobs
 from runners.cpu.sampler import CpuSampler
@@ -116,3 +119,34 @@ def test_a_logit_bias_that_makes_no_sense_is_refused(value: Any) -> None:
 
 def test_a_logit_bias_may_come_from_json() -> None:
     assert SamplingParams(logit_bias={"3": 1, "4": -2.5}).logit_bias == ((3, 1.0), (4, -2.5))  # type: ignore[arg-type]
+
+
+def request(**arrays: Any) -> ExecuteModelRequest:
+    none = np.zeros(0, np.int32)
+    fields: dict[str, Any] = dict.fromkeys(
+        ("finished_rows", "new_prompt_lens", "new_lens", "new_tokens", "append_rows", "append_tokens", "block_rows",
+         "block_starts", "block_counts", "new_blocks", "num_scheduled", "num_computed"), none)
+    return ExecuteModelRequest(**{**fields, "step": 0, "new_rows": np.arange(2, dtype=np.int32),
+                                  "rows": np.arange(2, dtype=np.int32), "new_floats": np.zeros((2, 6), np.float32),
+                                  "new_ints": np.zeros((2, 4), np.int64), **arrays})
+
+
+BIAS = {"bias_rows": [1], "bias_counts": [2], "bias_ids": [5, 98], "bias_values": [1.0, -1.0]}
+MASK = {"mask_rows": [1], "token_masks": [[0, -1, 3, 7]]}
+
+
+@pytest.mark.parametrize(("feature", "change"), [
+    (LogitBias(), {"bias_rows": [7]}), (LogitBias(), {"bias_rows": None}), (LogitBias(), {"bias_counts": [3]}),
+    (LogitBias(), {"bias_ids": [5, 99]}), (LogitBias(), {"bias_values": [1.0, float("nan")]}),
+    (LogitBias(), {"bias_counts": [2**31 - 1]}), (TokenMasks(), {"mask_rows": [7]}),
+    (TokenMasks(), {"mask_rows": None}), (TokenMasks(), {"token_masks": [[0, -1, 3]]})], ids=str)
+def test_arrays_that_nobody_vouches_for_are_checked(feature: Feature, change: dict[str, Any]) -> None:
+    def arrays(values: dict[str, Any]) -> dict[str, Any]:
+        return {k: None if v is None else np.array(v, np.float32 if k == "bias_values" else np.int32)
+                for k, v in values.items()}
+
+    good = BIAS if isinstance(feature, LogitBias) else MASK
+    feature.check_request(request(**arrays(good)), 99)
+    feature.check_request(request(), 99)
+    with pytest.raises(InputError, match=next(iter(good))[:4]):
+        feature.check_request(request(**arrays(good | change)), 99)
