@@ -107,7 +107,8 @@ def _refuse(name: str, value: object, expected: str) -> RequestError:
 
 
 def _integer(name: str, given: object, param: Param) -> int:
-    low, high, value = param.low, param.high, plain(given)
+    low, high = param.low, param.high
+    value: Any = plain(given)
     good = isinstance(value, int) and not isinstance(value, bool)
     if not good or (low is not None and value < low) or (high is not None and value > high):
         raise _refuse(name, given, f"an integer from {low} to {high}")
@@ -115,7 +116,7 @@ def _integer(name: str, given: object, param: Param) -> int:
 
 
 def _number(name: str, given: object, param: Param) -> float:
-    value = plain(given)
+    value: Any = plain(given)
     low, high = -math.inf if param.low is None else param.low, math.inf if param.high is None else param.high
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if not good or not low <= value <= high or (param.above and value == low):
@@ -125,7 +126,7 @@ def _number(name: str, given: object, param: Param) -> float:
 
 
 def _flag(name: str, given: object, param: Param) -> bool:
-    value = plain(given)
+    value: Any = plain(given)
     if not isinstance(value, bool):
         raise _refuse(name, given, "true or false")
     return value
@@ -133,7 +134,7 @@ def _flag(name: str, given: object, param: Param) -> bool:
 
 def _items(name: str, given: object) -> tuple[Any, ...]:
     """What a parameter that takes one or several holds."""
-    value = plain(given)
+    value: Any = plain(given)
     if isinstance(value, (str, int)):
         return (value,)
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -149,7 +150,7 @@ def _check_most(name: str, items: Sized, param: Param) -> None:
 
 
 def _texts(name: str, value: Any, param: Param) -> tuple[str, ...]:
-    items = tuple(plain(item) for item in _items(name, value))
+    items: tuple[Any, ...] = tuple(plain(item) for item in _items(name, value))
     if not all(isinstance(s, str) and s for s in items):
         raise RequestError(f"{name} holds something that is not a text", got=described(items), expected="non-empty str")
     _check_most(name, items, param)
