@@ -15,8 +15,8 @@ from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
 from hal.engine.step import Step
 from hal.executor import make_executor
-from hal.features.pending import PENDING_TOKEN
 from hal.models.config import ModelConfig
+from hal.features.pending import PENDING_TOKEN
 from hal.sampling.params import SamplingParams
 
 MODEL = ModelConfig(family="llama", architecture="Null", vocab_size=97, hidden_size=8, num_layers=2, num_heads=2,
@@ -33,12 +33,12 @@ def run(seqs: list[Sequence], config: EngineConfig, num_blocks: int, aborts: dic
     for seq in seqs:
         scheduler.add(seq)
     pending: deque[tuple[Step, np.ndarray]] = deque()
-    steps = pending = 0
+    steps = on_device = 0
     while scheduler.unfinished or pending:
         step = scheduler.schedule()
         assert (step is not None or pending) and steps < 2000
         if step is not None:
-            pending += int((step.request.append_tokens == PENDING_TOKEN).sum())
+            on_device += int((step.request.append_tokens == PENDING_TOKEN).sum())
             pending.append((step, executor.execute_model(step.request).result().token_ids.numpy().copy()))
             steps += 1
             if steps in aborts:
@@ -46,7 +46,7 @@ def run(seqs: list[Sequence], config: EngineConfig, num_blocks: int, aborts: dic
         if pending and (step is None or len(pending) > ahead):
             scheduler.update(*pending.popleft())
     executor.shutdown()
-    return pending, scheduler
+    return on_device, scheduler
 
 
 def requests(lens: list[int], kinds: list[int]) -> list[Sequence]:
@@ -77,9 +77,9 @@ def test_tokens_are_those_of_scheduling_step_by_step(
 
 def test_a_decode_does_not_wait_for_its_token() -> None:
     seqs = requests([5], [0])
-    pending, scheduler = run(seqs, EngineConfig(block_size=4, max_num_seqs=2, async_scheduling=True, max_model_len=64,
+    on_device, scheduler = run(seqs, EngineConfig(block_size=4, max_num_seqs=2, async_scheduling=True, max_model_len=64,
                                                 num_blocks=20), 20, {})
-    assert pending >= len(seqs[0].token_ids) - 5 - 1 and scheduler.step <= len(seqs[0].token_ids) - 5 + 1
+    assert on_device >= len(seqs[0].token_ids) - 5 - 1 and scheduler.step <= len(seqs[0].token_ids) - 5 + 1
 
 
 @pytest.mark.parametrize("kind", [2])
