@@ -231,8 +231,12 @@ def _columns(params: type[Params]) -> list[Column]:
 
 def _field(params: type[Params], column: Column) -> Array:
     param: Param = params.param(column.name)
-    low = None if param.low is None else column.low
-    return Array(column.dtype, "num_sampled", low=low, high=param.high, pad=column.default, doc=param.help)
+    low, high = None if param.low is None else column.low, param.high
+    if column.kind == "int":  # a bound that the dtype has anyway is none
+        limits = np.iinfo(column.dtype)
+        low, high = (None if low is None or low <= limits.min else low), (None if high is None or high >= limits.max
+                                                                          else high)
+    return Array(column.dtype, "num_sampled", low=low, high=high, pad=column.default, doc=param.help)
 
 
 def _bounds(param: Param) -> tuple[float, float]:

@@ -423,6 +423,31 @@ class punishes_the_output_alone(Sampler):
 
 
 @mutant("L2/sampler")
+class reads_a_mask_from_the_other_end(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        if m.token_mask is not None:
+            m.token_mask = m.token_mask.flip(1)
+        return super().__call__(logits, m)
+
+
+@mutant("L2/sampler")
+class drops_the_last_bias(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        if m.bias_ids is not None:
+            m.bias_ids[:, -1] = -1
+        return super().__call__(logits, m)
+
+
+@mutant("L2/sampler")
+class counts_ranks_from_zero(Sampler):
+    def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
+        out = super().__call__(logits, m)
+        if out.ranks is not None:
+            out.ranks -= 1
+        return out
+
+
+@mutant("L2/sampler")
 class takes_the_last_of_equals(Sampler):
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
         return scores.shape[1] - 1 - scores.flip(-1).argmax(-1)

@@ -22,7 +22,8 @@ from hal.testing.strategies import instances, near_misses
 
 _PARAMS = (SamplingParams(), SamplingParams(temperature=0.7, top_k=5), SamplingParams(temperature=1.0, top_p=0.9),
            SamplingParams(repetition_penalty=1.2, frequency_penalty=0.3), SamplingParams(logprobs=2, prompt_logprobs=1),
-           SamplingParams(temperature=0.4, min_p=0.1, presence_penalty=0.5))
+           SamplingParams(temperature=0.4, min_p=0.1, presence_penalty=0.5),
+           SamplingParams(logit_bias=((3, 1.5), (90, -2.0))))
 
 
 def examples(ctx: Context, drawn: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:

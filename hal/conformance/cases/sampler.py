@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hal.conformance.case import case
 from hal.conformance.context import Context
 from hal.conformance.reference import race
+from hal.features.masks import mask_fields
 from hal.features.penalties import NO_PENALTIES
 from hal.inputs import PagedModelInput
 from hal.outputs import SamplerOutput
@@ -27,8 +29,8 @@ _ALL = (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temper
 
 
 def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor,
-            num_logprobs: int = -1) -> SamplerOutput:
-    """One step's sampling of (parameters, seed, all tokens so far)."""
+            num_logprobs: int = -1, masks: dict[int, Any] | None = None) -> SamplerOutput:
+    """One step's sampling of (parameters, seed, all tokens so far). `masks`: by row, which tokens are allowed."""
     session = ctx.session(warm=False)
     n, longest = len(rows), max(len(h) for _, _, h in rows)
     params = [p for p, _, _ in rows]
@@ -48,6 +50,14 @@ def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], log
     if any(getattr(p, name) != default for p in params for name, default in NO_PENALTIES.items()):
         arrays |= {name: ([getattr(p, name) for p in params], "float32") for name in NO_PENALTIES}
         arrays |= {"history": (history, "int32"), "prompt_lens": ([_PROMPT] * n, "int32")}
+    if any(p.logit_bias for p in params):
+        width = max(len(p.logit_bias) for p in params)
+        pairs = np.array([[*p.logit_bias, *[(-1, 0.0)] * (width - len(p.logit_bias))] for p in params])
+        arrays |= {"bias_ids": (pairs[:, :, 0], "int32"), "bias_values": (pairs[:, :, 1], "float32")}
+    if masks is not None:
+        free = np.ones(logits.shape[1], np.bool_)
+        found = mask_fields({i: masks.get(i, free) for i in range(n)}, logits.shape[1])
+        arrays["token_mask"] = found["token_masks"], "int32"
     fields: dict[str, Any] = {k: as_tensor(np.ascontiguousarray(a, dtype), dtype) for k, (a, dtype) in arrays.items()}
     made = PagedModelInput(block_size=64, num_samples=n, num_decode_seqs=n, **fields)
     made.num_logprobs = num_logprobs
@@ -63,8 +73,12 @@ def _rows(ctx: Context, params: tuple[SamplingParams, ...], each: int) -> list[t
             for p in params for _ in range(each)]
 
 
-def _verify(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor) -> list[int]:
-    tokens = _sample(ctx, rows, logits).token_ids.tolist()
+def _verify(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor,
+            masks: dict[int, Any] | None = None) -> list[int]:
+    tokens = _sample(ctx, rows, logits, masks=masks).token_ids.tolist()
+    for i, mask in (masks or {}).items():
+        ctx.check(bool(mask[tokens[i]]), f"{rows[i][0]} gives {tokens[i]}, which the row's mask forbids")
+        logits[i] = logits[i].masked_fill(~torch.from_numpy(mask), -torch.inf)
     for (params, seed, history), row, token in zip(rows, logits, tokens, strict=True):
         slack = ctx.tolerances("sampler", ctx.dtype)
         values, sure, possible = race(row.double(), params, seed, len(history), history, _PROMPT, slack)
@@ -102,6 +116,22 @@ def penalties(ctx: Context) -> None:
 
 
 @case(2, "sampler", "checkpoints")
+def masks_and_bias(ctx: Context) -> None:
+    """A mask leaves the allowed tokens of its row, after a bias that reaches the tokens that it names, and both before
+    temperature and filters."""
+    biased = []
+    for params, width in zip(_ALL, (1, 3, 7) * len(_ALL), strict=False):
+        tokens = ctx.rng.permutation(_VOCAB)[:width].tolist()
+        values = [*ctx.rng.normal(0, 6, width - 1).tolist(), 9.0]
+        biased.append(dataclasses.replace(params, logit_bias=tuple(zip(tokens, values, strict=True))))
+    rows = _rows(ctx, (*_ALL[:6], *biased), 2)
+    masks = {i: ctx.rng.random(_VOCAB) < (0.5, 0.02)[i % 2] for i in range(len(rows)) if i % 3}
+    for i, mask in masks.items():
+        mask[(i * 31) % _VOCAB] = True
+    _verify(ctx, rows, ctx.normal(len(rows), _VOCAB, scale=3.0), masks)
+
+
+@case(2, "sampler", "checkpoints")
 def alone_as_in_a_batch(ctx: Context) -> None:
     """A row's token depends on nothing beside it."""
     rows = _rows(ctx, _ALL, 2)
@@ -123,6 +153,9 @@ def logprobs(ctx: Context) -> None:
     assert out.logprobs is not None and out.top_logprobs is not None and out.top_ids is not None
     ctx.close("sampler", out.logprobs, expected.gather(1, out.token_ids.long()[:, None])[:, 0], "logprobs")
     ctx.close("sampler", out.top_logprobs, expected.topk(4).values, "the best logprobs")
+    given = logits.gather(1, out.token_ids.long()[:, None])
+    ranks = None if out.ranks is None else out.ranks.tolist()
+    ctx.equal("ranks of the tokens", ranks, ((logits > given).sum(-1) + 1).tolist())
     ctx.close("sampler", expected.gather(1, out.top_ids.long()), expected.topk(4).values, "ids of the best")
 
 
