@@ -434,7 +434,7 @@ class reads_a_mask_from_the_other_end(Sampler):
 class drops_the_last_bias(Sampler):
     def __call__(self, logits: torch.Tensor, m: Any) -> SamplerOutput:
         if m.bias_ids is not None:
-            m.bias_ids[:, -1] = -1
+            m.bias_ids = torch.cat((m.bias_ids[:, :-1], m.bias_ids[:, -1:] * 0 - 1), 1)
         return super().__call__(logits, m)
 
 

@@ -122,7 +122,7 @@ def masks_and_bias(ctx: Context) -> None:
     biased = []
     for params, width in zip(_ALL, (1, 3, 7) * len(_ALL), strict=False):
         tokens = ctx.rng.permutation(_VOCAB)[:width].tolist()
-        values = [*ctx.rng.normal(0, 6, width - 1).tolist(), 9.0]
+        values = [*ctx.rng.normal(0, 6, width - 1).tolist(), 30.0]
         biased.append(dataclasses.replace(params, logit_bias=tuple(zip(tokens, values, strict=True))))
     rows = _rows(ctx, (*_ALL[:6], *biased), 2)
     masks = {i: ctx.rng.random(_VOCAB) < (0.5, 0.02)[i % 2] for i in range(len(rows)) if i % 3}
