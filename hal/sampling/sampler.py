@@ -69,7 +69,9 @@ class Sampler:
         top = scores.gather(1, best[:, None])
         temperature = torch.where(greedy, 1.0, temperature)
         base = reference(top, temperature)
-        scores = (scores - base if base.count_nonzero() else scores) / temperature
+        if not scores.is_cpu or base.count_nonzero():  # a device that runs behind the host is not asked
+            scores = scores - base
+        scores = scores / temperature
         top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
         if top_k is None and top_p is None and min_p is None:
             return checked(torch.where(greedy[:, 0], best, self._race(scores, keys)), top[:, 0])

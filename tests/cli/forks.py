@@ -104,6 +104,8 @@ def _serve() -> None:
 
 def _become(request: dict[str, Any]) -> NoReturn:
     os.chdir(request["cwd"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and background jobs have signals ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for descriptor, (where, flags) in enumerate(zip(request["streams"], (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY),
                                                     strict=True)):
         if where == CLOSED:

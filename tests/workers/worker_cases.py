@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from by_hand import numbers
 
 from hal import backend as backends
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.errors import CapacityError
+from hal.features import COLUMNS
 from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
 from hal.request import ExecuteModelRequest
@@ -52,6 +52,12 @@ def ints(values: Any) -> np.ndarray:
     return np.array(list(values), np.int32)
 
 
+def numbers(kind: str, dtype: Any, params: list[dict[str, float]]) -> np.ndarray:
+    """A request's new_floats or new_ints. (Scripts import this module from their own folder, without tests/.)"""
+    rows = [[p.get(c.name, c.default) for c in COLUMNS[kind]] for p in params]
+    return np.array(rows, dtype).reshape(-1, len(COLUMNS[kind]))
+
+
 class Driver:
     """Runs sequences in lockstep through an executor: prompts in chunks of `chunk` tokens, each block by itself from a
     counter, one row each."""
@@ -79,8 +85,8 @@ class Driver:
             step=self.step, digest=self.digest, finished_rows=ints([]), new_rows=ints(range(len(new))),
             new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
             new_tokens=ints(t for s in new for t in s.tokens),
-            new_floats=numbers("float", [{"temperature": s.temperature} for s in new]),
-            new_ints=numbers("int", [{"seed": i} for i, _ in enumerate(new)]),
+            new_floats=numbers("float", np.float32, [{"temperature": s.temperature} for s in new]),
+            new_ints=numbers("int", np.int64, [{"seed": i} for i, _ in enumerate(new)]),
             append_rows=ints(r for r, _ in self.appended), append_tokens=ints(t for _, t in self.appended),
             block_rows=ints(order), block_starts=ints(starts), block_counts=ints(counts), new_blocks=ints(blocks),
             rows=ints(order), num_scheduled=ints(queries[i] for i in order),
