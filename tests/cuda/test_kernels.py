@@ -53,7 +53,20 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
         slots, size = m.slot_mapping.long(), m.block_size
         for which, new in ((0, k), (1, v)):
             caches[layer][which, slots // size, :, slots % size] = new
-        assert torch.equal(on_device[layer].cpu(), caches[layer])
+        got, expected = (cache.permute(1, 3, 0, 2, 4)[~free(m, cache)]
+                         for cache in (on_device[layer].cpu(), caches[layer]))
+        assert torch.equal(got, expected)
+
+
+def free(m: PagedModelInput, cache: torch.Tensor) -> torch.Tensor:
+    """bool [num_blocks, block_size]: the slots that hold nothing, which attention may clear: those of the null block,
+    and behind the end of each sequence."""
+    size, found = m.block_size, torch.zeros(cache.shape[1], m.block_size, dtype=torch.bool)
+    found[0] = True
+    for table, length in zip(m.block_tables.tolist(), m.seq_lens.tolist(), strict=True):
+        if length % size:
+            found[table[length // size], length % size:] = True
+    return found
 
 
 def decoding(m: PagedModelInput) -> PagedModelInput:
