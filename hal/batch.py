@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hal.schema import Packed
 Ints = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 _COLUMN_AT = {c.name: (kind, i, c.dtype) for kind, columns in COLUMNS.items() for i, c in enumerate(columns)}
 _NAMES = {kind: [c.name for c in columns] for kind, columns in COLUMNS.items()}
+_ALL = slice(None)
 _TEMPERATURE = _COLUMN_AT["temperature"][1]
 _DEFAULTS = {kind: np.array([c.default for c in columns], {"float": np.float32, "int": np.int64}[kind])
              for kind, columns in COLUMNS.items()}
@@ -38,6 +40,14 @@ def _asked(floats: np.ndarray[Any, Any], ints: np.ndarray[Any, Any]) -> frozense
     """The columns in which a row differs from the default."""
     of_floats, of_ints = np.flatnonzero(floats.any(0)).tolist(), np.flatnonzero(ints.any(0)).tolist()
     return frozenset([*(_NAMES["float"][i] for i in of_floats), *(_NAMES["int"][i] for i in of_ints)])
+
+
+def _column(floats: np.ndarray[Any, Any], ints: np.ndarray[Any, Any], name: str, rows: Ints | slice = _ALL,
+            ) -> np.ndarray[Any, Any]:
+    """A feature's column out of rows of all columns, in the column's dtype."""
+    kind, at, dtype = _COLUMN_AT[name]
+    values: np.ndarray[Any, Any] = (floats if kind == "float" else ints)[rows, at]
+    return values.astype(dtype, copy=False)
 
 
 class BatchState:
@@ -186,13 +196,7 @@ class BatchState:
         """Columns of the sampled rows, and which of them are asked for."""
         floats, ints = self.floats[step.sampled], self.ints[step.sampled]
         unusual = floats != _DEFAULTS["float"], (ints != _DEFAULTS["int"]) & _NOT_SEED
-
-        def column(name: str) -> np.ndarray[Any, Any]:
-            kind, at, dtype = _COLUMN_AT[name]
-            values: np.ndarray[Any, Any] = (floats if kind == "float" else ints)[:, at]
-            return values.astype(dtype, copy=False)
-
-        step.column = column
+        step.column = partial(_column, floats, ints)
         step.asked = _asked(*unusual)
         if "temperature" in step.asked:
             drawn = floats[:, _TEMPERATURE] > 0
@@ -200,6 +204,4 @@ class BatchState:
 
     def column(self, name: str, rows: Ints) -> np.ndarray[Any, Any]:
         """The values of a feature's column for these rows, in the column's dtype."""
-        kind, at, dtype = _COLUMN_AT[name]
-        values: np.ndarray[Any, Any] = (self.floats if kind == "float" else self.ints)[rows, at]
-        return values.astype(dtype, copy=False)
+        return _column(self.floats, self.ints, name, rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 class HalError(Exception):
     """Root of every error this library raises on purpose.
@@ -131,3 +133,10 @@ class NumericsError(HalError, ArithmeticError):
 
 class StateError(HalError, RuntimeError):
     """Ranks or calls are out of order: a step that was skipped, an epoch that does not match, use after shutdown."""
+
+
+def in_forked_child(owner: int) -> StateError:
+    """What a call of an engine is told in a process that was forked from its owner, the process of this id."""
+    return StateError("the engine belongs to the process that made it, and this is a forked child",
+                      got=f"process {os.getpid()}", expected=f"process {owner}",
+                      hint="make an engine in the child, or send its requests to the parent")

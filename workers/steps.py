@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from hal.errors import HalError, StateError
+from hal.errors import HalError, StateError, in_forked_child
 from hal.outputs import SamplerOutput
 from hal.profiling import span
 from hal.request import ExecuteModelRequest
@@ -118,9 +118,7 @@ class StepExecutor(abc.ABC):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         if not self._closed:
             self._closed = True
-            self._failure = StateError("the engine belongs to the process that made it, and this is a forked child",
-                                       got=f"process {os.getpid()}", expected=f"process {self._process}",
-                                       hint="make an engine in the child, or send its requests to the parent")
+            self._failure = in_forked_child(self._process)
 
 
 _executors: weakref.WeakSet[StepExecutor] = weakref.WeakSet()

@@ -14,7 +14,7 @@ from functools import partial
 from threading import get_ident
 from types import TracebackType
 
-from hal.errors import HalError, StateError, WorkerError
+from hal.errors import HalError, StateError, WorkerError, in_forked_child
 
 _RESTART = "restart() makes new workers, and unfinished requests go on from the tokens that they have"
 
@@ -96,9 +96,7 @@ class Calls:
         call = Call(self, reads=False)
         call.refusal = partial(StateError, "the engine is shut down", hint="make a new LLM, or call restart()")
         if os.getpid() != self._process:
-            call.refusal = partial(StateError, "the engine belongs to the process that made it, and this is a forked "
-                                   "child", got=f"process {os.getpid()}", expected=f"process {self._process}",
-                                   hint="make an engine in the child, or send its requests to the parent")
+            call.refusal = partial(in_forked_child, self._process)
         self.held["by"] = call
 
     def refuse_other_threads(self) -> None:

@@ -54,15 +54,15 @@ class LogitBias(Feature):
     def check_request(self, request: Any, vocab_size: int) -> None:
         rows, counts, ids, values = (request[name] for name in self.request)
         if any(x is None for x in (rows, counts, ids, values)):
-            need(self, "bias_rows", rows is counts is ids is values is None, "some arrays", "all arrays or none")
+            need("bias_rows", rows is counts is ids is values is None, "some arrays", "all arrays or none")
             return
         named = {*rows.tolist()}
-        need(self, "bias_rows", named <= {*request.new_rows.tolist()} and len(named) == len(rows), rows,
+        need("bias_rows", named <= {*request.new_rows.tolist()} and len(named) == len(rows), rows,
              "new rows, each once")
-        need(self, "bias_counts", bool((counts <= MOST_TOKENS).all()) and int(counts.sum(dtype=np.int64)) == len(ids),
+        need("bias_counts", bool((counts <= MOST_TOKENS).all()) and int(counts.sum(dtype=np.int64)) == len(ids),
              counts, f"at most {MOST_TOKENS} each, {len(ids)} in all")
-        need(self, "bias_ids", not len(ids) or int(ids.max()) < vocab_size, ids, f"below {vocab_size}")
-        need(self, "bias_values", bool(np.isfinite(values).all()), values, "finite numbers")
+        need("bias_ids", not len(ids) or int(ids.max()) < vocab_size, ids, f"below {vocab_size}")
+        need("bias_values", bool(np.isfinite(values).all()), values, "finite numbers")
 
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         assert isinstance(state, BiasState)

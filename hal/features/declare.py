@@ -189,11 +189,11 @@ class Feature:
         return {name: make_array(array, {"num_sampled": len(batch.lens)}, rng) for name, array in self.fields.items()}
 
 
-def need(feature: Feature, field: str, good: bool, got: object, expected: str) -> None:
-    """Raises InputError, naming a field of the request, unless `good`."""
+def need(field: str, good: bool, got: object, expected: object) -> None:
+    """Raises InputError, naming a field of ExecuteModelRequest, unless `good`."""
     if not good:
-        raise InputError(f"ExecuteModelRequest.{field} is inconsistent ({type(feature).__name__})", got=str(got)[:200],
-                         expected=expected, fields=(field,))
+        raise InputError(f"ExecuteModelRequest.{field} is inconsistent", got=str(got)[:200], expected=expected,
+                         fields=(field,))
 
 
 @dataclass(frozen=True, slots=True)

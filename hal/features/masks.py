@@ -30,11 +30,11 @@ class TokenMasks(Feature):
     def check_request(self, request: Any, vocab_size: int) -> None:
         rows, masks = request.mask_rows, request.token_masks
         if rows is None or masks is None:
-            need(self, "mask_rows", rows is masks is None, "one of mask_rows and token_masks", "both or none")
+            need("mask_rows", rows is masks is None, "one of mask_rows and token_masks", "both or none")
             return
         words = -(-vocab_size // WORD)
-        need(self, "token_masks", masks.shape[1] == words, f"{masks.shape[1]} words", f"{words}")
-        need(self, "mask_rows", set(rows.tolist()) <= set(request.rows.tolist()), rows, "scheduled rows")
+        need("token_masks", masks.shape[1] == words, f"{masks.shape[1]} words", f"{words}")
+        need("mask_rows", set(rows.tolist()) <= set(request.rows.tolist()), rows, "scheduled rows")
 
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         rows, masks = step.request.mask_rows, step.request.token_masks

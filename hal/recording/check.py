@@ -11,6 +11,7 @@ from hal.batch import BatchState
 from hal.config import EngineConfig
 from hal.errors import InputError, StateError, WireError
 from hal.features import COLUMNS, FEATURES
+from hal.features.declare import need
 from hal.inputs import PagedModelInput
 from hal.models.config import ModelConfig
 from hal.request import ExecuteModelRequest
@@ -46,8 +47,8 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
     """Everything that applying and preparing the request takes for granted. Raises InputError."""
     r.check()
     for name, most in _SCALARS.items():
-        _need(name, 0 <= r[name] <= most, r[name], f"0 to {most}")
-    _need("epoch", first or r.epoch == state.epoch, r.epoch, f"{state.epoch}, as in the step before")
+        need(name, 0 <= r[name] <= most, r[name], f"0 to {most}")
+    need("epoch", first or r.epoch == state.epoch, r.epoch, f"{state.epoch}, as in the step before")
     lens, tables = state.num_tokens.copy(), state.num_blocks.copy()
     _rows("finished_rows", r.finished_rows, lens)
     lens[r.finished_rows] = 0
@@ -62,16 +63,16 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
     _within("append_rows", lens[r.append_rows], 1, state.token_ids.shape[1])
     _rows("block_rows", r.block_rows, lens)
     _sum("block_counts", r.block_counts, len(r.new_blocks))
-    _need("block_starts", bool((r.block_starts <= tables[r.block_rows]).all()), r.block_starts,
+    need("block_starts", bool((r.block_starts <= tables[r.block_rows]).all()), r.block_starts,
           "at most the blocks that the row has")
     ends = r.block_starts.astype(np.int64) + r.block_counts
     _within("block_counts", ends, 0, state.block_tables.shape[1])
     blocks = (engine.num_blocks or _INT32 + 1) - 1
     _within("new_blocks", r.new_blocks, 1, blocks)
     _rows("rows", r.rows, lens)
-    _need("rows", len(r.rows) > 0, "none", "at least one row to compute")
+    need("rows", len(r.rows) > 0, "none", "at least one row to compute")
     reached = r.num_computed.astype(np.int64) + r.num_scheduled
-    _need("num_scheduled", bool((reached <= lens[r.rows]).all()), reached, f"at most the rows' tokens {lens[r.rows]}")
+    need("num_scheduled", bool((reached <= lens[r.rows]).all()), reached, f"at most the rows' tokens {lens[r.rows]}")
     _within("num_scheduled", r.num_scheduled.sum(dtype=np.int64), 1, engine.max_num_batched_tokens)
     _moves("blocks_to_copy", r.blocks_to_copy, (1, blocks), (1, blocks))
     _moves("blocks_to_swap_in", r.blocks_to_swap_in, (0, engine.num_cpu_blocks - 1), (1, blocks))
@@ -81,7 +82,7 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
 def _check_new(r: ExecuteModelRequest, max_model_len: int, vocab_size: int) -> None:
     _within("new_lens", r.new_lens, 1, max_model_len)
     _sum("new_lens", r.new_lens, len(r.new_tokens))
-    _need("new_prompt_lens", bool((r.new_prompt_lens <= r.new_lens).all()), r.new_prompt_lens,
+    need("new_prompt_lens", bool((r.new_prompt_lens <= r.new_lens).all()), r.new_prompt_lens,
           f"at most new_lens {r.new_lens}")
     _within("new_tokens", r.new_tokens, 0, vocab_size - 1)
     for kind, columns in COLUMNS.items():
@@ -89,26 +90,20 @@ def _check_new(r: ExecuteModelRequest, max_model_len: int, vocab_size: int) -> N
             _within(f"new_{kind}s ({column.name})", r[f"new_{kind}s"][:, i], column.low, column.high)
 
 
-def _need(field: str, good: bool, got: object, expected: object) -> None:
-    if not good:
-        raise InputError(f"ExecuteModelRequest.{field} is inconsistent", got=str(got)[:200], expected=expected,
-                         fields=(field,))
-
-
 def _within(field: str, values: np.ndarray[Any, Any] | np.integer[Any], low: float, high: float) -> None:
-    _need(field, bool(((values >= low) & (values <= high)).all()), values, f"{low} to {high}")  # NaN is not within
+    need(field, bool(((values >= low) & (values <= high)).all()), values, f"{low} to {high}")  # NaN is not within
 
 
 def _sum(field: str, counts: np.ndarray[Any, Any], expected: int) -> None:
     total = int(counts.sum(dtype=np.int64))
-    _need(field, total == expected, f"{total} in all", f"{expected}, which are there")
+    need(field, total == expected, f"{total} in all", f"{expected}, which are there")
 
 
 def _rows(field: str, rows: np.ndarray[Any, Any], lens: np.ndarray[Any, Any], live: bool = True) -> None:
     """Rows that exist, each named once, and that hold a sequence, or none."""
     _within(field, rows, 0, len(lens) - 1)
-    _need(field, len(np.unique(rows)) == len(rows), rows, "each row once")
-    _need(field, bool(((lens[rows] > 0) == live).all()), rows,
+    need(field, len(np.unique(rows)) == len(rows), rows, "each row once")
+    need(field, bool(((lens[rows] > 0) == live).all()), rows,
           "rows that hold a sequence" if live else "rows that are free")
 
 
@@ -116,4 +111,4 @@ def _moves(field: str, pairs: np.ndarray[Any, Any] | None, source: tuple[int, in
     if pairs is not None:
         _within(field, pairs[:, 0], *source)
         _within(field, pairs[:, 1], *into)
-        _need(field, len(np.unique(pairs[:, 1])) == len(pairs), pairs[:, 1], "no block written twice")
+        need(field, len(np.unique(pairs[:, 1])) == len(pairs), pairs[:, 1], "no block written twice")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sampler import batch
 
 from hal.errors import InputError, RequestError
 from hal.features import ADJUSTING, FEATURES
@@ -23,15 +24,6 @@ from hal.sampling.sampler import Sampler, logprobs
 from runners.cpu.sampler import CpuSampler
 
 pytestmark = pytest.mark.torch_release
-
-
-def batch(n: int, **fields: Any) -> PagedModelInput:
-    """n sequences that each sample after their only token."""
-    ids = torch.arange(n, dtype=torch.int32)
-    return PagedModelInput(
-        input_ids=ids, positions=torch.zeros_like(ids), slot_mapping=(ids + 1) * 16, seq_lens=torch.ones_like(ids),
-        query_start_loc=torch.arange(n + 1, dtype=torch.int32), block_tables=ids[:, None] + 1,
-        logits_indices=ids, block_size=16, num_decode_seqs=n, num_samples=n, **fields)
 
 
 def static(logits: torch.Tensor, m: PagedModelInput) -> list[int]:
