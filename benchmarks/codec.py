@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from hal.inputs import PagedModelInput
+from hal.contracts.inputs import PagedModelInput
 
 SEQS, BLOCKS = 256, 64
 

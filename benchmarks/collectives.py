@@ -15,11 +15,11 @@ import torch
 from ranks import as_rank, on_ranks, quantiles
 
 from hal.config import Topology
-from hal.inputs import IntermediateTensors
+from hal.contracts.inputs import IntermediateTensors
 from hal.schema import Array
-from workers.groups import Store, dist, make_group
-from workers.shm_comm import ShmCommunicator
-from workers.torch_comm import TorchCommunicator
+from workers.data.process_groups import TorchCommunicator
+from workers.data.shared_memory import ShmCommunicator
+from workers.links.groups import Store, dist, make_group
 
 ROUNDS, CALLS = 20, 60
 SIZES = (4 << 10, 64 << 10, 1 << 20)

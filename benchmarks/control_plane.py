@@ -26,14 +26,14 @@ import torch
 from ranks import as_rank, on_ranks, quantiles
 
 from hal.config import Topology
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.features import COLUMNS
-from hal.inputs import PagedModelInput
-from hal.request import ExecuteModelRequest
-from workers.groups import Store, dist
-from workers.planes import make_plane
-from workers.shm import Segment
-from workers.shm_plane import Ring
-from workers.wire import Decoder
+from workers.control.planes import make_plane
+from workers.links.groups import Store, dist
+from workers.links.memory import Segment
+from workers.links.ring import Ring
+from workers.worker.wire_policy import Decoder
 
 SEQS, BLOCKS = 256, 64
 ROUNDS, HOT, PACED, WARM = 6, 80, 25, 5

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hal.checkpoints.hf_config import read_config
 from hal.cli.bench import bytes_per_step
 from hal.cli.measure import time_batch
 from hal.cli.shapes import SHAPES
 from hal.engine.llm import LLM
-from hal.models.hf_config import read_config
 from hal.sampling.params import SamplingParams
 
 RESULTS: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def copy_bandwidth() -> float:
 
 
 def attention(bandwidth: float) -> None:
-    from hal.attention import AttentionSpec
+    from hal.contracts.attention import AttentionSpec
     from runners.cuda.attention import CudaAttention
     from runners.cuda.kernels import attention as kernels
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from workers.groups import Store, dist
+from workers.links.groups import Store, dist
 
 
 def on_ranks(run: Callable[..., None], world: int, *arguments: Any) -> None:

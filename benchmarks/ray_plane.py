@@ -19,8 +19,8 @@ import torch
 from ranks import as_rank, on_ranks, quantiles
 
 from hal.config import Topology
-from workers.groups import Store
-from workers.planes import make_plane
+from workers.control.planes import make_plane
+from workers.links.groups import Store
 
 SIZE, ROUNDS, HOT, PACED, WARM = 73_728, 4, 80, 40, 5
 
@@ -43,7 +43,7 @@ def run(rank: int, world: int, store: Store, fifo: str) -> None:
         while plane.receive():
             os.write(ack, b".")
         return
-    import ray  # after the plane: see workers.ray_cluster
+    import ray  # after the plane: see workers.links.ray_cluster
     from ray.dag import InputNode
 
     acks = os.open(fifo, os.O_RDWR)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from gpu import graphed, milliseconds
 
-from hal.inputs import PagedModelInput
+from hal.contracts.inputs import PagedModelInput
 from hal.sampling.sampler import Sampler
 from runners.cuda.sampler import CudaSampler
 

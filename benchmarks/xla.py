@@ -26,10 +26,10 @@ if hasattr(os, "sched_setaffinity"):
 
 import torch
 
-from hal import backend as backends
-from hal.communicator import LocalCommunicator
 from hal.config import EngineConfig, Topology, WorkerConfig
-from hal.models.config import ModelConfig, RopeConfig
+from hal.contracts import backend as backends
+from hal.contracts.communicator import LocalCommunicator
+from hal.model_config import ModelConfig, RopeConfig
 
 BLOCK, LENGTH = 16, 256
 

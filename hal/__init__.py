@@ -6,26 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hal.backend import Backend, Capabilities
-    from hal.communicator import Communicator
     from hal.config import EngineConfig
+    from hal.contracts.backend import Backend, Capabilities
+    from hal.contracts.communicator import Communicator
+    from hal.contracts.inputs import IntermediateTensors, ModelInput, PagedModelInput, WorkerInput
+    from hal.contracts.outputs import SamplerOutput
+    from hal.contracts.request import ExecuteModelRequest
+    from hal.contracts.runner import ModelRunnerBase
     from hal.engine.llm import LLM
     from hal.engine.outputs import RequestOutput
     from hal.errors import HalError
-    from hal.inputs import IntermediateTensors, ModelInput, PagedModelInput, WorkerInput
-    from hal.outputs import SamplerOutput
-    from hal.request import ExecuteModelRequest
-    from hal.runner import ModelRunnerBase
     from hal.sampling.params import SamplingParams
     from hal.schema import Array, Declared
 
 _HOME = {
     "LLM": "hal.engine.llm", "RequestOutput": "hal.engine.outputs", "EngineConfig": "hal.config",
-    "SamplingParams": "hal.sampling.params", "HalError": "hal.errors",
-    "Backend": "hal.backend", "Capabilities": "hal.backend", "Communicator": "hal.communicator",
-    "ModelRunnerBase": "hal.runner", "ExecuteModelRequest": "hal.request", "SamplerOutput": "hal.outputs",
-    "ModelInput": "hal.inputs", "PagedModelInput": "hal.inputs", "WorkerInput": "hal.inputs",
-    "IntermediateTensors": "hal.inputs", "Array": "hal.schema", "Declared": "hal.schema",
+    "SamplingParams": "hal.sampling.params", "HalError": "hal.errors", "Array": "hal.schema", "Declared": "hal.schema",
+    **{name: f"hal.contracts.{module}" for module, names in {
+        "backend": ["Backend", "Capabilities"], "communicator": ["Communicator"], "runner": ["ModelRunnerBase"],
+        "request": ["ExecuteModelRequest"], "outputs": ["SamplerOutput"],
+        "inputs": ["ModelInput", "PagedModelInput", "WorkerInput", "IntermediateTensors"],
+    }.items() for name in names},
 }
 
 __all__ = [

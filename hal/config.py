@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hal.errors import ConfigError
-from hal.models.config import ModelConfig
+from hal.model_config import ModelConfig
 from hal.values import described, plain
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"

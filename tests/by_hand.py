@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 from hal.features import COLUMNS
-from hal.outputs import SamplerOutput
-from hal.request import ExecuteModelRequest
 
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
           "frequency_penalty": 0.0, "top_k": 0, "seed": 3, "logprobs": -1, "prompt_logprobs": -1}

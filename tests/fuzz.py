@@ -31,19 +31,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hal import backend as backends
 from hal.config import Topology, WorkerConfig
 from hal.conformance.cases.guard import GOLDEN
+from hal.contracts import backend as backends
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput, WorkerInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 from hal.engine.llm import LLM
 from hal.errors import HalError, WireError
 from hal.features import COLUMNS
-from hal.inputs import IntermediateTensors, PagedModelInput, WorkerInput
-from hal.outputs import SamplerOutput
 from hal.recording.bisect import bisect
 from hal.recording.format import Recording
 from hal.recording.record import RecordingExecutor
 from hal.recording.replay import replay
-from hal.request import ExecuteModelRequest
 from hal.sampling.params import SamplingParams
 from hal.schema import Array, Declared, Doc
 from hal.schema.layout import HEAD_SIZE

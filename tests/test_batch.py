@@ -11,12 +11,12 @@ from by_hand import GREEDY, Seq, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal.batch import BatchState
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import StateError
 from hal.features import FEATURES
 from hal.features.penalties import NO_PENALTIES
-from hal.inputs import PagedModelInput
-from hal.request import ExecuteModelRequest
+from hal.paged.batch import BatchState
 
 VOCAB, MAX_LEN, ROWS = 50, 40, 6
 

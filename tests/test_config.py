@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from hal import LLM, SamplingParams
+from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
 from hal.errors import ConfigError
-from hal.models.hf_config import read_config
 
 
 def test_a_model_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

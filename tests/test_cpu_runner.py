@@ -14,12 +14,12 @@ from by_hand import generate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hal import backend as backends
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig, Topology, WorkerConfig
-from hal.inputs import NULL_BLOCK
-from hal.models.hf_config import read_config
-from hal.outputs import SamplerOutput
+from hal.contracts import backend as backends
+from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.inputs import NULL_BLOCK
+from hal.contracts.outputs import SamplerOutput
 from hal.testing.strategies import instances
 from runners.cpu import backend
 from runners.cpu.memory import free_memory

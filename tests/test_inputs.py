@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from hal.contracts.inputs import PagedModelInput, WorkerInput
 from hal.errors import InputError
-from hal.inputs import PagedModelInput, WorkerInput
 from hal.schema import Array
 from hal.testing.strategies import instances
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal.attention import AttentionSpec
-from hal.inputs import PagedModelInput
-from hal.paged_attention import PagedAttention
+from hal.contracts.attention import AttentionSpec
+from hal.contracts.inputs import PagedModelInput
+from hal.paged.attention import PagedAttention
 from hal.testing.strategies import instances
 from runners.cpu.attention import CpuAttention
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hal.contracts.inputs import PagedModelInput
 from hal.features.penalties import NO_PENALTIES, penalised
-from hal.inputs import PagedModelInput
 from hal.sampling.noise import exponential, row_keys
 from hal.sampling.sampler import Sampler, threshold
 from runners.cpu.sampler import CpuSampler

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hal.contracts.inputs import PagedModelInput, WorkerInput
 from hal.errors import InputError, SchemaError, WireError
-from hal.inputs import PagedModelInput, WorkerInput
 from hal.schema import Array, Declared, Doc
 from hal.testing.strategies import NearMiss, instances, near_misses
 

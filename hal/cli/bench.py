@@ -20,7 +20,7 @@ from hal.config import EngineConfig
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hal.models.config import ModelConfig
+    from hal.model_config import ModelConfig
 
 EPILOG = """columns (medians of the repeats; all prompts arrive at once; no prefix caching; end-of-sequence is ignored):
   TTFT     time to first token, mean over the requests        prefill  prompt tokens/s until every request has a token
@@ -82,9 +82,9 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if args.model_config is not None:
         (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
         chosen |= {"model": str(scratch), "random_weights": True}
-    from hal import backend as backends
+    from hal.checkpoints.hf_config import read_config
     from hal.cli import measure
-    from hal.models.hf_config import read_config
+    from hal.contracts import backend as backends
 
     length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
     # With what the scheduler holds back when it lets requests in: else the last of a batch may wait for another's end.

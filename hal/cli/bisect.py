@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hal.conformance.tolerance import Tolerances
     from hal.recording.bisect import bisect
+    from hal.testing.tolerance import Tolerances
 
     given: dict[str, Any] = {"random_weights": True} if args.random_weights else {}
     if args.kv_dtype is not None:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("give --backend NAME")
     from hal.conformance import report as reports
     from hal.conformance import run as kit
-    from hal.conformance.tolerance import Tolerances
+    from hal.testing.tolerance import Tolerances
 
     for name in reports.FILES if args.report else ():
         files.check_writable("--report", Path(args.report) / name)

@@ -80,7 +80,7 @@ def _libraries() -> dict[str, str | None]:
 
 
 def _backends(device: str | None) -> dict[str, Any]:
-    from hal.backend import survey as survey_backends
+    from hal.contracts.backend import survey as survey_backends
 
     found: dict[str, Any] = {}
     for name, (backend, reason) in survey_backends(*() if device is None else (device,)).items():

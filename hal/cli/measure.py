@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from hal import profiling
-from hal.backend import Backend
 from hal.config import EngineConfig
+from hal.contracts.backend import Backend
 from hal.engine.llm import LLM
-from hal.models.config import ModelConfig
+from hal.model_config import ModelConfig
 from hal.sampling.params import SamplingParams
 
 _WARM_TOKENS, _PROFILED_TOKENS = 4, 8

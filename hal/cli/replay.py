@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from hal.backend import select
-    from hal.conformance.tolerance import Tolerances
+    from hal.contracts.backend import select
     from hal.recording.replay import replay
+    from hal.testing.tolerance import Tolerances
 
     given: dict[str, Any] = {n: getattr(args, n) for n in ("dtype", "kv_dtype", "tp", "pp")
                              if getattr(args, n) is not None}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from hal.backend import Backend
     from hal.conformance.context import Context
+    from hal.contracts.backend import Backend
 
 Status = Literal["pass", "fail", "xfail", "n/a", "error"]
 Check = Callable[["Context"], None]

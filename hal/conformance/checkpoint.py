@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.hf_config import parse_config
 from hal.config import Topology
+from hal.contracts.communicator import LocalCommunicator
 from hal.models import build_model
-from hal.models.hf_config import parse_config
 from hal.models.layers import placement
 from hal.models.ops import Ops
 

@@ -12,23 +12,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.backend import Backend
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.conformance import checkpoint
 from hal.conformance.case import Mismatch, NotApplicable
 from hal.conformance.reference import Reference, race
-from hal.conformance.tolerance import Tolerances
+from hal.contracts.backend import Backend
+from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.executor import make_executor
+from hal.contracts.inputs import ModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence as EngineSequence
-from hal.executor import make_executor
 from hal.guard import Phase, data_plane, phase
-from hal.inputs import ModelInput
-from hal.models.hf_config import read_config
-from hal.outputs import SamplerOutput
-from hal.request import ExecuteModelRequest
-from hal.runner import ModelRunnerBase
 from hal.sampling.params import SamplingParams
+from hal.testing.tolerance import Tolerances
 
 Execute = Callable[[ExecuteModelRequest], SamplerOutput]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)

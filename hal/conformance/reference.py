@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from hal.features.penalties import NO_PENALTIES
-from hal.models.config import ModelConfig
+from hal.model_config import ModelConfig
 from hal.models.rope import inverse_frequencies
 from hal.sampling.noise import exponential, row_keys
 from hal.sampling.params import SamplingParams

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal import backend as backends
-from hal.backend import Backend
 from hal.conformance import KIT_VERSION
 from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, Status, all_cases
 from hal.conformance.context import Context
-from hal.conformance.tolerance import Tolerances
+from hal.contracts import backend as backends
+from hal.contracts.backend import Backend
 from hal.errors import ConfigError, HalError
+from hal.testing.tolerance import Tolerances
 
 _CHILD = "HAL_CONFORMANCE_CHILD"
 ONCE = "any"  # the dtype of a case that depends on none

@@ -10,8 +10,11 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from hal import backend as backends
+from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
+from hal.contracts import backend as backends
+from hal.contracts.executor import StepHandle, make_executor
+from hal.contracts.runner import no_progress
 from hal.engine.calls import Calls
 from hal.engine.outputs import RequestOutput
 from hal.engine.progress import LoadProgress, RequestProgress
@@ -22,9 +25,6 @@ from hal.engine.sequence import Sequence, derive_seed
 from hal.engine.step import Step
 from hal.engine.text import TextStream, encode, hidden_stops, load_tokenizer
 from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
-from hal.executor import StepHandle, make_executor
-from hal.models.hf_config import read_config
-from hal.runner import no_progress
 from hal.sampling.params import SamplingParams
 from hal.torch_state import TorchState
 from hal.values import described, plain

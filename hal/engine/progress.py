@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LoadProgress:
-    """A hal.runner.Progress: one bar for each thing that is done."""
+    """A hal.contracts.runner.Progress: one bar for each thing that is done."""
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hal.contracts.outputs import SamplerOutput
 from hal.engine.outputs import RequestOutput, TokenLogprob
 from hal.engine.sequence import Sequence
 from hal.engine.text import TextStream
 from hal.errors import NumericsError
-from hal.outputs import SamplerOutput
 
 
 @dataclass(slots=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import Sequence
 from hal.errors import StateError
 from hal.features import COLUMNS, FEATURES
 from hal.features.masks import mask_fields
-from hal.request import ExecuteModelRequest
 
 # Most steps bring nothing new, and making eight empty arrays takes as long as what they carry.
 _NONE = np.zeros(0, np.int32)

@@ -11,6 +11,7 @@ import numpy as np
 from hal.errors import InputError, SchemaError
 from hal.features.params import Param, Params
 from hal.schema import Array, Doc
+from hal.schema.examples import make_array
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class Column:
 
 
 class Rows(Protocol):
-    """The state of the sequences in flight, as a feature reads it (hal.batch.BatchState): one row a sequence.
+    """The state of the sequences in flight, as a feature reads it (hal.paged.batch.BatchState): one row a sequence.
 
     Attributes:
         token_ids: int32 [max_rows, max_model_len]. num_tokens, prompt_lens: int32 [max_rows].
@@ -184,8 +185,6 @@ class Feature:
     def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
         """Consistent fields of a made-up batch, for `hal.testing.strategies`. By default each field by itself, within
         its declared bounds."""
-        from hal.testing.strategies import make_array
-
         return {name: make_array(array, {"num_sampled": len(batch.lens)}, rng) for name, array in self.fields.items()}
 
 

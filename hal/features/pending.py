@@ -17,7 +17,7 @@ PENDING_TOKEN = -1  # an appended token that is still on the device: the one tha
 
 
 class Pending(Feature):
-    """`hal.pending.PendingTokens` keeps the tokens on the device."""
+    """`hal.paged.pending.PendingTokens` keeps the tokens on the device."""
 
     always, together = True, False
     fields = {

@@ -9,10 +9,10 @@ from hal.errors import ConfigError
 if TYPE_CHECKING:  # hal.config imports this package
     import torch
 
-    from hal.communicator import Communicator
     from hal.config import Topology
+    from hal.contracts.communicator import Communicator
+    from hal.model_config import ModelConfig
     from hal.models.causal_lm import CausalLM
-    from hal.models.config import ModelConfig
     from hal.models.ops import Ops
 
 
@@ -39,7 +39,7 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
 def build_model(config: ModelConfig, topology: Topology, communicator: Communicator, ops: Ops, dtype: torch.dtype,
                 device: torch.device) -> CausalLM:
     """One rank's part of the model on `device`, in inference mode, its weights not yet filled: call
-    `hal.models.loader.load_weights` or `random_weights`.
+    `hal.checkpoints.loader.load_weights` or `random_weights`.
 
     Raises:
         ConfigError: the model cannot be cut as `topology` says.

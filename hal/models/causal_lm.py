@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hal.attention import AttentionSpec, ForwardContext
-from hal.inputs import IntermediateTensors
-from hal.models.config import ModelConfig
+from hal.contracts.attention import AttentionSpec, ForwardContext
+from hal.contracts.inputs import IntermediateTensors
+from hal.model_config import ModelConfig
 from hal.models.layers import Build, Head, Linear, VocabEmbedding, vocab_weight
 from hal.schema import Array
 
 
 class CausalLM(nn.Module, abc.ABC):
-    """One rank's part of a decoder. Its memory is uninitialised until `hal.models.loader` fills it.
+    """One rank's part of a decoder. Its memory is uninitialised until `hal.checkpoints.loader` fills it.
 
     Attributes:
         attention_specs: of this stage's layers, in order.

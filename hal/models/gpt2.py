@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hal.attention import ForwardContext
-from hal.inputs import IntermediateTensors
+from hal.contracts.attention import ForwardContext
+from hal.contracts.inputs import IntermediateTensors
+from hal.model_config import ModelConfig
 from hal.models.causal_lm import CausalLM, local_heads
-from hal.models.config import ModelConfig
 from hal.models.layers import Build, Output, Source, column, row
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hal.communicator import Communicator
 from hal.config import Topology
+from hal.contracts.communicator import Communicator
 from hal.models.ops import Ops
 
 

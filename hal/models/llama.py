@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hal.attention import ForwardContext
-from hal.inputs import IntermediateTensors
+from hal.contracts.attention import ForwardContext
+from hal.contracts.inputs import IntermediateTensors
+from hal.model_config import ModelConfig
 from hal.models.causal_lm import CausalLM, local_heads
-from hal.models.config import ModelConfig
 from hal.models.layers import Build, Output, column, row
 from hal.models.rope import cos_sin_table
 

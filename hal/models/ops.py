@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from hal.attention import LayerAttention
+    from hal.contracts.attention import LayerAttention
     from hal.models.layers import Linear
 
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from hal import backend as backends
-from hal.attention import ForwardContext
-from hal.backend import Backend
-from hal.communicator import LocalCommunicator
-from hal.conformance.tolerance import Tolerances
+from hal.contracts import backend as backends
+from hal.contracts.attention import ForwardContext
+from hal.contracts.backend import Backend
+from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import BackendError, CapacityError
 from hal.models.layers import Linear
 from hal.models.ops import Ops
-from hal.outputs import SamplerOutput
 from hal.recording.format import Recording
-from hal.request import ExecuteModelRequest
+from hal.testing.tolerance import Tolerances
 
 # Operations by name: how many leading arguments are activations, and the row of the tolerance table.
 _TRACED = {"linear": (1, "linear"), "rms_norm": (1, "norm"), "add_rms_norm": (2, "norm"), "layer_norm": (1, "norm"),

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hal.batch import BatchState
 from hal.config import EngineConfig
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import InputError, StateError, WireError
 from hal.features import COLUMNS, FEATURES
 from hal.features.declare import need
-from hal.inputs import PagedModelInput
-from hal.models.config import ModelConfig
-from hal.request import ExecuteModelRequest
+from hal.model_config import ModelConfig
+from hal.paged.batch import BatchState
 
 _INT32 = 2**31 - 1
 _SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1, "virtual_engine": _INT32}

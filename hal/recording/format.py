@@ -12,21 +12,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hal import backend as backends
 from hal import files
-from hal.backend import Backend
+from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
+from hal.contracts import backend as backends
+from hal.contracts.backend import Backend
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import CapacityError, ConfigError, InputError, WireError
 from hal.features import COLUMNS
-from hal.inputs import PagedModelInput
-from hal.models.config import ModelConfig
-from hal.models.hf_config import read_config
-from hal.outputs import SamplerOutput
+from hal.model_config import ModelConfig
 from hal.recording.check import inputs_of
 from hal.recording.reading import FORMAT, HONOURED, LIMITS, SHAPE, check_limits, info_of, object_of, read
 from hal.recording.renumber import renumbered, used_blocks
 from hal.recording.typed import typed
-from hal.request import ExecuteModelRequest
 from hal.schema import Declared
 from hal.schema.packed import as_tensor
 

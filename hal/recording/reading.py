@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from hal.config import EngineConfig
 from hal.errors import ConfigError, WireError
-from hal.models.config import ModelConfig
+from hal.model_config import ModelConfig
 
 FORMAT = 2
 # What a run takes from a file. The numbers of blocks follow from the steps. Everything else is the caller's to say.

@@ -10,18 +10,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from hal.backend import Backend, resolve_dtype
-from hal.batch import BatchState
 from hal.config import BUNDLED_MODEL, DType, WorkerConfig
+from hal.contracts.backend import Backend, resolve_dtype
+from hal.contracts.executor import Executor, StepHandle
+from hal.contracts.inputs import ModelInput, PagedModelInput, WorkerInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import Sequence
 from hal.engine.step import Changes
 from hal.errors import WireError
-from hal.executor import Executor, StepHandle
 from hal.features import FEATURES
-from hal.inputs import ModelInput, PagedModelInput, WorkerInput
-from hal.outputs import SamplerOutput
+from hal.paged.batch import BatchState
 from hal.recording.format import RecordedStep, Recording
-from hal.request import ExecuteModelRequest
 from hal.sampling.params import SamplingParams
 
 
@@ -40,7 +40,7 @@ def describe(config: WorkerConfig, backend: Backend) -> dict[str, Any]:
 
 
 class RecordingExecutor:
-    """An executor that keeps every step which passes through it (see hal.executor.Executor)."""
+    """An executor that keeps every step which passes through it (see hal.contracts.executor.Executor)."""
 
     def __init__(self, executor: Executor, config: WorkerConfig, backend: Backend) -> None:
         self.executor, self.num_blocks, self.num_cpu_blocks = executor, executor.num_blocks, executor.num_cpu_blocks
@@ -89,7 +89,7 @@ class FlightRecorder:
         self.last: PagedModelInput | None = None
 
     def moved(self, step: WorkerInput, num_blocks: int) -> None:
-        """The cache moves blocks as workers.cache says: swaps first, then copies."""
+        """The cache moves blocks as workers.worker.cache says: swaps first, then copies."""
         if len(self.slots) != num_blocks:
             size = self.config.engine.block_size
             self.slots = np.full((num_blocks, size), -1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hal.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest
 
 # Whether each column of the pairs names blocks of the device, or of the host.
 _MOVES = ("blocks_to_copy", (True, True)), ("blocks_to_swap_in", (False, True)), ("blocks_to_swap_out", (True, False))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hal.backend import Backend
 from hal.config import EngineConfig
-from hal.executor import make_executor
-from hal.outputs import SamplerOutput
+from hal.contracts.backend import Backend
+from hal.contracts.executor import make_executor
+from hal.contracts.outputs import SamplerOutput
 from hal.recording.format import RecordedStep, Recording
 
 _LAYOUT = ("tp", "pp", "executor", "wire", "control_plane")

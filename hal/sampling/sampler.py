@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.outputs import SamplerOutput
 from hal.features import adjusting
-from hal.inputs import PagedModelInput
-from hal.outputs import SamplerOutput
 from hal.sampling.noise import exponential, row_keys
 from hal.schema.packed import on_host
 

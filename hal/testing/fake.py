@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from hal.backend import Backend, Capabilities
-from hal.communicator import Communicator
 from hal.config import WorkerConfig
-from hal.inputs import PagedModelInput
-from hal.outputs import SamplerOutput
-from hal.paged_runner import PagedModelRunner
-from hal.request import ExecuteModelRequest
-from hal.runner import ModelRunnerBase
+from hal.contracts.backend import Backend, Capabilities
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase
+from hal.paged.runner import PagedModelRunner
 from hal.testing.fake_device import Device, DeviceTensor, Event, Watch, refuse, taken
 
 

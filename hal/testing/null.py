@@ -11,16 +11,16 @@ from collections.abc import Sequence
 
 import torch
 
-from hal.backend import Backend, Capabilities
-from hal.batch import BatchState
-from hal.communicator import Communicator
 from hal.config import WorkerConfig
-from hal.inputs import IntermediateTensors, PagedModelInput
-from hal.outputs import SamplerOutput
-from hal.pending import PendingTokens
+from hal.contracts.backend import Backend, Capabilities
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
+from hal.paged.batch import BatchState
+from hal.paged.pending import PendingTokens
 from hal.profiling import span
-from hal.request import ExecuteModelRequest
-from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.sampling.sampler import Sampler, logprobs
 from hal.schema import Array
 

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import numpy as np
 from hypothesis import strategies as st
 
+from hal.contracts.inputs import PagedModelInput
 from hal.features import FEATURES
 from hal.features.declare import Batch
-from hal.inputs import PagedModelInput
-from hal.schema import Array, Declared, Field
-from hal.schema.layout import NP_DTYPES, bfloat16_bits
+from hal.schema import Declared, Field
+from hal.schema.examples import make_array
+from hal.schema.layout import NP_DTYPES
 from hal.schema.packed import as_tensor
 
 T = TypeVar("T", bound=Declared)
@@ -61,25 +62,6 @@ def _array(f: Field, dims: dict[str, int], rng: np.random.Generator) -> Any:
     assert f.array is not None
     array = make_array(f.array, dims, rng)
     return as_tensor(array, f.array.dtype) if f.kind == "tensor" else array
-
-
-def make_array(a: Array, dims: dict[str, int], rng: np.random.Generator) -> np.ndarray:
-    """Any legal content of a declared array, bfloat16 as its bits."""
-    shape = tuple(d.size(dims) for d in a.dims)
-    dtype = NP_DTYPES[a.dtype]
-    if a.low is not None or a.high is not None:
-        low, high = a.low if a.low is not None else -1000, a.high if a.high is not None else 1000
-        if a.dtype == "bfloat16":
-            array = bfloat16_bits(rng.uniform(low, high, shape))
-        elif dtype.kind in "iu":
-            array = rng.integers(int(low), int(high) + 1, shape).astype(dtype)
-        else:
-            array = rng.uniform(low, high, shape).astype(dtype)
-    elif a.dtype == "bool":
-        array = rng.integers(0, 2, shape).astype(np.bool_)
-    else:  # any bits at all, NaN included
-        array = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape).copy()
-    return array
 
 
 @dataclass(frozen=True)

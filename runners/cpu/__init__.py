@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from hal.backend import Backend, Capabilities
+from hal.contracts.backend import Backend, Capabilities
 
 if TYPE_CHECKING:
     import torch
 
-    from hal.communicator import Communicator
     from hal.config import WorkerConfig
+    from hal.contracts.communicator import Communicator
     from runners.cpu.runner import CpuModelRunner
 
 

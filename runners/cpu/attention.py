@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from hal.attention import AttentionSpec
-from hal.paged_attention import PagedAttention, Part
+from hal.contracts.attention import AttentionSpec
+from hal.paged.attention import PagedAttention, Part
 
 
 class CpuAttention(PagedAttention):

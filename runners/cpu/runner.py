@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from hal.communicator import Communicator
 from hal.config import WorkerConfig
-from hal.inputs import PagedModelInput
-from hal.paged_runner import PagedModelRunner
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import PagedModelInput
+from hal.paged.runner import PagedModelRunner
 from runners.cpu.attention import CpuAttention
 from runners.cpu.ops import CpuOps
 from runners.cpu.sampler import CpuSampler

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hal.backend import Backend, Capabilities
+from hal.contracts.backend import Backend, Capabilities
 from hal.errors import BackendError
 
 if TYPE_CHECKING:
     import torch
 
-    from hal.communicator import Communicator
     from hal.config import WorkerConfig
+    from hal.contracts.communicator import Communicator
     from runners.cuda.runner import CudaModelRunner
 
 

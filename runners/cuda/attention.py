@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from hal.attention import AttentionSpec
+from hal.contracts.attention import AttentionSpec
+from hal.contracts.inputs import PagedModelInput
 from hal.errors import ConfigError
-from hal.inputs import PagedModelInput
 from runners.cuda.kernels import attention as kernels
 
 _MAX_DIM = 256
 
 
 class CudaAttention:
-    """A hal.attention.Attention. Raises ConfigError for a head_dim that the kernels do not have."""
+    """A hal.contracts.attention.Attention. Raises ConfigError for a head_dim that the kernels do not have."""
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hal.inputs import IntermediateTensors, PagedModelInput
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput
 from hal.schema.packed import Packed
 from runners.cuda.staging import end_of, views
 

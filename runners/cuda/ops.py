@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from hal.attention import LayerAttention
+from hal.contracts.attention import LayerAttention
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from runners.cuda.attention import CudaStep

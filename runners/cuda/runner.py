@@ -9,16 +9,16 @@ from typing import Any, cast
 
 import torch
 
-from hal.attention import ForwardContext
-from hal.communicator import Communicator
 from hal.config import WorkerConfig
+from hal.contracts.attention import ForwardContext
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import Progress, no_progress
 from hal.errors import BackendError, CapacityError
 from hal.features import adjusting
-from hal.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
-from hal.outputs import SamplerOutput
-from hal.paged_runner import PagedModelRunner
-from hal.request import ExecuteModelRequest
-from hal.runner import Progress, no_progress
+from hal.paged.runner import PagedModelRunner
 from hal.schema.packed import Packed
 from runners.cuda.attention import CudaAttention
 from runners.cuda.graphs import PENDING, DecodeGraph, Results, batch_sizes, capture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hal.inputs import PagedModelInput
+from hal.contracts.inputs import PagedModelInput
 from hal.sampling.sampler import Sampler
 from runners.cuda.kernels.sampling import greedy, thresholds
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.outputs import SamplerOutput
+from hal.contracts.outputs import SamplerOutput
 from hal.schema.packed import Packed
 
 _SLOTS = 4  # more than steps in flight

@@ -9,13 +9,13 @@ from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from hal.backend import Backend, Capabilities
+from hal.contracts.backend import Backend, Capabilities
 
 if TYPE_CHECKING:
     import torch
 
-    from hal.communicator import Communicator
     from hal.config import WorkerConfig
+    from hal.contracts.communicator import Communicator
     from runners.tpu.runner import TpuModelRunner
 
 _INSTALL = "pip install torch==2.8.0 torch_xla==2.8.1"  # the pair that is tested; torch_xla ended with 2.9

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from hal.attention import AttentionSpec
-from hal.inputs import PagedModelInput
+from hal.contracts.attention import AttentionSpec
+from hal.contracts.inputs import PagedModelInput
 from runners.tpu import lowering
 
 TILE = 32

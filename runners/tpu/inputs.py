@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from hal.contracts.inputs import PagedModelInput
 from hal.features import ADJUSTING
 from hal.features.drawing import Draw, MinP, TopK, TopP
-from hal.inputs import PagedModelInput
+from hal.paged.shape_plan import Bucket, ShapePlan
 from hal.schema import Packed
 from hal.schema.packed import as_tensor, packed_source
-from hal.shape_plan import Bucket, ShapePlan
 from runners.tpu import lowering
 
 # The fields of each sampling program; a program's fields include those of the ones before it.

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from hal.config import WorkerConfig
 from hal.errors import ConfigError
-from hal.shape_plan import Bucket, ShapePlan, finest, ladder
+from hal.paged.shape_plan import Bucket, ShapePlan, finest, ladder
 from runners.tpu import lowering
 
 _ONE = 1e9  # a single rung

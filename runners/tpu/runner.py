@@ -17,23 +17,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hal.attention import ForwardContext
-from hal.batch import BatchState
-from hal.communicator import Communicator
 from hal.config import WorkerConfig
+from hal.contracts.attention import ForwardContext
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.errors import BackendError, StateError
 from hal.features.bias import MOST_TOKENS
 from hal.features.masks import WORD
-from hal.inputs import NULL_BLOCK, IntermediateTensors
 from hal.models.causal_lm import CausalLM
-from hal.outputs import SamplerOutput
+from hal.paged.batch import BatchState
+from hal.paged.shape_plan import Bucket
 from hal.profiling import span
-from hal.request import ExecuteModelRequest
-from hal.runner import ModelRunnerBase, Progress, no_progress
 from hal.sampling.sampler import TokenLogprobs, logprobs
 from hal.schema.fields import Dim
 from hal.schema.packed import packed_source
-from hal.shape_plan import Bucket
 from runners.tpu import lowering
 from runners.tpu.attention import TILE, TpuAttention
 from runners.tpu.inputs import ADJUSTED, DRAWN, FILTERED, TpuModelInput, bucket_for, fit, stage

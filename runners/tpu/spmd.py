@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.loader import check_weights, load_weights, random_weights
 from hal.config import EngineConfig, Topology
+from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.runner import Progress
+from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.config import ModelConfig
 from hal.models.layers import Linear, placement
-from hal.models.loader import check_weights, load_weights, random_weights
 from hal.models.ops import Ops
-from hal.runner import Progress
 from runners.tpu import lowering
 
 

@@ -81,9 +81,9 @@ class Forks:
 def _serve() -> None:
     # What takes seconds to load: all that these commands import, and what a step imports.
     from hal import LLM
-    from hal.backend import survey
     from hal.cli import measure  # noqa: F401
     from hal.conformance.case import all_cases
+    from hal.contracts.backend import survey
     from hal.recording import record, replay  # noqa: F401
 
     survey()

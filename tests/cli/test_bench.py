@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from hal import profiling
-from hal.backend import select
+from hal.checkpoints.hf_config import parse_config
 from hal.cli import bench, main, measure
 from hal.cli.shapes import SHAPES
-from hal.models.hf_config import parse_config
+from hal.contracts.backend import select
 
 SMALL = ["--device", "cpu", "--prompt-len", "12", "--new-tokens", "4", "--repeat", "2", "--batch-sizes", "1,3"]
 

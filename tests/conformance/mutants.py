@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from hal.backend import Capabilities
-from hal.batch import BatchState
+from hal.contracts.backend import Capabilities
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.outputs import SamplerOutput
 from hal.features import COLUMNS
 from hal.features.penalties import Penalties
-from hal.inputs import PagedModelInput
 from hal.models.ops import Ops
-from hal.outputs import SamplerOutput
-from hal.paged_attention import PagedAttention, PagedStep, by_group, gather
-from hal.paged_runner import PagedModelRunner
+from hal.paged.attention import PagedAttention, PagedStep, by_group, gather
+from hal.paged.batch import BatchState
+from hal.paged.runner import PagedModelRunner
 from hal.sampling import sampler as sampling
 from hal.sampling.sampler import Sampler
 from hal.schema import Array

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hal.backend import Capabilities
+from hal.contracts.backend import Capabilities
 from hal.models.ops import Ops
-from hal.paged_attention import PagedAttention
-from hal.paged_runner import PagedModelRunner
+from hal.paged.attention import PagedAttention
+from hal.paged.runner import PagedModelRunner
 from runners.cpu import CpuBackend
 
 

@@ -20,8 +20,8 @@ from hal.conformance import html, report
 from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, all_cases
 from hal.conformance.context import Context
 from hal.conformance.run import Options, Report, Result, outcome, read_expected, run
-from hal.conformance.tolerance import TOLERANCES, Tolerances
 from hal.errors import BackendError, ConfigError, GuardError
+from hal.testing.tolerance import TOLERANCES, Tolerances
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "numpy-backend"
 
@@ -66,7 +66,7 @@ def test_denominators_leave_out_what_is_not_applicable() -> None:
     (Mismatch("x"), "fail"), (NotApplicable("x"), "n/a"), (KeyError("x"), "error"), (BackendError("x"), "fail"),
     (GuardError("x", phase="prepare", operation="send", site="a:1"), "fail"), (None, "pass")])
 def test_how_a_case_ends(error: Exception | None, status: str, tmp_path: Path) -> None:
-    from hal import backend as backends
+    from hal.contracts import backend as backends
 
     def check(ctx: Context) -> None:
         if error is not None:
@@ -77,7 +77,7 @@ def test_how_a_case_ends(error: Exception | None, status: str, tmp_path: Path) -
 
 
 def test_a_declared_capability_is_demanded_and_another_is_not_applicable(tmp_path: Path) -> None:
-    from hal import backend as backends
+    from hal.contracts import backend as backends
 
     case = Case("L0/area/x", 0, "area", lambda ctx: None, ("checkpoints", "swap"), True, "")
     assert case.missing(backends.load("null")) == "the backend does not declare: checkpoints"

@@ -20,18 +20,18 @@ sys.path.insert(0, str(Path(__file__).parent))  # `planted`
 
 import planted
 
-from hal import backend as backends
 from hal.cli import main
 from hal.config import BUNDLED_MODEL
 from hal.conformance.cases.guard import GOLDEN
+from hal.contracts import backend as backends
+from hal.contracts.executor import make_executor
+from hal.contracts.request import ExecuteModelRequest
 from hal.engine.llm import LLM
 from hal.errors import BackendError, CapacityError, ConfigError, WireError, WorkerError
-from hal.executor import make_executor
 from hal.features import COLUMNS
 from hal.recording.bisect import bisect
 from hal.recording.format import Recording
 from hal.recording.replay import replay
-from hal.request import ExecuteModelRequest
 from hal.sampling.params import SamplingParams
 
 SMALL = {"dtype": "float32", "num_blocks": 65, "block_size": 4, "max_model_len": 128, "max_num_seqs": 4}

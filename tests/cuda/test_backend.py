@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import runners.cuda
-from hal import backend as backends
-from hal.attention import AttentionSpec
+from hal.contracts import backend as backends
+from hal.contracts.attention import AttentionSpec
 from hal.engine.llm import LLM
 from hal.errors import BackendError, ConfigError
 

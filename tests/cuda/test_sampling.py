@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampler import batch, column, spread
 
+from hal.contracts.inputs import PagedModelInput
 from hal.features import ADJUSTING
 from hal.features.penalties import NO_PENALTIES
-from hal.inputs import PagedModelInput
 from hal.sampling.noise import exponential, row_keys
 from hal.sampling.sampler import Sampler, reference, threshold
 

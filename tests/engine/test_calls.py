@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hal.engine.llm
+from hal.contracts.executor import Executor
 from hal.engine.llm import LLM
 from hal.engine.outputs import RequestOutput
 from hal.errors import CapacityError, HalError, StateError, WorkerError
-from hal.executor import Executor
 from hal.sampling.params import SamplingParams
 
 ENGINE = Path(hal.engine.llm.__file__).parent

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tokenizers_by_hand
 
-from hal import backend as backends
 from hal.config import BUNDLED_MODEL
+from hal.contracts import backend as backends
 from hal.engine.llm import LLM
 from hal.engine.outputs import RequestOutput
 from hal.errors import CapacityError, ConfigError, ModelLoadError, RequestError, StateError, WorkerError

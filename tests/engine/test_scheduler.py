@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal import backend as backends
 from hal.config import EngineConfig
+from hal.contracts import backend as backends
+from hal.contracts.executor import StepHandle, make_executor
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
 from hal.engine.step import Step
 from hal.errors import CapacityError, StateError
-from hal.executor import StepHandle, make_executor
-from hal.models.config import ModelConfig
+from hal.model_config import ModelConfig
 from hal.sampling.params import SamplingParams
 
 MODEL = ModelConfig(family="llama", architecture="Null", vocab_size=97, hidden_size=8, num_layers=2, num_heads=2,

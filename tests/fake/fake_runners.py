@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.attention import ForwardContext
-from hal.backend import Backend, Capabilities
+from hal.contracts.attention import ForwardContext
+from hal.contracts.backend import Backend, Capabilities
+from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import CapacityError
-from hal.inputs import NULL_BLOCK, PagedModelInput
-from hal.outputs import SamplerOutput
-from hal.paged_runner import PagedModelRunner
-from hal.request import ExecuteModelRequest
+from hal.paged.runner import PagedModelRunner
+from hal.paged.shape_plan import Bucket
 from hal.schema.packed import Packed, on_host
-from hal.shape_plan import Bucket
 from hal.testing.fake import FakeBackend, FakeRunner
 from hal.testing.fake_device import Event
 from runners.tpu.attention import TpuAttention

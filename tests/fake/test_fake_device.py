@@ -26,7 +26,7 @@ from hal.conformance.run import Options, run
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
 from hal.errors import BackendError, DeviceError, HalError, WorkerError
-from hal.paged_runner import PagedModelRunner
+from hal.paged.runner import PagedModelRunner
 from hal.testing.fake import FakeBackend, FakeRunner
 from hal.testing.fake_device import GARBAGE, DeviceTensor, Event
 

@@ -18,13 +18,13 @@ import fake_runners
 from fake_runners import OnCpu
 
 from hal import LLM, SamplingParams
-from hal.backend import load
-from hal.communicator import LocalCommunicator
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.conformance.context import Context
+from hal.contracts.backend import load
+from hal.contracts.communicator import LocalCommunicator
 from hal.errors import CapacityError, WorkerError
 from hal.features.penalties import NO_PENALTIES
-from hal.models.config import ModelConfig, RopeConfig
+from hal.model_config import ModelConfig, RopeConfig
 from hal.testing.fake import FakeBackend
 from hal.testing.fake_device import OutOfDeviceMemory
 
@@ -64,7 +64,7 @@ def test_steps_that_need_more_than_was_reserved(tmp_path: Path) -> None:
 
 
 def test_the_kv_cache_takes_what_is_free() -> None:
-    from hal.backend import load
+    from hal.contracts.backend import load
 
     fake: Any = load(MODULE)
     with LLM(device=MODULE) as llm:

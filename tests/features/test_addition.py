@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hal.errors import ConfigError
-from hal.features.document import page
+from hal.sampling.document import page
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "parameters.md"
@@ -47,4 +47,4 @@ def test_a_feature_that_cannot_be_loaded_is_named(name: str, monkeypatch: pytest
 
 
 def test_the_documentation_has_all_parameters() -> None:
-    assert DOCS.read_text() == page(), "python -m hal.features.document > docs/parameters.md"
+    assert DOCS.read_text() == page(), "python -m hal.sampling.document > docs/parameters.md"

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampler import batch
 
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import InputError, RequestError
 from hal.features import ADJUSTING, FEATURES
 from hal.features.bias import LogitBias
 from hal.features.declare import Feature
 from hal.features.masks import TokenMasks, allowed, mask_fields
-from hal.inputs import PagedModelInput
-from hal.request import ExecuteModelRequest
 from hal.sampling.params import SamplingParams
 from hal.sampling.sampler import Sampler, logprobs
 from runners.cpu.sampler import CpuSampler

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hal.backend import select
+from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig
+from hal.contracts.backend import select
+from hal.contracts.executor import make_executor
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
 from hal.errors import StateError
-from hal.executor import make_executor
-from hal.models.hf_config import read_config
 from hal.sampling.params import SamplingParams
 
 PROMPTS = [[7, 11, 14], [5, 14, 5, 15], [9], [8, 8, 12, 13, 14, 15, 5, 6, 7]]

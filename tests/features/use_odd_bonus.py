@@ -12,10 +12,10 @@ from typing import Any
 
 from hal import LLM, SamplingParams
 from hal.cli import main
-from hal.features.document import page
-from hal.inputs import PagedModelInput
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.recording.format import Recording
-from hal.request import ExecuteModelRequest
+from hal.sampling.document import page
 
 
 def printed(*arguments: str) -> str:

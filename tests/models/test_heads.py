@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.hf_config import parse_config, read_config
+from hal.checkpoints.loader import load_weights
 from hal.config import Topology
+from hal.contracts.communicator import LocalCommunicator
 from hal.errors import ModelLoadError
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.hf_config import parse_config, read_config
-from hal.models.loader import load_weights
 from hal.models.ops import Ops
 
 Make = Callable[[str, str, str], Path]

@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hal.checkpoints.hf_config import SUPPORTED_ARCHITECTURES, parse_config, read_config
 from hal.errors import ModelLoadError
-from hal.models.config import ModelConfig, RopeConfig
-from hal.models.hf_config import SUPPORTED_ARCHITECTURES, parse_config, read_config
+from hal.model_config import ModelConfig, RopeConfig
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 KINDS = dict(zip(SUPPORTED_ARCHITECTURES, ("llama", "mistral", "qwen2", "qwen3", "gpt2"), strict=True))
 
 
 def test_reading_a_config_loads_no_torch() -> None:
-    code = "import sys, hal.models.hf_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, hal.checkpoints.hf_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

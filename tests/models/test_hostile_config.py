@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.hf_config import parse_config, read_config
 from hal.config import Topology
+from hal.contracts.communicator import LocalCommunicator
 from hal.errors import ConfigError, ModelLoadError
+from hal.model_config import ModelConfig
 from hal.models import build_model
-from hal.models.config import ModelConfig
-from hal.models.hf_config import parse_config, read_config
 from hal.models.ops import Ops
 from hal.models.rope import inverse_frequencies
 

@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hal.communicator import LocalCommunicator
+from hal.checkpoints.hf_config import read_config
+from hal.checkpoints.loader import load_weights, random_weights
 from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.contracts.communicator import LocalCommunicator
 from hal.errors import ConfigError, ModelLoadError
+from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.config import ModelConfig
-from hal.models.hf_config import read_config
 from hal.models.layers import placement
-from hal.models.loader import load_weights, random_weights
 from hal.models.ops import Ops
-from hal.paged_runner import PagedModelRunner
+from hal.paged.runner import PagedModelRunner
 
 Checkpoint = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]

@@ -13,15 +13,15 @@ import checkpoints
 import pytest
 import torch
 
-from hal.attention import AttentionSpec, ForwardContext, LayerAttention
-from hal.communicator import Communicator, LocalCommunicator
+from hal.checkpoints.hf_config import read_config
+from hal.checkpoints.loader import load_weights
 from hal.config import BUNDLED_MODEL, Topology
-from hal.inputs import IntermediateTensors
+from hal.contracts.attention import AttentionSpec, ForwardContext, LayerAttention
+from hal.contracts.communicator import Communicator, LocalCommunicator
+from hal.contracts.inputs import IntermediateTensors
+from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.config import ModelConfig
-from hal.models.hf_config import read_config
-from hal.models.loader import load_weights
 from hal.models.ops import Ops
 
 Checkpoint = Callable[[str], Path]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hal import backend as backends
+from hal.contracts import backend as backends
 from hal.errors import BackendError
 from runners import tpu
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.engine.llm import LLM
 from hal.errors import ConfigError, WorkerError
-from hal.models.hf_config import read_config
+from hal.paged.shape_plan import ShapePlan
 from hal.sampling.params import SamplingParams
-from hal.shape_plan import ShapePlan
 
 Checkpoint = Callable[[str], Path]
 TPU = "runners.tpu:backend"
@@ -241,7 +241,7 @@ def test_attention_is_what_the_tpu_kernel_computes(window: int | None) -> None:
     """Layout and arguments of the ragged kernel, by its own reference; only its speed needs a TPU."""
     from types import SimpleNamespace
 
-    from hal.attention import AttentionSpec
+    from hal.contracts.attention import AttentionSpec
     from runners.tpu import lowering
     from runners.tpu.attention import TpuAttention
 

@@ -8,11 +8,11 @@ import time
 import torch
 
 from hal.config import Topology
-from workers.groups import dist
-from workers.lifelines import Lifelines
-from workers.links import connect  # noqa: F401  # what a worker process imports
-from workers.planes import make_plane
-from workers.shm_comm import ShmCommunicator
+from workers.control.planes import make_plane
+from workers.data.shared_memory import ShmCommunicator
+from workers.executors.connections import connect  # noqa: F401  # what a worker process imports
+from workers.links.groups import dist
+from workers.links.liveness import Lifelines
 
 what, path = sys.argv[1], sys.argv[2]
 store, cpu = dist.FileStore(path, 2), torch.device("cpu")

@@ -120,7 +120,7 @@ def intrude() -> None:
 
 def slow_down(rank: int) -> None:
     """In each rank: sleep before the function that TEST_PAUSE names, once, if it is this rank's turn."""
-    from workers import groups
+    from workers.links import groups
 
     where, at, seconds = os.environ["TEST_PAUSE"].split()
     groups.CONNECT = timedelta(seconds=float(seconds) + 10)

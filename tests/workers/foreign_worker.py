@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from foreign import slow_down
 
-from hal.backend import Backend
 from hal.config import WorkerConfig
-from workers.worker import Worker
+from hal.contracts.backend import Backend
+from workers.worker.generic import Worker
 
 
 class PausingWorker(Worker):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hal import LLM, SamplingParams
 from hal.errors import StateError
-from workers.executor import WorkerExecutor
+from workers.executors.executor import WorkerExecutor
 
 action, plane, tp = sys.argv[1], sys.argv[2], int(sys.argv[3])
 PROMPTS: list[str | list[int]] = [[5, 6, 7], [1, 2, 3, 4]]

@@ -18,7 +18,8 @@ import torch
 from torch._C._distributed_c10d import ErrorType
 
 from hal.schema.layout import aligned_bytes
-from workers import collective_plane, links
+from workers.control import collectives as collective_plane
+from workers.executors import connections as links
 
 make_gloo = links.make_group
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from workers.worker import Worker
+from workers.worker.generic import Worker
 
 
 class OwnWorker(Worker):

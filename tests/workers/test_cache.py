@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from worker_cases import MODEL, SIZE, engine
 
 from hal.config import Topology, WorkerConfig
+from hal.contracts.inputs import WorkerInput
 from hal.errors import CapacityError, InputError
-from hal.inputs import WorkerInput
-from workers.cache import CacheEngine, count_blocks
+from workers.worker.cache import CacheEngine, count_blocks
 
 BLOCKS, HOST = 9, 7
 

@@ -18,19 +18,19 @@ import torch
 from rank_threads import on_ranks
 from worker_cases import MODEL, engine
 
-from hal.communicator import Communicator
 from hal.config import Topology, WorkerConfig
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import IntermediateTensors
 from hal.errors import GuardError, InputError, StateError, WireError, WorkerError
 from hal.guard import Phase, phase
-from hal.inputs import IntermediateTensors
 from hal.schema import Array
 from hal.testing.null import backend as null
-from workers import links
-from workers.groups import dist
-from workers.lifelines import Lifelines
-from workers.links import connect
-from workers.shm_comm import ShmCommunicator
-from workers.torch_comm import TorchCommunicator
+from workers.data.process_groups import TorchCommunicator
+from workers.data.shared_memory import ShmCommunicator
+from workers.executors import connections as links
+from workers.executors.connections import connect
+from workers.links.groups import dist
+from workers.links.liveness import Lifelines
 
 CPU = torch.device("cpu")
 DYING = Path(__file__).with_name("dying_rank.py")

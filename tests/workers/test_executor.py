@@ -27,9 +27,9 @@ from worker_cases import MODEL, Driver, executor, ints
 
 from hal.config import Topology, WorkerConfig
 from hal.errors import BackendError, CapacityError, ConfigError, InputError, StateError, WorkerError
-from workers.agreement import agree, facts_of
-from workers.base import WorkerBase
-from workers.executor import WorkerExecutor
+from workers.executors.executor import WorkerExecutor
+from workers.worker.base import WorkerBase
+from workers.worker.consistency import agree, facts_of
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3], [42] * 13]
 STEPS = 9

@@ -16,12 +16,12 @@ from hal import errors
 from hal.config import Topology
 from hal.errors import BackendError, CapacityError, ConfigError, GuardError, HalError, StateError, WorkerError
 from hal.schema import Array, Declared
-from workers.channel import Channel
-from workers.collective_plane import CPU
-from workers.groups import lost, make_group
-from workers.planes import make_plane
-from workers.reports import Failure
-from workers.wire import Decoder
+from workers.control.channel import Channel
+from workers.control.collectives import CPU
+from workers.control.planes import make_plane
+from workers.links.groups import lost, make_group
+from workers.links.reports import Failure
+from workers.worker.wire_policy import Decoder
 
 
 @settings(max_examples=200, deadline=None)

@@ -23,16 +23,16 @@ from torch._C._distributed_c10d import ErrorType
 from worker_cases import MODEL, engine
 
 from hal.config import Topology, WorkerConfig
+from hal.contracts.outputs import SamplerOutput
 from hal.errors import StateError, WorkerError
-from hal.outputs import SamplerOutput
 from hal.testing.null import NullBackend
-from workers import groups
-from workers.collective_plane import CollectivePlane
-from workers.groups import dist
-from workers.lifelines import Lifelines
-from workers.links import connect
-from workers.torch_comm import TorchCommunicator
-from workers.worker import Worker
+from workers.control.collectives import CollectivePlane
+from workers.data.process_groups import TorchCommunicator
+from workers.executors.connections import connect
+from workers.links import groups
+from workers.links.groups import dist
+from workers.links.liveness import Lifelines
+from workers.worker.generic import Worker
 
 CPU = torch.device("cpu")
 DYING = Path(__file__).with_name("dying_rank.py")

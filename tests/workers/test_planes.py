@@ -22,15 +22,16 @@ from hypothesis import strategies as st
 from rank_threads import on_ranks
 
 from hal.config import Topology
-from hal.control import ControlPlane
+from hal.contracts.control_plane import ControlPlane
 from hal.errors import BackendError, GuardError, WireError, WorkerError
 from hal.guard import Phase, phase
-from workers import shm
-from workers.collective_plane import CPU, GlooPlane
-from workers.groups import dist
-from workers.planes import LocalPlane, make_plane
-from workers.shm import Segment
-from workers.shm_plane import Ring, ShmPlane
+from workers.control.collectives import CPU, GlooPlane
+from workers.control.planes import LocalPlane, make_plane
+from workers.control.shared_memory import ShmPlane
+from workers.links import memory as shm
+from workers.links.groups import dist
+from workers.links.memory import Segment
+from workers.links.ring import Ring
 
 PLANES = ("gloo", "shm", "collectives", "nccl", pytest.param("ray", marks=pytest.mark.slow))
 DYING = Path(__file__).with_name("dying_rank.py")

@@ -19,9 +19,9 @@ from worker_cases import Driver, executor
 
 from hal.config import Topology
 from hal.errors import BackendError, CapacityError, WorkerError
-from workers.collective_plane import CPU
-from workers.planes import make_plane
-from workers.ray_ranks import RayRanks
+from workers.control.collectives import CPU
+from workers.control.planes import make_plane
+from workers.executors.ray_actors import RayRanks
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]
 
@@ -104,7 +104,7 @@ def test_a_killed_rank_is_named_in_time_though_the_driver_waits_for_its_output(r
 def test_ray_outlives_the_thread_that_started_it() -> None:
     """The system ends what a thread started when that thread ends: the driver connects in one of its own."""
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    script = ("import threading, time; from workers.ray_cluster import join_cluster\n"
+    script = ("import threading, time; from workers.links.ray_cluster import join_cluster\n"
               "t = threading.Thread(target=join_cluster, args=('this test',)); t.start(); t.join(); time.sleep(0.5)\n"
               "import ray; print(sum(node['Alive'] for node in ray.nodes()), ray.get(ray.put(7)))\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False,

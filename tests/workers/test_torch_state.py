@@ -14,11 +14,11 @@ import torch.utils._device
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hal import backend as backends
+from hal.contracts import backend as backends
 from hal.engine.llm import LLM
 from hal.sampling.params import SamplingParams
 from hal.torch_state import TorchState
-from workers.ranks import threads_of_driver, threads_per_rank
+from workers.executors.processes import threads_of_driver, threads_per_rank
 
 Change = Callable[[ExitStack], object]
 

@@ -27,13 +27,14 @@ from worker_cases import Driver, executor
 
 from hal.config import Topology
 from hal.errors import BackendError, HalError, WireError, WorkerError
-from workers import groups, rendezvous, shm
-from workers.collective_plane import CPU
-from workers.groups import RendezvousStore, make_group
-from workers.lifelines import Lifelines
-from workers.planes import make_plane
-from workers.rendezvous import Rendezvous
-from workers.shm import Segment
+from workers.control.collectives import CPU
+from workers.control.planes import make_plane
+from workers.links import groups, rendezvous
+from workers.links import memory as shm
+from workers.links.groups import RendezvousStore, make_group
+from workers.links.liveness import Lifelines
+from workers.links.memory import Segment
+from workers.links.rendezvous import Rendezvous
 
 FORKING = Path(__file__).with_name("forking.py")
 SIZE = 1 << 16

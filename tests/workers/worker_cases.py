@@ -13,16 +13,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hal import backend as backends
 from hal.config import BUNDLED_MODEL, EngineConfig
+from hal.contracts import backend as backends
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.errors import CapacityError
 from hal.features import COLUMNS
-from hal.inputs import PagedModelInput
-from hal.models.config import ModelConfig
-from hal.request import ExecuteModelRequest
+from hal.model_config import ModelConfig
 from hal.testing.null import NullBackend, NullRunner
-from workers.executor import WorkerExecutor, make_executor
-from workers.worker import Worker
+from workers.executors.executor import GENERIC_WORKER, WorkerExecutor, make_executor
+from workers.worker.generic import Worker
 
 MODEL = ModelConfig(family="llama", architecture="Null", vocab_size=97, hidden_size=8, num_layers=3, num_heads=2,
                     num_kv_heads=2, head_dim=4, intermediate_size=8, max_position=64, dtype="float32")
@@ -34,7 +34,7 @@ def engine(**options: Any) -> EngineConfig:
                            "max_num_seqs": 8, "max_num_batched_tokens": 64, **options})
 
 
-def executor(model: ModelConfig = MODEL, worker: str = "workers.worker:Worker", **options: Any) -> WorkerExecutor:
+def executor(model: ModelConfig = MODEL, worker: str = GENERIC_WORKER, **options: Any) -> WorkerExecutor:
     config = engine(**options)
     return make_executor(config, model, backends.select(config.device), worker=worker)
 

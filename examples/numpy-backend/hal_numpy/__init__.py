@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hal.backend import Backend, Capabilities
+from hal.contracts.backend import Backend, Capabilities
 
 if TYPE_CHECKING:
     import torch
 
-    from hal.communicator import Communicator
     from hal.config import WorkerConfig
-    from hal.paged_runner import PagedModelRunner
+    from hal.contracts.communicator import Communicator
+    from hal.paged.runner import PagedModelRunner
 
 
 class NumpyBackend(Backend):
@@ -35,7 +35,7 @@ class NumpyBackend(Backend):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
     def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> PagedModelRunner:
-        from hal.paged_runner import PagedModelRunner
+        from hal.paged.runner import PagedModelRunner
         from hal_numpy.attention import NumpyAttention
         from hal_numpy.ops import NumpyOps, NumpySampler
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hal.attention import AttentionSpec, LayerAttention
-from hal.inputs import PagedModelInput
+from hal.contracts.attention import AttentionSpec, LayerAttention
+from hal.contracts.inputs import PagedModelInput
 
 
 class NumpyAttention:

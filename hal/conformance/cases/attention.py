@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.attention import AttentionSpec
 from hal.conformance.case import case
 from hal.conformance.context import Context
 from hal.conformance.reference import attend
-from hal.inputs import NULL_BLOCK, PagedModelInput
+from hal.contracts.attention import AttentionSpec
+from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
 from hal.schema.packed import as_tensor
 
 # Heads, key-value heads, head size: one key head for all, groups, and none shared.

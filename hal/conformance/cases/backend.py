@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from hal import backend as backends
-from hal.backend import Backend
 from hal.conformance.case import case
 from hal.conformance.context import Context
+from hal.contracts import backend as backends
+from hal.contracts.backend import Backend
+from hal.contracts.inputs import ModelInput, PagedModelInput
+from hal.contracts.runner import ModelRunnerBase
 from hal.errors import BackendError
-from hal.inputs import ModelInput, PagedModelInput
-from hal.runner import ModelRunnerBase
 
 
 @case(0, "registration", once=True)

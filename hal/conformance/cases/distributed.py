@@ -10,9 +10,9 @@ from typing import Any
 
 from hal.conformance.case import Mismatch, NotApplicable, case
 from hal.conformance.context import GREEDY, Context, drive
+from hal.contracts.executor import make_executor
 from hal.engine.scheduler import Scheduler
 from hal.errors import BackendError, ConfigError, WorkerError
-from hal.executor import make_executor
 from hal.sampling.params import SamplingParams
 
 _PARAMS = [GREEDY, SamplingParams(max_tokens=10, temperature=0.9, ignore_eos=True),

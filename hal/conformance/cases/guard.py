@@ -11,9 +11,9 @@ import torch.distributed as dist
 from hal import guard
 from hal.conformance.case import Mismatch, NotApplicable, case
 from hal.conformance.context import GREEDY, Context, drive
+from hal.contracts.executor import make_executor
 from hal.engine.scheduler import Scheduler
 from hal.errors import GuardError
-from hal.executor import make_executor
 from hal.sampling.params import SamplingParams
 
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"

@@ -9,13 +9,13 @@ import hypothesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hal.batch import BatchState
 from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import Context, Session
+from hal.contracts.inputs import NULL_BLOCK, ModelInput, PagedModelInput
+from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import Sequence
 from hal.errors import InputError, StateError
-from hal.inputs import NULL_BLOCK, ModelInput, PagedModelInput
-from hal.request import ExecuteModelRequest
+from hal.paged.batch import BatchState
 from hal.sampling.params import SamplingParams
 from hal.schema import Declared
 from hal.testing.strategies import instances, near_misses

@@ -8,9 +8,9 @@ import torch
 
 from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import BLOCK_SIZE, GREEDY, Context, Session, drive
-from hal.inputs import NULL_BLOCK, PagedModelInput
-from hal.outputs import SamplerOutput
-from hal.request import ExecuteModelRequest
+from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
 
 
 def _runs(name: str, doc: str, *needs: str, shape: str = "llama", block_size: int = BLOCK_SIZE, **scheduling: Any,

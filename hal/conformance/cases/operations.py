@@ -8,12 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hal.communicator import LocalCommunicator
 from hal.config import Topology
 from hal.conformance import reference
 from hal.conformance.case import case
 from hal.conformance.context import Context
-from hal.models.config import RopeConfig
+from hal.contracts.communicator import LocalCommunicator
+from hal.model_config import RopeConfig
 from hal.models.layers import Build, Output, column
 from hal.models.rope import cos_sin_table
 

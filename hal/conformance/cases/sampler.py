@@ -12,10 +12,10 @@ import torch
 from hal.conformance.case import case
 from hal.conformance.context import Context
 from hal.conformance.reference import race
+from hal.contracts.inputs import PagedModelInput
+from hal.contracts.outputs import SamplerOutput
 from hal.features.masks import mask_fields
 from hal.features.penalties import NO_PENALTIES
-from hal.inputs import PagedModelInput
-from hal.outputs import SamplerOutput
 from hal.sampling.params import SamplingParams
 from hal.schema.packed import as_tensor
 

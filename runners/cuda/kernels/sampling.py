@@ -251,7 +251,7 @@ def greedy(logits: torch.Tensor, rows: torch.Tensor | None = None, last: torch.T
 
     Args:
         rows: int32 [n]: token i is also written to last[rows[i]], and where that is -1 to the last entry.
-        last: int32, see hal.pending.PendingTokens.
+        last: int32, see hal.paged.pending.PendingTokens.
         draw: PagedModelInput's temperature, the two of `thresholds` or None, PagedModelInput's seed, positions,
             logits_indices: tokens are drawn where the temperature is not 0.
     """

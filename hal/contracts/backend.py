@@ -1,0 +1,186 @@
+"""Backends: a device in at most ten members, and how it is found (entry point group `hal.backends`)."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.config import WorkerConfig
+    from hal.contracts.communicator import Communicator
+    from hal.contracts.runner import ModelRunnerBase
+
+GROUP = "hal.backends"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend declares it can do; asking for more is refused at construction.
+
+    Attributes:
+        dtypes: of weights and KV cache, preferred first.
+        max_tp, max_pp: largest parallel sizes it runs.
+        swap: KV blocks can be swapped to host memory. fp8_kv: they can be kept as fp8.
+        spmd: one process drives the devices of all tensor-parallel ranks (a compiler cuts the tensors), so a worker's
+            topology has tp=1 and EngineConfig.tp is left to its runner.
+        asynchronous: execute_model returns before the device is done, and the runner keeps pending tokens on the device
+            (hal.paged.pending).
+        host_memory: the device's memory is the host's, shared with all else that runs there: a KV cache of automatic
+            size is no larger than max_num_seqs sequences need. A device of type "cpu" need not declare it.
+        checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.
+    """
+
+    dtypes: tuple[str, ...] = ("float32",)
+    max_tp: int = 1
+    max_pp: int = 1
+    swap: bool = True
+    fp8_kv: bool = False
+    spmd: bool = False
+    asynchronous: bool = False
+    host_memory: bool = False
+    checkpoints: bool = True
+
+
+class Backend(abc.ABC):
+    """One device. Subclass it, expose an instance, and name that as an entry point in the group `hal.backends`:
+    `mydevice = "mypackage:backend"`. Importing the module must be cheap and must not need the device."""
+
+    name: str
+    priority: int = 0  # "auto" takes the available backend with the highest
+    capabilities: Capabilities
+    collectives: str = "gloo"  # torch.distributed backend of the default communicator: "gloo" or "nccl"
+
+    @abc.abstractmethod
+    def unavailable(self) -> str | None:
+        """Why this machine cannot run it (one sentence that says what to do), or None when it can."""
+
+    @abc.abstractmethod
+    def device(self, local_rank: int) -> torch.device:
+        """The device of the local_rank-th worker on this host, made current for this process."""
+
+    @abc.abstractmethod
+    def free_memory(self, device: torch.device) -> int:
+        """Bytes that can still be allocated."""
+
+    @abc.abstractmethod
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator,
+                    ) -> ModelRunnerBase[Any]: ...
+
+    def versions(self) -> Mapping[str, str]:
+        """Names and versions of what it stands on, for `hal env`."""
+        return {}
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for all work that was issued to the device."""
+        return None
+
+
+def names() -> list[str]:
+    """All installed backends."""
+    return sorted(_entries())
+
+
+def load(name: str) -> Backend:
+    """A backend by name or as "module:attribute", whether it is available here or not.
+
+    Raises:
+        BackendError: unknown, or its module fails to import, or it is not a Backend.
+    """
+    entry = EntryPoint(name, name, GROUP) if all(name.partition(":")) else _entries().get(name)
+    if entry is None:
+        raise BackendError("unknown device", got=repr(name), expected=", ".join(["auto", *names()]),
+                           hint="install the package that provides it, or give module:attribute")
+    try:
+        backend = importlib.import_module(entry.module)
+        for part in (entry.attr or "backend").split("."):
+            backend = getattr(backend, part)
+    except Exception as error:
+        raise BackendError(f"backend {name!r} does not load", got=f"{type(error).__name__}: {error}",
+                           hint="`hal env` lists backends and why they are rejected") from error
+    if not isinstance(backend, Backend):
+        raise BackendError(f"{entry.value} is not a backend", got=type(backend).__name__, expected="hal.Backend")
+    return backend
+
+
+def select(name: str) -> Backend:
+    """An available backend; "auto" takes the one with the highest priority.
+
+    Raises:
+        BackendError: unknown, or not available here (with the reason).
+    """
+    if name == "auto":
+        found = [backend for backend, reason in survey().values() if backend is not None and reason is None]
+        if not found:
+            reasons = "; ".join(f"{n}: {reason}" for n, (_, reason) in survey().items())
+            raise BackendError("no backend is available", got=reasons or "none installed")
+        return max(found, key=lambda b: b.priority)
+    backend = load(name)
+    reason = backend.unavailable()
+    if reason is not None:
+        usable = [n for n, (_, why) in survey().items() if why is None]
+        raise BackendError(f"device {name!r} is not available here", got=reason,
+                           expected=f"one of: {', '.join(usable)}", hint="`hal env` shows all of them")
+    return backend
+
+
+def survey(*more: str) -> dict[str, tuple[Backend | None, str | None]]:
+    """Each installed backend, and those of `more`, with the reason why it cannot be used, or None."""
+    found: dict[str, tuple[Backend | None, str | None]] = {}
+    for name in dict.fromkeys((*names(), *more)):
+        try:
+            backend = load(name)
+            found[name] = backend, backend.unavailable()
+        except Exception as error:
+            found[name] = None, str(error)
+    return found
+
+
+def resolve_dtype(backend: Backend, wanted: str, checkpoint: str) -> str:
+    """What "auto" means: the checkpoint's dtype where the backend has it, else float32."""
+    if wanted != "auto":
+        return wanted
+    return checkpoint if checkpoint in backend.capabilities.dtypes else "float32"
+
+
+def resolve_async(backend: Backend, wanted: bool | None, pp: int) -> bool:
+    """What async_scheduling=None means."""
+    return backend.capabilities.asynchronous and pp == 1 if wanted is None else wanted
+
+
+def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:
+    """Check a configuration against the declared capabilities.
+
+    Raises:
+        BackendError: naming what is missing and the alternative.
+    """
+    can = backend.capabilities
+    _within(backend, "dtype", dtype, can.dtypes)
+    if tp > can.max_tp:
+        raise BackendError(f"backend {backend.name!r} cannot split tensors this far", got=f"tp={tp}",
+                           expected=f"at most {can.max_tp}")
+    if pp > can.max_pp:
+        raise BackendError(f"backend {backend.name!r} cannot split layers this far", got=f"pp={pp}",
+                           expected=f"at most {can.max_pp}")
+    if kv_dtype == "fp8" and not can.fp8_kv:
+        raise BackendError(f"backend {backend.name!r} has no fp8 KV cache", got=f"kv_dtype={kv_dtype}",
+                           expected="kv_dtype=auto")
+    if num_cpu_blocks and not can.swap:
+        raise BackendError(f"backend {backend.name!r} cannot swap KV blocks", got=f"num_cpu_blocks={num_cpu_blocks}",
+                           expected="num_cpu_blocks=0 (preempted sequences are recomputed)")
+
+
+def _within(backend: Backend, what: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise BackendError(f"backend {backend.name!r} has no such {what}", got=value, expected=" or ".join(allowed))
+
+
+def _entries() -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=GROUP)}

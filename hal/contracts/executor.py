@@ -1,0 +1,63 @@
+"""How an engine drives the workers. The implementation lives in workers/ and is found by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+from hal.config import EngineConfig
+from hal.contracts.backend import Backend
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import Progress, no_progress
+from hal.model_config import ModelConfig
+
+_FACTORY = "workers.executors.executor:make_executor"
+
+
+class StepHandle(Protocol):
+    """A step that was submitted; the next may be submitted before this one is done."""
+
+    def result(self) -> SamplerOutput:
+        """Wait for the step; the output is on the host.
+
+        Raises:
+            WorkerError: a rank failed or died; the executor is shut down.
+        """
+
+
+class Executor(Protocol):
+    """All ranks of one engine.
+
+    Attributes:
+        num_blocks: KV blocks of the smallest rank, the null block included. num_cpu_blocks: host blocks for swapping.
+    """
+
+    num_blocks: int
+    num_cpu_blocks: int
+
+    def check(self) -> None:
+        """Raises what ended this executor, if something did: a WorkerError, or a StateError after shutdown and in a
+        forked child of the process that made it."""
+
+    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+        """Run one step on all ranks. Raises WorkerError, and as `check`."""
+
+    def shutdown(self) -> None:
+        """End all workers and release what they hold. Idempotent; in a forked child it does nothing."""
+
+
+class MakeExecutor(Protocol):
+    def __call__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress) -> Executor: ...
+
+
+def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend,
+                  progress: Progress = no_progress) -> Executor:
+    """Start all ranks, load the model, allocate KV caches and warm up: in this process when there is one rank, else
+    rank 0 in this process and the others in processes of their own.
+
+    Raises:
+        ConfigError, ModelLoadError, CapacityError, BackendError, WorkerError.
+    """
+    module, _, attribute = _FACTORY.partition(":")
+    return cast(MakeExecutor, getattr(importlib.import_module(module), attribute))(engine, model, backend, progress)

@@ -1,0 +1,58 @@
+"""What the scheduler tells the workers in one step: CPU-only, torch-free, and only what changed."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Annotated
+
+import numpy as np
+
+from hal.features import COLUMNS, request_annotations
+from hal.schema import Array, Declared, Doc
+
+_FLOATS, _INTS = len(COLUMNS["float"]), len(COLUMNS["int"])
+
+
+class ExecuteModelRequest(Declared, fields=request_annotations()):
+    """One step as a diff. A sequence lives in a *row* of every preparing rank's `hal.paged.batch.BatchState` from the
+    step that brings it in (`new_*`) to the one that lists it in `finished_rows`; the row may be given to another
+    sequence in the step after.
+
+    A rank applies: finished rows, new rows, appended tokens, block tables; then prepares the rows scheduled.
+    """
+
+    step: Annotated[int, Doc("number of this step in the epoch, from 0")]
+    epoch: Annotated[int, Doc("grows when the engine starts over; rows of another epoch are void")] = 0
+    digest: Annotated[int, Doc("`chain` over all earlier steps: a rank that missed one disagrees")] = 0
+    virtual_engine: Annotated[int, Doc("which microbatch of the pipeline")] = 0
+
+    finished_rows: Annotated[np.ndarray, Array("int32", "num_finished", low=0, doc="rows given up before this step")]
+    new_rows: Annotated[np.ndarray, Array("int32", "num_new", low=0, doc="rows that sequences enter in")]
+    new_lens: Annotated[np.ndarray, Array("int32", "num_new", low=1, doc="tokens known of each (prompt and output)")]
+    new_prompt_lens: Annotated[np.ndarray, Array("int32", "num_new", low=1, doc="how many of them are the prompt")]
+    new_tokens: Annotated[np.ndarray, Array("int32", "num_new_tokens", low=0, doc="those tokens, one after another")]
+    new_floats: Annotated[np.ndarray, Array("float32", "num_new", _FLOATS, doc="hal.features.COLUMNS['float']")]
+    new_ints: Annotated[np.ndarray, Array("int64", "num_new", _INTS, doc="hal.features.COLUMNS['int']")]
+    append_rows: Annotated[np.ndarray, Array("int32", "num_appended", low=0, doc="rows that gained one token")]
+    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended", low=-1, doc="the token, or PENDING_TOKEN")]
+    block_rows: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="rows whose block table changes")]
+    block_starts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="first column that changes")]
+    block_counts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="how many; the rest is cleared")]
+    new_blocks: Annotated[np.ndarray, Array("int32", "num_new_blocks", low=1, doc="the block ids, row after row")]
+
+    rows: Annotated[np.ndarray, Array("int32", "num_seqs", low=0,
+                                      doc="scheduled rows; those with one token to compute come first")]
+    num_scheduled: Annotated[np.ndarray, Array("int32", "num_seqs", low=1, doc="tokens of each to compute")]
+    num_computed: Annotated[np.ndarray, Array("int32", "num_seqs", low=0, doc="tokens of each already in the cache")]
+
+    blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1)] = None
+    blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0)] = None
+    blocks_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_swaps_out", 2, low=0)] = None
+
+    def chain(self) -> int:
+        """The digest that the next step must carry: CRC-32 of this step's content, over `digest`."""
+        crc = zlib.crc32(f"{self.epoch} {self.step}".encode(), self.digest)
+        for array in (self.finished_rows, self.new_tokens, self.append_tokens, self.new_blocks, self.rows,
+                      self.num_scheduled, self.num_computed):
+            crc = zlib.crc32(array.data, crc)
+        return crc

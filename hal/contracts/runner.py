@@ -1,0 +1,102 @@
+"""ModelRunnerBase: what a device implements. A runner is purely local: it prepares, and it executes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from hal.config import WorkerConfig
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import IntermediateTensors, ModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+
+if TYPE_CHECKING:
+    import torch
+
+InputT = TypeVar("InputT", bound=ModelInput)
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    pass
+
+
+class ModelRunnerBase(abc.ABC, Generic[InputT]):
+    """Made by `Backend.make_runner`, then called by the worker in this order: load_model, kv_bytes_per_block and
+    reserve_bytes, make_kv_caches, warmup; then prepare_model_input and execute_model, step after step.
+
+    Attributes:
+        input_type: the declared input of a step.
+        intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
+        compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
+            its time. late: how many of them a step had to make therefore. uncompiled: how many no step has needed yet.
+    """
+
+    input_type: ClassVar[type[ModelInput]]
+    intermediate_type: type[IntermediateTensors] | None = None
+    compiled: int = 0
+    late: int = 0
+    uncompiled: int = 0
+
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        self.config, self.device, self.communicator = config, device, communicator
+
+    @abc.abstractmethod
+    def load_model(self, progress: Progress = no_progress) -> None:
+        """Build this rank's part of the model and load its weights. Raises ModelLoadError, ConfigError."""
+
+    @abc.abstractmethod
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one KV block over this rank's layers."""
+
+    @abc.abstractmethod
+    def reserve_bytes(self) -> int:
+        """Bytes beside weights and KV cache that the largest step may need."""
+
+    @abc.abstractmethod
+    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
+        """Zeroed caches, one a layer, dimension 1 counting blocks; block 0 is the null block."""
+
+    @staticmethod
+    def read_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[torch.Tensor]:
+        """Of each cache a copy of these blocks ([n] int64, on the host), wherever the runner likes; called between
+        steps, to copy blocks and to swap them to the host."""
+        return [cache[:, blocks.to(cache.device)] for cache in kv_caches]
+
+    @staticmethod
+    def write_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+        """Put `values`, which `read_blocks` gave, or the same on the host, into these blocks."""
+        for cache, value in zip(kv_caches, values, strict=True):
+            cache[:, blocks.to(cache.device)] = value.to(cache.device)
+
+    @abc.abstractmethod
+    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+        """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards, unless the user
+        limited the time of the warm-up; what comes later is counted in `late`."""
+
+    @abc.abstractmethod
+    def prepare_model_input(self, request: ExecuteModelRequest) -> InputT:
+        """Apply the request's diffs and build this step's input on the device. Phase prepare: no communication.
+
+        Raises:
+            StateError: the request does not follow the one before it.
+        """
+
+    @abc.abstractmethod
+    def execute_model(self, model_input: InputT, kv_caches: Sequence[torch.Tensor],
+                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        """Phase execute: data plane only, through the communicator.
+
+        Returns:
+            SamplerOutput on the rank that samples, None on its tensor-parallel peers, IntermediateTensors on every
+            rank of an earlier stage.
+        """
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        """Begin to bring an output to the host; the result waits for it. A device that runs steps while the host goes
+        on must not wait there for steps that were submitted later."""
+        if output.token_ids.is_cpu:
+            return lambda: output
+        return lambda: SamplerOutput.decode(output.encode())

@@ -1,0 +1,80 @@
+"""A model's shape, device-neutral and torch-free. `hal.checkpoints.hf_config` reads it from a config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding, half-split (NeoX) layout over the whole head. Source: RoFormer, arXiv 2104.09864.
+
+    Attributes:
+        scaling: "none"; "linear" (positions / factor); "llama3" (Llama 3.1's frequency bands); "dynamic" (NTK).
+        low_freq_factor, high_freq_factor, original_max_position: of "llama3".
+    """
+
+    theta: float = 10000.0
+    scaling: Literal["none", "linear", "llama3", "dynamic"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Attributes:
+        family: which definition in hal.models runs it.
+        tie_embeddings: the output head is the embedding table.
+        architecture: the checkpoint's own name for it.
+        windows: sliding window of each layer in tokens (the query's own included), None where attention is full.
+        activation: of the MLP; "silu" means gated (SwiGLU).
+        qkv_bias, out_bias, mlp_bias: biases of q/k/v, of the attention output, and of the MLP projections.
+        qk_norm: RMSNorm over each head's q and k before the rotary embedding (Qwen3).
+        dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
+    """
+
+    family: Literal["llama", "gpt2"]
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    rope: RopeConfig | None = None
+    windows: tuple[int | None, ...] = ()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    @property
+    def embedding_name(self) -> str:
+        """Of the embedding table in a checkpoint, without ".weight" and the prefix "model." or "transformer."."""
+        return {"llama": "embed_tokens", "gpt2": "wte"}[self.family]
+
+    @property
+    def num_params(self) -> int:
+        """Weights of the decoder, embeddings and head (norms and biases left out)."""
+        qkvo = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        mlp = (3 if self.activation == "silu" else 2) * self.hidden_size * self.intermediate_size
+        embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (qkvo + mlp) + embed
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """The inverse of dataclasses.asdict, also after a trip through JSON."""
+        rope = data.get("rope")
+        return cls(**{**data, "rope": RopeConfig(**rope) if rope else None, "windows": tuple(data["windows"]),
+                      "eos_token_ids": tuple(data["eos_token_ids"])})

@@ -1,0 +1,191 @@
+"""The default attention: plain PyTorch over a paged cache, for any device.
+
+Heads of one group share their keys, so they are treated as queries of one head: nothing is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hal.contracts.attention import AttentionSpec
+from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
+from hal.schema.packed import on_host
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of a step's tokens that is attended at once: decoding sequences, or one sequence with several queries.
+
+    Attributes:
+        start, end: its tokens. blocks: rows of the cache to gather (flat, head by head); None: the keys are its own.
+        context: keys of a head. masks: by window, added to the scores; None where a causal mask says it all.
+        tables, lens: of decoding sequences, [n, blocks] and [n] int32.
+    """
+
+    start: int
+    end: int
+    blocks: torch.Tensor | None
+    context: int
+    masks: dict[int | None, torch.Tensor | None]
+    tables: torch.Tensor | None = None
+    lens: torch.Tensor | None = None
+
+
+class PagedAttention:
+    """A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim]. A backend overrides `decode`, or all."""
+
+    def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
+        self.specs, self.device, self.dtype = specs, device, dtype
+        self.windows = {spec.window for spec in specs}
+        # Bytes of keys gathered at once for decoding: on a CPU what stays in its cache, else a bound on memory.
+        self.gather_bytes = 1 << (20 if device.type == "cpu" else 28)
+
+    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        spec = self.specs[0]
+        return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
+
+    def step_bytes(self, tokens: int, num_seqs: int, context: int) -> int:
+        """Bytes beside the cache that the largest step may need, of so many tokens in so many sequences of up to
+        `context` tokens. An estimate from above."""
+        spec, item = self.specs[0], self.dtype.itemsize
+        each = context * spec.num_kv_heads * spec.head_dim * item  # keys of a sequence
+        at_once = min(num_seqs, max(self.gather_bytes // max(each, 1), 1))
+        masks = len(self.windows) * max(tokens, num_seqs) * context * (item + 2)
+        indices = 8 * num_seqs * context * spec.num_kv_heads
+        if self.device.type in ("cpu", "cuda"):  # where one kernel does the rest
+            return 4 * at_once * each + masks + indices
+        queries, single = max(min(tokens, context), at_once), each // item * 4
+        scores = 3 * 4 * queries * context * spec.num_heads
+        repeated = 3 * single * spec.num_heads // spec.num_kv_heads  # of one sequence with several queries, in fp32
+        return max(at_once * (2 * each + 3 * single), 2 * each + repeated) + scores + masks + indices
+
+    def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> PagedStep:
+        return PagedStep(self, model_input, kv_caches)
+
+    def decode(self, q: torch.Tensor, cache: torch.Tensor, part: Part, spec: AttentionSpec) -> torch.Tensor:
+        """q [n, num_heads, head_dim], one query a sequence -> the same shape or one that flattens to it."""
+        k, v = gather(cache, part)
+        q = by_group(q, spec)
+        return F.scaled_dot_product_attention(q, k, v, part.masks[spec.window], scale=spec.scale)
+
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, part: Part,
+                spec: AttentionSpec) -> torch.Tensor:
+        """One sequence's q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim] -> [n, num_heads, head_dim].
+        """
+        q = by_group(q, spec).permute(1, 2, 0, 3)  # [kv heads, group, n, head_dim]
+        if part.blocks is None:
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        else:
+            k, v = (x[0, :, :part.context] for x in gather(cache, part))
+        k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        mask = part.masks[spec.window]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=spec.scale)
+        return out.permute(2, 0, 1, 3)
+
+
+class PagedStep:
+    """One step's attention: what its layers share, and the call that a model makes in each."""
+
+    def __init__(self, attention: PagedAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
+        self.attention, self.kv_caches, self.block_size = attention, kv_caches, m.block_size
+        self.heads = torch.arange(attention.specs[0].num_kv_heads, device=m.input_ids.device)
+        slots = m.slot_mapping.long()
+        rows = (slots // m.block_size)[:, None] * len(self.heads) + self.heads
+        self.slots = (rows * m.block_size + (slots % m.block_size)[:, None]).flatten()
+        starts, lens = (on_host(m, name).tolist() for name in ("query_start_loc", "seq_lens"))  # no wait for the device
+        self.real = starts[-1]
+        self.begun = self._begun(m)
+        self.parts = self._decode_parts(m, lens[:m.num_decode_seqs])
+        for seq in range(m.num_decode_seqs, len(lens)):
+            if starts[seq] < starts[seq + 1]:
+                self.parts.append(self._prefill_part(m.block_tables[seq], starts[seq], starts[seq + 1], lens[seq]))
+
+    def _begun(self, m: PagedModelInput) -> torch.Tensor:
+        """The blocks whose first slot this step writes and whose last it may not, and the null block. What lies in
+        their other slots is masked, but NaN passes through a mask, as 0 * NaN. So they are cleared."""
+        ends = m.query_start_loc[1:]
+        if not len(m.positions):
+            return torch.full((1,), NULL_BLOCK, device=ends.device)
+        last = (ends - 1).clamp(min=0)  # of each sequence's tokens
+        positions, first = m.positions[last], m.seq_lens - (ends - m.query_start_loc[:-1])
+        begun = (positions - positions % m.block_size >= first) & (ends > m.query_start_loc[:-1])
+        blocks = torch.where(begun, m.slot_mapping[last] // m.block_size, NULL_BLOCK)
+        return F.pad(blocks[begun] if blocks.is_cpu else blocks, (0, 1), value=NULL_BLOCK).long()
+
+    def _decode_parts(self, m: PagedModelInput, lens: list[int]) -> list[Part]:
+        blocks = -(-max(lens, default=0) // self.block_size)
+        spec, context = self.attention.specs[0], blocks * self.block_size
+        each = context * spec.num_kv_heads * spec.head_dim * self.attention.dtype.itemsize
+        step = max(self.attention.gather_bytes // max(each, 1), 1)
+        key_at = torch.arange(context, device=m.seq_lens.device)
+        parts = []
+        for start in range(0, len(lens), step):
+            end = min(start + step, len(lens))
+            tables, some = m.block_tables[start:end, :blocks], m.seq_lens[start:end]
+            query_at = (some - 1)[:, None, None, None]
+            parts.append(Part(start, end, self._rows(tables), context, self._masks(query_at, key_at), tables, some))
+        return parts
+
+    def _prefill_part(self, table: torch.Tensor, start: int, end: int, context: int) -> Part:
+        queries = end - start
+        whole = queries == context
+        masks: dict[int | None, torch.Tensor | None] = {}
+        masked = {w for w in self.attention.windows if not whole or (w is not None and w < context)}
+        if masked:
+            at = torch.arange(context, device=table.device)
+            masks = self._masks(at[context - queries:, None], at, masked)
+        masks |= dict.fromkeys(self.attention.windows - masked)
+        blocks = table[None, :-(-context // self.block_size)]
+        return Part(start, end, None if whole else self._rows(blocks), context, masks)
+
+    def _rows(self, tables: torch.Tensor) -> torch.Tensor:
+        """Block tables [n, blocks] -> rows of [num_blocks * num_kv_heads, ...], ordered [n, head, block], flat."""
+        return (tables.long()[:, None] * len(self.heads) + self.heads[:, None]).flatten()
+
+    def _masks(self, query_at: torch.Tensor, key_at: torch.Tensor, windows: set[int | None] | None = None,
+               ) -> dict[int | None, torch.Tensor | None]:
+        masks: dict[int | None, torch.Tensor | None] = {}
+        for window in self.attention.windows if windows is None else windows:
+            hidden = key_at > query_at
+            if window is not None:
+                hidden |= key_at <= query_at - window
+            mask = torch.zeros(hidden.shape, dtype=self.attention.dtype, device=hidden.device)
+            masks[window] = mask.masked_fill_(hidden, -torch.inf)
+        return masks
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        attention, cache = self.attention, self.kv_caches[layer]
+        spec = attention.specs[layer]
+        cache.index_fill_(1, self.begun, 0)
+        if self.real < len(k):
+            k, v = (F.pad(x[:self.real], (0, 0, 0, 0, 0, len(x) - self.real)) for x in (k, v))
+        for into, new in zip(cache, (k, v), strict=True):
+            into.view(-1, spec.head_dim).index_copy_(0, self.slots, new.reshape(-1, spec.head_dim))
+        out = q.new_empty(q.shape[0], spec.num_heads * spec.head_dim)
+        out[self.real:] = 0
+        for part in self.parts:
+            here = slice(part.start, part.end)
+            if part.tables is not None:
+                result = attention.decode(q[here], cache, part, spec)
+            else:
+                result = attention.prefill(q[here], k[here], v[here], cache, part, spec)
+            out[here] = result.reshape(part.end - part.start, -1)
+        return out
+
+
+def by_group(q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """[n, num_heads, head_dim] -> [n, num_kv_heads, heads of a group, head_dim], a view."""
+    return q.view(len(q), spec.num_kv_heads, q.shape[1] // spec.num_kv_heads, spec.head_dim)
+
+
+def gather(cache: torch.Tensor, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a part's blocks, each [n, num_kv_heads, blocks * block_size, head_dim]."""
+    _, _, heads, size, dim = cache.shape
+    assert part.blocks is not None
+    blocks = -(-part.context // size)
+    k, v = (x.view(-1, size * dim).index_select(0, part.blocks).view(-1, heads, blocks * size, dim) for x in cache)
+    return k, v

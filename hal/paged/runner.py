@@ -1,0 +1,170 @@
+"""The default model runner: plain PyTorch, composed of parts that a device replaces one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from hal.checkpoints.loader import check_weights, load_weights, random_weights
+from hal.config import WorkerConfig
+from hal.contracts.attention import ForwardContext, MakeAttention
+from hal.contracts.communicator import Communicator
+from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
+from hal.models import build_model
+from hal.models.causal_lm import CausalLM
+from hal.models.ops import Ops
+from hal.paged.attention import PagedAttention
+from hal.paged.batch import BatchState
+from hal.paged.pending import PendingTokens
+from hal.profiling import span
+from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
+
+
+class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
+    """Any device that PyTorch runs on. A backend passes its own parts, overrides `transform`, or overrides a method.
+
+    Args:
+        attention: makes the attention of this rank's layers. ops, sampler: the models' operations, and the sampler.
+    """
+
+    input_type = PagedModelInput
+    model: CausalLM
+
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,
+                 attention: MakeAttention = PagedAttention, ops: Ops | None = None,
+                 sampler: Sampler | None = None) -> None:
+        super().__init__(config, device, communicator)
+        engine = config.engine
+        self.make_attention, self.ops, self.sampler = attention, ops or Ops(), sampler or Sampler()
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
+        # As bytes: all that moves blocks takes those, and attention knows what they are.
+        self.kv_dtype = torch.uint8 if engine.kv_dtype == "fp8" else self.dtype
+        self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
+                                self.input_type, asynchronous=bool(engine.async_scheduling))
+        self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
+
+    def load_model(self, progress: Progress = no_progress) -> None:
+        engine = self.config.engine
+        if not engine.random_weights:
+            check_weights(self.config.model, engine.model)
+        model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
+                            self.device)
+        if engine.random_weights:
+            random_weights(model, engine.seed)
+        else:
+            load_weights(model, engine.model, progress)
+        self.model = self.transform(model)
+        self.intermediate_type = self.model.intermediate_type
+        self.attention = self.make_attention(self.model.attention_specs, device=self.device, dtype=self.dtype)
+
+    def transform(self, model: CausalLM) -> CausalLM:
+        """Compile or rewrite the loaded model. What it returns is called like the model."""
+        return model
+
+    def kv_bytes_per_block(self) -> int:
+        shape = self.attention.cache_shape(1, self.config.engine.block_size)
+        return math.prod(shape) * self.kv_dtype.itemsize * len(self.model.attention_specs)
+
+    def reserve_bytes(self) -> int:
+        """Activations of a layer over the most tokens, what attention needs (the default one's, if the device has
+        another), and logits with the sampler's fp32 copies. An estimate from above."""
+        engine, c, spec = self.config.engine, self.config.model, self.model.attention_specs[0]
+        tokens, item = max(engine.max_num_batched_tokens, engine.max_num_seqs), self.dtype.itemsize
+        heads = spec.num_heads + 2 * spec.num_kv_heads
+        layer = tokens * (6 * c.hidden_size + 3 * heads * spec.head_dim + 3 * c.intermediate_size // self._tp) * item
+        default = self.attention if isinstance(self.attention, PagedAttention) else PagedAttention(
+            self.model.attention_specs, device=self.device, dtype=self.dtype)
+        attention = default.step_bytes(tokens, engine.max_num_seqs, self.config.max_model_len)
+        logits = engine.max_num_seqs * c.vocab_size * (item + 16) if self.config.topology.is_last_stage else 0
+        return layer + attention + logits
+
+    @property
+    def _tp(self) -> int:
+        return self.config.topology.tp
+
+    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
+        shape = self.attention.cache_shape(num_blocks, self.config.engine.block_size)
+        return [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in self.model.attention_specs]
+
+    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+        """Nothing is compiled here; a prefill and a decode let libraries choose kernels and allocate."""
+        engine = self.config.engine
+        prompt = min(engine.max_num_batched_tokens, self.config.max_model_len, 64)
+        shapes = ((1, prompt), (engine.max_num_seqs, 1))
+        for done, (seqs, queries) in enumerate(shapes):
+            progress("warming up", done, len(shapes))
+            self.execute_model(self.dummy_input(seqs, queries), kv_caches, self.dummy_intermediate(seqs * queries))
+        progress("warming up", len(shapes), len(shapes))
+
+    def dummy_input(self, num_seqs: int, queries: int) -> PagedModelInput:
+        """Prompts of `queries` tokens (decoding sequences when it is 1) that write the null block alone."""
+        size, tokens = self.config.engine.block_size, num_seqs * queries
+        packed = self.input_type.schema.allocate(
+            {"num_tokens": tokens, "num_seqs": num_seqs, "max_blocks": -(-queries // size), "num_logits": num_seqs},
+            block_size=size, num_decode_seqs=num_seqs if queries == 1 else 0, num_samples=num_seqs,
+            max_query_len=queries)
+        for name, value in (("input_ids", 0), ("positions", torch.arange(tokens) % queries), ("seq_lens", queries),
+                            ("slot_mapping", NULL_BLOCK * size), ("block_tables", NULL_BLOCK),
+                            ("query_start_loc", torch.arange(num_seqs + 1) * queries),
+                            ("logits_indices", (torch.arange(num_seqs) + 1) * queries - 1)):
+            packed.arrays[name][...] = value
+        result: PagedModelInput = packed.to(self.device)
+        return result
+
+    def dummy_intermediate(self, tokens: int) -> IntermediateTensors | None:
+        """What an earlier stage would hand over; None on the first."""
+        if self.config.topology.is_first_stage:
+            return None
+        size = self.config.model.hidden_size
+        return self.model.hand_on(*(torch.zeros(tokens, size, dtype=self.dtype, device=self.device)
+                                    for _ in self.model.intermediates))
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
+        self.state.apply(request)
+        return self.state.prepare(request).to(self.device)
+
+    @torch.inference_mode()
+    def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        m = model_input
+        context = ForwardContext(self.attention.begin(m, kv_caches), m)
+        hidden = self.model(self.pending.input_ids(m), m.positions, context, intermediate)
+        if not isinstance(hidden, torch.Tensor):
+            stage: IntermediateTensors = hidden
+            return stage
+        return self.sample(hidden, m)
+
+    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
+        """hidden [num_tokens, hidden_size] of the last stage -> the output on the rank that samples. Every
+        tensor-parallel rank computes its part of the logits."""
+        rows = hidden.index_select(0, m.logits_indices)
+        n, samples = m.num_samples, self.config.topology.samples
+        logits = self.model.compute_logits(rows[:n])
+        output = self.draw(logits, m)
+        self.pending.keep(m, None if output is None else output.token_ids)
+        if m.prompt_targets is None:
+            return output
+        parts, step = [], self.config.engine.max_num_seqs  # as many at once as `reserve_bytes` counts
+        for at in range(0, len(m.prompt_targets), step):
+            targets = m.prompt_targets[at:at + step]
+            logits = self.model.compute_logits(rows[n + at:n + at + len(targets)])
+            if samples:
+                parts.append(logprobs(logits, targets, m.num_prompt_logprobs))
+        if output is None:
+            return None
+        of_targets = TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        for name, value in of_targets.fields("prompt_").items():
+            setattr(output, name, value)
+        return output
+
+    def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
+        """The sampler's output, on the rank that samples."""
+        if not self.config.topology.samples:
+            return None
+        with span("sample"):
+            return self.sampler(logits, m)

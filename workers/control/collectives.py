@@ -1,0 +1,178 @@
+"""Control planes over torch.distributed's collectives: the device's own, or gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from hal.config import Topology
+from hal.contracts.control_plane import ControlPlane
+from hal.guard import check
+from hal.schema.layout import aligned_bytes
+from hal.schema.packed import Buffer
+from workers.control.channel import Channel
+from workers.control.message import END_LIMIT, IN_FLIGHT, closed
+from workers.links.groups import Store, dist, lost, make_group
+from workers.links.liveness import Lifelines
+
+_NAP = 1e-3  # seconds between looks at a device that has been waited for for long
+CPU = torch.device("cpu")
+
+
+class CollectivePlane(ControlPlane):
+    """Flat buffers over groups of its own: a broadcast from the driver, and sends back to it.
+
+    Groups of its own, because the operations of one follow each other in the order in which each rank issues them: a
+    step is announced while the data plane is still at the one before, and before that one's output is asked for.
+
+    Over NCCL a message goes from the host to the device, over the devices' links, and back to pinned memory, on a
+    stream of its own beside the step that runs. NCCL waits on the device, for ever if need be: the host looks whether
+    that is over, and whether the others live.
+
+    Args:
+        collectives, device: what carries messages (Backend.collectives), and the rank's device.
+
+    Raises:
+        BackendError: this PyTorch has no such collectives.
+        WorkerError: not all ranks came.
+    """
+
+    def __init__(self, topology: Topology, store: Store, collectives: str, device: torch.device) -> None:
+        on_device = collectives == "nccl"
+        rank, source = topology.rank, (topology.pp - 1) * topology.tp  # source samples: tp_rank 0 of the last stage
+        self._is_driver = topology.is_driver
+        self._carrier = device if on_device else CPU
+        self._stream: Any = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]
+        self._lifelines = Lifelines(topology, store, "the control plane") if on_device else None
+        self._steps, self._outputs = (Channel(_pinned if on_device else aligned_bytes) for _ in range(2))
+        self._sending: deque[tuple[Any, torch.Tensor]] = deque()
+        self._closed = False
+        self._all: Any = None
+        self._pair: Any = None  # the driver and the source
+        try:
+            self._all = make_group(collectives, store, "control", rank, topology.world_size, small=True)
+            if source and rank in (0, source):
+                self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, small=True)
+            if self._lifelines is not None:
+                self._lifelines.guard([group for group in (self._all, self._pair) if group is not None])
+                self._meet()
+        except BaseException:
+            self.close()
+            raise
+
+    def broadcast(self, parts: Sequence[Buffer]) -> None:
+        check("CollectivePlane.broadcast")
+        self._open()
+        # The last message must not wait for ranks that hang.
+        self._steps.send(parts, lambda tensor: self._announce(tensor, None if parts else timedelta(seconds=END_LIMIT)))
+
+    def receive(self) -> list[Buffer]:
+        check("CollectivePlane.receive")
+        self._open()
+        return self._steps.receive(lambda tensor: self._bring(self._broadcast, tensor))
+
+    def send_output(self, part: Buffer) -> None:
+        check("CollectivePlane.send_output")
+        self._open()
+        self._outputs.send([part], lambda tensor: self._queue(lambda kept: self._pair.send([kept], 0, 0), tensor))
+
+    def receive_output(self) -> Buffer:
+        check("CollectivePlane.receive_output")
+        self._open()
+        return self._outputs.receive(lambda tensor: self._bring(lambda t: self._pair.recv([t], 1, 0), tensor))[0]
+
+    def close(self) -> None:
+        self._closed, self._all, self._pair = True, None, None
+        if self._lifelines is not None:
+            self._lifelines.close()
+        self._sending.clear()
+
+    def _meet(self) -> None:
+        """NCCL makes a communicator at the first operation, and waits there for all its ranks: here, where they are."""
+        tensor = torch.zeros(1, dtype=torch.uint8)
+        if self._is_driver:
+            self._announce(tensor, None)
+        else:
+            self._bring(self._broadcast, tensor)
+        if self._pair is not None and self._is_driver:
+            self._bring(lambda t: self._pair.recv([t], 1, 0), tensor)
+        elif self._pair is not None:
+            self._queue(lambda kept: self._pair.send([kept], 0, 0), tensor)
+
+    def _announce(self, tensor: torch.Tensor, timeout: timedelta | None) -> None:
+        if self._stream is None:
+            self._wait(lambda: self._broadcast(tensor, timeout))
+        else:
+            self._queue(self._broadcast, tensor)
+
+    def _broadcast(self, tensor: torch.Tensor, timeout: timedelta | None = None) -> Any:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        if timeout is not None:
+            options.timeout = timeout
+        return self._all.broadcast([tensor], options)
+
+    def _queue(self, launch: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+        """Send a copy, and keep it until it has gone, which is when the receiver asks for it. To wait for that here
+        would deadlock with a driver that announces the next step before it asks for this one's output."""
+        while self._sending and (len(self._sending) >= IN_FLIGHT or self._gone(self._sending[0][0])):
+            self._wait(lambda: self._sending[0][0])
+            self._sending.popleft()
+        with self._on_stream():
+            kept = tensor.to(self._carrier, copy=True)
+            try:
+                self._sending.append((self._issue(lambda: launch(kept)), kept))
+            except RuntimeError as error:
+                raise lost("the control plane", error) from error
+
+    def _bring(self, launch: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
+        """Receive into a tensor of the host."""
+        with self._on_stream():
+            carried = tensor if self._stream is None else torch.empty_like(tensor, device=self._carrier)
+            self._wait(lambda: launch(carried))
+            if carried is not tensor:
+                tensor.copy_(carried)
+
+    def _wait(self, launch: Callable[[], Any]) -> None:
+        try:
+            work = self._issue(launch)
+            if self._lifelines is not None:
+                start = time.perf_counter()
+                while not work.is_completed():
+                    self._lifelines.check()
+                    time.sleep(min((time.perf_counter() - start) / 100, _NAP))
+                self._lifelines.check()  # an abort completes it too
+            work.wait()
+        except RuntimeError as error:
+            raise lost("the control plane", error) from error
+
+    def _issue(self, launch: Callable[[], Any]) -> Any:
+        return launch() if self._lifelines is None else self._lifelines.issue(launch)
+
+    def _gone(self, work: Any) -> bool:
+        return self._stream is not None and work.is_completed()  # gloo cannot be asked
+
+    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _open(self) -> None:
+        if self._closed:
+            raise closed()
+
+
+class GlooPlane(CollectivePlane):
+    """Over gloo, whatever the device has."""
+
+    def __init__(self, topology: Topology, store: Store, collectives: str, device: torch.device) -> None:
+        super().__init__(topology, store, "gloo", CPU)
+
+
+def _pinned(size: int) -> Buffer:
+    buffer: Buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()  # begins a page
+    return buffer

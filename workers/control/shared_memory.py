@@ -1,0 +1,51 @@
+"""The control plane of one host: rings of slots in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hal.config import Topology
+from hal.contracts.control_plane import ControlPlane
+from hal.guard import check
+from hal.schema.packed import Buffer
+from workers.control.message import END_LIMIT, IN_FLIGHT
+from workers.links.groups import Store
+from workers.links.memory import LIMIT, Segment
+from workers.links.ring import Ring
+
+_STEP = 1 << 20  # bytes of a slot: only what messages fill takes up memory
+_OUTPUTS = IN_FLIGHT, 1 << 18
+
+
+class ShmPlane(ControlPlane):
+    """Raises BackendError on all ranks where they cannot share memory."""
+
+    def __init__(self, topology: Topology, store: Store, *_: object) -> None:
+        # Room for the steps in flight; not more, since slots that are used again soon are still in the caches.
+        steps = topology.pp + 2, _STEP
+        size = sum(slots * slot_bytes for slots, slot_bytes in (steps, _OUTPUTS))
+        self._segment = Segment("control", topology.rank, topology.world_size, store, size)
+        self._steps = Ring(self._segment, 0, range(1, topology.world_size), *steps)
+        # From the sampling rank: tp_rank 0 of the last stage.
+        self._outputs = Ring(self._segment, (topology.pp - 1) * topology.tp, [0], *_OUTPUTS)
+
+    def broadcast(self, parts: Sequence[Buffer]) -> None:
+        check("ShmPlane.broadcast")
+        self._steps.send(parts, LIMIT if parts else END_LIMIT)
+
+    def receive(self) -> list[Buffer]:
+        check("ShmPlane.receive")
+        return self._steps.receive(limit=None)  # waiting is no error: an engine may be idle for days
+
+    def send_output(self, part: Buffer) -> None:
+        check("ShmPlane.send_output")
+        self._outputs.send([part])
+
+    def receive_output(self) -> Buffer:
+        check("ShmPlane.receive_output")
+        return self._outputs.receive()[0]
+
+    def close(self) -> None:
+        self._segment.close()
+        self._steps.close()
+        self._outputs.close()

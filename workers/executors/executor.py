@@ -1,0 +1,159 @@
+"""The executor: rank 0 in this process, the other ranks in processes of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar, cast
+
+from hal import guard
+from hal.config import DType, EngineConfig, Topology, WorkerConfig
+from hal.contracts import backend as backends
+from hal.contracts.backend import Backend
+from hal.contracts.control_plane import ControlPlane
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import Progress, no_progress
+from hal.errors import HalError, WorkerError
+from hal.model_config import ModelConfig
+from workers.executors.connections import connect
+from workers.executors.launched import LaunchedExecutor
+from workers.executors.processes import PATIENCE
+from workers.executors.steps import StepExecutor, StepHandle, Take
+from workers.links.groups import RendezvousStore
+from workers.links.reports import Failure
+from workers.worker.base import make_worker
+from workers.worker.consistency import agree, facts_of
+
+GENERIC_WORKER = "workers.worker.generic:Worker"
+R = TypeVar("R")
+_BLAME = 2.0  # seconds that the cause may take to arrive after a connection broke
+# Who starts the ranks but the driver, by EngineConfig.executor: a class like workers.executors.processes.Ranks.
+EXECUTORS = {"multiprocess": "workers.executors.processes:Ranks", "ray": "workers.executors.ray_actors:RayRanks"}
+
+
+def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress = no_progress,
+                  worker: str = GENERIC_WORKER) -> StepExecutor:
+    """See hal.contracts.executor.make_executor. `worker` names a WorkerBase, as "module:attribute"."""
+    dtype = backends.resolve_dtype(backend, engine.dtype, model.dtype)
+    device = backend.name if engine.device == "auto" else engine.device
+    engine = dataclasses.replace(engine, dtype=cast(DType, dtype), device=device, async_scheduling=(
+        backends.resolve_async(backend, engine.async_scheduling, engine.pp)))
+    backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
+                     num_cpu_blocks=engine.num_cpu_blocks)
+    if engine.wire == "none" and (1 if backend.capabilities.spmd else engine.tp) * engine.pp > 1:
+        return LaunchedExecutor(engine, model, backend, progress, worker)
+    return WorkerExecutor(engine, model, backend, progress, worker)
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+class WorkerExecutor(StepExecutor):
+    """All ranks of one engine (see hal.contracts.executor.Executor), the driver among them."""
+
+    def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
+                 worker: str) -> None:
+        tp = 1 if backend.capabilities.spmd else engine.tp
+        super().__init__(tp * engine.pp)
+        guard.install()
+        configs = [WorkerConfig(engine, model, Topology(tp, engine.pp, rank)) for rank in range(tp * engine.pp)]
+        self._plane: ControlPlane
+        self._store: RendezvousStore | None = None
+        self._ranks = _load(EXECUTORS[engine.executor])()
+        # Not shutdown(): a finalizer may run in the middle of anything, and must not communicate.
+        self._finalizer = weakref.finalize(self, self._ranks.end)
+        self._worker = make_worker(worker, configs[0], backend)
+        self.num_cpu_blocks = engine.num_cpu_blocks
+        try:
+            with self._torch:
+                self.num_blocks = self._start(configs, worker, progress)
+        except BaseException as error:
+            failure = self._blame(error)
+            self._close(0, error)
+            if failure.rank == 0 and (isinstance(error, HalError) or not isinstance(error, Exception)):
+                raise
+            raise failure.at_start() from error
+
+    def _start(self, configs: list[WorkerConfig], name: str, progress: Progress) -> int:
+        worker, ranks, store = self._worker, self._ranks, None
+        if len(configs) > 1:
+            store = self._store = RendezvousStore(ranks.start(configs[1:], name))
+        device = worker.init_device()
+        agree(facts_of(configs[0]), self._expect("up"))
+        self._plane, communicator = self._unless_one_fails(lambda: connect(configs[0], worker.backend, device, store))
+        worker.connect(self._plane, communicator)
+        worker.load_model(progress)
+        own, reports = worker.determine_num_blocks(), self._expect("sized")
+        agree(worker.facts(), reports)
+        blocks: int = min([own, *(report["blocks"] for report in reports)])
+        ranks.tell(blocks=blocks)
+        worker.initialize_cache(blocks)
+        worker.warmup(progress)
+        self._expect("ready")
+        return blocks
+
+    def _unless_one_fails(self, call: Callable[[], R]) -> R:
+        """Run what waits for the other ranks, and would not be told that one is gone: then it is left to its own
+        deadline, which is minutes."""
+        future: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="hal-connect", daemon=True).start()
+        while not wait([future], 0.1).done:
+            failure = self._ranks.failure()
+            if failure is not None:
+                raise failure.at_start()
+        return future.result()
+
+    def _expect(self, event: str) -> list[dict[str, Any]]:
+        reports: list[dict[str, Any]] | Failure = self._ranks.expect(event)
+        if isinstance(reports, Failure):
+            raise reports.at_start()
+        return reports
+
+    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+        failure = None if self._closed else self._ranks.failure()
+        if failure is not None:
+            self._fail(failure, None)
+        return super().execute_model(request)
+
+    def _submit(self, request: ExecuteModelRequest) -> Take:
+        output = self._worker.execute_model(request)
+        if output is not None:
+            return self._worker.fetch(output)
+        receive = self._worker.receive_output()
+        return lambda: SamplerOutput.decode(receive())
+
+    def shutdown(self) -> None:
+        if not self._closed:
+            try:
+                with self._torch:
+                    self._plane.broadcast([])
+            except WorkerError:
+                pass  # a rank is gone or hangs; end() sees to it
+            self._close(PATIENCE)
+
+    def _blame(self, error: BaseException) -> Failure:
+        own = Failure.of(0, error, self._worker.describe_step())
+        return (self._ranks.failure(_BLAME) if own.lost else None) or own
+
+    def _end(self, patience: float) -> None:
+        self._ranks.end(patience)
+        self._worker.shutdown()
+        self._finalizer.detach()
+
+    def disown(self) -> None:
+        super().disown()
+        self._finalizer.detach()

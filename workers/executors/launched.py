@@ -1,0 +1,165 @@
+"""One rank of an engine whose ranks torchrun started: each runs the same program with a scheduler of its own, and makes
+the same requests (wire="none"). Outputs alone travel, so that all schedulers see the same tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from hal import guard
+from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.contracts.backend import Backend
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import Progress
+from hal.errors import ConfigError, HalError, StateError
+from hal.model_config import ModelConfig
+from hal.profiling import span
+from hal.schema.packed import Buffer
+from workers.executors.connections import connect
+from workers.executors.steps import StepExecutor, Take
+from workers.links.groups import Store, dist, lost
+from workers.links.reports import Failure
+from workers.worker.base import make_worker
+from workers.worker.consistency import agree, facts_of
+
+_START = timedelta(hours=1)  # that another rank may take longer to load; a rank that fails says so
+_BLAME = timedelta(seconds=2)  # that the cause may take to arrive after a connection broke
+_STAGES = "up", "sized", "ready", "stepping"
+_engines = itertools.count()  # the same on all ranks, since they run the same program
+
+
+class LaunchedExecutor(StepExecutor):
+    """This process's rank (see hal.contracts.executor.Executor); rank 0 tells the others what was sampled.
+
+    Raises:
+        ConfigError: the environment is not a launcher's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or of other size.
+    """
+
+    def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
+                 worker: str) -> None:
+        tp = 1 if backend.capabilities.spmd else engine.tp
+        super().__init__(tp * engine.pp)
+        self._topology = topology = Topology(tp, engine.pp, launched_rank(tp * engine.pp))
+        guard.install()
+        config = WorkerConfig(engine, model, topology)
+        self._stage = iter(_STAGES)
+        self._store = meet(topology)
+        self._worker = make_worker(worker, config, backend)
+        self.num_cpu_blocks = engine.num_cpu_blocks
+        try:
+            with self._torch:
+                self.num_blocks = self._start(config, progress)
+        except BaseException as error:
+            failure = self._blame(error)
+            self._close(0, error)
+            if failure.rank == topology.rank and (isinstance(error, HalError) or not isinstance(error, Exception)):
+                raise
+            raise failure.at_start() from error
+
+    def _start(self, config: WorkerConfig, progress: Progress) -> int:
+        worker = self._worker
+        device = worker.init_device()
+        self._agree(facts=facts_of(config))
+        self._plane, communicator = connect(config, worker.backend, device, self._store)
+        worker.connect(self._plane, communicator)
+        worker.load_model(progress)
+        blocks: int = min(r["blocks"] for r in self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks()))
+        worker.initialize_cache(blocks)
+        worker.warmup(progress)
+        self._agree(facts={})
+        next(self._stage)
+        return blocks
+
+    def _agree(self, **content: Any) -> list[dict[str, Any]]:
+        """All ranks' content for this stage of the start, in their order. Raises the first failure of one."""
+        stage, rank = next(self._stage), self._topology.rank
+        self._store.set(f"{stage}{rank}", json.dumps({"rank": rank, **content}))
+        reports = []
+        for other in range(self._topology.world_size):
+            self._store.wait([f"{stage}{other}"], _START)
+            report = json.loads(self._store.get(f"{stage}{other}"))
+            if "cause" in report:
+                raise Failure(**report).at_start()
+            reports.append(report)
+        agree(reports[0]["facts"], reports)
+        return reports
+
+    def _submit(self, request: ExecuteModelRequest) -> Take:
+        output = self._worker.execute_model(request)
+        digest = np.array([request.step, request.chain()], np.int64)
+        if not self._topology.is_driver:
+            return partial(self._told, digest)
+        fetch = self._worker.receive_output() if output is None else self._worker.fetch(output)
+        return partial(self._tell, fetch, digest)
+
+    def _tell(self, fetch: Callable[[], SamplerOutput | Buffer], digest: np.ndarray) -> SamplerOutput:
+        output = fetch()
+        packed = output.encode() if isinstance(output, SamplerOutput) else output
+        with span("broadcast"):
+            self._plane.broadcast([packed, digest.view(np.uint8)])
+        return output if isinstance(output, SamplerOutput) else SamplerOutput.decode(packed)
+
+    def _told(self, digest: np.ndarray) -> SamplerOutput:
+        with span("receive"):
+            packed, theirs = self._plane.receive()
+        step, crc = theirs.view(np.int64)
+        if [step, crc] != digest.tolist():
+            raise StateError("this rank's scheduler and rank 0's went different ways",
+                             got=f"step {digest[0]}, digest {digest[1]:08x}", expected=f"step {step}, digest {crc:08x}",
+                             hint="give all ranks the same requests, in the same order")
+        return SamplerOutput.decode(packed.copy())
+
+    def _blame(self, error: BaseException) -> Failure:
+        """What failed here is told to the others, in the place where they look next; unless it was told from there."""
+        own = Failure.of(self._topology.rank, error, self._worker.describe_step())
+        key = f"failed in {_STAGES[-1]}"
+        try:
+            if own.lost:
+                self._store.wait([key], _BLAME)
+                return Failure(**json.loads(self._store.get(key)))
+            told = json.dumps({name: getattr(own, name) for name in Failure.__slots__})
+            for stage in [*self._stage, key]:
+                self._store.set(stage if stage == key else f"{stage}{own.rank}", told)
+        except RuntimeError:
+            pass  # nobody said why, or the launcher has gone too
+        return own
+
+    def shutdown(self) -> None:
+        if not self._closed:
+            self._close(0)
+
+    def _end(self, patience: float) -> None:
+        self._worker.shutdown()
+
+
+def launched_rank(world: int) -> int:
+    """This process's rank of `world`, as its launcher says."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    missing = [name for name in names if name not in os.environ]
+    hint = f"start the program with: torchrun --nproc-per-node {world} ... (or choose another wire)"
+    if missing:
+        raise ConfigError("wire='none' runs the same program on every rank, and no launcher started this one",
+                          got=f"no {', '.join(missing)} in the environment", expected="torchrun's", hint=hint)
+    if int(os.environ["WORLD_SIZE"]) != world:
+        raise ConfigError("the launcher started another number of ranks", got=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+                          expected=f"tp * pp = {world}", hint=hint)
+    return int(os.environ["RANK"])
+
+
+def meet(topology: Topology) -> Store:
+    """The launcher's store, or one that rank 0 serves; a part of it that belongs to this engine alone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = topology.is_driver and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(host, port, None, serves, wait_for_workers=False, multi_tenant=True)
+    except RuntimeError as error:
+        raise lost("connecting", error) from error
+    return dist.PrefixStore(f"hal/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_engines)}", store)

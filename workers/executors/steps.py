@@ -1,0 +1,132 @@
+"""What executors have in common: steps that were submitted and wait to be taken over, and how a failure ends them."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import os
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.errors import HalError, StateError, in_forked_child
+from hal.profiling import span
+from hal.torch_state import TorchState
+from workers.executors.processes import threads_of_driver
+from workers.links.reports import Failure, chain
+
+A = TypeVar("A")
+R = TypeVar("R")
+Take = Callable[[], SamplerOutput]
+
+
+class StepHandle:
+    """A step that was submitted (see hal.contracts.executor.StepHandle)."""
+
+    def __init__(self, executor: StepExecutor, take: Take) -> None:
+        self._executor, self.take = executor, take
+        self.output: SamplerOutput | None = None
+
+    def result(self) -> SamplerOutput:
+        if self.output is None:
+            self._executor.finish(self)
+        assert self.output is not None
+        return self.output
+
+    def fetch(self, _: None = None) -> None:
+        with span("fetch"):
+            self.output = self.take()
+
+
+class StepExecutor(abc.ABC):
+    """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks.
+
+    Args:
+        world_size: ranks that share this host's cores.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._torch = TorchState(threads_of_driver(world_size))
+        self._failure: HalError | None = None
+        self._closed = False
+        self._pending: deque[StepHandle] = deque()
+        self._process = os.getpid()
+        _executors.add(self)
+
+    @abc.abstractmethod
+    def _submit(self, request: ExecuteModelRequest) -> Take:
+        """Begin a step; the result waits for its output."""
+
+    @abc.abstractmethod
+    def _blame(self, error: BaseException) -> Failure:
+        """What failed first, given what failed here in a step."""
+
+    @abc.abstractmethod
+    def _end(self, patience: float) -> None:
+        """End the ranks that this executor has, which are given `patience` seconds to end by themselves."""
+
+    def check(self) -> None:
+        if self._closed:
+            raise self._failure or StateError("the executor is shut down", hint="make a new engine")
+
+    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+        self.check()
+        with self._torch:
+            handle = StepHandle(self, self._guarded(self._submit, request))
+        self._pending.append(handle)
+        return handle
+
+    def finish(self, handle: StepHandle) -> None:
+        """Take over the outputs up to this handle's, in the order of the steps."""
+        if self._closed:
+            raise self._failure or StateError("the executor is shut down", hint="fetch results before shutdown")
+        first = None
+        while first is not handle:
+            first = self._pending.popleft()
+            self._guarded(first.fetch, None)  # whatever the caller's settings: it computes nothing
+
+    def _guarded(self, call: Callable[[A], R], argument: A) -> R:
+        """Run a part of a step; when it fails, nothing of the engine remains."""
+        try:
+            return call(argument)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # an interrupt: ranks no longer agree about the step
+                self._close(0)
+                raise
+            self._fail(self._blame(error), error)
+
+    def _fail(self, failure: Failure, error: Exception | None) -> NoReturn:
+        raised = self._failure = failure.in_step()
+        self._close(0, error)
+        raise raised from error
+
+    def _close(self, patience: float, error: BaseException | None = None) -> None:
+        self._closed = True
+        self._pending.clear()
+        for each in chain(error):  # whose frames hold what the next engine needs room for, and graphs NCCL waits for
+            traceback.clear_frames(each.__traceback__)
+        self._end(patience)
+
+    def disown(self) -> None:
+        """In a forked child: leave the engine to the process that made it. The child must not end the ranks. A process
+        group's destructor would wait for threads that the child does not have, so nothing that this executor holds is
+        ever destroyed."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        if not self._closed:
+            self._closed = True
+            self._failure = in_forked_child(self._process)
+
+
+_executors: weakref.WeakSet[StepExecutor] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for executor in list(_executors):
+        executor.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)

@@ -1,0 +1,157 @@
+"""Process groups made one by one, without torch.distributed's process-wide default group: several engines, and a user's
+own groups, live in one process side by side."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from hal.errors import BackendError, WireError, WorkerError
+from workers.links import rendezvous
+from workers.links.rendezvous import Rendezvous
+
+dist: Any = torch.distributed  # its stubs leave out what its documentation has
+Store = Any
+LOOPBACK = "127.0.0.1"
+CONNECT = timedelta(seconds=rendezvous.CONNECT)
+_ANY_PORT = 9
+_SECRET = 16  # bytes
+# Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
+_FOREVER = timedelta(days=3650)
+# NCCL's groups read this when they are made. By default PyTorch's threads end the process, which may be the user's, if
+# an operation fails or takes long, and if the device fails or is slow to answer them. Lifelines see to all that.
+_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0", "TORCH_NCCL_BLOCKING_WAIT": "0",
+         "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+
+
+class RendezvousStore(dist.Store):  # type: ignore[misc]
+    """A Rendezvous as process groups ask it. Its owner keeps it as long as the groups: PyTorch does not."""
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__()
+        self._rendezvous, self.host = rendezvous, rendezvous.host
+
+    def set(self, key: str, value: bytes | str) -> None:
+        self._rendezvous.set(key, value.encode() if isinstance(value, str) else value)
+
+    def get(self, key: str) -> bytes:
+        return self._rendezvous.get(key)
+
+    def clone(self) -> RendezvousStore:
+        return self
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._rendezvous.has(key) for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta = CONNECT) -> None:
+        for key in keys:
+            self._rendezvous.get(key, timeout.total_seconds())
+
+
+def local_address(store: Store) -> str:
+    """This host's address on the way to the driver, where other ranks reach it too; no packet is sent."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    host = getattr(store, "host", LOOPBACK)
+    if host == LOOPBACK:
+        return LOOPBACK
+    family = socket.getaddrinfo(host, _ANY_PORT, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, _ANY_PORT))
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: bool = False) -> Any:
+    """A backend object of torch.distributed ("gloo", "nccl") over ranks 0 to size - 1, which all call this.
+
+    Args:
+        small: of NCCL, a group for small messages beside a step: they take less of the device, and come first.
+
+    Raises:
+        BackendError: this PyTorch has no such collectives.
+        WorkerError: not all ranks came.
+        WireError: over gloo, another process took a rank's place.
+    """
+    prefixed = dist.PrefixStore(name, store)
+    try:
+        if kind == "gloo":
+            gloo = dist.ProcessGroupGloo
+            options = gloo._Options()
+            options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], CONNECT
+            with _stdout_to_stderr():
+                group = gloo(prefixed, rank, size, options)
+            _prove(group, prefixed, rank, size)
+            group._set_default_timeout(_FOREVER)
+            return group
+        if kind == "nccl" and dist.is_nccl_available():
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=small)
+            options._timeout = _FOREVER
+            if small:
+                options.config.max_ctas = 1
+            with _environment(_NCCL):
+                return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+    except RuntimeError as error:
+        raise lost("connecting", error) from error
+    raise BackendError("this PyTorch has no such collectives", got=kind, expected="gloo or nccl",
+                       hint="set the backend's `collectives`, or install another PyTorch")
+
+
+def _prove(group: Any, store: Store, rank: int, size: int) -> None:
+    """Each rank shows every other one, over their connection, a secret that is for it alone and that the store has told
+    it. Gloo's own handshake accepts whoever connects first to a rank's port, which any user of the host can do."""
+    others = [peer for peer in range(size) if peer != rank]
+    sent = [torch.frombuffer(bytearray(os.urandom(_SECRET)), dtype=torch.uint8) for _ in others]
+    for peer, secret in zip(others, sent, strict=True):
+        store.set(f"secret of {rank} for {peer}", secret.numpy().tobytes())
+    works = [group.send([secret], peer, 0) for peer, secret in zip(others, sent, strict=True)]
+    for peer in others:
+        shown = torch.zeros(_SECRET, dtype=torch.uint8)
+        group.recv([shown], peer, 0).wait()
+        if not hmac.compare_digest(shown.numpy().tobytes(), bytes(store.get(f"secret of {peer} for {rank}"))):
+            raise WireError(f"a process that is not rank {peer} answered in its place", got="another secret",
+                            expected="the secret that the rank told through the store",
+                            hint="find out which program of this host connected to a port of the engine")
+    for work in works:
+        work.wait()
+
+
+def lost(what: str, error: Exception) -> WorkerError:
+    """What a rank raises that finds others gone. It does not know which: rank -1."""
+    return WorkerError(f"{what} with the other ranks failed: {str(error).splitlines()[0]}", rank=-1,
+                       cause=type(error).__name__)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    saved = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Gloo of some releases reports connections on the standard output, where a program's results belong."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

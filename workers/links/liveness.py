@@ -1,0 +1,150 @@
+"""Whether other ranks live, where nothing else would tell: a kernel of NCCL waits for ever for a rank that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import select
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch._C._distributed_c10d import ErrorType
+
+from hal.config import Topology
+from hal.errors import WorkerError
+from workers.links.groups import CONNECT, Store, local_address, lost
+
+R = TypeVar("R")
+LINGER = 1.0  # seconds that the driver waits until the others have left, and a rank until its own operations have ended
+_SECRET = 16  # bytes
+_LEAVES = b"."
+_LEFT = 0.5  # seconds after which a rank that goes on without one that has left is told so
+_ISSUE = 0.2  # seconds that it takes at most to issue an operation, unless the device's queue is full
+_LOOK = 1.0  # seconds between looks for errors that NCCL has found itself
+
+
+class Lifelines:
+    """A connection between the driver and each other rank. The system closes it when one of them ends, however that
+    happens; a rank that leaves in order says so before. All ranks make it at the same time.
+
+    Args:
+        name: what fails when a rank is gone, for the error; each name once for a store.
+
+    Attributes:
+        lost: whether a rank is gone. Operations have then ended without having done their work.
+
+    Raises:
+        WorkerError: not all ranks came.
+    """
+
+    def __init__(self, topology: Topology, store: Store, name: str) -> None:
+        self.lost, self._closed, self._name, self._is_driver = False, False, name, topology.is_driver
+        self._sockets: list[socket.socket] = []
+        self._wake, self._woken = socket.socketpair()
+        self._issuing, self._alone = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            if topology.is_driver:
+                host = local_address(store)
+                with socket.create_server((host, 0), backlog=topology.world_size) as server:
+                    secret = os.urandom(_SECRET)
+                    store.set(f"lifelines of {name}", f"{secret.hex()} {host} {server.getsockname()[1]}")
+                    _admit(server, secret, topology.world_size - 1, self._sockets)
+            else:
+                shown, host, port = bytes(store.get(f"lifelines of {name}")).decode().split()
+                self._sockets.append(socket.create_connection((host, int(port)), CONNECT.total_seconds()))
+                self._sockets[0].sendall(bytes.fromhex(shown))
+            for connection in self._sockets:  # a host that is gone closes nothing
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        except (OSError, RuntimeError) as error:
+            self.close()
+            raise lost("connecting", error) from error
+
+    def guard(self, groups: list[Any]) -> None:
+        """Abort these, in this order, as soon as a rank is gone, which ends the kernels that wait for it and frees who
+        waits for them; or else in `close`. The list is emptied. Not within a phase, since it starts a thread."""
+        self._thread = threading.Thread(target=self._watch, args=(groups,), name="hal-lifelines", daemon=True)
+        self._thread.start()
+
+    def issue(self, launch: Callable[[], R]) -> R:
+        """Run what issues operations of the groups, but not beside their abort, which frees what it uses."""
+        with self._issuing:
+            self.check()
+            return launch()
+
+    def check(self) -> None:
+        """Raises WorkerError: a rank is gone."""
+        if self.lost:
+            raise WorkerError(f"{self._name} with the other ranks failed: one is gone", rank=-1, cause="lost")
+
+    def close(self) -> None:
+        """Leave, the driver last, and abort the groups; while a graph lives that has captured one of their operations,
+        that goes on after LINGER. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for connection in self._sockets:
+            with contextlib.suppress(OSError):
+                connection.send(_LEAVES)
+        if self._thread is not None:
+            if self._is_driver:
+                self._alone.wait(LINGER)  # they may be receiving its last message, out of its memory
+            self._wake.close()
+            self._thread.join(LINGER)
+        for connection in (*self._sockets, self._wake, self._woken):
+            connection.close()
+
+    def _watch(self, groups: list[Any]) -> None:
+        poll, there, left, closing = select.poll(), {c.fileno(): c for c in self._sockets}, float("inf"), False
+        for fd in (*there, self._woken.fileno()):
+            poll.register(fd, select.POLLIN)
+        while not closing and not self.lost:
+            for fd, _ in poll.poll(1000 * (_LOOK if left == float("inf") else _LEFT / 5)):
+                if fd not in there:
+                    closing = True
+                    continue
+                poll.unregister(fd)
+                left = time.monotonic()
+                self.lost |= not _leaves(there.pop(fd))
+            overdue = not self._closed and time.monotonic() > left + _LEFT
+            self.lost |= overdue or any(group.get_error() != ErrorType.SUCCESS for group in groups)
+            if self.lost or not there:
+                self._alone.set()
+        if self._issuing.acquire(timeout=_ISSUE):
+            self._issuing.release()
+        while groups:
+            with contextlib.suppress(RuntimeError):
+                groups.pop(0).abort()  # ends kernels at once, and then waits for graphs that have captured any
+
+
+def _admit(server: socket.socket, secret: bytes, count: int, admitted: list[socket.socket]) -> None:
+    """Accept until `count` connections have begun with the secret. Others are closed: any process that reaches the port
+    may connect, and may then be silent."""
+    deadline = time.monotonic() + CONNECT.total_seconds()
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as asking:
+        selector.register(server, selectors.EVENT_READ)
+        while len(admitted) < count:
+            if not (events := selector.select(deadline - time.monotonic())) or time.monotonic() > deadline:
+                raise TimeoutError(f"{count - len(admitted)} of {count} ranks did not connect")
+            for key, _ in events:
+                if key.fileobj is server:
+                    connection = asking.enter_context(server.accept()[0])
+                    selector.register(connection, selectors.EVENT_READ, connection)
+                    continue
+                connection = key.data
+                selector.unregister(connection)
+                with contextlib.suppress(OSError):
+                    if hmac.compare_digest(connection.recv(_SECRET), secret):
+                        admitted.append(connection.dup())
+
+
+def _leaves(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == _LEAVES
+    except OSError:
+        return False

@@ -1,0 +1,188 @@
+"""What an executor asks of a worker, and the step that all workers share."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from hal.config import WorkerConfig
+from hal.contracts.backend import Backend, select
+from hal.contracts.communicator import Communicator
+from hal.contracts.control_plane import ControlPlane
+from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import Progress, no_progress
+from hal.errors import StateError
+from hal.guard import Phase, phase
+from hal.profiling import span
+from hal.schema.packed import Buffer
+from workers.worker.wire_policy import WIRES, NoWire, Step, Wire
+
+
+class WorkerBase(abc.ABC):
+    """One rank. The escape hatch: a subclass of this, named to `make_executor`, shares nothing else with other workers.
+
+    Called in this order: init_device, connect, load_model, determine_num_blocks, initialize_cache, warmup; then
+    execute_model step after step on the driver (and fetch, or receive_output where it gave none) and serve on the other
+    ranks; at the end shutdown.
+    """
+
+    def __init__(self, config: WorkerConfig, backend: Backend) -> None:
+        self.config, self.backend, self.topology = config, backend, config.topology
+
+    @abc.abstractmethod
+    def init_device(self) -> torch.device:
+        """Choose this rank's device and make it current. No other rank is there yet."""
+
+    @abc.abstractmethod
+    def connect(self, plane: ControlPlane, communicator: Communicator) -> None:
+        """Take the links to the other ranks; `shutdown` closes them."""
+
+    @abc.abstractmethod
+    def load_model(self, progress: Progress = no_progress) -> None:
+        """Raises ModelLoadError, ConfigError, CapacityError."""
+
+    @abc.abstractmethod
+    def determine_num_blocks(self) -> int:
+        """KV blocks that this rank's memory holds. Raises CapacityError."""
+
+    @abc.abstractmethod
+    def initialize_cache(self, num_blocks: int) -> None:
+        """Allocate; `num_blocks` is the smallest of all ranks."""
+
+    @abc.abstractmethod
+    def warmup(self, progress: Progress = no_progress) -> None:
+        """Compile or capture all that steps will need; ranks do so together."""
+
+    @abc.abstractmethod
+    def execute_model(self, request: ExecuteModelRequest) -> SamplerOutput | None:
+        """Run a step that the scheduler asked for. The output, where this rank samples."""
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        """Begin to bring an output of this rank to the host; the result waits for it."""
+        return lambda: output
+
+    def receive_output(self) -> Callable[[], Buffer]:
+        """The driver: what waits for the output, encoded, of the step that was executed last, where another rank
+        samples."""
+        raise StateError(f"{type(self).__name__} does not say how another rank's output arrives",
+                         expected="receive_output, or an output from execute_model on the driver")
+
+    @abc.abstractmethod
+    def serve(self) -> None:
+        """Run the steps that the driver announces, until it announces the end."""
+
+    @abc.abstractmethod
+    def shutdown(self) -> None:
+        """Release what the rank holds. Idempotent."""
+
+    def facts(self) -> dict[str, str]:
+        """What all ranks must have in common once their models are loaded, by name."""
+        return {}
+
+    def describe_step(self) -> str:
+        """The step that runs or ran last, for an error message."""
+        return ""
+
+
+class LocalOrDistributedWorkerBase(WorkerBase):
+    """The worker of vLLM's RFC #5552: preparing, telling the other ranks and executing are written once here, for every
+    topology and wire policy; a subclass says what preparing and executing are.
+
+    Attributes:
+        wire: what the driver tells the others. plane: how. communicator: the data plane.
+        steps: how many were begun. model_input: that of the last.
+    """
+
+    plane: ControlPlane
+    communicator: Communicator
+
+    def __init__(self, config: WorkerConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.wire: Wire = WIRES[config.engine.wire] if self.topology.world_size > 1 else NoWire()
+        self.steps = 0
+        self.model_input: ModelInput | None = None
+
+    @abc.abstractmethod
+    def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
+        """What this worker does before the step. Phase prepare."""
+
+    @abc.abstractmethod
+    def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
+        """What the runner needs for the step, checked, on this rank's device. Phase prepare."""
+
+    @abc.abstractmethod
+    def decode(self, parts: list[Buffer]) -> Step:
+        """A step that the driver prepared, checked, on this rank's device."""
+
+    @abc.abstractmethod
+    def execute_worker(self, worker_input: WorkerInput) -> None:
+        """Bring the KV cache into the state that the step expects."""
+
+    @abc.abstractmethod
+    def execute_runner(self, model_input: ModelInput,
+                       intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
+        """Compute this rank's part of the step. Phase execute."""
+
+    @abc.abstractmethod
+    def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
+        """What the previous pipeline stage hands over. Not called on the first stage."""
+
+    def prepare(self, request: ExecuteModelRequest) -> Step:
+        self.steps, self.model_input = self.steps + 1, None
+        with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
+            return self.prepare_worker_input(request), self.prepare_model_input(request)
+
+    def execute_model(self, request: ExecuteModelRequest) -> SamplerOutput | None:
+        with phase(Phase.WORKER, self.topology.rank):
+            return self.execute_step(*self.wire.share(self, request))
+
+    def serve(self) -> None:
+        with phase(Phase.WORKER, self.topology.rank):
+            while (step := self.wire.receive(self)) is not None:
+                self.execute_step(*step)
+
+    def receive_output(self) -> Callable[[], Buffer]:
+        fingerprint = self.communicator.fingerprint.copy()
+
+        def result() -> Buffer:
+            sealed = self.plane.receive_output().copy()
+            self.communicator.check()
+            return fingerprint.open(sealed, "the rank that samples")
+
+        return result
+
+    def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> SamplerOutput | None:
+        """What every rank does with a step, whoever prepared it."""
+        topology, self.model_input = self.topology, model_input
+        if topology.world_size > 1:
+            self.communicator.fingerprint.begin(self.steps, model_input.checksum())
+        self.execute_worker(worker_input)
+        intermediate = None if topology.is_first_stage else self.receive_intermediate(model_input)
+        with phase(Phase.EXECUTE, topology.rank), span("execute"):
+            output = self.execute_runner(model_input, intermediate)
+        self.communicator.end_step()
+        wanted: type = SamplerOutput if topology.samples else type(None)
+        if not topology.is_last_stage:
+            wanted = IntermediateTensors
+        if not isinstance(output, wanted):
+            raise StateError("execute_model returned something else than this rank's part of the step",
+                             got=type(output).__name__, expected=wanted.__name__)
+        if isinstance(output, IntermediateTensors):
+            self.communicator.send(output)
+        elif isinstance(output, SamplerOutput):
+            if topology.is_driver:
+                return output
+            self.plane.send_output(self.communicator.fingerprint.seal(output.encode()))
+        return None
+
+
+def make_worker(name: str, config: WorkerConfig, backend: Backend | None = None) -> WorkerBase:
+    """The worker of a rank; without a backend, that of config.engine.device."""
+    module, _, attribute = name.partition(":")
+    kind: type[WorkerBase] = getattr(importlib.import_module(module), attribute)
+    return kind(config, backend or select(config.engine.device))

@@ -1,0 +1,169 @@
+"""The worker of every device: a runner, its KV cache, and the checks between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from hal.config import WorkerConfig
+from hal.contracts.backend import Backend
+from hal.contracts.communicator import Communicator
+from hal.contracts.control_plane import ControlPlane
+from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
+from hal.errors import StateError
+from hal.schema import Declared
+from hal.schema.packed import Buffer
+from workers.worker.base import LocalOrDistributedWorkerBase
+from workers.worker.cache import IDLE, MOVES, CacheEngine, count_blocks
+from workers.worker.consistency import schemas_of
+from workers.worker.wire_policy import Decoder, Step
+
+D = TypeVar("D", bound=Declared)
+
+
+class Worker(LocalOrDistributedWorkerBase):
+    """Everything that is particular to a device is in its Backend and its ModelRunnerBase.
+
+    Attributes:
+        runner, device: of the backend. cache: the KV cache on the device, and its blocks on the host. Block ids are the
+            scheduler's, so all virtual engines share it.
+    """
+
+    device: torch.device
+    runner: ModelRunnerBase[Any]
+    cache: CacheEngine
+
+    def __init__(self, config: WorkerConfig, backend: Backend) -> None:
+        super().__init__(config, backend)
+        self.strict = os.environ.get("HAL_STRICT") == "1"
+        self._links: list[ControlPlane | Communicator] = []
+        self.flight: Any = None
+        if os.environ.get("HAL_RECORD_ON_ERROR"):
+            from hal.recording.record import FlightRecorder
+
+            self.flight = FlightRecorder(os.environ["HAL_RECORD_ON_ERROR"], config, backend)
+
+    def init_device(self) -> torch.device:
+        rank, engine = self.topology.rank, self.config.engine
+        if engine.executor == "ray":
+            rank = 0  # Ray shows each process its own device
+        elif engine.wire == "none":
+            rank = int(os.environ.get("LOCAL_RANK", rank))
+        self.device = self.backend.device(rank)
+        return self.device
+
+    def connect(self, plane: ControlPlane, communicator: Communicator) -> None:
+        self.plane, self.communicator = plane, communicator
+        self._links = [plane, communicator]
+        self.runner = self.backend.make_runner(self.config, self.device, communicator)
+
+    def load_model(self, progress: Progress = no_progress) -> None:
+        self.runner.load_model(progress)
+        self._decode = Decoder(self.runner.input_type, self.device)
+
+    def facts(self) -> dict[str, str]:
+        handed_on = self.runner.intermediate_type
+        return schemas_of(self.runner.input_type, *([] if handed_on is None else [handed_on]))
+
+    def determine_num_blocks(self) -> int:
+        on_host = self.device.type == "cpu" or self.backend.capabilities.host_memory
+        free = self.backend.free_memory(self.device) // (self.topology.world_size if on_host else 1)
+        return count_blocks(self.config, free=free, reserve=self.runner.reserve_bytes(),
+                            per_block=self.runner.kv_bytes_per_block(), host_memory=on_host)
+
+    def initialize_cache(self, num_blocks: int) -> None:
+        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks, self.runner)
+
+    def warmup(self, progress: Progress = no_progress) -> None:
+        self.runner.warmup(self.cache.device, progress)
+        self.backend.synchronize(self.device)
+
+    def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
+        if not request.virtual_engine and all(request.__dict__[name] is None for name in MOVES):
+            return IDLE
+        return self._checked(WorkerInput(
+            virtual_engine=request.virtual_engine, blocks_to_copy=request.blocks_to_copy,
+            blocks_to_swap_in=request.blocks_to_swap_in, blocks_to_swap_out=request.blocks_to_swap_out))
+
+    def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
+        model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
+        return model_input
+
+    def decode(self, parts: list[Buffer]) -> Step:
+        self.steps, self.model_input = self.steps + 1, None
+        # What decode makes has the declared structure: it follows from the declaration and the sizes in the head.
+        step = WorkerInput.decode(parts[1]) if len(parts) > 1 else IDLE, self._decode(parts[0])
+        if self.strict:
+            for part in step:
+                part.check()
+        return step
+
+    def execute_worker(self, worker_input: WorkerInput) -> None:
+        if self.flight is not None:
+            self.flight.moved(worker_input, self.cache.device[0].shape[1])
+        self.cache.apply(worker_input)
+
+    def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
+        kind = self.runner.intermediate_type
+        if kind is None:
+            raise StateError(f"{type(self.runner).__name__} declares nothing that pipeline stages hand on",
+                             expected="intermediate_type, set by load_model")
+        return self._checked(self.communicator.recv(kind, model_input.dims))
+
+    def execute_runner(self, model_input: ModelInput,
+                       intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
+        try:
+            if self.flight is not None:
+                self.flight.began(model_input, self.runner)
+            output = self.runner.execute_model(model_input, self.cache.device, intermediate)
+        except Exception as error:
+            if self.flight is not None:
+                self.flight.save(self.steps, error)
+            raise
+        if isinstance(output, IntermediateTensors):
+            self._checked(output)
+            dims = model_input.dims
+            if any(dims.get(symbol, size) != size for symbol, size in output.dims.items()):
+                raise StateError(f"{type(output).__name__} is of another size than the step", got=output.dims,
+                                 expected=dims)  # the next stage would wait for bytes that never come
+        return output
+
+    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+        take, communicator = self.runner.fetch(output), self.communicator
+
+        def result() -> SamplerOutput:
+            fetched = take()
+            communicator.check()
+            return fetched
+
+        return result
+
+    def shutdown(self) -> None:
+        self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker,
+        self.__dict__.pop("runner", None)  # and so do that of the weights, and graphs, for whose end NCCL waits
+        for link in self._links:
+            link.close()
+        self._links = []
+
+    def describe_step(self) -> str:
+        text = f"step {self.steps}"
+        if self.model_input is not None:
+            try:
+                dims = ", ".join(f"{k}={v}" for k, v in self.model_input.dims.items() if v)
+                text += f" ({type(self.model_input).__name__} of {dims}; crc {self.model_input.checksum():08x})"
+            except Exception as error:  # a description must not hide what is described
+                text += f" (its input cannot be described: {error})"
+        return text + (self.flight.note if self.flight is not None else "")
+
+    def _checked(self, value: D) -> D:
+        """Structure always; meaning under HAL_STRICT=1. Raises InputError."""
+        value.validate(None if isinstance(value, WorkerInput) else self.device)
+        if self.strict:
+            value.check()
+        return value

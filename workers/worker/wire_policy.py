@@ -1,0 +1,114 @@
+"""What crosses the control plane in a step: three policies that end in the same typed input on every rank."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from hal.contracts.control_plane import ControlPlane
+from hal.contracts.inputs import ModelInput, WorkerInput
+from hal.contracts.request import ExecuteModelRequest
+from hal.errors import StateError
+from hal.profiling import span
+from hal.schema import Declared
+from hal.schema.layout import HEAD_SIZE
+from hal.schema.packed import Buffer
+from workers.worker.cache import IDLE
+
+Step = tuple[WorkerInput, ModelInput]
+D = TypeVar("D", bound=Declared)
+_PLACES = 64
+
+
+class Decoder(Generic[D]):
+    """Decodes messages that come to lie in the same few places, as those of a ring do. Where one has the head of the
+    last one there, it has the same tensors too: only what they show is new.
+    """
+
+    def __init__(self, kind: type[D], device: torch.device) -> None:
+        self.kind, self.device = kind, device
+        schema = kind.schema
+        self._head = HEAD_SIZE + schema.head.size if device.type == "cpu" and not schema.texts else 0
+        self._last: dict[int, tuple[Buffer, bytes, dict[str, Any]]] = {}  # by the buffer's id, which it thereby keeps
+
+    def __call__(self, buffer: Buffer) -> D:
+        """See Declared.decode."""
+        head = buffer[:self._head].tobytes()
+        last = self._last.get(id(buffer))
+        if last is not None and last[1] == head:
+            instance = self.kind.__new__(self.kind)
+            instance.__dict__.update(last[2])
+            return instance
+        instance = self.kind.decode(buffer, self.device)
+        if head:
+            if len(self._last) >= _PLACES:
+                self._last.clear()
+            self._last[id(buffer)] = buffer, head, dict(instance.__dict__)
+        return instance
+
+
+class Preparing(Protocol):
+    """What a policy needs of a worker."""
+
+    plane: ControlPlane
+
+    def prepare(self, request: ExecuteModelRequest) -> Step:
+        """Phase prepare: this rank's step, made from the request and from what this rank keeps."""
+
+    def decode(self, parts: list[Buffer]) -> Step:
+        """A step that the driver prepared, moved to this rank's device."""
+
+
+class Wire(Protocol):
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+        """On the rank that has the request: this rank's step, the other ranks having been told."""
+
+    def receive(self, worker: Preparing) -> Step | None:
+        """On the other ranks: their step, or None when there are no more."""
+
+
+class ModelInputWire:
+    """The driver prepares; the others receive the step's typed inputs (vLLM's RFC #5552): the model's, and the worker's
+    where it asks for something."""
+
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+        worker_input, model_input = step = worker.prepare(request)
+        with span("broadcast"):
+            parts = [model_input.encode()]
+            if worker_input is not IDLE:
+                parts.append(worker_input.encode())
+            worker.plane.broadcast(parts)
+        return step
+
+    def receive(self, worker: Preparing) -> Step | None:
+        with span("receive"):
+            parts = worker.plane.receive()
+            return worker.decode(parts) if parts else None
+
+
+class RequestWire:
+    """The request travels, and every rank prepares for itself: fewer bytes, and ranks prepare at the same time."""
+
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+        with span("broadcast"):
+            worker.plane.broadcast([request.encode()])
+        return worker.prepare(request)
+
+    def receive(self, worker: Preparing) -> Step | None:
+        with span("receive"):
+            parts = worker.plane.receive()
+        return worker.prepare(ExecuteModelRequest.decode(parts[0])) if parts else None
+
+
+class NoWire:
+    """Every rank is called with the request by a scheduler of its own. A world of one is the simplest case."""
+
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+        return worker.prepare(request)
+
+    def receive(self, worker: Preparing) -> Step | None:
+        raise StateError("with wire='none' no rank is told what to do", hint="call execute_model on every rank")
+
+
+WIRES: dict[str, Wire] = {"model-input": ModelInputWire(), "request": RequestWire(), "none": NoWire()}
