@@ -13,6 +13,7 @@ import torch
 from hal.contracts import backend as backends
 from hal.contracts.attention import ForwardContext
 from hal.contracts.backend import Backend
+from hal.contracts.block_moves import move_blocks
 from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
@@ -184,7 +185,8 @@ class _Device:
                                 expected=f"{size:,} bytes, and {runner.reserve_bytes():,} for a step",
                                 hint="bisect on a machine with more memory, or record with a smaller max_model_len")
         self.caches = runner.make_kv_caches(config.engine.num_blocks or 1)
-        self.host = [c.new_zeros((c.shape[0], config.engine.num_cpu_blocks, *c.shape[2:])) for c in self.caches]
+        self.host = [torch.zeros((c.shape[0], config.engine.num_cpu_blocks, *c.shape[2:]), dtype=c.dtype)
+                     for c in self.caches]
         if trace is not None:
             self.attention = _Traced(runner.attention, trace)
             model = runner.model
@@ -202,12 +204,7 @@ class _Device:
     @torch.inference_mode()
     def step(self, request: ExecuteModelRequest) -> list[int]:
         """The tokens."""
-        for pairs, source, into in ((request.blocks_to_swap_out, self.caches, self.host),
-                                    (request.blocks_to_swap_in, self.host, self.caches),
-                                    (request.blocks_to_copy, self.caches, self.caches)):
-            if pairs is not None:
-                for old, new in zip(source, into, strict=True):
-                    new[:, pairs[:, 1].tolist()] = old[:, pairs[:, 0].tolist()]
+        move_blocks(request, self.caches, self.host, self.runner)
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output: SamplerOutput = self.runner.execute_model(m, self.caches)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from hal.config import BUNDLED_MODEL, DType, WorkerConfig
 from hal.contracts.backend import Backend, resolve_dtype
+from hal.contracts.block_moves import move_blocks
 from hal.contracts.executor import Executor, StepHandle
 from hal.contracts.inputs import ModelInput, PagedModelInput, WorkerInput
 from hal.contracts.outputs import SamplerOutput
@@ -33,8 +35,6 @@ def batch_state(config: WorkerConfig) -> BatchState:
 
 def describe(config: WorkerConfig, backend: Backend) -> dict[str, Any]:
     """Recording.info of a run here."""
-    import torch
-
     return {"device": backend.name, "versions": {"torch": torch.__version__, **backend.versions()},
             "seed": config.engine.seed}
 
@@ -89,19 +89,12 @@ class FlightRecorder:
         self.last: PagedModelInput | None = None
 
     def moved(self, step: WorkerInput, num_blocks: int) -> None:
-        """The cache moves blocks as workers.worker.cache says: swaps first, then copies."""
+        """The cache moves blocks, so their tokens move with them."""
         if len(self.slots) != num_blocks:
             size = self.config.engine.block_size
             self.slots = np.full((num_blocks, size), -1)
             self.host = np.full((self.config.engine.num_cpu_blocks, size), -1)
-        if step.blocks_to_swap_out is not None or step.blocks_to_swap_in is not None:
-            slots, host = self.slots.copy(), self.host.copy()
-            for pairs, source, into in ((step.blocks_to_swap_out, slots, self.host),
-                                        (step.blocks_to_swap_in, host, self.slots)):
-                if pairs is not None:
-                    into[pairs[:, 1]] = source[pairs[:, 0]]
-        if step.blocks_to_copy is not None:
-            self.slots[step.blocks_to_copy[:, 1]] = self.slots[step.blocks_to_copy[:, 0]]
+        move_blocks(step, [torch.from_numpy(self.slots[None])], [torch.from_numpy(self.host[None])])
 
     def began(self, m: ModelInput, runner: Any) -> None:
         """A step is about to run: nothing can be read from a device on which one has failed."""

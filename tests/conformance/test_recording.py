@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -29,7 +30,7 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.engine.llm import LLM
 from hal.errors import BackendError, CapacityError, ConfigError, WireError, WorkerError
 from hal.features import COLUMNS
-from hal.recording.bisect import bisect
+from hal.recording.bisect import _Device, bisect
 from hal.recording.format import Recording
 from hal.recording.replay import replay
 from hal.sampling.params import SamplingParams
@@ -239,6 +240,21 @@ def test_bisect_names_the_planted_operation(monkeypatch: pytest.MonkeyPatch, wha
     assert found is not None
     assert (found.call.layer, found.call.op, found.call.name, found.between) == (layer, what.split()[0], name, False)
     assert found.error > found.tolerance
+
+
+def test_bisect_swaps_a_host_block_in_and_out_in_one_step() -> None:
+    recording = Recording.load(GREEDY)
+    recording.engine = dataclasses.replace(recording.engine, num_cpu_blocks=2)
+    device = _Device(recording, backends.load("cpu"), "cpu", None)
+    unused = int(recording.steps[0].request.new_blocks.max()) + 1
+    for cache, host in zip(device.caches, device.host, strict=True):
+        cache[:, unused], host[:, 1] = 2.0, 1.0
+    request = recording.steps[0].request
+    request.blocks_to_swap_out = np.array([[unused, 1]], np.int32)
+    request.blocks_to_swap_in = np.array([[1, unused]], np.int32)
+    device.step(request)
+    for cache, host in zip(device.caches, device.host, strict=True):
+        assert (cache[:, unused] == 1.0).all() and (host[:, 1] == 2.0).all()
 
 
 def test_bisect_refuses_a_runner_without_parts() -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from hal.config import WorkerConfig
-from hal.contracts.inputs import NULL_BLOCK, WorkerInput
+from hal.contracts.block_moves import move_blocks
+from hal.contracts.inputs import WorkerInput
 from hal.contracts.runner import ModelRunnerBase
-from hal.errors import CapacityError, InputError
+from hal.errors import CapacityError
 
-MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy")
 IDLE = WorkerInput()  # of every step that asks for nothing: most. Never to be changed
 
 
@@ -67,42 +66,5 @@ class CacheEngine:
                      for c in device]
 
     def apply(self, step: WorkerInput) -> None:
-        """Move blocks before a step: swaps first, then copies.
-
-        All blocks that leave by a swap are read before any block is written, so that a block, of the device or of the
-        host, that one swap frees may be filled by another in the same step. Copies come after: a copy may start from
-        a block that was swapped in, and may fill one that was swapped out. All of its sources are read before any
-        destination is written.
-
-        Raises:
-            InputError: a pair names a block that does not exist, or two pairs write the same one.
-        """
-        pairs = [step.__dict__[name] for name in MOVES]
-        if all(p is None or not len(p) for p in pairs):
-            return
-        blocks = self.device[0].shape[1] if self.device else 0
-        host_blocks = self.host[0].shape[1] if self.host else 0
-        limits = ((blocks, host_blocks), (host_blocks, blocks), (blocks, blocks))
-        (out_from, out_to), (in_from, in_to), (copy_from, copy_to) = (
-            _indices(name, p, *limit) for name, p, limit in zip(MOVES, pairs, limits, strict=True))
-        leaving = [x.cpu() for x in self.runner.read_blocks(self.device, out_from)] if len(out_from) else []
-        if len(in_from):
-            self.runner.write_blocks(self.device, in_to, [host[:, in_from] for host in self.host])
-        for host, blocks_out in zip(self.host, leaving, strict=False):
-            host[:, out_to] = blocks_out
-        if len(copy_from):
-            self.runner.write_blocks(self.device, copy_to, self.runner.read_blocks(self.device, copy_from))
-
-
-def _indices(name: str, pairs: np.ndarray | None, sources: int, targets: int) -> torch.Tensor:
-    """[2, n] int64: source blocks and destination blocks."""
-    if pairs is None or not len(pairs):
-        return torch.empty(2, 0, dtype=torch.int64)
-    if int(pairs[:, 0].max()) >= sources or int(pairs[:, 1].max()) >= targets or int(pairs.min()) < 0:
-        raise InputError(f"WorkerInput.{name} names a block that does not exist", got=pairs.tolist(), fields=(name,),
-                         expected=f"sources below {sources}, destinations below {targets}")
-    if len(np.unique(pairs[:, 1])) != len(pairs):
-        raise InputError(f"WorkerInput.{name} writes a block twice", got=pairs.tolist(), fields=(name,))
-    if name != "blocks_to_swap_out" and (pairs[:, 1] == NULL_BLOCK).any():
-        raise InputError(f"WorkerInput.{name} writes the null block", got=pairs.tolist(), fields=(name,))
-    return torch.from_numpy(pairs.T.astype(np.int64))
+        """See hal.contracts.block_moves.move_blocks. Raises InputError."""
+        move_blocks(step, self.device, self.host, self.runner)

@@ -10,6 +10,7 @@ import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend
+from hal.contracts.block_moves import moves_blocks
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
@@ -20,7 +21,7 @@ from hal.errors import StateError
 from hal.schema import Declared
 from hal.schema.packed import Buffer
 from workers.worker.base import LocalOrDistributedWorkerBase
-from workers.worker.cache import IDLE, MOVES, CacheEngine, count_blocks
+from workers.worker.cache import IDLE, CacheEngine, count_blocks
 from workers.worker.consistency import schemas_of
 from workers.worker.wire_policy import Decoder, Step
 
@@ -85,7 +86,7 @@ class Worker(LocalOrDistributedWorkerBase):
         self.backend.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
-        if not request.virtual_engine and all(request.__dict__[name] is None for name in MOVES):
+        if not request.virtual_engine and not moves_blocks(request):
             return IDLE
         return self._checked(WorkerInput(
             virtual_engine=request.virtual_engine, blocks_to_copy=request.blocks_to_copy,
