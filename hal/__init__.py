@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from hal.contracts.request import ExecuteModelRequest
     from hal.contracts.runner import ModelRunnerBase
     from hal.engine.llm import LLM
-    from hal.engine.outputs import RequestOutput
+    from hal.engine.request_output import RequestOutput
     from hal.errors import HalError
     from hal.sampling.params import SamplingParams
     from hal.schema import Array, Declared
 
 _HOME = {
-    "LLM": "hal.engine.llm", "RequestOutput": "hal.engine.outputs", "EngineConfig": "hal.config",
+    "LLM": "hal.engine.llm", "RequestOutput": "hal.engine.request_output", "EngineConfig": "hal.config",
     "SamplingParams": "hal.sampling.params", "HalError": "hal.errors", "Array": "hal.schema", "Declared": "hal.schema",
     **{name: f"hal.contracts.{module}" for module, names in {
         "backend": ["Backend", "Capabilities"], "communicator": ["Communicator"], "runner": ["ModelRunnerBase"],

@@ -10,7 +10,7 @@ import checkpoints
 import torch
 
 from hal.engine.llm import LLM
-from hal.engine.outputs import RequestOutput
+from hal.engine.request_output import RequestOutput
 from hal.sampling.params import SamplingParams
 
 TOKENS, TOP = 64, 5

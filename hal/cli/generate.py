@@ -13,7 +13,7 @@ from hal.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from hal.engine.llm import LLM
-    from hal.engine.outputs import RequestOutput
+    from hal.engine.request_output import RequestOutput
 
 EPILOG = """examples:
   hal generate "37+85="                         the bundled model adds numbers below 1,000

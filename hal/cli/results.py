@@ -13,7 +13,7 @@ from hal.cli.batch import RequestId
 from hal.errors import HalError
 
 if TYPE_CHECKING:
-    from hal.engine.outputs import RequestOutput, TokenLogprob
+    from hal.engine.request_output import RequestOutput, TokenLogprob
 
 
 class Results:

@@ -12,7 +12,7 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.model_config import ModelConfig
 
-_FACTORY = "workers.executors.executor:make_executor"
+_FACTORY = "workers.executors.driver:make_executor"
 
 
 class StepHandle(Protocol):

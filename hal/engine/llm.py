@@ -16,13 +16,13 @@ from hal.contracts import backend as backends
 from hal.contracts.executor import StepHandle, make_executor
 from hal.contracts.runner import no_progress
 from hal.engine.calls import Calls
-from hal.engine.outputs import RequestOutput
 from hal.engine.progress import LoadProgress, RequestProgress
 from hal.engine.prompts import Prompt, Prompts, as_params, as_prompts, as_token_ids, check_length
-from hal.engine.requests import Logprobs, Request
+from hal.engine.request_output import RequestOutput
+from hal.engine.request_state import Logprobs, RequestState
+from hal.engine.scheduled_step import ScheduledStep
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
-from hal.engine.step import Step
 from hal.engine.text import TextStream, encode, hidden_stops, load_tokenizer
 from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
 from hal.sampling.params import SamplingParams
@@ -92,10 +92,11 @@ class LLM:
         self.scheduler = self._make_scheduler()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
-        self._pending: deque[tuple[Step, StepHandle]] = deque()
-        self._requests: dict[int, Request] = {}  # not complete; all that restart() needs follows from them
-        self._kept: dict[int, Request] = {}  # grew, and the next step() hands their outputs out
-        self._cancelled: deque[Request] = deque()  # by a finalizer in the middle of a call; they end in the next step
+        self._pending: deque[tuple[ScheduledStep, StepHandle]] = deque()
+        self._requests: dict[int, RequestState] = {}  # not complete; all that restart() needs follows from them
+        self._kept: dict[int, RequestState] = {}  # grew, and the next step() hands their outputs out
+        # A finalizer may cancel a request in the middle of a call. Such requests end in the next step.
+        self._cancelled: deque[RequestState] = deque()
         self._next_id = 0
         self._stop_texts = 0  # unfinished requests that have such
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
@@ -127,7 +128,7 @@ class LLM:
         each = as_params(params, len(several))
         checked = self._checked(several, each)
         with self._calls.begin():
-            requests, first = list[Request](), self._next_id
+            requests, first = list[RequestState](), self._next_id
             bar = RequestProgress(len(several), progress)
             try:
                 for i, (prompt, ids) in enumerate(zip(several, checked, strict=True)):
@@ -271,7 +272,7 @@ class LLM:
         self._kept = {}
         return outputs
 
-    def _advance(self, text: bool) -> tuple[list[Request], list[Request]]:
+    def _advance(self, text: bool) -> tuple[list[RequestState], list[RequestState]]:
         self.executor.check()
         while self._cancelled:
             self._end(self._cancelled.popleft())
@@ -319,7 +320,7 @@ class LLM:
                 self.executor.shutdown()
                 raise
 
-    def _resume(self, request: Request) -> None:
+    def _resume(self, request: RequestState) -> None:
         """Enqueue a request with the tokens that it has; or complete it, where these are all."""
         seq = request.seq
         request.recover(self._make_text(seq.prompt_ids, seq.params))
@@ -353,7 +354,7 @@ class LLM:
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
         return min(len(ids) + params.max_tokens, self.max_model_len)
 
-    def _enqueue(self, prompt: Prompt, ids: list[int], params: SamplingParams, *, polled: bool) -> Request:
+    def _enqueue(self, prompt: Prompt, ids: list[int], params: SamplingParams, *, polled: bool) -> RequestState:
         with self._calls.begin():
             first = self._next_id
             try:
@@ -362,7 +363,7 @@ class LLM:
                 self._drop_since(first)
                 raise
 
-    def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, polled: bool) -> Request:
+    def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, polled: bool) -> RequestState:
         if params.stop and (hidden := hidden_stops(self.tokenizer, params.stop)):
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *hidden))
         number, self._next_id = self._next_id, self._next_id + 1
@@ -371,7 +372,7 @@ class LLM:
         output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids.copy(), seq.output_ids,
                                logprobs=None if params.logprobs is None else [],
                                prompt_logprobs=None if params.prompt_logprobs is None else [None])
-        request = self._requests[number] = seq.owner = Request(seq, output, self._make_text(ids, params), polled)
+        request = self._requests[number] = seq.owner = RequestState(seq, output, self._make_text(ids, params), polled)
         self._stop_texts += bool(params.stop)
         self.scheduler.add(seq)
         return request
@@ -379,14 +380,15 @@ class LLM:
     def _make_text(self, prompt_ids: list[int], params: SamplingParams) -> TextStream | None:
         return None if self.tokenizer is None else TextStream(self.tokenizer, prompt_ids, params.stop)
 
-    def _keep(self, requests: list[Request]) -> None:
+    def _keep(self, requests: list[RequestState]) -> None:
         """For the next `step`, in the order in which they grew last."""
         for request in requests:
             if request.polled:
                 self._kept.pop(request.seq.request_id, None)
                 self._kept[request.seq.request_id] = request
 
-    def _take_over(self, step: Step, handle: StepHandle, text: bool) -> tuple[list[Request], list[Request]]:
+    def _take_over(self, step: ScheduledStep, handle: StepHandle,
+                   text: bool) -> tuple[list[RequestState], list[RequestState]]:
         """The requests that grew, and those of them that are complete."""
         result = handle.result()
         tokens = result.token_ids.numpy()
@@ -394,11 +396,11 @@ class LLM:
         self._counts["decode_tokens"] += len(tokens)
         if step.prompt_targets:
             self._take_prompt_logprobs(step, Logprobs.prompt(result))
-        grown: list[Request] = [seq.owner for seq in step.sampled if seq.finish_reason is None]
+        grown: list[RequestState] = [seq.owner for seq in step.sampled if seq.finish_reason is None]
         logprobs = Logprobs.sampled(result)
         asked = [] if logprobs is None else [row for row, seq in enumerate(step.sampled) if seq.finish_reason is None
                                              and seq.params.logprobs is not None]
-        complete: list[Request] = [seq.owner for seq in self.scheduler.update(step, tokens)]
+        complete: list[RequestState] = [seq.owner for seq in self.scheduler.update(step, tokens)]
         for row in asked:
             seq = step.sampled[row]
             assert logprobs is not None
@@ -417,7 +419,7 @@ class LLM:
             self._complete(request)
         return grown, complete
 
-    def _take_prompt_logprobs(self, step: Step, logprobs: Logprobs | None) -> None:
+    def _take_prompt_logprobs(self, step: ScheduledStep, logprobs: Logprobs | None) -> None:
         row = 0
         for seq, first, end in step.prompt_targets:
             request = self._requests.get(seq.request_id)
@@ -429,7 +431,7 @@ class LLM:
                         logprobs.of(row, seq.prompt_ids[at], seq.params.prompt_logprobs or 0))
                 row += 1
 
-    def _complete(self, request: Request) -> None:
+    def _complete(self, request: RequestState) -> None:
         seq = request.seq
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
@@ -442,7 +444,7 @@ class LLM:
             self._counts["cached_tokens"] += seq.num_cached
             self._counts["preemptions"] += seq.preemptions
 
-    def _cancel(self, request: Request) -> None:
+    def _cancel(self, request: RequestState) -> None:
         """Abort a request, in whatever state the engine is."""
         if self._calls.idle:
             with self._calls.begin():
@@ -452,12 +454,12 @@ class LLM:
         else:  # the finalizer of a stream, in the middle of a call
             self._cancelled.append(request)
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: RequestState) -> None:
         if request.seq.owner is not None:
             self.scheduler.finish(request.seq, "abort")
             self._complete(request)
 
-    def _drop(self, request: Request) -> None:
+    def _drop(self, request: RequestState) -> None:
         """Forget a request of an engine in doubt, which restart() will build from those that are left."""
         self._requests.pop(request.seq.request_id, None)
         request.output.finish_reason = request.output.finish_reason or "abort"

@@ -17,9 +17,9 @@ import numpy as np
 
 from hal.config import EngineConfig
 from hal.engine.blocks import BlockManager, extend_hashes
-from hal.engine.outputs import FinishReason
+from hal.engine.request_output import FinishReason
+from hal.engine.scheduled_step import Changes, ScheduledStep
 from hal.engine.sequence import Sequence
-from hal.engine.step import Changes, Step
 from hal.errors import CapacityError, StateError
 from hal.features import needs_tokens
 from hal.features.pending import PENDING_TOKEN
@@ -106,7 +106,7 @@ class Scheduler:
         else:
             self._leave(seq)
 
-    def schedule(self) -> Step | None:
+    def schedule(self) -> ScheduledStep | None:
         """The next step, or None when every sequence is in flight or there is none. It counts as issued: what it
         computes is taken as done for all later steps, which ranks run in order."""
         if self._changes.swap_out and not self.running:  # those to profit are gone, and no step carried it out
@@ -140,7 +140,7 @@ class Scheduler:
         self.blocks.release(pinned)
         return step
 
-    def update(self, step: Step, token_ids: np.ndarray) -> list[Sequence]:
+    def update(self, step: ScheduledStep, token_ids: np.ndarray) -> list[Sequence]:
         """Take over a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete,
         which are returned: their finish_reason is set and their blocks are free. A token of -1 (see SamplerOutput) ends
         its sequence with "error", and is none of its tokens.
@@ -176,7 +176,7 @@ class Scheduler:
                 self._leave(seq)
         return ended
 
-    def _end_failed(self, step: Step, tokens: np.ndarray) -> list[Sequence]:
+    def _end_failed(self, step: ScheduledStep, tokens: np.ndarray) -> list[Sequence]:
         """End the sequences without a token, and set their tokens to 0: their rows may still be told of them. Keys and
         values behind such a token may be NaN, from any block on, so they leave the prefix cache, and so does all that
         was computed from them. Who still computes with them registers no more: it may be ended by its user before its
@@ -319,7 +319,7 @@ class Scheduler:
         self._asks_prompt[row] = seq.wants_prompt_logprobs
         return True
 
-    def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]]) -> Step:
+    def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]]) -> ScheduledStep:
         changes, self._changes = self._changes, Changes()
         rows, counts, total = decodes, np.ones(len(decodes), np.int64), len(decodes)
         if chunks:
@@ -356,7 +356,7 @@ class Scheduler:
                 if seq.wants_prompt_logprobs and first + 1 < len(seq.prompt_ids):
                     targets.append((seq, first + 1, min(end + 1, len(seq.prompt_ids))))
         sequences: list[Sequence] = [at[row] for row in sampled.tolist()]
-        return Step(request, rows, sampled, sequences, targets, total, total - len(decodes))
+        return ScheduledStep(request, rows, sampled, sequences, targets, total, total - len(decodes))
 
     def _register(self, rows: np.ndarray, full: np.ndarray) -> None:
         """Make blocks that this step fills findable by later ones."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from hal.engine.outputs import FinishReason
+from hal.engine.request_output import FinishReason
 from hal.features.declare import Column
 from hal.sampling.params import SamplingParams
 

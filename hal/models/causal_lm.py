@@ -67,8 +67,8 @@ class CausalLM(nn.Module, abc.ABC):
         logits: torch.Tensor = self.head(hidden)
         return logits
 
-    def hand_on(self, *tensors: torch.Tensor) -> IntermediateTensors:
-        """What a stage returns that is not the last, in the order of `intermediates`."""
+    def make_intermediate(self, *tensors: torch.Tensor) -> IntermediateTensors:
+        """The output of a stage before the last one. `tensors` are in the order of `intermediates`."""
         make: Callable[..., IntermediateTensors] = self.intermediate_type
         return make(**dict(zip(self.intermediates, tensors, strict=True)))
 

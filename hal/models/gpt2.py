@@ -62,5 +62,5 @@ class GPT2(CausalLM):
         for index, layer in enumerate(self.layers):
             x = layer(index, x, context)
         if not self.topology.is_last_stage:
-            return self.hand_on(x)
+            return self.make_intermediate(x)
         return self.ops.layer_norm(x, self.norm, self.norm_bias, self.config.norm_eps)

@@ -77,5 +77,5 @@ class Llama(CausalLM):
             x, residual = layer(index, x, residual, rotary, context)
         assert residual is not None
         if not self.topology.is_last_stage:
-            return self.hand_on(x, residual)
+            return self.make_intermediate(x, residual)
         return self.ops.add_rms_norm(x, residual, self.norm, self.config.norm_eps)[0]

@@ -17,11 +17,12 @@ from hal.schema.packed import on_host
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A range of a step's tokens that is attended at once: decoding sequences, or one sequence with several queries.
+class AttentionBatch:
+    """Tokens of a step that one attention call computes: decoding sequences, or one sequence with several queries.
 
     Attributes:
-        start, end: its tokens. blocks: rows of the cache to gather (flat, head by head); None: the keys are its own.
+        start, end: the range of its tokens. blocks: rows of the cache to gather (flat, head by head), or None where
+            this step computes all keys that the tokens attend to.
         context: keys of a head. masks: by window, added to the scores; None where a causal mask says it all.
         tables, lens: of decoding sequences, [n, blocks] and [n] int32.
     """
@@ -66,23 +67,23 @@ class PagedAttention:
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> PagedStep:
         return PagedStep(self, model_input, kv_caches)
 
-    def decode(self, q: torch.Tensor, cache: torch.Tensor, part: Part, spec: AttentionSpec) -> torch.Tensor:
+    def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
         """q [n, num_heads, head_dim], one query a sequence -> the same shape or one that flattens to it."""
-        k, v = gather(cache, part)
+        k, v = gather(cache, batch)
         q = by_group(q, spec)
-        return F.scaled_dot_product_attention(q, k, v, part.masks[spec.window], scale=spec.scale)
+        return F.scaled_dot_product_attention(q, k, v, batch.masks[spec.window], scale=spec.scale)
 
-    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, part: Part,
+    def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch,
                 spec: AttentionSpec) -> torch.Tensor:
         """One sequence's q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim] -> [n, num_heads, head_dim].
         """
         q = by_group(q, spec).permute(1, 2, 0, 3)  # [kv heads, group, n, head_dim]
-        if part.blocks is None:
+        if batch.blocks is None:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         else:
-            k, v = (x[0, :, :part.context] for x in gather(cache, part))
+            k, v = (x[0, :, :batch.context] for x in gather(cache, batch))
         k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
-        mask = part.masks[spec.window]
+        mask = batch.masks[spec.window]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=spec.scale)
         return out.permute(2, 0, 1, 3)
 
@@ -99,10 +100,10 @@ class PagedStep:
         starts, lens = (on_host(m, name).tolist() for name in ("query_start_loc", "seq_lens"))  # no wait for the device
         self.real = starts[-1]
         self.begun = self._begun(m)
-        self.parts = self._decode_parts(m, lens[:m.num_decode_seqs])
+        self.batches = self._decode_batches(m, lens[:m.num_decode_seqs])
         for seq in range(m.num_decode_seqs, len(lens)):
             if starts[seq] < starts[seq + 1]:
-                self.parts.append(self._prefill_part(m.block_tables[seq], starts[seq], starts[seq + 1], lens[seq]))
+                self.batches.append(self._prefill_batch(m.block_tables[seq], starts[seq], starts[seq + 1], lens[seq]))
 
     def _begun(self, m: PagedModelInput) -> torch.Tensor:
         """The blocks whose first slot this step writes and whose last it may not, and the null block. What lies in
@@ -116,21 +117,22 @@ class PagedStep:
         blocks = torch.where(begun, m.slot_mapping[last] // m.block_size, NULL_BLOCK)
         return F.pad(blocks[begun] if blocks.is_cpu else blocks, (0, 1), value=NULL_BLOCK).long()
 
-    def _decode_parts(self, m: PagedModelInput, lens: list[int]) -> list[Part]:
+    def _decode_batches(self, m: PagedModelInput, lens: list[int]) -> list[AttentionBatch]:
         blocks = -(-max(lens, default=0) // self.block_size)
         spec, context = self.attention.specs[0], blocks * self.block_size
         each = context * spec.num_kv_heads * spec.head_dim * self.attention.dtype.itemsize
         step = max(self.attention.gather_bytes // max(each, 1), 1)
         key_at = torch.arange(context, device=m.seq_lens.device)
-        parts = []
+        batches = []
         for start in range(0, len(lens), step):
             end = min(start + step, len(lens))
             tables, some = m.block_tables[start:end, :blocks], m.seq_lens[start:end]
             query_at = (some - 1)[:, None, None, None]
-            parts.append(Part(start, end, self._rows(tables), context, self._masks(query_at, key_at), tables, some))
-        return parts
+            batches.append(AttentionBatch(start, end, self._rows(tables), context, self._masks(query_at, key_at),
+                                          tables, some))
+        return batches
 
-    def _prefill_part(self, table: torch.Tensor, start: int, end: int, context: int) -> Part:
+    def _prefill_batch(self, table: torch.Tensor, start: int, end: int, context: int) -> AttentionBatch:
         queries = end - start
         whole = queries == context
         masks: dict[int | None, torch.Tensor | None] = {}
@@ -140,7 +142,7 @@ class PagedStep:
             masks = self._masks(at[context - queries:, None], at, masked)
         masks |= dict.fromkeys(self.attention.windows - masked)
         blocks = table[None, :-(-context // self.block_size)]
-        return Part(start, end, None if whole else self._rows(blocks), context, masks)
+        return AttentionBatch(start, end, None if whole else self._rows(blocks), context, masks)
 
     def _rows(self, tables: torch.Tensor) -> torch.Tensor:
         """Block tables [n, blocks] -> rows of [num_blocks * num_kv_heads, ...], ordered [n, head, block], flat."""
@@ -167,13 +169,13 @@ class PagedStep:
             into.view(-1, spec.head_dim).index_copy_(0, self.slots, new.reshape(-1, spec.head_dim))
         out = q.new_empty(q.shape[0], spec.num_heads * spec.head_dim)
         out[self.real:] = 0
-        for part in self.parts:
-            here = slice(part.start, part.end)
-            if part.tables is not None:
-                result = attention.decode(q[here], cache, part, spec)
+        for batch in self.batches:
+            here = slice(batch.start, batch.end)
+            if batch.tables is not None:
+                result = attention.decode(q[here], cache, batch, spec)
             else:
-                result = attention.prefill(q[here], k[here], v[here], cache, part, spec)
-            out[here] = result.reshape(part.end - part.start, -1)
+                result = attention.prefill(q[here], k[here], v[here], cache, batch, spec)
+            out[here] = result.reshape(batch.end - batch.start, -1)
         return out
 
 
@@ -182,10 +184,10 @@ def by_group(q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     return q.view(len(q), spec.num_kv_heads, q.shape[1] // spec.num_kv_heads, spec.head_dim)
 
 
-def gather(cache: torch.Tensor, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a part's blocks, each [n, num_kv_heads, blocks * block_size, head_dim]."""
+def gather(cache: torch.Tensor, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a batch's blocks, each [n, num_kv_heads, blocks * block_size, head_dim]."""
     _, _, heads, size, dim = cache.shape
-    assert part.blocks is not None
-    blocks = -(-part.context // size)
-    k, v = (x.view(-1, size * dim).index_select(0, part.blocks).view(-1, heads, blocks * size, dim) for x in cache)
+    assert batch.blocks is not None
+    blocks = -(-batch.context // size)
+    k, v = (x.view(-1, size * dim).index_select(0, batch.blocks).view(-1, heads, blocks * size, dim) for x in cache)
     return k, v

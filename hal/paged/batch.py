@@ -28,10 +28,11 @@ _ALWAYS = tuple(i for i, f in enumerate(FEATURES) if f.always)
 _ASKED = tuple(i for i, f in enumerate(FEATURES) if not f.always)
 _PER_STEP = tuple(next(iter(f.request)) for f in FEATURES if f.per_step)  # an array of each feature that a step brings
 
-Bucket = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[dict[str, int], Iterable[str]]]
+# (dims, scalars of a step) -> (larger dims, optional arrays that must be present)
+ChooseShape = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[dict[str, int], Iterable[str]]]
 
 
-def no_bucket(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
+def exact_shape(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
     """A step as large as it is."""
     return {}, ()
 
@@ -98,12 +99,12 @@ class BatchState:
                              request.new_blocks)
         self.epoch, self.step, self.digest = request.epoch, request.step + 1, request.chain()
 
-    def prepare(self, request: ExecuteModelRequest, bucket: Bucket = no_bucket) -> Packed[PagedModelInput]:
+    def prepare(self, request: ExecuteModelRequest, choose_shape: ChooseShape = exact_shape) -> Packed[PagedModelInput]:
         """The input of an applied request's step. A sequence is sampled when the step reaches its last token.
 
         Args:
-            bucket: given the step's dims and scalars, larger dims, and optional arrays that are there in any case: what
-                `Packed.padded` takes, without a copy.
+            choose_shape: takes the step's dims and scalars. Returns the larger dims to pad to, and the optional arrays
+                that must be present. The input is then padded as `Packed.padded` would do it, without a copy.
         """
         rows, computed, queries = request.rows.astype(np.intp), request.num_computed, request.num_scheduled
         n, total, size = len(rows), int(queries.sum()), self.block_size
@@ -139,7 +140,7 @@ class BatchState:
             fields[name] = value
             for symbol, length in zip(_EXTRA_SYMBOLS[name], value.shape, strict=True):
                 dims.setdefault(symbol, length)
-        larger, also = bucket(dims, values)
+        larger, also = choose_shape(dims, values)
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
             dims | larger, {*fields, *also}, **values)
         columns = positions // size  # the slot is block * size + position % size

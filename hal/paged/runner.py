@@ -117,11 +117,11 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         return result
 
     def dummy_intermediate(self, tokens: int) -> IntermediateTensors | None:
-        """What an earlier stage would hand over; None on the first."""
+        """Zeros in place of the earlier stage's output; None on the first stage."""
         if self.config.topology.is_first_stage:
             return None
         size = self.config.model.hidden_size
-        return self.model.hand_on(*(torch.zeros(tokens, size, dtype=self.dtype, device=self.device)
+        return self.model.make_intermediate(*(torch.zeros(tokens, size, dtype=self.dtype, device=self.device)
                                     for _ in self.model.intermediates))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:

@@ -18,8 +18,8 @@ from hal.contracts.executor import Executor, StepHandle
 from hal.contracts.inputs import ModelInput, PagedModelInput, WorkerInput
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
+from hal.engine.scheduled_step import Changes
 from hal.engine.sequence import Sequence
-from hal.engine.step import Changes
 from hal.errors import WireError
 from hal.features import FEATURES
 from hal.paged.batch import BatchState

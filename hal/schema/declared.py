@@ -22,7 +22,7 @@ Self = typing.TypeVar("Self", bound="Declared")
 class Declared:
     """Subclass it and annotate fields; the class becomes a keyword-only dataclass and gains what its schema derives.
 
-        class Step(Declared):
+        class StepInput(Declared):
             input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens")]
             seq_lens: Annotated[torch.Tensor, Array("int32", "num_seqs")]
             max_seq_len: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hal.contracts.attention import AttentionSpec
-from hal.paged.attention import PagedAttention, Part
+from hal.paged.attention import AttentionBatch, PagedAttention
 
 
 class CpuAttention(PagedAttention):
@@ -23,18 +23,18 @@ class CpuAttention(PagedAttention):
         self.ipex = ipex_attention() if self.single else None
         self.head_map = torch.arange(specs[0].num_heads, dtype=torch.int32)
 
-    def decode(self, q: torch.Tensor, cache: torch.Tensor, part: Part, spec: AttentionSpec) -> torch.Tensor:
+    def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
         if self.ipex is not None and spec.window is None:
-            assert part.tables is not None
+            assert batch.tables is not None
             # The extension takes rows to lie back to back; these do not where another sequence has more blocks.
-            tables, out = part.tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
+            tables, out = batch.tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
             self.ipex.single_query_cached_kv_attention(out, q.contiguous(), cache[0], cache[1], self.head_map,
-                                                       spec.scale, tables, part.lens, cache.shape[3], part.context,
+                                                       spec.scale, tables, batch.lens, cache.shape[3], batch.context,
                                                        None)
             return out
         if self.single:  # two equal rows are faster than one
-            return super().decode(q.repeat_interleave(2, 1), cache, part, spec)[:, :, 0]
-        return super().decode(q, cache, part, spec)
+            return super().decode(q.repeat_interleave(2, 1), cache, batch, spec)[:, :, 0]
+        return super().decode(q, cache, batch, spec)
 
 
 def ipex_attention() -> Any:

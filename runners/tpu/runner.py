@@ -233,7 +233,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             with span("sample"):
                 output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
         else:
-            output = self.model.hand_on(*results)
+            output = self.model.make_intermediate(*results)
         if self.strict and self.compiled - self.late != before:
             raise StateError("a step compiled a program", got=self.compiled - self.late - before, expected=0,
                              hint=f"{bucket} is in the plan: look for a tensor operation outside the programs")
@@ -292,7 +292,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
         def step(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
             m: Any = SimpleNamespace(**dict(zip(FIELDS, given, strict=False)), block_size=size)
-            before = None if first else self.model.hand_on(*given[len(FIELDS):])
+            before = None if first else self.model.make_intermediate(*given[len(FIELDS):])
             attention = self.attention.begin(m, caches, decode)
             hidden: Any = self.model(m.input_ids, m.positions, ForwardContext(attention, m), before)
             caches = [self._split(cache) for cache in attention.caches]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hal.cli import batch, main
 from hal.cli.results import Results
-from hal.engine.outputs import RequestOutput
+from hal.engine.request_output import RequestOutput
 from hal.errors import RequestError
 from hal.sampling.params import SamplingParams
 

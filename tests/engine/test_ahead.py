@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hal.config import EngineConfig
 from hal.contracts import backend as backends
 from hal.contracts.executor import make_executor
+from hal.engine.scheduled_step import ScheduledStep
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
-from hal.engine.step import Step
 from hal.features.pending import PENDING_TOKEN
 from hal.model_config import ModelConfig
 from hal.sampling.params import SamplingParams
@@ -32,7 +32,7 @@ def run(seqs: list[Sequence], config: EngineConfig, num_blocks: int, aborts: dic
     scheduler = Scheduler(config, num_blocks, config.num_cpu_blocks, eos_token_ids=(3,), ahead=ahead)
     for seq in seqs:
         scheduler.add(seq)
-    pending: deque[tuple[Step, np.ndarray]] = deque()
+    pending: deque[tuple[ScheduledStep, np.ndarray]] = deque()
     steps = on_device = 0
     while scheduler.unfinished or pending:
         step = scheduler.schedule()

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import hal.engine.llm
 from hal.contracts.executor import Executor
 from hal.engine.llm import LLM
-from hal.engine.outputs import RequestOutput
+from hal.engine.request_output import RequestOutput
 from hal.errors import CapacityError, HalError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 

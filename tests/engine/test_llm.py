@@ -14,7 +14,7 @@ import tokenizers_by_hand
 from hal.config import BUNDLED_MODEL
 from hal.contracts import backend as backends
 from hal.engine.llm import LLM
-from hal.engine.outputs import RequestOutput
+from hal.engine.request_output import RequestOutput
 from hal.errors import CapacityError, ConfigError, ModelLoadError, RequestError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 from hal.testing.null import NullBackend, NullRunner

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from hal.engine.blocks import extend_hashes
 from hal.engine.llm import LLM
-from hal.engine.outputs import RequestOutput
+from hal.engine.request_output import RequestOutput
 from hal.errors import NumericsError
 from hal.sampling.params import SamplingParams
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hal.config import EngineConfig
 from hal.contracts import backend as backends
 from hal.contracts.executor import StepHandle, make_executor
+from hal.engine.scheduled_step import ScheduledStep
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
-from hal.engine.step import Step
 from hal.errors import CapacityError, StateError
 from hal.model_config import ModelConfig
 from hal.sampling.params import SamplingParams
@@ -67,10 +67,10 @@ class Rig:
         self.executor = make_executor(self.config, MODEL, backends.load("hal.testing.null:backend"))
         self.scheduler = Scheduler(self.config, self.num_blocks, self.config.num_cpu_blocks, eos_token_ids=(EOS,),
                                    depth=self.depth, ahead=self.ahead)
-        self.pending: deque[tuple[Step, StepHandle]] = deque()
+        self.pending: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self.steps = 0
 
-    def turn(self) -> Step | None:
+    def turn(self) -> ScheduledStep | None:
         step = self.scheduler.schedule()
         self.look()
         assert step is not None or self.pending, "requests wait, and none can run"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hal import LLM, SamplingParams
 from hal.errors import StateError
-from workers.executors.executor import WorkerExecutor
+from workers.executors.driver import DriverExecutor
 
 action, plane, tp = sys.argv[1], sys.argv[2], int(sys.argv[3])
 PROMPTS: list[str | list[int]] = [[5, 6, 7], [1, 2, 3, 4]]
@@ -36,7 +36,7 @@ def use(of: LLM) -> None:
 
 
 def ranks(of: LLM) -> list[int]:
-    assert isinstance(of.executor, WorkerExecutor)
+    assert isinstance(of.executor, DriverExecutor)
     return [process.process.pid for process in of.executor._ranks.processes]
 
 

@@ -27,7 +27,7 @@ from worker_cases import MODEL, Driver, executor, ints
 
 from hal.config import Topology, WorkerConfig
 from hal.errors import BackendError, CapacityError, ConfigError, InputError, StateError, WorkerError
-from workers.executors.executor import WorkerExecutor
+from workers.executors.driver import DriverExecutor
 from workers.worker.base import WorkerBase
 from workers.worker.consistency import agree, facts_of
 
@@ -36,7 +36,7 @@ STEPS = 9
 on_each_torch = pytest.mark.torch_release
 
 
-def children(of: WorkerExecutor) -> list[int]:
+def children(of: DriverExecutor) -> list[int]:
     return [p.process.pid for p in of._ranks.processes]
 
 
@@ -205,12 +205,12 @@ def wait(condition: Any, seconds: float) -> bool:
     return bool(condition())
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, fault: str, **options: Any) -> WorkerExecutor:
+def failing(monkeypatch: pytest.MonkeyPatch, fault: str, **options: Any) -> DriverExecutor:
     monkeypatch.setenv("TEST_FAULT", fault)
     return executor(device="worker_cases:faulty", **options)
 
 
-def step_error(made: WorkerExecutor, steps: int = 5) -> tuple[WorkerError, float]:
+def step_error(made: DriverExecutor, steps: int = 5) -> tuple[WorkerError, float]:
     """The error that the driver gets, and the seconds from the failing step's submission to it."""
     pids, driver, start = children(made), Driver(made, PROMPTS), 0.0
     with pytest.raises(WorkerError) as error:

@@ -130,7 +130,7 @@ def taken(communicator: Any, output: Any = "tokens") -> Callable[[], Any]:
     return worker.fetch(output)
 
 
-def hand_on(communicator: TorchCommunicator) -> None:
+def send_and_receive(communicator: TorchCommunicator) -> None:
     from test_communicators import stage
 
     communicator.send(stage(3, 0))
@@ -138,7 +138,7 @@ def hand_on(communicator: TorchCommunicator) -> None:
 
 @pytest.mark.parametrize(("sizes", "wait"), [({"tp": 2}, lambda c: c.all_reduce(torch.ones(3))),
                                              ({"tp": 2}, lambda c: c.all_gather(torch.ones(3))),
-                                             ({"pp": 2}, hand_on)], ids=["all_reduce", "all_gather", "send"])
+                                             ({"pp": 2}, send_and_receive)], ids=["all_reduce", "all_gather", "send"])
 def test_a_killed_rank_frees_who_waits_and_nothing_of_the_step_is_trusted(made: list[Group], sizes: dict[str, int],
                                                                           wait: Callable[[Any], Any]) -> None:
     with pair(**sizes) as ranks:
@@ -150,7 +150,7 @@ def test_a_killed_rank_frees_who_waits_and_nothing_of_the_step_is_trusted(made: 
             wait(communicator)  # the device's wait, which nothing tells that it ended early
         assert all(group.aborted for group in ranks.groups)
         calls = (fetch, communicator.end_step, lambda: communicator.all_reduce(torch.ones(1)) if "tp" in sizes
-                 else hand_on(communicator))
+                 else send_and_receive(communicator))
         for call in calls:
             with pytest.raises(WorkerError, match="one is gone") as error:
                 call()

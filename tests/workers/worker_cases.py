@@ -21,7 +21,7 @@ from hal.errors import CapacityError
 from hal.features import COLUMNS
 from hal.model_config import ModelConfig
 from hal.testing.null import NullBackend, NullRunner
-from workers.executors.executor import GENERIC_WORKER, WorkerExecutor, make_executor
+from workers.executors.driver import GENERIC_WORKER, DriverExecutor, make_executor
 from workers.worker.generic import Worker
 
 MODEL = ModelConfig(family="llama", architecture="Null", vocab_size=97, hidden_size=8, num_layers=3, num_heads=2,
@@ -34,7 +34,7 @@ def engine(**options: Any) -> EngineConfig:
                            "max_num_seqs": 8, "max_num_batched_tokens": 64, **options})
 
 
-def executor(model: ModelConfig = MODEL, worker: str = GENERIC_WORKER, **options: Any) -> WorkerExecutor:
+def executor(model: ModelConfig = MODEL, worker: str = GENERIC_WORKER, **options: Any) -> DriverExecutor:
     config = engine(**options)
     return make_executor(config, model, backends.select(config.device), worker=worker)
 
@@ -62,7 +62,7 @@ class Driver:
     """Runs sequences in lockstep through an executor: prompts in chunks of `chunk` tokens, each block by itself from a
     counter, one row each."""
 
-    def __init__(self, to: WorkerExecutor, prompts: list[list[int]], chunk: int = 5, temperature: float = 0.0) -> None:
+    def __init__(self, to: DriverExecutor, prompts: list[list[int]], chunk: int = 5, temperature: float = 0.0) -> None:
         self.executor, self.chunk, self.step, self.digest, self.next_block = to, chunk, 0, 0, 1
         self.seqs = [Seq(list(p), len(p), temperature) for p in prompts]
         self.fresh = True

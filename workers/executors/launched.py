@@ -23,8 +23,8 @@ from hal.errors import ConfigError, HalError, StateError
 from hal.model_config import ModelConfig
 from hal.profiling import span
 from hal.schema.packed import Buffer
+from workers.executors.base import ExecutorBase, Take
 from workers.executors.connections import connect
-from workers.executors.steps import StepExecutor, Take
 from workers.links.groups import Store, dist, lost
 from workers.links.reports import Failure
 from workers.worker.base import make_worker
@@ -36,7 +36,7 @@ _STAGES = "up", "sized", "ready", "stepping"
 _engines = itertools.count()  # the same on all ranks, since they run the same program
 
 
-class LaunchedExecutor(StepExecutor):
+class LaunchedExecutor(ExecutorBase):
     """This process's rank (see hal.contracts.executor.Executor); rank 0 tells the others what was sampled.
 
     Raises:

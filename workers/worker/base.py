@@ -20,7 +20,7 @@ from hal.errors import StateError
 from hal.guard import Phase, phase
 from hal.profiling import span
 from hal.schema.packed import Buffer
-from workers.worker.wire_policy import WIRES, NoWire, Step, Wire
+from workers.worker.wire_policy import WIRES, NoWire, StepInputs, Wire
 
 
 class WorkerBase(abc.ABC):
@@ -116,7 +116,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         """What the runner needs for the step, checked, on this rank's device. Phase prepare."""
 
     @abc.abstractmethod
-    def decode(self, parts: list[Buffer]) -> Step:
+    def decode(self, parts: list[Buffer]) -> StepInputs:
         """A step that the driver prepared, checked, on this rank's device."""
 
     @abc.abstractmethod
@@ -132,7 +132,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
         """What the previous pipeline stage hands over. Not called on the first stage."""
 
-    def prepare(self, request: ExecuteModelRequest) -> Step:
+    def prepare(self, request: ExecuteModelRequest) -> StepInputs:
         self.steps, self.model_input = self.steps + 1, None
         with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
             return self.prepare_worker_input(request), self.prepare_model_input(request)

@@ -23,7 +23,7 @@ from hal.schema.packed import Buffer
 from workers.worker.base import LocalOrDistributedWorkerBase
 from workers.worker.cache import IDLE, CacheEngine, count_blocks
 from workers.worker.consistency import schemas_of
-from workers.worker.wire_policy import Decoder, Step
+from workers.worker.wire_policy import Decoder, StepInputs
 
 D = TypeVar("D", bound=Declared)
 
@@ -44,11 +44,11 @@ class Worker(LocalOrDistributedWorkerBase):
         super().__init__(config, backend)
         self.strict = os.environ.get("HAL_STRICT") == "1"
         self._links: list[ControlPlane | Communicator] = []
-        self.flight: Any = None
+        self.flight_recorder: Any = None
         if os.environ.get("HAL_RECORD_ON_ERROR"):
             from hal.recording.record import FlightRecorder
 
-            self.flight = FlightRecorder(os.environ["HAL_RECORD_ON_ERROR"], config, backend)
+            self.flight_recorder = FlightRecorder(os.environ["HAL_RECORD_ON_ERROR"], config, backend)
 
     def init_device(self) -> torch.device:
         rank, engine = self.topology.rank, self.config.engine
@@ -96,7 +96,7 @@ class Worker(LocalOrDistributedWorkerBase):
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
         return model_input
 
-    def decode(self, parts: list[Buffer]) -> Step:
+    def decode(self, parts: list[Buffer]) -> StepInputs:
         self.steps, self.model_input = self.steps + 1, None
         # What decode makes has the declared structure: it follows from the declaration and the sizes in the head.
         step = WorkerInput.decode(parts[1]) if len(parts) > 1 else IDLE, self._decode(parts[0])
@@ -106,8 +106,8 @@ class Worker(LocalOrDistributedWorkerBase):
         return step
 
     def execute_worker(self, worker_input: WorkerInput) -> None:
-        if self.flight is not None:
-            self.flight.moved(worker_input, self.cache.device[0].shape[1])
+        if self.flight_recorder is not None:
+            self.flight_recorder.moved(worker_input, self.cache.device[0].shape[1])
         self.cache.apply(worker_input)
 
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
@@ -120,12 +120,12 @@ class Worker(LocalOrDistributedWorkerBase):
     def execute_runner(self, model_input: ModelInput,
                        intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
         try:
-            if self.flight is not None:
-                self.flight.began(model_input, self.runner)
+            if self.flight_recorder is not None:
+                self.flight_recorder.began(model_input, self.runner)
             output = self.runner.execute_model(model_input, self.cache.device, intermediate)
         except Exception as error:
-            if self.flight is not None:
-                self.flight.save(self.steps, error)
+            if self.flight_recorder is not None:
+                self.flight_recorder.save(self.steps, error)
             raise
         if isinstance(output, IntermediateTensors):
             self._checked(output)
@@ -160,7 +160,7 @@ class Worker(LocalOrDistributedWorkerBase):
                 text += f" ({type(self.model_input).__name__} of {dims}; crc {self.model_input.checksum():08x})"
             except Exception as error:  # a description must not hide what is described
                 text += f" (its input cannot be described: {error})"
-        return text + (self.flight.note if self.flight is not None else "")
+        return text + (self.flight_recorder.note if self.flight_recorder is not None else "")
 
     def _checked(self, value: D) -> D:
         """Structure always; meaning under HAL_STRICT=1. Raises InputError."""

@@ -16,7 +16,7 @@ from hal.schema.layout import HEAD_SIZE
 from hal.schema.packed import Buffer
 from workers.worker.cache import IDLE
 
-Step = tuple[WorkerInput, ModelInput]
+StepInputs = tuple[WorkerInput, ModelInput]
 D = TypeVar("D", bound=Declared)
 _PLACES = 64
 
@@ -53,18 +53,18 @@ class Preparing(Protocol):
 
     plane: ControlPlane
 
-    def prepare(self, request: ExecuteModelRequest) -> Step:
+    def prepare(self, request: ExecuteModelRequest) -> StepInputs:
         """Phase prepare: this rank's step, made from the request and from what this rank keeps."""
 
-    def decode(self, parts: list[Buffer]) -> Step:
+    def decode(self, parts: list[Buffer]) -> StepInputs:
         """A step that the driver prepared, moved to this rank's device."""
 
 
 class Wire(Protocol):
-    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         """On the rank that has the request: this rank's step, the other ranks having been told."""
 
-    def receive(self, worker: Preparing) -> Step | None:
+    def receive(self, worker: Preparing) -> StepInputs | None:
         """On the other ranks: their step, or None when there are no more."""
 
 
@@ -72,7 +72,7 @@ class ModelInputWire:
     """The driver prepares; the others receive the step's typed inputs (vLLM's RFC #5552): the model's, and the worker's
     where it asks for something."""
 
-    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         worker_input, model_input = step = worker.prepare(request)
         with span("broadcast"):
             parts = [model_input.encode()]
@@ -81,7 +81,7 @@ class ModelInputWire:
             worker.plane.broadcast(parts)
         return step
 
-    def receive(self, worker: Preparing) -> Step | None:
+    def receive(self, worker: Preparing) -> StepInputs | None:
         with span("receive"):
             parts = worker.plane.receive()
             return worker.decode(parts) if parts else None
@@ -90,12 +90,12 @@ class ModelInputWire:
 class RequestWire:
     """The request travels, and every rank prepares for itself: fewer bytes, and ranks prepare at the same time."""
 
-    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         with span("broadcast"):
             worker.plane.broadcast([request.encode()])
         return worker.prepare(request)
 
-    def receive(self, worker: Preparing) -> Step | None:
+    def receive(self, worker: Preparing) -> StepInputs | None:
         with span("receive"):
             parts = worker.plane.receive()
         return worker.prepare(ExecuteModelRequest.decode(parts[0])) if parts else None
@@ -104,10 +104,10 @@ class RequestWire:
 class NoWire:
     """Every rank is called with the request by a scheduler of its own. A world of one is the simplest case."""
 
-    def share(self, worker: Preparing, request: ExecuteModelRequest) -> Step:
+    def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         return worker.prepare(request)
 
-    def receive(self, worker: Preparing) -> Step | None:
+    def receive(self, worker: Preparing) -> StepInputs | None:
         raise StateError("with wire='none' no rank is told what to do", hint="call execute_model on every rank")
 
 

@@ -1,4 +1,4 @@
-"""What executors have in common: steps that were submitted and wait to be taken over, and how a failure ends them."""
+"""The base of executors: submitted steps, the order of their outputs, and how a failure ends an engine."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ R = TypeVar("R")
 Take = Callable[[], SamplerOutput]
 
 
-class StepHandle:
+class SubmittedStep:
     """A step that was submitted (see hal.contracts.executor.StepHandle)."""
 
-    def __init__(self, executor: StepExecutor, take: Take) -> None:
+    def __init__(self, executor: ExecutorBase, take: Take) -> None:
         self._executor, self.take = executor, take
         self.output: SamplerOutput | None = None
 
@@ -42,7 +42,7 @@ class StepHandle:
             self.output = self.take()
 
 
-class StepExecutor(abc.ABC):
+class ExecutorBase(abc.ABC):
     """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks.
 
     Args:
@@ -53,7 +53,7 @@ class StepExecutor(abc.ABC):
         self._torch = TorchState(threads_of_driver(world_size))
         self._failure: HalError | None = None
         self._closed = False
-        self._pending: deque[StepHandle] = deque()
+        self._pending: deque[SubmittedStep] = deque()
         self._process = os.getpid()
         _executors.add(self)
 
@@ -73,14 +73,14 @@ class StepExecutor(abc.ABC):
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="make a new engine")
 
-    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+    def execute_model(self, request: ExecuteModelRequest) -> SubmittedStep:
         self.check()
         with self._torch:
-            handle = StepHandle(self, self._guarded(self._submit, request))
+            handle = SubmittedStep(self, self._guarded(self._submit, request))
         self._pending.append(handle)
         return handle
 
-    def finish(self, handle: StepHandle) -> None:
+    def finish(self, handle: SubmittedStep) -> None:
         """Take over the outputs up to this handle's, in the order of the steps."""
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="fetch results before shutdown")
@@ -121,7 +121,7 @@ class StepExecutor(abc.ABC):
             self._failure = in_forked_child(self._process)
 
 
-_executors: weakref.WeakSet[StepExecutor] = weakref.WeakSet()
+_executors: weakref.WeakSet[ExecutorBase] = weakref.WeakSet()
 
 
 def _disown_all() -> None:

@@ -1,4 +1,4 @@
-"""What a user gets back."""
+"""The output of a request, as the user of an engine reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine keeps of one request, and how a step's output becomes part of it."""
+"""The engine's state of one unfinished request, and the log-probabilities of a step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from hal.contracts.outputs import SamplerOutput
-from hal.engine.outputs import RequestOutput, TokenLogprob
+from hal.engine.request_output import RequestOutput, TokenLogprob
 from hal.engine.sequence import Sequence
 from hal.engine.text import TextStream
 from hal.errors import NumericsError
 
 
 @dataclass(slots=True)
-class Request:
+class RequestState:
     """Attributes:
         polled: its outputs are handed out by LLM.step; those of other requests by the call that made them.
         shown: output tokens that `text` has.

@@ -1,4 +1,4 @@
-"""One step as the scheduler sees it, and the request that it sends."""
+"""A step that the scheduler has issued, and the ExecuteModelRequest that tells the workers about it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NO_INTS = np.zeros((0, len(COLUMNS["int"])), np.int64)
 
 
 @dataclass(slots=True)
-class Step:
-    """A step to run.
+class ScheduledStep:
+    """A step that the scheduler has issued and that the executor runs.
 
     Attributes:
         rows: all rows it computes. sampled_rows, sampled: those that get a token, in the order of SamplerOutput.
@@ -39,7 +39,6 @@ class Step:
     prompt_targets: list[tuple[Sequence, int, int]]
     num_tokens: int
     num_prefill: int
-
 
     def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int) -> None:
         """Say which tokens sequences may get from this step, before it is executed. A sequence under asynchronous

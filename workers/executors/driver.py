@@ -1,4 +1,4 @@
-"""The executor: rank 0 in this process, the other ranks in processes of their own."""
+"""The executor of an engine whose driver is rank 0 in this process and starts the other ranks itself."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
+from workers.executors.base import ExecutorBase, SubmittedStep, Take
 from workers.executors.connections import connect
 from workers.executors.launched import LaunchedExecutor
 from workers.executors.processes import PATIENCE
-from workers.executors.steps import StepExecutor, StepHandle, Take
 from workers.links.groups import RendezvousStore
 from workers.links.reports import Failure
 from workers.worker.base import make_worker
@@ -37,7 +37,7 @@ EXECUTORS = {"multiprocess": "workers.executors.processes:Ranks", "ray": "worker
 
 
 def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress = no_progress,
-                  worker: str = GENERIC_WORKER) -> StepExecutor:
+                  worker: str = GENERIC_WORKER) -> ExecutorBase:
     """See hal.contracts.executor.make_executor. `worker` names a WorkerBase, as "module:attribute"."""
     dtype = backends.resolve_dtype(backend, engine.dtype, model.dtype)
     device = backend.name if engine.device == "auto" else engine.device
@@ -47,7 +47,7 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
                      num_cpu_blocks=engine.num_cpu_blocks)
     if engine.wire == "none" and (1 if backend.capabilities.spmd else engine.tp) * engine.pp > 1:
         return LaunchedExecutor(engine, model, backend, progress, worker)
-    return WorkerExecutor(engine, model, backend, progress, worker)
+    return DriverExecutor(engine, model, backend, progress, worker)
 
 
 def _load(name: str) -> Any:
@@ -55,7 +55,7 @@ def _load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-class WorkerExecutor(StepExecutor):
+class DriverExecutor(ExecutorBase):
     """All ranks of one engine (see hal.contracts.executor.Executor), the driver among them."""
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
@@ -123,7 +123,7 @@ class WorkerExecutor(StepExecutor):
             raise reports.at_start()
         return reports
 
-    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+    def execute_model(self, request: ExecuteModelRequest) -> SubmittedStep:
         failure = None if self._closed else self._ranks.failure()
         if failure is not None:
             self._fail(failure, None)
