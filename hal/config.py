@@ -20,8 +20,8 @@ WirePolicy = Literal["model-input", "request", "none"]
 KVDType = Literal["auto", "fp8"]
 ExecutorName = Literal["multiprocess", "ray"]
 _LARGEST = 2**31 - 1
-_INTEGERS = {"tp": 1, "pp": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1, "max_model_len": 1,
-             "num_blocks": 1, "num_cpu_blocks": 0}  # and the smallest value of each
+_INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
+             "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0}  # and the smallest value of each
 _OPTIONAL = ("max_model_len", "num_blocks", "async_scheduling")  # may be None
 
 
@@ -33,7 +33,9 @@ class EngineConfig:
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
         kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3, unscaled) holds twice the tokens of 16
             bits at some loss of accuracy.
-        tp, pp: tensor and pipeline parallel sizes.
+        tp, pp: tensor and pipeline parallel sizes; the engine has tp * pp ranks.
+        ep: expert parallel size, a divisor of tp: the tp ranks of a stage are grouped anew for the layers that hold
+            whole experts, so ep adds no rank.
         max_model_len: longest prompt + output in tokens; None takes the model's context length.
         max_num_seqs: sequences in one step. max_num_batched_tokens: tokens in one step (longer prompts are chunked).
         block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from free memory * memory_fraction.
@@ -60,6 +62,7 @@ class EngineConfig:
     kv_dtype: KVDType = "auto"
     tp: int = 1
     pp: int = 1
+    ep: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -98,6 +101,9 @@ class EngineConfig:
             if not isinstance(value, str) or value not in get_args(kind):
                 raise ConfigError(f"unknown {name}", got=described(value), expected=", ".join(get_args(kind)))
             object.__setattr__(self, name, value)
+        if self.tp % self.ep:
+            raise ConfigError("ep groups the tensor-parallel ranks of a stage", got=f"ep={self.ep}, tp={self.tp}",
+                              expected="an ep that divides tp", hint="ep=1 cuts experts over tp instead")
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling keeps pending tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
@@ -113,13 +119,38 @@ class EngineConfig:
         object.__setattr__(self, name, value)  # the dataclass is frozen
 
 
+AXES = "tp", "pp", "ep"
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A rank's group along one axis of the mesh: the ranks whose other coordinates are the same.
+
+    Attributes:
+        name: of AXES. size: how many ranks the group has. rank: this rank's coordinate, from 0.
+        ranks: the group's ranks, by their coordinate.
+    """
+
+    name: str
+    size: int
+    rank: int
+    ranks: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Where a rank stands: rank = pp_rank * tp + tp_rank, as in the field; rank 0 is the driver."""
+    """A rank's place in the mesh of ranks, whose axes have names. This class alone relates ranks to coordinates.
+
+    rank = pp_rank * tp + tp_rank, as in the field; rank 0 is the driver. The axis "ep" groups the tp ranks of a stage
+    anew: tp_rank = ep_rank * (tp // ep) + a place among the tp // ep ranks that hold the same experts. So ep divides
+    tp, and adds no rank; with ep = tp each rank of a stage has experts of its own, and with ep = 1 nothing is expert
+    parallel.
+    """
 
     tp: int = 1
     pp: int = 1
     rank: int = 0
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -132,6 +163,23 @@ class Topology:
     @property
     def pp_rank(self) -> int:
         return self.rank // self.tp
+
+    @property
+    def ep_rank(self) -> int:
+        return self.tp_rank // (self.tp // self.ep)
+
+    def axis(self, name: str) -> Axis:
+        """Raises ConfigError: the mesh has no such axis."""
+        if name not in AXES:
+            raise ConfigError("the mesh has no such axis", got=repr(name), expected=", ".join(AXES))
+        size, at, stride = {"tp": (self.tp, self.tp_rank, 1), "pp": (self.pp, self.pp_rank, self.tp),
+                            "ep": (self.ep, self.ep_rank, self.tp // self.ep)}[name]
+        first = self.rank - at * stride
+        return Axis(name, size, at, tuple(range(first, first + size * stride, stride)))
+
+    def every_rank(self) -> list[Topology]:
+        """The places of all ranks of this mesh, in order."""
+        return [dataclasses.replace(self, rank=rank) for rank in range(self.world_size)]
 
     @property
     def is_driver(self) -> bool:
@@ -147,8 +195,13 @@ class Topology:
 
     @property
     def samples(self) -> bool:
-        """Whether this rank samples: tp_rank 0 of the last stage. Its output goes to the driver."""
-        return self.is_last_stage and self.tp_rank == 0
+        """Whether this rank samples. Its output goes to the driver."""
+        return self.rank == self.sampling_rank
+
+    @property
+    def sampling_rank(self) -> int:
+        """The rank that samples: tp_rank 0 of the last stage."""
+        return (self.pp - 1) * self.tp
 
     def layers(self, num_layers: int) -> range:
         """This stage's decoder layers: contiguous, sizes differing by at most one, earlier stages the larger."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
+from hal.config import Topology
 from hal.errors import BackendError
 
 if TYPE_CHECKING:
     import torch
 
-    from hal.config import WorkerConfig
+    from hal.config import EngineConfig, WorkerConfig
     from hal.contracts.communicator import Communicator
     from hal.contracts.runner import ModelRunnerBase
 
@@ -153,6 +154,14 @@ def resolve_dtype(backend: Backend, wanted: str, checkpoint: str) -> str:
 def resolve_async(backend: Backend, wanted: bool | None, pp: int) -> bool:
     """What async_scheduling=None means."""
     return backend.capabilities.asynchronous and pp == 1 if wanted is None else wanted
+
+
+def mesh(backend: Backend, engine: EngineConfig) -> Topology:
+    """The driver's place in the mesh of the engine's processes. Where one process drives the devices of all
+    tensor-parallel ranks (Capabilities.spmd), that is a mesh of pipeline stages alone."""
+    if backend.capabilities.spmd:
+        return Topology(pp=engine.pp)
+    return Topology(engine.tp, engine.pp, ep=engine.ep)
 
 
 def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:

@@ -21,7 +21,7 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
 
     Raises:
         ConfigError: tp does not divide the heads or the MLP, or neither divides nor is a multiple of the key-value
-            heads; pp exceeds the layers.
+            heads; pp exceeds the layers; ep is given, and the model has no experts.
     """
     tp, kv = topology.tp, config.num_kv_heads
     for name in ("num_heads", "intermediate_size"):
@@ -34,6 +34,9 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     if topology.pp > config.num_layers:
         raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
                           expected=f"at most num_layers ({config.num_layers})")
+    if topology.ep > 1:
+        raise ConfigError("expert parallelism needs a model with experts", got=f"ep={topology.ep}",
+                          expected=f"ep=1: {config.architecture} has no experts")
 
 
 def build_model(config: ModelConfig, topology: Topology, communicator: Communicator, ops: Ops, dtype: torch.dtype,

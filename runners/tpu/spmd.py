@@ -95,7 +95,8 @@ class Embedding(nn.Module):
 def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.dtype, mesh: Any,
          progress: Progress) -> CausalLM:
     """The stage's model on the device, with the shares of all tensor-parallel ranks. Raises as load_weights does."""
-    topologies = [Topology(engine.tp, engine.pp, pp_rank * engine.tp + r) for r in range(engine.tp)]
+    mesh_ranks = Topology(engine.tp, engine.pp, ep=engine.ep).every_rank()
+    topologies = [topology for topology in mesh_ranks if topology.pp_rank == pp_rank]
     communicator = MeshCommunicator(topologies[0], mesh) if engine.tp > 1 else LocalCommunicator()
     ops, shares = TpuOps(engine.tp), []
     if not engine.random_weights:

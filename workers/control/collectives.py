@@ -45,7 +45,7 @@ class CollectivePlane(ControlPlane):
 
     def __init__(self, topology: Topology, store: Store, collectives: str, device: torch.device) -> None:
         on_device = collectives == "nccl"
-        rank, source = topology.rank, (topology.pp - 1) * topology.tp  # source samples: tp_rank 0 of the last stage
+        rank, source = topology.rank, topology.sampling_rank
         self._is_driver = topology.is_driver
         self._carrier = device if on_device else CPU
         self._stream: Any = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]

@@ -26,8 +26,7 @@ class ShmPlane(ControlPlane):
         size = sum(slots * slot_bytes for slots, slot_bytes in (steps, _OUTPUTS))
         self._segment = Segment("control", topology.rank, topology.world_size, store, size)
         self._steps = Ring(self._segment, 0, range(1, topology.world_size), *steps)
-        # From the sampling rank: tp_rank 0 of the last stage.
-        self._outputs = Ring(self._segment, (topology.pp - 1) * topology.tp, [0], *_OUTPUTS)
+        self._outputs = Ring(self._segment, topology.sampling_rank, [0], *_OUTPUTS)
 
     def broadcast(self, parts: Sequence[Buffer]) -> None:
         check("ShmPlane.broadcast")

@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 from typing import Any, TypeVar, cast
 
 from hal import guard
-from hal.config import DType, EngineConfig, Topology, WorkerConfig
+from hal.config import DType, EngineConfig, WorkerConfig
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.control_plane import ControlPlane
@@ -45,7 +45,7 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
         backends.resolve_async(backend, engine.async_scheduling, engine.pp)))
     backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
                      num_cpu_blocks=engine.num_cpu_blocks)
-    if engine.wire == "none" and (1 if backend.capabilities.spmd else engine.tp) * engine.pp > 1:
+    if engine.wire == "none" and backends.mesh(backend, engine).world_size > 1:
         return LaunchedExecutor(engine, model, backend, progress, worker)
     return DriverExecutor(engine, model, backend, progress, worker)
 
@@ -60,10 +60,10 @@ class DriverExecutor(ExecutorBase):
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
                  worker: str) -> None:
-        tp = 1 if backend.capabilities.spmd else engine.tp
-        super().__init__(tp * engine.pp)
+        mesh = backends.mesh(backend, engine)
+        super().__init__(mesh.world_size)
         guard.install()
-        configs = [WorkerConfig(engine, model, Topology(tp, engine.pp, rank)) for rank in range(tp * engine.pp)]
+        configs = [WorkerConfig(engine, model, topology) for topology in mesh.every_rank()]
         self._plane: ControlPlane
         self._store: RendezvousStore | None = None
         self._ranks = _load(EXECUTORS[engine.executor])()

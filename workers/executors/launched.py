@@ -3,6 +3,7 @@ the same requests (wire="none"). Outputs alone travel, so that all schedulers se
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 
 from hal import guard
 from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
@@ -45,9 +47,9 @@ class LaunchedExecutor(ExecutorBase):
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
                  worker: str) -> None:
-        tp = 1 if backend.capabilities.spmd else engine.tp
-        super().__init__(tp * engine.pp)
-        self._topology = topology = Topology(tp, engine.pp, launched_rank(tp * engine.pp))
+        mesh = backends.mesh(backend, engine)
+        super().__init__(mesh.world_size)
+        self._topology = topology = dataclasses.replace(mesh, rank=launched_rank(mesh.world_size))
         guard.install()
         config = WorkerConfig(engine, model, topology)
         self._stage = iter(_STAGES)
