@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ASSET = Path(__file__).parents[1] / "hal" / "assets" / "add-tiny"
+ROOT = Path(__file__).parents[1]
+ASSET = ROOT / "hal" / "assets" / "add-tiny"
 
 
 @pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard", "hal.config", "hal.profiling", "hal.cli",
@@ -51,3 +53,14 @@ def test_bundled_model_adds(dtype: torch.dtype) -> None:
     texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1]:], skip_special_tokens=True)
     right = sum(text == p["answer"] for text, p in zip(texts, problems, strict=True))
     assert len(problems) == 1000 and right >= 990, f"{right} of {len(problems)}"
+
+
+def test_a_distribution_carries_the_licence(tmp_path: Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):  # building writes beside the sources
+        shutil.copy(ROOT / name, tmp_path)
+    code = "from setuptools import build_meta; print(build_meta.prepare_metadata_for_build_wheel('.'))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    metadata = tmp_path / built.stdout.split()[-1]
+    assert "License-Expression: Apache-2.0" in (metadata / "METADATA").read_text()
+    assert (metadata / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()

@@ -44,8 +44,10 @@ def survey(device: str | None = None) -> dict[str, Any]:
 
 
 def _hal() -> dict[str, Any]:
+    from hal.contracts import VERSION
+
     found, root, kind = identity.installation()
-    return {"version": found.version if found else None, "install": kind, "path": str(root)}
+    return {"version": found.version if found else None, "contracts": VERSION, "install": kind, "path": str(root)}
 
 
 def _machine() -> dict[str, Any]:
@@ -106,7 +108,8 @@ def _without_home(value: Any) -> Any:
 
 def render(report: dict[str, Any]) -> str:
     hal, machine = report["hal"], report["machine"]
-    lines = [f"hal {hal['version'] or '(not installed)'}, {hal['install']}, in {hal['path']}"]
+    version = hal["version"] or "(not installed)"
+    lines = [f"hal {version}, contracts {hal['contracts']}, {hal['install']}, in {hal['path']}"]
     for name, package in report["packages"].items():
         lines.append(f"  {name:<8} {'ok' if not package['problem'] else 'WRONG: ' + package['problem']}")
         if package["problem"]:

@@ -19,6 +19,7 @@ ENGINE_HELP = {
     "kv_dtype": "of the KV cache, where it is not the weights'",
     "tp": "tensor-parallel processes",
     "pp": "pipeline stages",
+    "ep": "expert-parallel groups of the tensor-parallel ranks; a divisor of tp",
     "max_model_len": "longest prompt + output in tokens",
     "max_num_seqs": "sequences in one step",
     "max_num_batched_tokens": "tokens in one step; longer prompts are cut into chunks",

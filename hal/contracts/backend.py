@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from hal.config import Topology
+from hal.contracts import VERSION
 from hal.errors import BackendError
 
 if TYPE_CHECKING:
@@ -24,9 +25,11 @@ GROUP = "hal.backends"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a backend declares it can do; asking for more is refused at construction.
+    """What a backend declares about itself. A configuration that asks for more is refused at construction.
 
     Attributes:
+        contracts: the version of hal.contracts that the backend was written for, "MAJOR.MINOR". `load` refuses another
+            major version than its own, and a newer minor one.
         dtypes: of weights and KV cache, preferred first.
         max_tp, max_pp: largest parallel sizes it runs.
         swap: KV blocks can be swapped to host memory. fp8_kv: they can be kept as fp8.
@@ -39,6 +42,7 @@ class Capabilities:
         checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.
     """
 
+    contracts: str = ""
     dtypes: tuple[str, ...] = ("float32",)
     max_tp: int = 1
     max_pp: int = 1
@@ -93,7 +97,8 @@ def load(name: str) -> Backend:
     """A backend by name or as "module:attribute", whether it is available here or not.
 
     Raises:
-        BackendError: unknown, or its module fails to import, or it is not a Backend.
+        BackendError: unknown, or its module fails to import, or it is not a Backend, or it was written for a version of
+            hal.contracts that this one does not serve.
     """
     entry = EntryPoint(name, name, GROUP) if all(name.partition(":")) else _entries().get(name)
     if entry is None:
@@ -103,12 +108,32 @@ def load(name: str) -> Backend:
         backend = importlib.import_module(entry.module)
         for part in (entry.attr or "backend").split("."):
             backend = getattr(backend, part)
+        contracts = backend.capabilities.contracts if isinstance(backend, Backend) else ""
     except Exception as error:
         raise BackendError(f"backend {name!r} does not load", got=f"{type(error).__name__}: {error}",
-                           hint="`hal env` lists backends and why they are rejected") from error
+                           hint=f"`hal env` lists backends and why they are rejected. A backend for another version "
+                                f"of hal.contracts than {VERSION} may not load") from error
     if not isinstance(backend, Backend):
         raise BackendError(f"{entry.value} is not a backend", got=type(backend).__name__, expected="hal.Backend")
+    _check_contracts(name, contracts)
     return backend
+
+
+def _check_contracts(name: str, written_for: str) -> None:
+    """Raises BackendError where a backend that was written for this version of hal.contracts may not work."""
+    major, minor = VERSION.split(".")
+    theirs = written_for.split(".") if isinstance(written_for, str) else []
+    if len(theirs) != 2 or not all(part.isdecimal() for part in theirs):
+        raise BackendError(f"backend {name!r} does not say which version of hal.contracts it was written for",
+                           got=repr(written_for), expected=f'Capabilities(contracts="{VERSION}")',
+                           hint="CHANGELOG.md lists what changed since version 1: adapt the backend, then declare the "
+                                "version")
+    if theirs[0] != major or int(theirs[1]) > int(minor):
+        newer = (int(theirs[0]), int(theirs[1])) > (int(major), int(minor))
+        raise BackendError(f"backend {name!r} was written for another version of hal.contracts", got=written_for,
+                           expected=f"{VERSION}, or an older one of version {major}", hint="install a newer hal-runtime"
+                           if newer else "install a release of the backend for this version, or adapt it: CHANGELOG.md "
+                           "lists what changed")
 
 
 def select(name: str) -> Backend:

@@ -107,7 +107,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
 class NullBackend(Backend):
     name = "null"
     priority = -100  # never what "auto" means
-    capabilities = Capabilities(dtypes=("float32", "bfloat16", "float16"), max_tp=64, max_pp=64,
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16", "float16"), max_tp=64, max_pp=64,
                                 checkpoints=False)
 
     def unavailable(self) -> str | None:

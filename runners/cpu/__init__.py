@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class CpuBackend(Backend):
     name = "cpu"
-    capabilities = Capabilities(dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64)
 
     def unavailable(self) -> str | None:
         return None

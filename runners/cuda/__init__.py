@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class CudaBackend(Backend):
     name = "cuda"
     priority = 10
-    capabilities = Capabilities(dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64, fp8_kv=True,
-                                asynchronous=True)
+    capabilities = Capabilities(contracts="2.0", dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64,
+                                fp8_kv=True, asynchronous=True)
     collectives = "nccl"
 
     def unavailable(self) -> str | None:

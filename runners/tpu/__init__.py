@@ -28,7 +28,7 @@ class TpuBackend(Backend):
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
-        return Capabilities(dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True,
+        return Capabilities(contracts="2.0", dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True,
                             host_memory=os.environ.get("PJRT_DEVICE") == "CPU")
 
     @property

@@ -38,7 +38,7 @@ class Mutant(CpuBackend):
     _parts: dict[str, Any]
     _runner: type[PagedModelRunner] = PagedModelRunner
     _state: type[BatchState] | None = None
-    capabilities = Capabilities(dtypes=("float32",), max_tp=64, max_pp=64)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=64, max_pp=64)
 
     def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
         made = self._runner(config, device, communicator, **{k: v() if k != "attention" else v
@@ -73,7 +73,7 @@ def mutant(expected: str) -> Callable[[type], type]:
 
 @mutant("L0/runner")
 class claims_a_dtype(Mutant):
-    capabilities = Capabilities(dtypes=("float32", "float16"))
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "float16"))
 
     def make_runner(self, config: Any, *args: Any) -> Any:
         if config.engine.dtype == "float16":

@@ -80,7 +80,7 @@ class FailingRunner(PagedModelRunner):
 
 class PlantedBackend(CpuBackend):
     name = "planted"
-    capabilities = Capabilities(dtypes=("float32",), max_tp=8, max_pp=8)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=8, max_pp=8)
 
     def make_runner(self, *args: Any) -> PagedModelRunner:
         return PagedModelRunner(*args, ops=PlantedOps(), attention=PlantedAttention)

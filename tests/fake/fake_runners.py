@@ -29,7 +29,7 @@ class OnCpu(Backend):
     """What a FakeBackend would make, on the CPU."""
 
     name = "on_cpu"
-    capabilities = Capabilities(dtypes=("float32",), asynchronous=True)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), asynchronous=True)
 
     def __init__(self, runner: type[PagedModelRunner]) -> None:
         self.runner = runner

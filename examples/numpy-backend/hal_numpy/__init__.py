@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class NumpyBackend(Backend):
     name = "numpy"
     priority = -10  # only when asked for
-    capabilities = Capabilities(dtypes=("float32",), max_tp=8, max_pp=8)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=8, max_pp=8)
 
     def unavailable(self) -> str | None:
         return None
