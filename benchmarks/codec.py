@@ -1,4 +1,4 @@
-"""Validation, encoding and decoding of a decode step's input, beside pickle protocol 5 of the same tensors.
+"""Validating, packing and unpacking a decode step's input, beside pickle protocol 5 of the same tensors.
 
     python benchmarks/codec.py
 """
@@ -36,7 +36,7 @@ def main() -> None:
     step = PagedModelInput(input_ids=ints(SEQS), positions=ints(SEQS), slot_mapping=ints(SEQS),
                            query_start_loc=ints(SEQS + 1), seq_lens=ints(SEQS), block_tables=ints(SEQS, BLOCKS),
                            logits_indices=ints(SEQS), block_size=16, num_decode_seqs=SEQS)
-    device, wire = torch.device("cpu"), step.encode()
+    device, wire = torch.device("cpu"), step.to_buffer()
     tensors = {name: value for name, value in step.__dict__.items() if value is not None}
     pickled = pickle.dumps(tensors, protocol=5)
     source = {f.name: step[f.name].numpy() for f in PagedModelInput.schema.replicated if step[f.name] is not None}
@@ -50,16 +50,16 @@ def main() -> None:
         return packed.wire
 
     us = interleaved_us({
-        "fill and encode": fill,
+        "fill a buffer": fill,
         "validate": lambda: step.validate(device),
-        "encode": step.encode,
-        "decode": lambda: PagedModelInput.decode(wire),
+        "to_buffer": step.to_buffer,
+        "from_buffer": lambda: PagedModelInput.from_buffer(wire),
         "pickle.dumps": lambda: pickle.dumps(tensors, protocol=5), "pickle.loads": lambda: pickle.loads(pickled)})
     print(f"torch {torch.__version__}; {SEQS} sequences, {BLOCKS} block ids each, {wire.nbytes} bytes; median us")
     for name, value in us.items():
         print(f"{name:<14}{value:8.1f}")
-    print(f"encode is {us['pickle.dumps'] / us['encode']:.1f} times faster than pickle, "
-          f"decode {us['pickle.loads'] / us['decode']:.1f} times")
+    print(f"to_buffer is {us['pickle.dumps'] / us['to_buffer']:.1f} times faster than pickle, "
+          f"from_buffer {us['pickle.loads'] / us['from_buffer']:.1f} times")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/control_plane.py [receivers ...] [--with peer.py]
 
 The payload is a decode step of 256 sequences with 64 block ids each, or the request that leads to it. Ours is valid
-when it is decoded, since its structure follows from its head; peers' fields are put together and validated. Mechanisms
+when it is unpacked, since its structure follows from its head; peers' fields are put together and validated. Mechanisms
 take turns within one run. Hot: the next message follows as soon as all have acknowledged the last; paced: at 100 Hz. A
 file given by --with has make(rank, world, store) -> (send, receive): a peer that does not belong in this repository.
 """
@@ -33,7 +33,7 @@ from workers.control.planes import make_plane
 from workers.links.groups import Store, dist
 from workers.links.memory import Segment
 from workers.links.ring import Ring
-from workers.worker.wire_policy import Decoder
+from workers.worker.wire_policy import MessageReader
 
 SEQS, BLOCKS = 256, 64
 ROUNDS, HOT, PACED, WARM = 6, 80, 25, 5
@@ -67,29 +67,29 @@ def diff() -> ExecuteModelRequest:
 def ours(rank: int, world: int, store: Store) -> dict[str, Mechanism]:
     topology, model_input, request = Topology(tp=world, rank=rank), step(), diff()
     shm, gloo = (make_plane(name, topology, store, "gloo", CPU) for name in ("shm", "gloo"))
-    decode = Decoder(PagedModelInput, CPU)
+    read = MessageReader(PagedModelInput, CPU)
 
     def receive(plane: Any) -> object:
-        return decode(plane.receive()[0])
+        return read(plane.receive()[0])
 
     def send_ids() -> None:
-        shm.broadcast([model_input.encode(), np.frombuffer("\n".join(IDS).encode(), np.uint8)])
+        shm.broadcast([model_input.to_buffer(), np.frombuffer("\n".join(IDS).encode(), np.uint8)])
 
     def receive_owned() -> object:
         model, names = shm.receive()
         owned = {name: value.clone() if isinstance(value, torch.Tensor) else value
-                 for name, value in decode(model).__dict__.items() if name != "_packed"}
+                 for name, value in read(model).__dict__.items() if name != "_packed"}
         made = PagedModelInput.__new__(PagedModelInput)
         made.__dict__.update(owned)
         return made, names.tobytes().decode().split("\n")
 
     def receive_request() -> object:
-        return ExecuteModelRequest.decode(shm.receive()[0])
+        return ExecuteModelRequest.from_buffer(shm.receive()[0])
 
-    return {"shm": (lambda: shm.broadcast([model_input.encode()]), lambda: receive(shm)),
+    return {"shm": (lambda: shm.broadcast([model_input.to_buffer()]), lambda: receive(shm)),
             "shm, ids and copies": (send_ids, receive_owned),
-            "shm, request diff": (lambda: shm.broadcast([request.encode()]), receive_request),
-            "gloo, flat": (lambda: gloo.broadcast([model_input.encode()]), lambda: receive(gloo))}
+            "shm, request diff": (lambda: shm.broadcast([request.to_buffer()]), receive_request),
+            "gloo, flat": (lambda: gloo.broadcast([model_input.to_buffer()]), lambda: receive(gloo))}
 
 
 def peers(rank: int, world: int, store: Store, pipes: list[Connection]) -> dict[str, Mechanism]:
@@ -185,7 +185,7 @@ def run(rank: int, world: int, store: Store, folder: str, extra: str) -> None:
                     found.append((last - start) / 1e3)
                     cpu[name, paced] += used
     if rank == 0:
-        size = step().encode().nbytes, diff().encode().nbytes
+        size = step().to_buffer().nbytes, diff().to_buffer().nbytes
         print(f"\n{world - 1} receiver(s); step {size[0]} bytes, request {size[1]}; us")
         print(f"  {'':<24}{'hot p50':>10}{'p99':>10}{'paced p50':>12}{'p99':>10}{'driver CPU hot':>16}{'paced':>8}")
         for name in mechanisms:

@@ -30,7 +30,7 @@ def step(n: int, filters: tuple[str, ...] | None) -> PagedModelInput:
     m = PagedModelInput(input_ids=ids, positions=ids * 0, slot_mapping=(ids + 1) * 16, seq_lens=ids * 0 + 1,
                         query_start_loc=torch.arange(n + 1, dtype=torch.int32), block_tables=ids[:, None] + 1,
                         logits_indices=ids, block_size=16, num_decode_seqs=n, num_samples=n, **fields)
-    return PagedModelInput.decode(m.encode(), torch.device("cuda"))
+    return PagedModelInput.from_buffer(m.to_buffer(), torch.device("cuda"))
 
 
 @torch.inference_mode()

@@ -179,7 +179,7 @@ def fuzz_wire(count: int, seed: int) -> str:
     """
     rng, found = random.Random(seed), collections.Counter[str]()
     made = instances(np.random.default_rng(seed))
-    wires = [bytes(instance.encode()) for instance in made]
+    wires = [bytes(instance.to_buffer()) for instance in made]
     tracemalloc.start()
     try:
         for _ in range(count):
@@ -190,20 +190,20 @@ def fuzz_wire(count: int, seed: int) -> str:
             before = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
             try:
-                result = kind.decode(message)
+                result = kind.from_buffer(message)
                 result.validate()
-                assert same(kind.decode(result.encode()), result)
-                found["decoded"] += 1
+                assert same(kind.from_buffer(result.to_buffer()), result)
+                found["unpacked"] += 1
                 result.check()
             except WireError:
-                found["refused by decode"] += 1
+                found["refused by from_buffer"] += 1
             except HalError:
                 found["refused by check"] += 1
             peak = tracemalloc.get_traced_memory()[1] - before
             assert peak <= (1 << 16) + 32 * len(message), f"{peak:,} bytes for a message of {len(message)}"
     finally:
         tracemalloc.stop()
-    assert not count or (found["decoded"] and found["refused by decode"] and found["refused by check"]), found
+    assert not count or (found["unpacked"] and found["refused by from_buffer"] and found["refused by check"]), found
     return f"{count} messages: {dict(found)}"
 
 

@@ -120,7 +120,7 @@ def test_every_step_is_what_plain_lists_give(seed: int, size: int, lively: bool)
                 s.blocks += fresh
         run.sort(key=lambda pair: pair[1] != 1)
         r = request(step, digest, finished=finished, new=new, appended=appended, blocks=blocks, run=run)
-        r = ExecuteModelRequest.decode(r.encode())
+        r = ExecuteModelRequest.from_buffer(r.to_buffer())
         state.apply(r)
         got = state.prepare(r).to()
         got.validate("cpu")

@@ -75,7 +75,7 @@ def same(a: Declared, b: Declared) -> None:
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 def test_decode_of_encode_is_the_identity(cls: type[Declared], data: st.DataObject) -> None:
     instance = data.draw(instances(cls))
-    same(instance, cls.decode(instance.encode()))
+    same(instance, cls.from_buffer(instance.to_buffer()))
 
 
 @every_type
@@ -85,7 +85,7 @@ def test_valid_instances_validate(cls: type[Declared], data: st.DataObject) -> N
     instance = data.draw(instances(cls))
     instance.validate("cpu" if cls.schema.kind == "tensor" else None)
     instance.check()
-    cls.decode(instance.encode()).validate()
+    cls.from_buffer(instance.to_buffer()).validate()
 
 
 @every_type
@@ -125,15 +125,15 @@ def test_padding_keeps_real_rows_and_fills_the_rest(cls: type[Declared], data: s
 @given(data=st.data(), cut=st.integers(0, 10_000), flip=st.integers(0, 10_000))
 @settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 def test_truncated_or_damaged_heads_are_refused(data: st.DataObject, cut: int, flip: int) -> None:
-    wire = data.draw(instances(Step)).encode()
+    wire = data.draw(instances(Step)).to_buffer()
     with pytest.raises(WireError):
-        Step.decode(bytearray(wire[: cut % wire.nbytes].tobytes()))
+        Step.from_buffer(bytearray(wire[: cut % wire.nbytes].tobytes()))
     damaged = wire.copy()
     damaged[flip % 40] ^= 1 + flip % 255
     with pytest.raises(WireError):
-        Step.decode(damaged)
+        Step.from_buffer(damaged)
     with pytest.raises(WireError, match="another schema"):
-        Host.decode(wire)
+        Host.from_buffer(wire)
 
 
 class Sparse(Declared):
@@ -177,24 +177,24 @@ FORGED = [
 def test_forged_messages_are_refused_without_allocating_what_they_claim(what: str, form: str, at: int, value: int,
                                                                         words: str) -> None:
     """With the right CRC, so that only the meaning of the numbers can be at fault."""
-    message = NO_ROWS.encode()
-    assert Sparse.decode(rewritten(message, "Q", 16, len(message)))  # nothing changed
+    message = NO_ROWS.to_buffer()
+    assert Sparse.from_buffer(rewritten(message, "Q", 16, len(message)))  # nothing changed
     forged = rewritten(message, form, at if at > 0 else len(message) + at, value)
     tracemalloc.start()
     with pytest.raises(WireError, match=words):
-        Sparse.decode(forged)
+        Sparse.from_buffer(forged)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000
 
 
 def test_a_message_ends_where_it_says_and_its_texts_are_covered() -> None:
-    message = Sparse(rows=np.ones((2, 3), np.int32), names=("ä", "b")).encode()
+    message = Sparse(rows=np.ones((2, 3), np.int32), names=("ä", "b")).to_buffer()
     for spoilt in (bytes(message) + b"\0", bytes(message)[:-1], bytes(message).replace(b"hello", b"jello")):
         with pytest.raises(WireError):
-            Sparse.decode(spoilt)
+            Sparse.from_buffer(spoilt)
     with pytest.raises(InputError, match="surrogate"):
-        Sparse(rows=np.zeros((0, 0), np.int32), name="\ud800").encode()
+        Sparse(rows=np.zeros((0, 0), np.int32), name="\ud800").to_buffer()
 
 
 def test_what_only_the_sender_has_does_not_travel() -> None:
@@ -210,7 +210,7 @@ def test_checks_do_not_allocate_by_a_claimed_dimension_and_refuse_what_is_no_num
     empty = PagedModelInput(input_ids=ints, positions=ints, slot_mapping=ints, seq_lens=ints, logits_indices=ints,
                             query_start_loc=torch.zeros(1, dtype=torch.int32), block_size=4,
                             block_tables=torch.zeros(0, 2**31 - 1, dtype=torch.int32))
-    arrived = PagedModelInput.decode(empty.encode())
+    arrived = PagedModelInput.from_buffer(empty.to_buffer())
     tracemalloc.start()
     arrived.validate("cpu")
     arrived.check()
@@ -234,7 +234,7 @@ def test_alignment_and_views(instance: Step) -> None:
     end = base + packed.buffer.nbytes
     assert base % 64 == 0
     arrived = packed.wire.copy()
-    decoded = Step.decode(arrived)
+    decoded = Step.from_buffer(arrived)
     at = arrived.__array_interface__["data"][0]
     for name, array in packed.arrays.items():
         here = array.__array_interface__["data"][0]
@@ -246,13 +246,13 @@ def test_alignment_and_views(instance: Step) -> None:
 def test_the_packed_buffer_is_the_only_allocation_on_the_wire_path() -> None:
     big = Step(input_ids=torch.zeros(1 << 20, dtype=torch.int32), query_start_loc=torch.zeros(2, dtype=torch.int32),
                block_tables=torch.zeros(1, 4, dtype=torch.int32), pairs=torch.zeros(2, 3, dtype=torch.int64))
-    wire = big.encode()
+    wire = big.to_buffer()
     tracemalloc.start()
-    kept = big.encode()
+    kept = big.to_buffer()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
-    decoded = Step.decode(wire)
+    decoded = Step.from_buffer(wire)
     _, decode_peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept.nbytes <= peak < kept.nbytes + 20_000
@@ -286,7 +286,7 @@ def test_wrong_declarations(bad: object, what: str) -> None:
 
 def test_text_with_nul_and_bucket_too_small() -> None:
     with pytest.raises(InputError, match="NUL"):
-        Host2(name="a\0b", rows=np.zeros(1, np.int32)).encode()
+        Host2(name="a\0b", rows=np.zeros(1, np.int32)).to_buffer()
     with pytest.raises(InputError, match="bucket") as caught:
         Host2(name="a", rows=np.zeros(4, np.int32)).padded(n=3)
     assert caught.value.field == "n"
@@ -315,7 +315,7 @@ def test_ranks_with_equal_replicated_fields_have_one_checksum(cls: type[Declared
     """Sent, received and put together anew, whatever lies in the gaps, and whatever a rank has for itself."""
     instance = data.draw(instances(cls))
     expected = instance.checksum()
-    assert cls.decode(instance.encode()).checksum() == expected
+    assert cls.from_buffer(instance.to_buffer()).checksum() == expected
     fields = {f.name: instance[f.name] for f in cls.schema.fields}
     alone = {f.name: None for f in cls.schema.fields if f.scope != "replicated"}
     assert cls(**fields).checksum() == cls(**{**fields, **alone}).checksum() == expected
@@ -338,8 +338,8 @@ def test_encode_reuses_the_buffer_an_instance_was_made_from() -> None:
     packed = WorkerInput.schema.allocate({"num_copies": 2}, ["blocks_to_copy"], virtual_engine=1)
     packed.arrays["blocks_to_copy"][...] = 7
     step = packed.to()
-    assert np.shares_memory(step.encode(), packed.buffer) and step.dims["num_copies"] == 2
+    assert np.shares_memory(step.to_buffer(), packed.buffer) and step.dims["num_copies"] == 2
     step.blocks_to_copy = np.zeros((1, 2), np.int32)  # replaced: the old buffer no longer says what the instance does
-    again = WorkerInput.decode(step.encode())
+    again = WorkerInput.from_buffer(step.to_buffer())
     assert again.blocks_to_copy is not None and again.blocks_to_copy.tolist() == [[0, 0]]
     assert step.dims["num_copies"] == 1

@@ -113,7 +113,7 @@ class Session:
     def step(self, request: ExecuteModelRequest) -> SamplerOutput:
         """On the host."""
         self.inputs.append(self.prepare(request))
-        return SamplerOutput.decode(self.execute(self.inputs[-1]).encode())
+        return SamplerOutput.from_buffer(self.execute(self.inputs[-1]).to_buffer())
 
     def scheduler(self, **options: Any) -> Scheduler:
         """Of steps within what the runner was made for; options narrow it."""

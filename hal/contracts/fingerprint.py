@@ -61,7 +61,7 @@ class Fingerprint:
         return f"{text or value} (in step {self.step})"
 
     def seal(self, message: Buffer) -> Buffer:
-        """The message with this behind it, where its decoder does not read."""
+        """The message with this fingerprint appended. `from_buffer` does not read behind the message's own size."""
         return np.concatenate([message, np.frombuffer(self.pack(), np.uint8)])
 
     def open(self, sealed: Buffer, peer: str) -> Buffer:

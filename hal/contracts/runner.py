@@ -99,4 +99,4 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         on must not wait there for steps that were submitted later."""
         if output.token_ids.is_cpu:
             return lambda: output
-        return lambda: SamplerOutput.decode(output.encode())
+        return lambda: SamplerOutput.from_buffer(output.to_buffer())

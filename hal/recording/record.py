@@ -101,7 +101,7 @@ class FlightRecorder:
         self.last = None
         if isinstance(m, PagedModelInput):
             ids = m.input_ids if m.pending_rows is None else runner.pending.input_ids(m)
-            self.last = type(m).decode(m.encode())
+            self.last = type(m).from_buffer(m.to_buffer())
             real = int(self.last.query_start_loc[-1])
             self.slots.reshape(-1)[self.last.slot_mapping[:real].numpy()] = ids[:real].cpu().numpy()
 

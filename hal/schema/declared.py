@@ -59,7 +59,7 @@ class Declared:
         hints = {n: typing.Annotated[torch.Tensor, a] for n, a in arrays.items()}
         return type(name, (cls,), {"__annotations__": hints, "__module__": cls.__module__})
 
-    def encode(self) -> Buffer:
+    def to_buffer(self) -> Buffer:
         """The instance as one wire message (uint8). One made from a packed buffer is that buffer; any other is copied
         once. The shapes must be valid (see `validate`)."""
         packed = packed_source(self) or type(self).schema.pack(self)
@@ -76,7 +76,7 @@ class Declared:
         return packed.dims if packed else type(self).schema.dims(self)
 
     @classmethod
-    def decode(cls: type[Self], buffer: Any, device: Any = None) -> Self:
+    def from_buffer(cls: type[Self], buffer: Any, device: Any = None) -> Self:
         """The instance in a message, as views of `buffer` on the host, or moved to `device` with one copy.
 
         Raises:

@@ -27,7 +27,7 @@ class TpuModelInput(PagedModelInput):
     the step takes it whole."""
 
     @classmethod
-    def decode(cls, buffer: Any, device: Any = None) -> TpuModelInput:
+    def from_buffer(cls, buffer: Any, device: Any = None) -> TpuModelInput:
         # A copy: the message is valid until the next one, and the transfer may take longer.
         packed: Packed[TpuModelInput] = cls.schema.unpack(np.array(buffer))
         return packed.to(device) if device is None or torch.device(device).type == "cpu" else stage(packed)

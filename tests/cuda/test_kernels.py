@@ -27,7 +27,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None
 
 
 def moved(m: PagedModelInput) -> PagedModelInput:
-    return PagedModelInput.decode(m.encode(), DEVICE)
+    return PagedModelInput.from_buffer(m.to_buffer(), DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

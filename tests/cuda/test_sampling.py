@@ -33,7 +33,7 @@ def ours() -> Sampler:
 
 
 def moved(m: PagedModelInput) -> PagedModelInput:
-    return PagedModelInput.decode(m.encode(), DEVICE)
+    return PagedModelInput.from_buffer(m.to_buffer(), DEVICE)
 
 
 def sample(logits: torch.Tensor, m: PagedModelInput) -> list[int]:

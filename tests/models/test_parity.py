@@ -101,8 +101,9 @@ def stages(path: Path, token_ids: list[int], tp: int, pp: int) -> list[torch.Ten
             for model, out in zip(models, outputs, strict=True):
                 assert isinstance(out, model.intermediate_type)
                 out.validate()
-            # What travels is bytes: the next stage decodes it as its own declaration.
-            between = [m.intermediate_type.decode(out.encode().copy()) for m, out in zip(models, outputs, strict=True)]
+            # What travels is bytes: the next stage unpacks it as its own declaration.
+            between = [m.intermediate_type.from_buffer(out.to_buffer().copy())
+                       for m, out in zip(models, outputs, strict=True)]
     return outputs
 
 

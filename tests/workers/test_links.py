@@ -21,7 +21,7 @@ from workers.control.collectives import CPU
 from workers.control.planes import make_plane
 from workers.links.groups import lost, make_group
 from workers.links.reports import Failure
-from workers.worker.wire_policy import Decoder
+from workers.worker.wire_policy import MessageReader
 
 
 @settings(max_examples=200, deadline=None)
@@ -113,24 +113,24 @@ class Named(Words):
 
 
 @pytest.mark.parametrize("kind", [Words, Named])
-def test_decoder_gives_what_decode_gives(kind: type[Words]) -> None:
+def test_a_message_reader_gives_what_from_buffer_gives(kind: type[Words]) -> None:
     """Over places that are written again, by messages of the same head and of others, changed instances in between."""
     rng = np.random.default_rng(0)
-    places, decode = [np.zeros(1024, np.uint8) for _ in range(2)], Decoder(kind, torch.device("cpu"))
+    places, read = [np.zeros(1024, np.uint8) for _ in range(2)], MessageReader(kind, torch.device("cpu"))
     views: dict[tuple[int, int], np.ndarray] = {}  # as a ring keeps them, by place and size
     for i in range(200):
         n, ids = int(rng.integers(3)), torch.from_numpy(rng.integers(0, 99, 3, np.int32))
         extra = {"names": (f"name{rng.integers(10, 99)}",)} if kind is Named else {}
         flags = ids[:n].long() if rng.random() < 0.3 else None
         made = kind(ids=ids[:n], flags=flags, limit=int(rng.integers(2)), **extra)
-        size = made.encode().size
+        size = made.to_buffer().size
         place = views.setdefault((i % 2, size), places[i % 2][:size])
-        place[:] = made.encode()
-        found, expected = decode(place), kind.decode(place)
+        place[:] = made.to_buffer()
+        found, expected = read(place), kind.from_buffer(place)
         found.validate("cpu")
-        assert repr(found) == repr(expected) and found.encode().tobytes() == made.encode().tobytes()
+        assert repr(found) == repr(expected) and found.to_buffer().tobytes() == made.to_buffer().tobytes()
         assert all(torch.equal(found[f], made[f]) for f in ("ids", "flags") if made[f] is not None)
         found.limit, found.ids = 77, torch.zeros(9)  # a runner's own business
     place[4] ^= 1
     with pytest.raises(errors.WireError, match="corrupt"):
-        decode(place)
+        read(place)

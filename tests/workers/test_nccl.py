@@ -161,7 +161,7 @@ def test_an_output_that_another_rank_sampled_is_not_trusted_either(made: list[Gr
     with pair(pp=2) as ranks:
         worker = Worker.__new__(Worker)
         worker.communicator = communicator = ranks.communicator
-        sealed = communicator.fingerprint.seal(SamplerOutput(token_ids=torch.zeros(1, dtype=torch.int32)).encode())
+        sealed = communicator.fingerprint.seal(SamplerOutput(token_ids=torch.zeros(1, dtype=torch.int32)).to_buffer())
         worker.plane = SimpleNamespace(receive_output=lambda: sealed)  # type: ignore[assignment]
         take = worker.receive_output()
         take()

@@ -134,7 +134,7 @@ class DriverExecutor(ExecutorBase):
         if output is not None:
             return self._worker.fetch(output)
         receive = self._worker.receive_output()
-        return lambda: SamplerOutput.decode(receive())
+        return lambda: SamplerOutput.from_buffer(receive())
 
     def shutdown(self) -> None:
         if not self._closed:

@@ -104,10 +104,10 @@ class LaunchedExecutor(ExecutorBase):
 
     def _tell(self, fetch: Callable[[], SamplerOutput | Buffer], digest: np.ndarray) -> SamplerOutput:
         output = fetch()
-        packed = output.encode() if isinstance(output, SamplerOutput) else output
+        packed = output.to_buffer() if isinstance(output, SamplerOutput) else output
         with span("broadcast"):
             self._plane.broadcast([packed, digest.view(np.uint8)])
-        return output if isinstance(output, SamplerOutput) else SamplerOutput.decode(packed)
+        return output if isinstance(output, SamplerOutput) else SamplerOutput.from_buffer(packed)
 
     def _told(self, digest: np.ndarray) -> SamplerOutput:
         with span("receive"):
@@ -117,7 +117,7 @@ class LaunchedExecutor(ExecutorBase):
             raise StateError("this rank's scheduler and rank 0's went different ways",
                              got=f"step {digest[0]}, digest {digest[1]:08x}", expected=f"step {step}, digest {crc:08x}",
                              hint="give all ranks the same requests, in the same order")
-        return SamplerOutput.decode(packed.copy())
+        return SamplerOutput.from_buffer(packed.copy())
 
     def _blame(self, error: BaseException) -> Failure:
         """What failed here is told to the others, in the place where they look next; unless it was told from there."""

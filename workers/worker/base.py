@@ -67,7 +67,7 @@ class WorkerBase(abc.ABC):
         return lambda: output
 
     def receive_output(self) -> Callable[[], Buffer]:
-        """The driver: what waits for the output, encoded, of the step that was executed last, where another rank
+        """The driver: what waits for the packed output of the step that was executed last, where another rank
         samples."""
         raise StateError(f"{type(self).__name__} does not say how another rank's output arrives",
                          expected="receive_output, or an output from execute_model on the driver")
@@ -116,7 +116,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         """What the runner needs for the step, checked, on this rank's device. Phase prepare."""
 
     @abc.abstractmethod
-    def decode(self, parts: list[Buffer]) -> StepInputs:
+    def unpack(self, parts: list[Buffer]) -> StepInputs:
         """A step that the driver prepared, checked, on this rank's device."""
 
     @abc.abstractmethod
@@ -177,7 +177,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         elif isinstance(output, SamplerOutput):
             if topology.is_driver:
                 return output
-            self.plane.send_output(self.communicator.fingerprint.seal(output.encode()))
+            self.plane.send_output(self.communicator.fingerprint.seal(output.to_buffer()))
         return None
 
 

@@ -23,7 +23,7 @@ from hal.schema.packed import Buffer
 from workers.worker.base import LocalOrDistributedWorkerBase
 from workers.worker.cache import IDLE, CacheEngine, count_blocks
 from workers.worker.consistency import schemas_of
-from workers.worker.wire_policy import Decoder, StepInputs
+from workers.worker.wire_policy import MessageReader, StepInputs
 
 D = TypeVar("D", bound=Declared)
 
@@ -66,7 +66,7 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
-        self._decode = Decoder(self.runner.input_type, self.device)
+        self._read = MessageReader(self.runner.input_type, self.device)
 
     def facts(self) -> dict[str, str]:
         handed_on = self.runner.intermediate_type
@@ -96,10 +96,10 @@ class Worker(LocalOrDistributedWorkerBase):
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
         return model_input
 
-    def decode(self, parts: list[Buffer]) -> StepInputs:
+    def unpack(self, parts: list[Buffer]) -> StepInputs:
         self.steps, self.model_input = self.steps + 1, None
-        # What decode makes has the declared structure: it follows from the declaration and the sizes in the head.
-        step = WorkerInput.decode(parts[1]) if len(parts) > 1 else IDLE, self._decode(parts[0])
+        # An unpacked message has the declared structure, which follows from the declaration and the sizes in the head.
+        step = WorkerInput.from_buffer(parts[1]) if len(parts) > 1 else IDLE, self._read(parts[0])
         if self.strict:
             for part in step:
                 part.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -18,33 +19,31 @@ from workers.worker.cache import IDLE
 
 StepInputs = tuple[WorkerInput, ModelInput]
 D = TypeVar("D", bound=Declared)
-_PLACES = 64
+_PLACES = 16  # more than the slots of a ring, which has one for each pipeline stage and two more
 
 
-class Decoder(Generic[D]):
-    """Decodes messages that come to lie in the same few places, as those of a ring do. Where one has the head of the
-    last one there, it has the same tensors too: only what they show is new.
+class MessageReader(Generic[D]):
+    """Unpacks messages that come to lie in the same few places, as those of a ring do. A message with the head of the
+    one before it in the same place has the same tensors too: only the bytes that they show are new.
     """
 
     def __init__(self, kind: type[D], device: torch.device) -> None:
         self.kind, self.device = kind, device
         schema = kind.schema
         self._head = HEAD_SIZE + schema.head.size if device.type == "cpu" and not schema.texts else 0
-        self._last: dict[int, tuple[Buffer, bytes, dict[str, Any]]] = {}  # by the buffer's id, which it thereby keeps
+        self._places: deque[tuple[Buffer, bytes, dict[str, Any]]] = deque(maxlen=_PLACES)
 
     def __call__(self, buffer: Buffer) -> D:
-        """See Declared.decode."""
+        """See Declared.from_buffer."""
         head = buffer[:self._head].tobytes()
-        last = self._last.get(id(buffer))
-        if last is not None and last[1] == head:
-            instance = self.kind.__new__(self.kind)
-            instance.__dict__.update(last[2])
-            return instance
-        instance = self.kind.decode(buffer, self.device)
+        for place, last_head, fields in self._places:
+            if place is buffer and last_head == head:
+                instance = self.kind.__new__(self.kind)
+                instance.__dict__.update(fields)
+                return instance
+        instance = self.kind.from_buffer(buffer, self.device)
         if head:
-            if len(self._last) >= _PLACES:
-                self._last.clear()
-            self._last[id(buffer)] = buffer, head, dict(instance.__dict__)
+            self._places.append((buffer, head, dict(instance.__dict__)))
         return instance
 
 
@@ -56,7 +55,7 @@ class Preparing(Protocol):
     def prepare(self, request: ExecuteModelRequest) -> StepInputs:
         """Phase prepare: this rank's step, made from the request and from what this rank keeps."""
 
-    def decode(self, parts: list[Buffer]) -> StepInputs:
+    def unpack(self, parts: list[Buffer]) -> StepInputs:
         """A step that the driver prepared, moved to this rank's device."""
 
 
@@ -75,16 +74,16 @@ class ModelInputWire:
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         worker_input, model_input = step = worker.prepare(request)
         with span("broadcast"):
-            parts = [model_input.encode()]
+            parts = [model_input.to_buffer()]
             if worker_input is not IDLE:
-                parts.append(worker_input.encode())
+                parts.append(worker_input.to_buffer())
             worker.plane.broadcast(parts)
         return step
 
     def receive(self, worker: Preparing) -> StepInputs | None:
         with span("receive"):
             parts = worker.plane.receive()
-            return worker.decode(parts) if parts else None
+            return worker.unpack(parts) if parts else None
 
 
 class RequestWire:
@@ -92,13 +91,13 @@ class RequestWire:
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         with span("broadcast"):
-            worker.plane.broadcast([request.encode()])
+            worker.plane.broadcast([request.to_buffer()])
         return worker.prepare(request)
 
     def receive(self, worker: Preparing) -> StepInputs | None:
         with span("receive"):
             parts = worker.plane.receive()
-        return worker.prepare(ExecuteModelRequest.decode(parts[0])) if parts else None
+        return worker.prepare(ExecuteModelRequest.from_buffer(parts[0])) if parts else None
 
 
 class NoWire:

@@ -90,7 +90,7 @@ class Batch:
         made.check()
         if pad:
             made = made.padded(num_tokens=len(positions) + pad)
-        return PagedModelInput.decode(made.encode(), self.device)
+        return PagedModelInput.from_buffer(made.to_buffer(), self.device)
 
 
 def _specs(heads: int, kv_heads: int, dim: int, *windows: int | None) -> list[AttentionSpec]:

@@ -54,7 +54,7 @@ def travels_unchanged(ctx: Context) -> None:
     def check(value: ModelInput) -> None:
         value.validate()
         value.check()
-        there = type(value).decode(value.encode(), device)
+        there = type(value).from_buffer(value.to_buffer(), device)
         ctx.backend.synchronize(device)
         there.validate(device)
         _same(ctx, there, value)

@@ -67,7 +67,7 @@ def writes_nothing_else(ctx: Context) -> None:
             changed = everywhere[(cache.cpu() != old).transpose(0, 1).flatten(1).any(1)].tolist()
             ctx.check(set(changed) <= mapped, f"step {request.step} wrote blocks {sorted(set(changed) - mapped)} of "
                       f"layer {layer}; its tokens are in {sorted(mapped)}")
-        return SamplerOutput.decode(output.encode())
+        return SamplerOutput.from_buffer(output.to_buffer())
 
     ctx.verify(drive(step, session.scheduler(), prompts, GREEDY, apart=2), "llama", "over used blocks")
 
@@ -89,7 +89,7 @@ def outlives_the_next_step(ctx: Context) -> None:
         output = session.execute(session.prepare(request))
         ctx.backend.synchronize(session.device)
         kept.append((output, output.token_ids.tolist()))
-        return SamplerOutput.decode(output.encode())
+        return SamplerOutput.from_buffer(output.to_buffer())
 
     drive(step, session.scheduler(), ctx.prompts(9, 4, 20), GREEDY)
     for i, (output, tokens) in enumerate(kept):
@@ -104,8 +104,8 @@ def is_there_after_synchronize(ctx: Context) -> None:
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         output = session.execute(session.prepare(request))
         ctx.backend.synchronize(session.device)
-        early = SamplerOutput.decode(output.encode())
-        late = SamplerOutput.decode(output.encode())
+        early = SamplerOutput.from_buffer(output.to_buffer())
+        late = SamplerOutput.from_buffer(output.to_buffer())
         ctx.equal(f"step {request.step}: tokens", early.token_ids.tolist(), late.token_ids.tolist())
         return early
 

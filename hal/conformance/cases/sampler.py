@@ -61,10 +61,10 @@ def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], log
     fields: dict[str, Any] = {k: as_tensor(np.ascontiguousarray(a, dtype), dtype) for k, (a, dtype) in arrays.items()}
     made = PagedModelInput(block_size=64, num_samples=n, num_decode_seqs=n, **fields)
     made.num_logprobs = num_logprobs
-    there = PagedModelInput.decode(made.encode(), session.device)
+    there = PagedModelInput.from_buffer(made.to_buffer(), session.device)
     output: SamplerOutput = ctx.part(session, "sampler")(logits.to(session.device), there)
     ctx.backend.synchronize(session.device)
-    return SamplerOutput.decode(output.encode())
+    return SamplerOutput.from_buffer(output.to_buffer())
 
 
 def _rows(ctx: Context, params: tuple[SamplingParams, ...], each: int) -> list[tuple[SamplingParams, int, list[int]]]:
