@@ -108,6 +108,17 @@ class EngineConfig:
             raise ConfigError("async_scheduling keeps pending tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
 
+    def longest_sequence(self, model: ModelConfig) -> int:
+        """The most tokens of a sequence, prompt and output: max_model_len, or else the model's context.
+
+        Raises:
+            ConfigError: max_model_len is longer than the model's context.
+        """
+        if (self.max_model_len or 0) > model.max_position:
+            raise ConfigError("max_model_len is longer than the model's context", got=self.max_model_len,
+                              expected=f"at most {model.max_position}")
+        return self.max_model_len or model.max_position
+
     def _take(self, name: str, kinds: tuple[type, ...], expected: str, low: float = 0, high: float = 1) -> None:
         """Keep an option as a plain Python value, or refuse it. `low` and `high` are the bounds of a number."""
         given = getattr(self, name)
@@ -218,9 +229,13 @@ class WorkerConfig:
     model: ModelConfig
     topology: Topology
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError: the engine asks for what the model does not have."""
+        self.engine.longest_sequence(self.model)
+
     @property
     def max_model_len(self) -> int:
-        return self.engine.max_model_len or self.model.max_position
+        return self.engine.longest_sequence(self.model)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -3,12 +3,20 @@ stay unloaded here."""
 
 from __future__ import annotations
 
+import importlib
 import operator
 import reprlib
+from operator import attrgetter
 from typing import Any, Protocol, SupportsIndex, TypeGuard
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def imported(name: str) -> Any:
+    """The object that "module:attribute" names. Raises ImportError, AttributeError, ValueError."""
+    module, _, attribute = name.partition(":")
+    return attrgetter(attribute)(importlib.import_module(module))
 
 
 class ArrayLike(Protocol):

@@ -85,8 +85,7 @@ def instances(rng: np.random.Generator) -> list[Declared]:
     def ints(*shape: int, low: int = 0, high: int = 9) -> np.ndarray:
         return rng.integers(low, high, shape, dtype=np.int32)
 
-    made: list[Declared] = [WorkerInput(), WorkerInput(virtual_engine=1, blocks_to_copy=ints(3, 2, low=1),
-                                                       blocks_to_swap_in=ints(1, 2))]
+    made: list[Declared] = [WorkerInput(), WorkerInput(blocks_to_copy=ints(3, 2, low=1), blocks_to_swap_in=ints(1, 2))]
     for n in (0, 1, 5):
         tensor = lambda *shape: torch.from_numpy(ints(*shape))  # noqa: E731
         made.append(Everything(ids=tensor(n), edges=tensor(2 * n + 1, 2, 3).long(), name="some text", count=n,

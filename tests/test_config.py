@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from hal import LLM, SamplingParams
 from hal.checkpoints.hf_config import read_config
 from hal.config import AXES, BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
+from hal.contracts.backend import load
+from hal.contracts.executor import make_executor
 from hal.errors import ConfigError
 from hal.models import check_topology
 
@@ -36,6 +39,17 @@ def test_a_model_below_the_home_directory(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_model_that_is_no_path_is_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="model is not usable"):
         EngineConfig(model=model)
+
+
+def test_an_executor_refuses_a_context_that_the_model_does_not_have() -> None:
+    """An engine of one's own calls make_executor without LLM."""
+    model = read_config(str(BUNDLED_MODEL))
+    longest = EngineConfig(device="null", max_model_len=model.max_position)
+    assert WorkerConfig(longest, model, Topology()).max_model_len == model.max_position
+    longer = replace(longest, max_model_len=model.max_position + 1, tp=2)
+    with pytest.raises(ConfigError, match="longer than the model's context") as error:
+        make_executor(longer, model, load("null"))
+    assert str(model.max_position) in error.value.expected
 
 
 MESHES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6)).filter(lambda m: m[0] % m[2] == 0)

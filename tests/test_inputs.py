@@ -152,7 +152,7 @@ def test_a_subclass_is_drawn_with_what_it_adds() -> None:
 
 
 def test_worker_input_travels() -> None:
-    sent = WorkerInput(virtual_engine=1, blocks_to_copy=np.array([[1, 2]], np.int32))
+    sent = WorkerInput(blocks_to_copy=np.array([[1, 2]], np.int32))
     got = WorkerInput.from_buffer(sent.to_buffer())
-    assert got.virtual_engine == 1 and got.blocks_to_swap_in is None
+    assert got.blocks_to_swap_in is None
     assert got.blocks_to_copy is not None and got.blocks_to_copy.tolist() == [[1, 2]]

@@ -335,7 +335,7 @@ def test_ranks_with_equal_replicated_fields_have_one_checksum(cls: type[Declared
 
 
 def test_encode_reuses_the_buffer_an_instance_was_made_from() -> None:
-    packed = WorkerInput.schema.allocate({"num_copies": 2}, ["blocks_to_copy"], virtual_engine=1)
+    packed = WorkerInput.schema.allocate({"num_copies": 2}, ["blocks_to_copy"])
     packed.arrays["blocks_to_copy"][...] = 7
     step = packed.to()
     assert np.shares_memory(step.to_buffer(), packed.buffer) and step.dims["num_copies"] == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hal.config import Topology
 from hal.contracts import VERSION
 from hal.errors import BackendError
+from hal.values import imported
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +105,7 @@ def load(name: str) -> Backend:
         raise BackendError("unknown device", got=repr(name), expected=", ".join(["auto", *names()]),
                            hint="install the package that provides it, or give module:attribute")
     try:
-        backend = importlib.import_module(entry.module)
-        for part in (entry.attr or "backend").split("."):
-            backend = getattr(backend, part)
+        backend = imported(entry.value if entry.attr else f"{entry.value}:backend")
         contracts = backend.capabilities.contracts if isinstance(backend, Backend) else ""
     except Exception as error:
         raise BackendError(f"backend {name!r} does not load", got=f"{type(error).__name__}: {error}",

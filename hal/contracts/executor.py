@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Protocol, cast
 
 from hal.config import EngineConfig
@@ -11,6 +10,7 @@ from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.model_config import ModelConfig
+from hal.values import imported
 
 _FACTORY = "workers.executors.driver:make_executor"
 
@@ -54,10 +54,10 @@ class MakeExecutor(Protocol):
 def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend,
                   progress: Progress = no_progress) -> Executor:
     """Start all ranks, load the model, allocate KV caches and warm up: in this process when there is one rank, else
-    rank 0 in this process and the others in processes of their own.
+    rank 0 in this process and the others in processes of their own. The configuration is checked against the model and
+    the backend before any process starts.
 
     Raises:
         ConfigError, ModelLoadError, CapacityError, BackendError, WorkerError.
     """
-    module, _, attribute = _FACTORY.partition(":")
-    return cast(MakeExecutor, getattr(importlib.import_module(module), attribute))(engine, model, backend, progress)
+    return cast(MakeExecutor, imported(_FACTORY))(engine, model, backend, progress)

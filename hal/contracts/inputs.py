@@ -26,7 +26,6 @@ class IntermediateTensors(Declared):
 class WorkerInput(Declared):
     """What the worker does to the KV cache before a step: int32 pairs (source block, destination block)."""
 
-    virtual_engine: Annotated[int, Doc("which microbatch's KV cache the step uses")] = 0
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1, doc="device to device")] = None
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0,
                                                           doc="host to device")] = None

@@ -24,7 +24,6 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     step: Annotated[int, Doc("number of this step in the epoch, from 0")]
     epoch: Annotated[int, Doc("grows when the engine starts over; rows of another epoch are void")] = 0
     digest: Annotated[int, Doc("`chain` over all earlier steps: a rank that missed one disagrees")] = 0
-    virtual_engine: Annotated[int, Doc("which microbatch of the pipeline")] = 0
 
     finished_rows: Annotated[np.ndarray, Array("int32", "num_finished", low=0, doc="rows given up before this step")]
     new_rows: Annotated[np.ndarray, Array("int32", "num_new", low=0, doc="rows that sequences enter in")]

@@ -76,10 +76,7 @@ class LLM:
                  **options: Any) -> None:
         self.config = config = _config(model, options)
         self.model_config = read_config(config.model, weights=not config.random_weights)
-        self.max_model_len = config.max_model_len or self.model_config.max_position
-        if self.max_model_len > self.model_config.max_position:
-            raise ConfigError("max_model_len is longer than the model's context", got=self.max_model_len,
-                              expected=f"at most {self.model_config.max_position}")
+        self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.backend = backends.select(config.device)

@@ -336,7 +336,7 @@ class Scheduler:
         appended = running[(self.length[running] > self._told[running]) & tellable[running]]
         tokens = np.where(self.unknown[appended] > 0, PENDING_TOKEN, self._last[appended])
         request = changes.request(rows, counts, computed, appended, tokens, epoch=self.epoch,
-                                  step=self.step, digest=self.digest, virtual_engine=self.step % self.depth)
+                                  step=self.step, digest=self.digest)
         self._told[appended] += 1
         self.computed[rows] = ends
         known = self.length[rows] - self.unknown[rows]

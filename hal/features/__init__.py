@@ -6,7 +6,6 @@ A feature of a third party is a `Feature` that the entry point group `hal.featur
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
@@ -22,15 +21,15 @@ from hal.features.logprobs import Logprobs
 from hal.features.masks import TokenMasks
 from hal.features.penalties import Penalties
 from hal.features.pending import Pending
+from hal.values import imported
 
 
 def _third_party() -> Iterable[Feature]:
     names = {point.value for point in entry_points(group="hal.features")}
     names |= {name for name in os.environ.get("HAL_FEATURES", "").split(",") if name}
     for name in sorted(names):
-        module, _, attribute = name.partition(":")
         try:
-            kind = getattr(importlib.import_module(module), attribute)
+            kind = imported(name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError("a step feature cannot be imported", got=f"{name}: {type(error).__name__}: {error}",
                               expected="module:Class", hint="the entry points of hal.features and the variable "

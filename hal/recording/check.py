@@ -17,7 +17,7 @@ from hal.model_config import ModelConfig
 from hal.paged.batch import BatchState
 
 _INT32 = 2**31 - 1
-_SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1, "virtual_engine": _INT32}
+_SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1}
 
 
 def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, model: ModelConfig,
@@ -28,7 +28,7 @@ def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, mod
         WireError: a request names a row, a token, a block or a length that the engine does not have, has a sampling
             parameter out of range, or does not follow from those before it.
     """
-    state = BatchState(engine.max_num_seqs, engine.max_model_len or model.max_position, engine.block_size,
+    state = BatchState(engine.max_num_seqs, engine.longest_sequence(model), engine.block_size,
                        model.vocab_size)
     found = []
     for i, request in enumerate(requests):

@@ -147,7 +147,7 @@ class Recording:
         inputs = inputs_of(requests, engine, model)
         for i, (step, made) in enumerate(zip(steps, inputs, strict=True)):
             _check_step(i, step, made, model)
-        context = -(-(engine.max_model_len or model.max_position) // engine.block_size)
+        context = -(-(engine.longest_sequence(model)) // engine.block_size)
         blocks, host = used_blocks(requests, device=True), used_blocks(requests, device=False)
         if blocks.max(initial=0) > max(len(blocks), context) or host.max(initial=-1) >= len(host):
             # The device that made it may have had room for many more, and its ids lie far apart.

@@ -13,7 +13,7 @@ from hal.config import EngineConfig
 from hal.errors import ConfigError, WireError
 from hal.model_config import ModelConfig
 
-FORMAT = 2
+FORMAT = 3
 # What a run takes from a file. The numbers of blocks follow from the steps. Everything else is the caller's to say.
 HONOURED = ("dtype", "kv_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "graphs",
             "seed")

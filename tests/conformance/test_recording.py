@@ -293,8 +293,8 @@ def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_recording_of_an_older_format_is_refused_with_a_hint(tmp_path: Path) -> None:
-    path = forged(tmp_path / "old", lambda head, tensors: head.__setitem__("format", 1))
-    with pytest.raises(WireError, match=r"format 2.*\n.*the version of hal that made it"):
+    path = forged(tmp_path / "old", lambda head, tensors: head.__setitem__("format", 2))
+    with pytest.raises(WireError, match=r"format 3.*\n.*the version of hal that made it"):
         Recording.load(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `by_hand`, also in scripts that import this module
+
+from by_hand import numbers
+
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts import backend as backends
 from hal.contracts.inputs import PagedModelInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import CapacityError
-from hal.features import COLUMNS
 from hal.model_config import ModelConfig
 from hal.testing.null import NullBackend, NullRunner
 from workers.executors.driver import GENERIC_WORKER, DriverExecutor, make_executor
@@ -52,12 +56,6 @@ def ints(values: Any) -> np.ndarray:
     return np.array(list(values), np.int32)
 
 
-def numbers(kind: str, dtype: Any, params: list[dict[str, float]]) -> np.ndarray:
-    """A request's new_floats or new_ints. (Scripts import this module from their own folder, without tests/.)"""
-    rows = [[p.get(c.name, c.default) for c in COLUMNS[kind]] for p in params]
-    return np.array(rows, dtype).reshape(-1, len(COLUMNS[kind]))
-
-
 class Driver:
     """Runs sequences in lockstep through an executor: prompts in chunks of `chunk` tokens, each block by itself from a
     counter, one row each."""
@@ -85,8 +83,8 @@ class Driver:
             step=self.step, digest=self.digest, finished_rows=ints([]), new_rows=ints(range(len(new))),
             new_lens=ints(len(s.tokens) for s in new), new_prompt_lens=ints(s.prompt for s in new),
             new_tokens=ints(t for s in new for t in s.tokens),
-            new_floats=numbers("float", np.float32, [{"temperature": s.temperature} for s in new]),
-            new_ints=numbers("int", np.int64, [{"seed": i} for i, _ in enumerate(new)]),
+            new_floats=numbers("float", [{"temperature": s.temperature} for s in new]),
+            new_ints=numbers("int", [{"seed": i} for i, _ in enumerate(new)]),
             append_rows=ints(r for r, _ in self.appended), append_tokens=ints(t for _, t in self.appended),
             block_rows=ints(order), block_starts=ints(starts), block_counts=ints(counts), new_blocks=ints(blocks),
             rows=ints(order), num_scheduled=ints(queries[i] for i in order),

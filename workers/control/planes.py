@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Sequence
 from typing import cast
@@ -13,6 +12,7 @@ from hal.config import Topology
 from hal.contracts.control_plane import ControlPlane
 from hal.errors import BackendError, ConfigError
 from hal.schema.packed import Buffer
+from hal.values import imported
 from workers.links.groups import Store
 
 _log = logging.getLogger("hal")
@@ -35,9 +35,7 @@ def make_plane(name: str, topology: Topology, store: Store | None, collectives: 
             name = "gloo"
     if name not in PLANES:
         raise ConfigError("unknown control_plane", got=repr(name), expected=", ".join(["auto", *PLANES]))
-    module, _, attribute = PLANES[name].partition(":")
-    factory = getattr(importlib.import_module(module), attribute)
-    return cast(ControlPlane, factory(topology, store, collectives, device))
+    return cast(ControlPlane, imported(PLANES[name])(topology, store, collectives, device))
 
 
 def log_without_memory(topology: Topology, what: str, error: BackendError) -> None:

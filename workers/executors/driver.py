@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
+from hal.values import imported
 from workers.executors.base import ExecutorBase, SubmittedStep, Take
 from workers.executors.connections import connect
 from workers.executors.launched import LaunchedExecutor
@@ -50,11 +50,6 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
     return DriverExecutor(engine, model, backend, progress, worker)
 
 
-def _load(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 class DriverExecutor(ExecutorBase):
     """All ranks of one engine (see hal.contracts.executor.Executor), the driver among them."""
 
@@ -66,7 +61,7 @@ class DriverExecutor(ExecutorBase):
         configs = [WorkerConfig(engine, model, topology) for topology in mesh.every_rank()]
         self._plane: ControlPlane
         self._store: RendezvousStore | None = None
-        self._ranks = _load(EXECUTORS[engine.executor])()
+        self._ranks = imported(EXECUTORS[engine.executor])()
         # Not shutdown(): a finalizer may run in the middle of anything, and must not communicate.
         self._finalizer = weakref.finalize(self, self._ranks.end)
         self._worker = make_worker(worker, configs[0], backend)

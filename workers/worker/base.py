@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ from hal.errors import StateError
 from hal.guard import Phase, phase
 from hal.profiling import span
 from hal.schema.packed import Buffer
+from hal.values import imported
 from workers.worker.wire_policy import WIRES, NoWire, StepInputs, Wire
 
 
@@ -183,6 +183,5 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
 def make_worker(name: str, config: WorkerConfig, backend: Backend | None = None) -> WorkerBase:
     """The worker of a rank; without a backend, that of config.engine.device."""
-    module, _, attribute = name.partition(":")
-    kind: type[WorkerBase] = getattr(importlib.import_module(module), attribute)
+    kind: type[WorkerBase] = imported(name)
     return kind(config, backend or select(config.engine.device))

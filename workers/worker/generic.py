@@ -86,11 +86,11 @@ class Worker(LocalOrDistributedWorkerBase):
         self.backend.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
-        if not request.virtual_engine and not moves_blocks(request):
+        if not moves_blocks(request):
             return IDLE
         return self._checked(WorkerInput(
-            virtual_engine=request.virtual_engine, blocks_to_copy=request.blocks_to_copy,
-            blocks_to_swap_in=request.blocks_to_swap_in, blocks_to_swap_out=request.blocks_to_swap_out))
+            blocks_to_copy=request.blocks_to_copy, blocks_to_swap_in=request.blocks_to_swap_in,
+            blocks_to_swap_out=request.blocks_to_swap_out))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
