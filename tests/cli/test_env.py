@@ -72,8 +72,9 @@ def test_a_foreign_package_in_front_is_reported(tmp_path: Path) -> None:
 
 def test_generate_says_why_it_cannot_import_the_workers(tmp_path: Path) -> None:
     environment = _foreign(tmp_path)
-    # An editable install finds the modules of ours that theirs does not have.
-    (tmp_path / "workers" / "executor.py").write_text("from workers import Pool\n")
+    # An editable install finds the modules of our package that the foreign one lacks, so this one must be there.
+    (tmp_path / "workers" / "executors").mkdir()
+    (tmp_path / "workers" / "executors" / "driver.py").write_text("from workers import Pool\n")
     done = subprocess.run([sys.executable, "-m", "hal", "generate", "--device", "null", "1+1="], text=True,
                           env=environment, capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
