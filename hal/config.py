@@ -44,7 +44,7 @@ class EngineConfig:
         async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
             backend runs steps while the host goes on. Not with pp > 1.
         executor: who starts the other ranks: processes of this host, or a Ray cluster's nodes.
-        wire: what crosses the control plane (see docs/architecture.md). With "none" nothing does: torchrun starts every
+        wire: what crosses the control plane (see docs/distributed.md). With "none" nothing does: torchrun starts every
             rank, each runs this same program, and their schedulers decide alike.
         control_plane: the mechanism: "local", "shm", "gloo", "collectives" (the backend's) or "ray"; "auto" picks of
             the first three. With "gloo" and "collectives" ranks share no memory: the CPU's data plane is gloo too.

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from line_budget import code_lines
 
 from hal.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
-DOCS = (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "backends.md")
+DOCS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in (
+    "architecture", "backends", "debugging", "distributed", "engine")))
 BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS[0].read_text(), re.DOTALL | re.MULTILINE)
 PRINTS = (["['122', '579']", "1000"], ["0 122", "Stats("], ["[5, 6, 6, 2]"], [], ["input_ids", "num_seqs + 1"])
 
@@ -70,3 +72,21 @@ def test_options_named_exist() -> None:
     known = set(re.findall(r"--[a-z][a-z-]+", parser.getvalue()))
     named = {name for document in DOCS for name in re.findall(r"`(?:hal \w+ )?(--[a-z-]+)", document.read_text())}
     assert named and named <= known, named - known
+
+
+def test_the_reading_path_is_short_and_its_line_counts_are_right() -> None:
+    path = re.findall(r"^\| (\d+) \| `([\w/.]+)` \| (\d+) \|", DOCS[0].read_text(), re.MULTILINE)
+    sizes = {name: code_lines(ROOT / name) for _, name, _ in path}
+    assert [int(number) for number, _, _ in path] == list(range(1, len(path) + 1)) and len(sizes) == len(path) > 10
+    assert sum(sizes.values()) <= 1200, sizes
+    wrong = {name: sizes[name] for _, name, said in path if abs(sizes[name] - int(said)) > 15}
+    assert not wrong, f"lines of code now: {wrong}"
+    told = int(re.search(r"about ([\d,]+) lines of code", DOCS[0].read_text())[1].replace(",", ""))  # type: ignore[index]
+    assert abs(sum(sizes.values()) - told) <= 50, sum(sizes.values())
+
+
+@pytest.mark.parametrize("folder", ["hal", "workers", "runners"])
+def test_architecture_names_every_folder(folder: str) -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    inner = [path for path in (ROOT / folder).iterdir() if path.is_dir() and not path.name.startswith("__")]
+    assert inner and all(f"`{folder}/{path.name}`" in text for path in inner), [path.name for path in inner]
