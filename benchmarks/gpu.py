@@ -71,12 +71,12 @@ def attention(bandwidth: float) -> None:
     maker = CudaAttention([spec], device=device, dtype=dtype)
     for seqs, context, size in ((64, 2048, 16), (1, 2048, 16), (32, 1088, 16), (128, 1088, 16)):
         blocks = context // size
-        cache = torch.randn(maker.cache_shape(seqs * blocks + 1, size), device=device).to(dtype)
+        cache = torch.randn(maker.cache_shape(spec, seqs * blocks + 1, size), device=device).to(dtype)
         tables = (torch.randperm(seqs * blocks, device=device) + 1).int().view(seqs, blocks)
         lens = torch.full((seqs,), context, dtype=torch.int32, device=device)
         q = torch.randn(seqs, 32, 128, device=device).to(dtype)
         out = torch.empty_like(q)
-        splits = maker.splits(seqs, context)
+        splits = maker.splits(seqs, context, spec.num_kv_heads)
         ms = graphed(lambda: kernels.decode(q, cache, tables, lens, out, scale=spec.scale, window=None,  # noqa: B023
                                             splits=splits))  # noqa: B023
         rate = seqs * context * 2 * 8 * 128 * 2 / ms * 1e3
@@ -84,7 +84,7 @@ def attention(bandwidth: float) -> None:
               f"{rate / bandwidth:.2f} of copy (splits {splits})", flush=True)
         RESULTS[f"attention_decode_{seqs}x{context}"] = rate / bandwidth
     seqs, length, size = 8, 2048, 16
-    cache = torch.randn(maker.cache_shape(seqs * length // size + 1, size), device=device).to(dtype)
+    cache = torch.randn(maker.cache_shape(spec, seqs * length // size + 1, size), device=device).to(dtype)
     tables = (torch.randperm(seqs * length // size, device=device) + 1).int().view(seqs, -1)
     lens = torch.full((seqs,), length, dtype=torch.int32, device=device)
     starts = torch.arange(seqs + 1, device=device, dtype=torch.int32) * length

@@ -119,8 +119,8 @@ def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInp
         if ids is not None:  # drawn for a larger vocabulary
             ids.copy_(torch.where(ids < 0, ids, ids % checkpoints.VOCAB))
     generator, blocks_there = torch.Generator().manual_seed(0), int(m.block_tables.max()) + 1
-    caches = [torch.randn(gqa.attention.cache_shape(blocks_there, m.block_size), generator=generator)
-              for _ in gqa.model.attention_specs]
+    caches = [torch.randn(gqa.attention.cache_shape(spec, blocks_there, m.block_size), generator=generator)
+              for spec in gqa.model.attention_specs]
     padded_caches = [c.clone() for c in caches]
     m.num_logprobs, dims = max(m.num_logprobs, 0), m.dims
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -28,16 +29,23 @@ def specs_of(heads: int, kv_heads: int, dim: int, windows: tuple[int | None, ...
 def draw_tensors(m: PagedModelInput, spec: AttentionSpec, seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """q, k and v as a model hands them over: views of one tensor with gaps between the tokens."""
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(len(m.input_ids), spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim, generator=generator)
-    return list(qkv.to(dtype).split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1))
+    widths = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.value_dim]
+    qkv = torch.randn(len(m.input_ids), sum(widths), generator=generator).to(dtype)
+    dims = spec.head_dim, spec.head_dim, spec.value_dim
+    return [x.unflatten(1, (-1, dim)) for x, dim in zip(qkv.split(widths, 1), dims, strict=True)]
 
 
-def make_cache(attention: PagedAttention, m: PagedModelInput, seed: int) -> torch.Tensor:
+def planes(cache: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a cache, [num_blocks, num_kv_heads, block_size, dim] each."""
+    return (cache[0], cache[1]) if len(cache) == 2 else cache[0].split((spec.head_dim, spec.value_dim), -1)
+
+
+def make_cache(attention: PagedAttention, spec: AttentionSpec, m: PagedModelInput, seed: int) -> torch.Tensor:
     """One layer's cache full of earlier tokens. The null block and the blocks that the step is first to write hold
     NaN, which another sequence may have left there."""
     blocks = int(m.block_tables.max()) + 2 if m.block_tables.numel() else 2
     generator = torch.Generator().manual_seed(seed)
-    cache = torch.randn(attention.cache_shape(blocks, m.block_size), generator=generator).to(attention.dtype)
+    cache = torch.randn(attention.cache_shape(spec, blocks, m.block_size), generator=generator).to(attention.dtype)
     cache[:, 0] = torch.nan
     queries = m.query_start_loc.diff().tolist()
     for table, length, count in zip(m.block_tables.tolist(), m.seq_lens.tolist(), queries, strict=True):
@@ -50,7 +58,7 @@ def one_by_one(m: PagedModelInput, cache: torch.Tensor, spec: AttentionSpec, q: 
                v: torch.Tensor) -> torch.Tensor:
     """Every head of every token by itself, in fp64, over keys picked slot by slot."""
     size, group = m.block_size, spec.num_heads // spec.num_kv_heads
-    out = torch.zeros(len(q), spec.num_heads, spec.head_dim, dtype=torch.float64)
+    out = torch.zeros(len(q), spec.num_heads, spec.value_dim, dtype=torch.float64)
     starts, lens = m.query_start_loc.tolist(), m.seq_lens.tolist()
     for seq, context in enumerate(lens):
         first = context - (starts[seq + 1] - starts[seq])
@@ -60,7 +68,7 @@ def one_by_one(m: PagedModelInput, cache: torch.Tensor, spec: AttentionSpec, q: 
                 start: int = starts[seq]) -> torch.Tensor:
             if position >= first:
                 return (k, v)[which][start + position - first].double()
-            return cache[which, table[position // size], :, position % size].double()
+            return planes(cache, spec)[which][table[position // size], :, position % size].double()
 
         for token in range(starts[seq], starts[seq + 1]):
             position = first + token - starts[seq]
@@ -68,8 +76,28 @@ def one_by_one(m: PagedModelInput, cache: torch.Tensor, spec: AttentionSpec, q: 
             keys, values = (torch.stack([key(p, which) for p in seen]) for which in (0, 1))  # [seen, kv heads, dim]
             for head in range(spec.num_heads):
                 scores = keys[:, head // group] @ q[token, head].double() * spec.scale
-                out[token, head] = scores.softmax(0) @ values[:, head // group]
+                if spec.softcap is not None:
+                    scores = spec.softcap * torch.tanh(scores / spec.softcap)
+                weights = scores.exp()
+                rest = 0.0 if spec.sinks is None else float(spec.sinks[head].double().exp())
+                out[token, head] = weights / (weights.sum() + rest) @ values[:, head // group]
     return out.flatten(1)
+
+
+# Layers that differ in all that a layer may declare.
+UNLIKE = (AttentionSpec(4, 2, 8, 0.4), AttentionSpec(6, 3, 16, 0.2, 5, softcap=1.5),
+          AttentionSpec(2, 2, 8, 0.4, value_dim=4, sinks=torch.tensor([0.5, -2.0])),
+          AttentionSpec(4, 1, 4, 0.7, 3, value_dim=12, softcap=2.0, sinks=torch.tensor([3.0, 0.0, -1.0, 1.0])),
+          AttentionSpec(3, 3, 8, 0.4, softcap=0.7), AttentionSpec(4, 4, 8, 0.4, value_dim=16))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), gathered=st.sampled_from((1, 4000, 1 << 20)))
+@settings(max_examples=30, deadline=None)
+def test_layers_may_differ_in_all_that_they_declare(cls: type[PagedAttention], dtype: torch.dtype, m: PagedModelInput,
+                                                    seed: int, gathered: int) -> None:
+    check_layers(cls, UNLIKE, dtype, m, seed, gathered)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -80,22 +108,26 @@ def one_by_one(m: PagedModelInput, cache: torch.Tensor, spec: AttentionSpec, q: 
 def test_attention_is_what_one_query_at_a_time_gives(cls: type[PagedAttention], dtype: torch.dtype, m: PagedModelInput,
                                                      seed: int, gathered: int, heads: tuple[int, int],
                                                      windows: tuple[int | None, ...]) -> None:
-    specs = specs_of(*heads, 8, windows)
+    check_layers(cls, specs_of(*heads, 8, windows), dtype, m, seed, gathered)
+
+
+def check_layers(cls: type[PagedAttention], specs: Sequence[AttentionSpec], dtype: torch.dtype, m: PagedModelInput,
+                 seed: int, gathered: int) -> None:
     attention = cls(specs, device=CPU, dtype=dtype)
     attention.gather_bytes = gathered
-    caches = [make_cache(attention, m, seed + i) for i in range(len(specs))]
+    caches = [make_cache(attention, spec, m, seed + i) for i, spec in enumerate(specs)]
     before = [cache.clone() for cache in caches]
     step = attention.begin(m, caches)
     for layer, spec in enumerate(specs):
         q, k, v = draw_tensors(m, spec, seed - layer, dtype)
         got = step(layer, q, k, v)
-        assert got.dtype == dtype and list(got.shape) == [len(q), spec.num_heads * spec.head_dim]
+        assert got.dtype == dtype and list(got.shape) == [len(q), spec.num_heads * spec.value_dim]
         expected = one_by_one(m, before[layer], spec, q, k, v)
         torch.testing.assert_close(got.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         # The cache differs in this step's slots, which hold its keys and values, and where it was NaN.
         slots, size, after = m.slot_mapping.long(), m.block_size, before[layer].nan_to_num(nan=0.0)
-        for which, new in ((0, k), (1, v)):
-            after[which, slots // size, :, slots % size] = new
+        for plane, new in zip(planes(after, spec), (k, v), strict=True):
+            plane[slots // size, :, slots % size] = new
         assert torch.equal(caches[layer][:, 1:], after[:, 1:])
 
 
@@ -113,7 +145,7 @@ def test_padding_changes_no_real_row(cls: type[PagedAttention], dtype: torch.dty
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
                     max_blocks=dims["max_blocks"] + blocks)
     wide.check()
-    cache = make_cache(attention, m, seed)
+    cache = make_cache(attention, spec, m, seed)
     padded_cache = cache.clone()
     q, k, v = draw_tensors(m, spec, seed, dtype)
     wide_q, wide_k, wide_v = (torch.cat([x, torch.full_like(x[:1], torch.nan).expand(tokens, -1, -1)]) if len(x) else
@@ -140,7 +172,7 @@ def test_chunks_give_what_the_whole_prompt_gives(cls: type[PagedAttention], wind
     k, v = k[:, :2], v[:, :2]
 
     def run(ends: list[int]) -> torch.Tensor:
-        cache, start, outs = torch.zeros(attention.cache_shape(12, size)), 0, []
+        cache, start, outs = torch.zeros(attention.cache_shape(spec, 12, size)), 0, []
         for end in ends:
             at = torch.arange(start, end, dtype=torch.int32)
             m = PagedModelInput(

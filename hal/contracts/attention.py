@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+
+from hal.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -14,10 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """One layer's attention on one rank: heads are counted after tensor-parallel sharding.
+    """One layer's attention on one rank, and with it the layer's paged cache of keys and values. Heads are counted
+    after tensor-parallel sharding.
 
     Attributes:
+        head_dim: size of a head of queries and keys.
         scale: multiplies q·k. window: tokens that a query sees, its own included; None sees all before it.
+        value_dim: size of a head of values, and of the output; head_dim where it is not given.
+        softcap: scores s become softcap * tanh(s / softcap) before the mask (arXiv 2408.00118); None leaves them.
+        sinks: [num_heads], a learned score of each head that takes part in the softmax and adds no value
+            (arXiv 2508.10925); None has none. A parameter of the model, so it may be filled after the declaration.
     """
 
     num_heads: int
@@ -25,6 +33,13 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int | None = None
+    value_dim: int = 0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
 
 
 class LayerAttention(Protocol):
@@ -34,12 +49,28 @@ class LayerAttention(Protocol):
         """Write k and v to the cache, then attend causally over each sequence's context.
 
         Args:
-            layer: 0 for the first layer of this rank's stage.
-            q: [num_tokens, num_heads, head_dim]. k, v: [num_tokens, num_kv_heads, head_dim]. Positions are applied.
+            layer: counts the layers of this rank's stage that declare an AttentionSpec, from 0.
+            q: [num_tokens, num_heads, head_dim]. k: [num_tokens, num_kv_heads, head_dim]. Positions are applied.
+            v: [num_tokens, num_kv_heads, value_dim].
 
         Returns:
-            [num_tokens, num_heads * head_dim], in q's dtype. Rows of padding are finite, and otherwise arbitrary.
+            [num_tokens, num_heads * value_dim], in q's dtype. Rows of padding are finite, and otherwise arbitrary.
         """
+
+
+class StepStates(Protocol):
+    """The states of one step's sequences, as a model's layers see them.
+
+    `layer` counts the layers of this rank's stage that keep a state, from 0.
+    """
+
+    def read(self, layer: int) -> dict[str, torch.Tensor]:
+        """Each tensor of the layer's state, as new memory [num_seqs, *shape]. It is zero for a sequence that begins
+        with this step, whatever its row held before."""
+
+    def write(self, layer: int, **values: torch.Tensor) -> None:
+        """Keep each tensor [num_seqs, *shape] until the sequences' next step. A sequence of no token in this step must
+        be given the value that `read` gave; that of padding is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +79,47 @@ class ForwardContext:
 
     Attributes:
         attention: of this step. model_input: its input; a layer reads the fields of step features from it.
+        states: of this step's sequences; None where no layer of this rank's stage keeps a state per row.
     """
 
     attention: LayerAttention
     model_input: PagedModelInput
+    states: StepStates | None = None
 
 
 class Attention(Protocol):
-    """What a backend supplies. `cache_shape` is one layer's cache; its dimension 1 counts blocks, so that blocks can
-    be copied and swapped without knowing the rest; dimension 0 is K and V."""
+    """What a backend supplies, made for the layers of this rank's stage that declare an AttentionSpec. What it cannot
+    do it refuses when it is made (see refuse_unsupported)."""
 
-    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Of every layer of this rank's stage (their specs agree in kv heads and head_dim)."""
+    def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        """Of a layer's cache. Dimension 1 counts blocks, so that blocks can be copied and swapped without knowing the
+        rest."""
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> LayerAttention:
         """Work that all layers of a step share (masks, gathered indices), done once."""
 
 
 class MakeAttention(Protocol):
-    def __call__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> Attention: ...
+    def __call__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> Attention:
+        """Raises ConfigError: a layer declares what this attention cannot do."""
+
+
+def refuse_unsupported(specs: Sequence[AttentionSpec], who: str, supported: Collection[str] = ()) -> None:
+    """What a backend's attention calls when it is made, unless it can do all that a layer may declare.
+
+    Args:
+        who: the attention's name. supported: which of "value_dim", "softcap" and "sinks" it can do.
+
+    Raises:
+        ConfigError: a layer declares what is not supported.
+    """
+    for layer, spec in enumerate(specs):
+        declared = {"value_dim": spec.value_dim != spec.head_dim, "softcap": spec.softcap is not None,
+                    "sinks": spec.sinks is not None}
+        for name in declared:
+            if declared[name] and name not in supported:
+                value = "of each head" if name == "sinks" else getattr(spec, name)
+                raise ConfigError(f"{who} does not support {name}, which a layer of this model declares",
+                                  got=f"{name} {value} in attention layer {layer}, whose head_dim is {spec.head_dim}",
+                                  expected=f"layers without {name}", hint="run this model on --device cpu, or give the "
+                                  "runner hal.paged.attention.PagedAttention")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hal.contracts.attention import AttentionSpec, ForwardContext
+from hal.contracts.cache import LayerCache, RowState
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models.layers import Build, Head, Linear, VocabEmbedding, vocab_weight
@@ -19,7 +20,8 @@ class CausalLM(nn.Module, abc.ABC):
     """One rank's part of a decoder. Its memory is uninitialised until `hal.checkpoints.loader` fills it.
 
     Attributes:
-        attention_specs: of this stage's layers, in order.
+        caches: of all layers of the model, on this rank.
+        attention_specs, row_states: of this stage's layers that have such a cache, in order.
         intermediate_type: what passes between stages; the names are `intermediates` below.
     """
 
@@ -30,10 +32,10 @@ class CausalLM(nn.Module, abc.ABC):
         topology = build.topology
         self.config, self.topology, self.ops, self.dtype = config, topology, build.ops, build.dtype
         self.stage = topology.layers(config.num_layers)
-        windows = config.windows or (None,) * config.num_layers
-        heads, kv_heads = local_heads(config, topology.tp)
-        self.attention_specs = [AttentionSpec(heads, kv_heads, config.head_dim, config.head_dim ** -0.5, windows[i])
-                                for i in self.stage]
+        self.caches = self.declare_caches(build)
+        here = [self.caches[i] for i in self.stage]
+        self.attention_specs = [cache for cache in here if isinstance(cache, AttentionSpec)]
+        self.row_states = [cache for cache in here if isinstance(cache, RowState)]
         name = str(build.dtype).removeprefix("torch.")
         self.intermediate_type: type[IntermediateTensors] = IntermediateTensors.declare(
             f"{type(self).__name__}Intermediate",
@@ -47,6 +49,14 @@ class CausalLM(nn.Module, abc.ABC):
                 source = config.embedding_name if config.tie_embeddings else "lm_head"
                 weight = vocab_weight(build, source, config.vocab_size, config.hidden_size)
             self.head = Head(build, weight, config.vocab_size)
+
+    def declare_caches(self, build: Build) -> list[LayerCache]:
+        """The cache of each layer of the whole model: all ranks prepare the same input, whatever their stage. Called
+        before the layers are made. By default they have the configuration's attention, and differ in windows alone."""
+        c = self.config
+        heads, kv_heads = local_heads(c, self.topology.tp)
+        return [AttentionSpec(heads, kv_heads, c.head_dim, c.head_dim ** -0.5, window)
+                for window in c.windows or (None,) * c.num_layers]
 
     @abc.abstractmethod
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,

@@ -21,7 +21,8 @@ class AttentionBatch:
     """Tokens of a step that one attention call computes: decoding sequences, or one sequence with several queries.
 
     Attributes:
-        start, end: the range of its tokens. blocks: rows of the cache to gather (flat, head by head), or None where
+        start, end: the range of its tokens.
+        blocks: rows of the cache to gather (flat, head by head), by the number of kv heads that a layer has; None where
             this step computes all keys that the tokens attend to.
         context: keys of a head. masks: by window, added to the scores; None where a causal mask says it all.
         tables, lens: of decoding sequences, [n, blocks] and [n] int32.
@@ -29,7 +30,7 @@ class AttentionBatch:
 
     start: int
     end: int
-    blocks: torch.Tensor | None
+    blocks: dict[int, torch.Tensor] | None
     context: int
     masks: dict[int | None, torch.Tensor | None]
     tables: torch.Tensor | None = None
@@ -37,55 +38,64 @@ class AttentionBatch:
 
 
 class PagedAttention:
-    """A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim]. A backend overrides `decode`, or all."""
+    """A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim], keys and then values. Where a head of
+    values has another size, it is [1, num_blocks, num_kv_heads, block_size, head_dim + value_dim], a value behind its
+    key. A backend overrides `decode`, or all."""
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype
         self.windows = {spec.window for spec in specs}
+        self.kv_heads = {spec.num_kv_heads for spec in specs}
+        self.token_bytes = max((self._token_bytes(spec) for spec in specs), default=0)
         # Bytes of keys gathered at once for decoding: on a CPU what stays in its cache, else a bound on memory.
         self.gather_bytes = 1 << (20 if device.type == "cpu" else 28)
 
-    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        spec = self.specs[0]
+    def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        if spec.value_dim != spec.head_dim:
+            return 1, num_blocks, spec.num_kv_heads, block_size, spec.head_dim + spec.value_dim
         return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
+
+    def _token_bytes(self, spec: AttentionSpec) -> int:
+        """Of a token's keys, or of its values where these are larger."""
+        return spec.num_kv_heads * max(spec.head_dim, spec.value_dim) * self.dtype.itemsize
 
     def step_bytes(self, tokens: int, num_seqs: int, context: int) -> int:
         """Bytes beside the cache that the largest step may need, of so many tokens in so many sequences of up to
         `context` tokens. An estimate from above."""
-        spec, item = self.specs[0], self.dtype.itemsize
-        each = context * spec.num_kv_heads * spec.head_dim * item  # keys of a sequence
+        masks = len(self.windows) * max(tokens, num_seqs) * context * (self.dtype.itemsize + 2)
+        indices = 8 * num_seqs * context * sum(self.kv_heads)
+        return masks + indices + max((self._layer_bytes(s, tokens, num_seqs, context) for s in self.specs), default=0)
+
+    def _layer_bytes(self, spec: AttentionSpec, tokens: int, num_seqs: int, context: int) -> int:
+        each, item = context * self._token_bytes(spec), self.dtype.itemsize  # keys of a sequence
         at_once = min(num_seqs, max(self.gather_bytes // max(each, 1), 1))
-        masks = len(self.windows) * max(tokens, num_seqs) * context * (item + 2)
-        indices = 8 * num_seqs * context * spec.num_kv_heads
-        if self.device.type in ("cpu", "cuda"):  # where one kernel does the rest
-            return 4 * at_once * each + masks + indices
+        if self.device.type in ("cpu", "cuda") and not _written_out(spec):  # where one kernel does the rest
+            return 4 * at_once * each
         queries, single = max(min(tokens, context), at_once), each // item * 4
         scores = 3 * 4 * queries * context * spec.num_heads
         repeated = 3 * single * spec.num_heads // spec.num_kv_heads  # of one sequence with several queries, in fp32
-        return max(at_once * (2 * each + 3 * single), 2 * each + repeated) + scores + masks + indices
+        return max(at_once * (2 * each + 3 * single), 2 * each + repeated) + scores
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> PagedStep:
         return PagedStep(self, model_input, kv_caches)
 
     def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
-        """q [n, num_heads, head_dim], one query a sequence -> the same shape or one that flattens to it."""
-        k, v = gather(cache, batch)
-        q = by_group(q, spec)
-        return F.scaled_dot_product_attention(q, k, v, batch.masks[spec.window], scale=spec.scale)
+        """q [n, num_heads, head_dim], one query a sequence -> [n, num_heads, value_dim] or a shape that flattens to it.
+        """
+        k, v = gather(cache, batch, spec)
+        return attend(by_group(q, spec), k, v, batch.masks[spec.window], spec, (-1, 1))
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch,
                 spec: AttentionSpec) -> torch.Tensor:
-        """One sequence's q [n, num_heads, head_dim], k and v [n, num_kv_heads, head_dim] -> [n, num_heads, head_dim].
-        """
+        """One sequence's q [n, num_heads, head_dim], k [n, num_kv_heads, head_dim], v [n, num_kv_heads, value_dim] ->
+        [n, num_kv_heads, heads of a group, value_dim]."""
         q = by_group(q, spec).permute(1, 2, 0, 3)  # [kv heads, group, n, head_dim]
         if batch.blocks is None:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         else:
-            k, v = (x[0, :, :batch.context] for x in gather(cache, batch))
+            k, v = (x[0, :, :batch.context] for x in gather(cache, batch, spec))
         k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
-        mask = batch.masks[spec.window]
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=spec.scale)
-        return out.permute(2, 0, 1, 3)
+        return attend(q, k, v, batch.masks[spec.window], spec, (-1, 1, 1)).permute(2, 0, 1, 3)
 
 
 class PagedStep:
@@ -93,10 +103,10 @@ class PagedStep:
 
     def __init__(self, attention: PagedAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
         self.attention, self.kv_caches, self.block_size = attention, kv_caches, m.block_size
-        self.heads = torch.arange(attention.specs[0].num_kv_heads, device=m.input_ids.device)
+        self.heads = {n: torch.arange(n, device=m.input_ids.device) for n in attention.kv_heads}
         slots = m.slot_mapping.long()
-        rows = (slots // m.block_size)[:, None] * len(self.heads) + self.heads
-        self.slots = (rows * m.block_size + (slots % m.block_size)[:, None]).flatten()
+        blocks, places = (slots // m.block_size)[:, None], (slots % m.block_size)[:, None]
+        self.slots = {n: ((blocks * n + heads) * m.block_size + places).flatten() for n, heads in self.heads.items()}
         starts, lens = (on_host(m, name).tolist() for name in ("query_start_loc", "seq_lens"))  # no wait for the device
         self.real = starts[-1]
         self.begun = self._begun(m)
@@ -119,9 +129,8 @@ class PagedStep:
 
     def _decode_batches(self, m: PagedModelInput, lens: list[int]) -> list[AttentionBatch]:
         blocks = -(-max(lens, default=0) // self.block_size)
-        spec, context = self.attention.specs[0], blocks * self.block_size
-        each = context * spec.num_kv_heads * spec.head_dim * self.attention.dtype.itemsize
-        step = max(self.attention.gather_bytes // max(each, 1), 1)
+        context = blocks * self.block_size
+        step = max(self.attention.gather_bytes // max(context * self.attention.token_bytes, 1), 1)
         key_at = torch.arange(context, device=m.seq_lens.device)
         batches = []
         for start in range(0, len(lens), step):
@@ -144,9 +153,11 @@ class PagedStep:
         blocks = table[None, :-(-context // self.block_size)]
         return AttentionBatch(start, end, None if whole else self._rows(blocks), context, masks)
 
-    def _rows(self, tables: torch.Tensor) -> torch.Tensor:
-        """Block tables [n, blocks] -> rows of [num_blocks * num_kv_heads, ...], ordered [n, head, block], flat."""
-        return (tables.long()[:, None] * len(self.heads) + self.heads[:, None]).flatten()
+    def _rows(self, tables: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Block tables [n, blocks] -> by number of kv heads, rows of [num_blocks * num_kv_heads, ...], ordered
+        [n, head, block], flat."""
+        blocks = tables.long()[:, None]
+        return {n: (blocks * n + heads[:, None]).flatten() for n, heads in self.heads.items()}
 
     def _masks(self, query_at: torch.Tensor, key_at: torch.Tensor, windows: set[int | None] | None = None,
                ) -> dict[int | None, torch.Tensor | None]:
@@ -165,9 +176,10 @@ class PagedStep:
         cache.index_fill_(1, self.begun, 0)
         if self.real < len(k):
             k, v = (F.pad(x[:self.real], (0, 0, 0, 0, 0, len(x) - self.real)) for x in (k, v))
-        for into, new in zip(cache, (k, v), strict=True):
-            into.view(-1, spec.head_dim).index_copy_(0, self.slots, new.reshape(-1, spec.head_dim))
-        out = q.new_empty(q.shape[0], spec.num_heads * spec.head_dim)
+        slots = self.slots[spec.num_kv_heads]
+        for into, new in zip(cache, (k, v) if len(cache) == 2 else (torch.cat((k, v), -1),), strict=True):
+            into.view(-1, into.shape[-1]).index_copy_(0, slots, new.reshape(-1, into.shape[-1]))
+        out = q.new_empty(q.shape[0], spec.num_heads * spec.value_dim)
         out[self.real:] = 0
         for batch in self.batches:
             here = slice(batch.start, batch.end)
@@ -184,10 +196,40 @@ def by_group(q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     return q.view(len(q), spec.num_kv_heads, q.shape[1] // spec.num_kv_heads, spec.head_dim)
 
 
-def gather(cache: torch.Tensor, batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of a batch's blocks, each [n, num_kv_heads, blocks * block_size, head_dim]."""
+def gather(cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a batch's blocks, [n, num_kv_heads, blocks * block_size, head_dim] and the same of value_dim.
+    """
     _, _, heads, size, dim = cache.shape
     assert batch.blocks is not None
-    blocks = -(-batch.context // size)
-    k, v = (x.view(-1, size * dim).index_select(0, batch.blocks).view(-1, heads, blocks * size, dim) for x in cache)
+    blocks, rows = -(-batch.context // size), batch.blocks[heads]
+    found = [x.view(-1, size * dim).index_select(0, rows).view(-1, heads, blocks * size, dim) for x in cache]
+    k, v = found if len(found) == 2 else found[0].split((spec.head_dim, spec.value_dim), -1)
     return k, v
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, spec: AttentionSpec,
+           head_shape: tuple[int, ...]) -> torch.Tensor:
+    """q [..., queries, head_dim], k [..., context, head_dim], v [..., context, value_dim] -> [..., queries, value_dim].
+
+    Args:
+        mask: added to the scores; None is a causal one, of as many queries as keys.
+        head_shape: shape in which a number of each head of one kv head broadcasts to q, behind that of the kv heads.
+    """
+    if not _written_out(spec):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=spec.scale)
+    scores = (q.float() @ k.float().transpose(-1, -2)).mul_(spec.scale)
+    if spec.softcap is not None:
+        scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    if mask is None:
+        mask = torch.full(scores.shape[-2:], -torch.inf, device=scores.device).triu_(1)
+    scores += mask
+    if spec.sinks is not None:
+        sinks = spec.sinks.float().view(spec.num_kv_heads, *head_shape)
+        scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), -1)
+    weights = scores.softmax(-1)[..., :k.shape[-2]]
+    return weights.to(v.dtype) @ v
+
+
+def _written_out(spec: AttentionSpec) -> bool:
+    """Whether PyTorch's scaled_dot_product_attention cannot compute the layer."""
+    return spec.softcap is not None or spec.sinks is not None

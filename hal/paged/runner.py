@@ -66,19 +66,23 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         """Compile or rewrite the loaded model. What it returns is called like the model."""
         return model
 
+    def cache_shapes(self, num_blocks: int) -> list[tuple[int, ...]]:
+        """Of each layer of this rank's stage that has a paged cache."""
+        return [self.attention.cache_shape(spec, num_blocks, self.config.engine.block_size)
+                for spec in self.model.attention_specs]
+
     def kv_bytes_per_block(self) -> int:
-        shape = self.attention.cache_shape(1, self.config.engine.block_size)
-        return math.prod(shape) * self.kv_dtype.itemsize * len(self.model.attention_specs)
+        return sum(map(math.prod, self.cache_shapes(1))) * self.kv_dtype.itemsize
 
     def reserve_bytes(self) -> int:
         """Activations of a layer over the most tokens, what attention needs (the default one's, if the device has
         another), and logits with the sampler's fp32 copies. An estimate from above."""
-        engine, c, spec = self.config.engine, self.config.model, self.model.attention_specs[0]
+        engine, c, specs = self.config.engine, self.config.model, self.model.attention_specs
         tokens, item = max(engine.max_num_batched_tokens, engine.max_num_seqs), self.dtype.itemsize
-        heads = spec.num_heads + 2 * spec.num_kv_heads
-        layer = tokens * (6 * c.hidden_size + 3 * heads * spec.head_dim + 3 * c.intermediate_size // self._tp) * item
+        qkv = max((s.num_heads * s.head_dim + s.num_kv_heads * (s.head_dim + s.value_dim) for s in specs), default=0)
+        layer = tokens * (6 * c.hidden_size + 3 * qkv + 3 * c.intermediate_size // self._tp) * item
         default = self.attention if isinstance(self.attention, PagedAttention) else PagedAttention(
-            self.model.attention_specs, device=self.device, dtype=self.dtype)
+            specs, device=self.device, dtype=self.dtype)
         attention = default.step_bytes(tokens, engine.max_num_seqs, self.config.max_model_len)
         logits = engine.max_num_seqs * c.vocab_size * (item + 16) if self.config.topology.is_last_stage else 0
         return layer + attention + logits
@@ -88,8 +92,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         return self.config.topology.tp
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
-        shape = self.attention.cache_shape(num_blocks, self.config.engine.block_size)
-        return [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for _ in self.model.attention_specs]
+        return [torch.zeros(shape, dtype=self.kv_dtype, device=self.device) for shape in self.cache_shapes(num_blocks)]
 
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         """Nothing is compiled here; a prefill and a decode let libraries choose kernels and allocate."""

@@ -19,22 +19,27 @@ class CpuAttention(PagedAttention):
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(specs, device=device, dtype=dtype)
-        self.single = dtype == torch.bfloat16 and specs[0].num_heads == specs[0].num_kv_heads
-        self.ipex = ipex_attention() if self.single else None
-        self.head_map = torch.arange(specs[0].num_heads, dtype=torch.int32)
+        self.head_maps = {spec.num_heads: torch.arange(spec.num_heads, dtype=torch.int32) for spec in specs
+                          if self._single(spec)}
+        self.ipex = ipex_attention() if self.head_maps else None
+
+    def _single(self, spec: AttentionSpec) -> bool:
+        return (self.dtype == torch.bfloat16 and spec.num_heads == spec.num_kv_heads and spec.softcap is None
+                and spec.sinks is None)
 
     def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
-        if self.ipex is not None and spec.window is None:
+        if not self._single(spec):
+            return super().decode(q, cache, batch, spec)
+        if self.ipex is not None and spec.window is None and spec.value_dim == spec.head_dim:
             assert batch.tables is not None
             # The extension takes rows to lie back to back; these do not where another sequence has more blocks.
             tables, out = batch.tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
-            self.ipex.single_query_cached_kv_attention(out, q.contiguous(), cache[0], cache[1], self.head_map,
-                                                       spec.scale, tables, batch.lens, cache.shape[3], batch.context,
-                                                       None)
+            heads = self.head_maps[spec.num_heads]
+            self.ipex.single_query_cached_kv_attention(out, q.contiguous(), cache[0], cache[1], heads, spec.scale,
+                                                       tables, batch.lens, cache.shape[3], batch.context, None)
             return out
-        if self.single:  # two equal rows are faster than one
-            return super().decode(q.repeat_interleave(2, 1), cache, batch, spec)[:, :, 0]
-        return super().decode(q, cache, batch, spec)
+        # Two equal rows are faster than one.
+        return super().decode(q.repeat_interleave(2, 1), cache, batch, spec)[:, :, 0]
 
 
 def ipex_attention() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hal.contracts.attention import AttentionSpec
+from hal.contracts.attention import AttentionSpec, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
 from hal.errors import ConfigError
 from runners.cuda.kernels import attention as kernels
@@ -17,34 +17,39 @@ _MAX_DIM = 256
 
 
 class CudaAttention:
-    """A hal.contracts.attention.Attention. Raises ConfigError for a head_dim that the kernels do not have."""
+    """A hal.contracts.attention.Attention, whose layers may differ in heads and sizes.
+
+    Raises:
+        ConfigError: the kernels do not have a layer's head_dim, or something else that it declares.
+    """
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype
-        spec = specs[0]
-        if spec.head_dim > _MAX_DIM or spec.head_dim % 2:
-            raise ConfigError("the CUDA attention kernels do not have this head_dim", got=spec.head_dim,
-                              expected=f"even, at most {_MAX_DIM}",
-                              hint="run this model on --device cpu, or give the runner hal's PagedAttention")
+        refuse_unsupported(specs, "the CUDA attention")
+        for dim in {spec.head_dim for spec in specs}:
+            if dim > _MAX_DIM or dim % 2:
+                raise ConfigError("the CUDA attention kernels do not have this head_dim", got=dim,
+                                  expected=f"even, at most {_MAX_DIM}",
+                                  hint="run this model on --device cpu, or give the runner hal's PagedAttention")
+        self.kv_heads = {spec.num_kv_heads for spec in specs}
         self.units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
-    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        spec = self.specs[0]
+    def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
 
-    def splits(self, num_seqs: int, context: int) -> int:
+    def splits(self, num_seqs: int, context: int, kv_heads: int) -> int:
         """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
         from what a graph fixes, so replays need no other."""
-        wanted = 4 * self.units // max(num_seqs * self.specs[0].num_kv_heads, 1)
+        wanted = 4 * self.units // max(num_seqs * kv_heads, 1)
         return max(min(wanted, -(-context // 64), kernels.MAX_SPLITS), 1)
 
     def warmup(self, kv_caches: Sequence[torch.Tensor]) -> None:
         """Compile all that a step of prompts and decoding sequences may need; the null block alone is read."""
-        for window, layer in {spec.window: i for i, spec in enumerate(self.specs)}.items():
-            spec, cache = self.specs[layer], known(kv_caches[layer])
+        for spec, layer in {spec: i for i, spec in enumerate(self.specs)}.items():
+            cache = known(kv_caches[layer])
             q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
             tables, lens = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in ((1, 1), 2))
-            how: dict[str, Any] = {"scale": spec.scale, "window": window}
+            how: dict[str, Any] = {"scale": spec.scale, "window": spec.window}
             for few, splits in itertools.product((False, True), (1, 8, 9)):
                 kernels.decode(q, cache, tables, lens[:1], torch.empty_like(q), splits=splits, few=few, **how)
             for queries in (64, 65):
@@ -68,8 +73,9 @@ class CudaStep:
         self.caches = [known(cache) for cache in kv_caches]
         tokens, seqs = len(m.input_ids), len(m.seq_lens)
         self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
-        self.splits = attention.splits(self.decodes, m.block_tables.shape[1] * m.block_size)
-        self.few = self.decodes * self.specs[0].num_kv_heads * self.splits < attention.units
+        context = m.block_tables.shape[1] * m.block_size
+        self.splits = {n: attention.splits(self.decodes, context, n) for n in attention.kv_heads}
+        self.few = {n: self.decodes * n * splits < attention.units for n, splits in self.splits.items()}
         self.max_queries = m.max_query_len or tokens
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -91,7 +97,8 @@ class CudaStep:
         out = make(q.shape, dtype=q.dtype, device=q.device)
         if n:
             kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, scale=spec.scale, window=spec.window,
-                           splits=self.splits, new=new if alone else None, few=self.few)
+                           splits=self.splits[spec.num_kv_heads], few=self.few[spec.num_kv_heads],
+                           new=new if alone else None)
         if m.max_query_len != 1 and len(m.seq_lens) > n:
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
                             max_queries=self.max_queries, scale=spec.scale, window=spec.window)

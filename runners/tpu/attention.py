@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hal.contracts.attention import AttentionSpec
+from hal.contracts.attention import AttentionSpec, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
 from runners.tpu import lowering
 
@@ -27,13 +27,16 @@ class TpuAttention:
 
     Args:
         ranks: R. kernel: use the TPU's ragged kernel instead of the gather.
+
+    Raises:
+        ConfigError: a layer declares more than heads, a head_dim, a scale and a window.
     """
 
     def __init__(self, specs: Sequence[AttentionSpec], *, ranks: int = 1, kernel: bool = False) -> None:
+        refuse_unsupported(specs, "the TPU's attention")
         self.specs, self.ranks, self.kernel = specs, ranks, kernel
 
-    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        spec = self.specs[0]
+    def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return 1, num_blocks, block_size, self.ranks * 2 * spec.num_kv_heads, spec.head_dim
 
     def begin(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor], decode: bool) -> TpuStep:

@@ -103,28 +103,27 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         kernel = lowering.device_kind() == "TPU" and engine.tp == 1
         self.attention = TpuAttention(self.model.attention_specs, ranks=engine.tp, kernel=kernel)
 
-    def _cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        return self.attention.cache_shape(num_blocks, self.config.engine.block_size)
+    def _cache_shapes(self, num_blocks: int) -> list[tuple[int, ...]]:
+        return [self.attention.cache_shape(spec, num_blocks, self.config.engine.block_size)
+                for spec in self.model.attention_specs]
 
     def kv_bytes_per_block(self) -> int:
-        whole = math.prod(self._cache_shape(1)) * self.dtype.itemsize * len(self.model.attention_specs)
-        return whole // self.config.engine.tp
+        return sum(map(math.prod, self._cache_shapes(1))) * self.dtype.itemsize // self.config.engine.tp
 
     def reserve_bytes(self) -> int:
         """Of the largest step: activations of a layer, the contexts that its tiles gather, scores, and logits in the
         sampler's copies. An estimate from above."""
-        engine, c, spec = self.config.engine, self.config.model, self.model.attention_specs[0]
+        engine, c, specs = self.config.engine, self.config.model, self.model.attention_specs
         tokens, item = max(engine.max_num_batched_tokens, engine.max_num_seqs), self.dtype.itemsize
         tiles = tokens // TILE + engine.max_num_seqs
         keys = tiles * self.config.max_model_len
-        contexts = 2 * keys * spec.num_kv_heads * 2 * spec.head_dim * item
-        scores = keys * TILE * spec.num_heads * (item + 8)
+        contexts = 2 * keys * max((spec.num_kv_heads * 2 * spec.head_dim for spec in specs), default=0) * item
+        scores = keys * TILE * max((spec.num_heads for spec in specs), default=0) * (item + 8)
         layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size // engine.tp) * item
         return contexts + scores + layer + engine.max_num_seqs * c.vocab_size * (item + 24)
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
-        shape = self._cache_shape(num_blocks)
-        return [lowering.zeros(shape, self.dtype, self.mesh, 3) for _ in self.model.attention_specs]
+        return [lowering.zeros(shape, self.dtype, self.mesh, 3) for shape in self._cache_shapes(num_blocks)]
 
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         """Compile the programs, or read them from the persistent cache, until the budget is spent. None runs yet."""

@@ -291,9 +291,9 @@ class _Attention(PagedAttention):
 
 @mutant("L2/attention")
 class drops_the_causal_mask(_Attention):
-    def prefill(self, q: Any, k: Any, v: Any, cache: Any, part: Any, spec: Any) -> Any:
-        part.masks[spec.window] = torch.zeros(len(q), part.context)
-        return super().prefill(q, k, v, cache, part, spec)
+    def prefill(self, q: Any, k: Any, v: Any, cache: Any, batch: Any, spec: Any) -> Any:
+        batch.masks[spec.window] = torch.zeros(len(q), batch.context)
+        return super().prefill(q, k, v, cache, batch, spec)
 
 
 @mutant("L2/attention")
@@ -324,25 +324,25 @@ class scales_by_habit(_Attention):
 
 @mutant("L2/attention")
 class softmax_in_bfloat16(_Attention):
-    def decode(self, q: Any, cache: Any, part: Any, spec: Any) -> Any:
-        k, v = gather(cache, part)
-        scores = by_group(q, spec) @ k.transpose(-1, -2) * spec.scale + part.masks[spec.window]
+    def decode(self, q: Any, cache: Any, batch: Any, spec: Any) -> Any:
+        k, v = gather(cache, batch, spec)
+        scores = by_group(q, spec) @ k.transpose(-1, -2) * spec.scale + batch.masks[spec.window]
         return scores.bfloat16().softmax(-1).float() @ v
 
 
 @mutant("L2/attention")
 class mixes_up_head_groups(_Attention):
-    def decode(self, q: Any, cache: Any, part: Any, spec: Any) -> Any:
+    def decode(self, q: Any, cache: Any, batch: Any, spec: Any) -> Any:
         group = spec.num_heads // spec.num_kv_heads
         order = torch.arange(spec.num_heads).view(group, spec.num_kv_heads).t().reshape(-1)
-        out = super().decode(q[:, order], cache, part, spec).reshape(q.shape)
+        out = super().decode(q[:, order], cache, batch, spec).reshape(q.shape)
         return out[:, order.argsort()]
 
 
 class _WritesOneLater(PagedStep):
     def __init__(self, attention: Any, m: Any, kv_caches: Any) -> None:
         super().__init__(attention, m, kv_caches)
-        self.slots = self.slots + 1
+        self.slots = {heads: slots + 1 for heads, slots in self.slots.items()}
 
 
 @mutant("L2/attention")
@@ -353,9 +353,9 @@ class writes_one_slot_later(_Attention):
 class _PaddingWrites(PagedStep):
     def __init__(self, attention: Any, m: Any, kv_caches: Any) -> None:
         super().__init__(attention, m, kv_caches)
-        heads = len(self.heads)
-        if len(m.slot_mapping) > self.real:
-            self.slots[self.real * heads:] = self.slots[:heads].repeat(len(m.slot_mapping) - self.real)
+        for heads, slots in self.slots.items():
+            if len(m.slot_mapping) > self.real:
+                slots[self.real * heads:] = slots[:heads].repeat(len(m.slot_mapping) - self.real)
 
 
 @mutant("L2/attention")

@@ -68,7 +68,7 @@ def test_a_head_dim_that_the_kernels_do_not_have(dim: int, runs: bool) -> None:
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=dim, scale=1.0)
     if runs:
         attention = CudaAttention([spec], device=torch.device("cpu"), dtype=torch.float32)
-        assert attention.cache_shape(3, 16)[1] == 3
+        assert attention.cache_shape(spec, 3, 16)[1] == 3
     else:
         with pytest.raises(ConfigError, match=rf"(?s)head_dim.*got: {dim}.*even, at most 256.*--device cpu"):
             CudaAttention([spec], device=torch.device("cpu"), dtype=torch.float32)

@@ -141,7 +141,7 @@ def test_warming_up_leaves_the_cache_alone() -> None:
 
     specs = specs_of(6, 2, 64, (None, 3))
     attention = CudaAttention(specs, device=DEVICE, dtype=torch.float16)
-    caches = [torch.randn(attention.cache_shape(2, 16), device=DEVICE).half() for _ in specs]
+    caches = [torch.randn(attention.cache_shape(spec, 2, 16), device=DEVICE).half() for spec in specs]
     kept = [cache.clone() for cache in caches]
     attention.warmup(caches)
     assert all(map(torch.equal, caches, kept))

@@ -257,8 +257,9 @@ def test_attention_is_what_the_tpu_kernel_computes(window: int | None) -> None:
     given = lowering.to_device([torch.from_numpy(a.astype(np.int32)) for a in arrays])
     m: Any = SimpleNamespace(**dict(zip(("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens",
                                          "block_tables"), given, strict=True)), block_size=size)
-    attention = TpuAttention([AttentionSpec(4, 2, 16, 0.25, window)])
-    cache = torch.randn(attention.cache_shape(50, size)).to("xla:0")
+    spec = AttentionSpec(4, 2, 16, 0.25, window)
+    attention = TpuAttention([spec])
+    cache = torch.randn(attention.cache_shape(spec, 50, size)).to("xla:0")
     q, k, v = (torch.randn(len(slots), heads, 16).to("xla:0") for heads in (4, 2, 2))
     step = attention.begin(m, [cache], decode=False)
     got = step(0, q, k, v).cpu()

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from hal.contracts.attention import AttentionSpec, LayerAttention
+from hal.contracts.attention import AttentionSpec, LayerAttention, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
 
 
 class NumpyAttention:
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
+        refuse_unsupported(specs, "NumpyAttention")
         self.specs = specs
 
-    def cache_shape(self, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        spec = self.specs[0]
+    def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> LayerAttention:

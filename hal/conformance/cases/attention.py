@@ -31,8 +31,8 @@ class Batch:
         self.ctx, self.specs, self.size, self.device = ctx, specs, block_size, session.device
         self.input_type = session.runner.input_type
         self.attention = ctx.part(session, "make_attention")(specs, device=session.device, dtype=ctx.torch_dtype)
-        shape = self.attention.cache_shape(_BLOCKS, block_size)
-        self.caches = [torch.zeros(shape, dtype=ctx.torch_dtype, device=session.device) for _ in specs]
+        self.caches = [torch.zeros(self.attention.cache_shape(spec, _BLOCKS, block_size), dtype=ctx.torch_dtype,
+                                   device=session.device) for spec in specs]
         self.pool = ctx.rng.permutation(np.arange(1, _BLOCKS)).tolist()
         self.tables: list[list[int]] = [[] for _ in range(sequences)]
         spec = specs[0]
