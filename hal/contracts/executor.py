@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from hal.config import EngineConfig
 from hal.contracts.backend import Backend
-from hal.contracts.outputs import SamplerOutput
+from hal.contracts.inputs import ModelInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.model_config import ModelConfig
+from hal.schema import Declared
 from hal.values import imported
 
 _FACTORY = "workers.executors.driver:make_executor"
@@ -18,8 +19,8 @@ _FACTORY = "workers.executors.driver:make_executor"
 class StepHandle(Protocol):
     """A step that was submitted; the next may be submitted before this one is done."""
 
-    def result(self) -> SamplerOutput:
-        """Wait for the step; the output is on the host.
+    def result(self) -> Any:
+        """Wait for the step; the output, of the executor's `output_type`, is on the host.
 
         Raises:
             WorkerError: a rank failed or died; the executor is shut down.
@@ -30,11 +31,16 @@ class Executor(Protocol):
     """All ranks of one engine.
 
     Attributes:
-        num_blocks: KV blocks of the smallest rank, the null block included. num_cpu_blocks: host blocks for swapping.
+        num_blocks: KV blocks of the smallest rank, the null block included; 0 where no rank has a KV cache.
+        num_cpu_blocks: host blocks for swapping.
+        input_type, output_type: what a step's input is on each rank, and what it yields, as the model runner declares
+            them.
     """
 
     num_blocks: int
     num_cpu_blocks: int
+    input_type: type[ModelInput]
+    output_type: type[Declared]
 
     def check(self) -> None:
         """Raises what ended this executor, if something did: a WorkerError, or a StateError after shutdown and in a

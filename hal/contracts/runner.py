@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import IntermediateTensors, ModelInput
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
+from hal.schema import Declared
 
 if TYPE_CHECKING:
     import torch
 
 InputT = TypeVar("InputT", bound=ModelInput)
+OutputT = TypeVar("OutputT", bound=Declared)
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 
@@ -28,13 +29,14 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     reserve_bytes, make_kv_caches, warmup; then prepare_model_input and execute_model, step after step.
 
     Attributes:
-        input_type: the declared input of a step.
+        input_type: the declared input of a step. output_type: its declared output, on the rank that samples.
         intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
         compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
             its time. late: how many of them a step had to make therefore. uncompiled: how many no step has needed yet.
     """
 
     input_type: ClassVar[type[ModelInput]]
+    output_type: ClassVar[type[Declared]]
     intermediate_type: type[IntermediateTensors] | None = None
     compiled: int = 0
     late: int = 0
@@ -49,7 +51,8 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     @abc.abstractmethod
     def kv_bytes_per_block(self) -> int:
-        """Bytes of one KV block over this rank's layers."""
+        """Bytes of one KV block over this rank's layers; 0 where they keep no blocks. Where no rank keeps any, as with
+        an encoder, the executor has no blocks, and requests come without block tables."""
 
     @abc.abstractmethod
     def reserve_bytes(self) -> int:
@@ -86,17 +89,18 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     @abc.abstractmethod
     def execute_model(self, model_input: InputT, kv_caches: Sequence[torch.Tensor],
-                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+                      intermediate: IntermediateTensors | None = None) -> Declared | None:
         """Phase execute: data plane only, through the communicator.
 
         Returns:
-            SamplerOutput on the rank that samples, None on its tensor-parallel peers, IntermediateTensors on every
+            An `output_type` on the rank that samples, None on its tensor-parallel peers, IntermediateTensors on every
             rank of an earlier stage.
         """
 
-    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+    def fetch(self, output: OutputT) -> Callable[[], OutputT]:
         """Begin to bring an output to the host; the result waits for it. A device that runs steps while the host goes
         on must not wait there for steps that were submitted later."""
-        if output.token_ids.is_cpu:
+        values = output.__dict__
+        if all((tensor := values[f.name]) is None or tensor.is_cpu for f in type(output).schema.replicated):
             return lambda: output
-        return lambda: SamplerOutput.from_buffer(output.to_buffer())
+        return lambda: type(output).from_buffer(output.to_buffer())

@@ -32,7 +32,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         attention: makes the attention of this rank's layers. ops, sampler: the models' operations, and the sampler.
     """
 
-    input_type = PagedModelInput
+    input_type, output_type = PagedModelInput, SamplerOutput
     model: CausalLM
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,

@@ -15,7 +15,6 @@ from hal.contracts.attention import ForwardContext
 from hal.contracts.backend import Backend
 from hal.contracts.block_moves import move_blocks
 from hal.contracts.communicator import LocalCommunicator
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import BackendError, CapacityError
 from hal.models.layers import Linear
@@ -207,7 +206,7 @@ class _Device:
         move_blocks(request, self.caches, self.host, self.runner)
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
-            output: SamplerOutput = self.runner.execute_model(m, self.caches)
+            output = self.runner.execute_model(m, self.caches)
         else:  # by hand, so that nothing compiled or captured hides the operations
             self.trace.calls = []
             context = ForwardContext(self.attention.begin(m, self.caches), m)
@@ -230,6 +229,9 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
         ConfigError, WireError: see Recording.load and Recording.config. CapacityError: the caches do not fit.
     """
     recording, table = Recording.load(path), tolerances or Tolerances()
+    if not recording.paged:
+        raise BackendError("only a recording of a runner with paged inputs can be bisected", got=f"{path} without any",
+                           hint="hal replay compares its outputs")
     options["model"] = model
     first, second = backends.select(against), backends.select(device)
     if not (first.capabilities.fp8_kv and second.capabilities.fp8_kv):

@@ -20,9 +20,13 @@ _INT32 = 2**31 - 1
 _SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1}
 
 
-def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, model: ModelConfig,
-              ) -> list[PagedModelInput]:
+def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, model: ModelConfig, *,
+              paged: bool = True) -> list[PagedModelInput] | list[None]:
     """What the requests mean, in order, to an engine of these limits (num_blocks=None: any block).
+
+    Args:
+        paged: False for a runner whose input is not a paged one: then the requests alone are checked, and each means
+            None.
 
     Raises:
         WireError: a request names a row, a token, a block or a length that the engine does not have, has a sampling
@@ -30,13 +34,14 @@ def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, mod
     """
     state = BatchState(engine.max_num_seqs, engine.longest_sequence(model), engine.block_size,
                        model.vocab_size)
-    found = []
+    found = list[Any]()
     for i, request in enumerate(requests):
         try:
             _check(state, request, engine, first=not i)
             state.apply(request)
-            made = state.prepare(request).to()
-            made.check()
+            made = state.prepare(request).to() if paged else None
+            if made is not None:
+                made.check()
         except (InputError, StateError) as error:
             raise WireError(f"step {i} of the recording cannot be run: {error}") from None
         found.append(made)

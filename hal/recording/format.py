@@ -31,17 +31,24 @@ from hal.schema import Declared
 from hal.schema.packed import as_tensor
 
 _BUNDLED = "(bundled)"
-_KINDS: tuple[type[Declared], ...] = (ExecuteModelRequest, PagedModelInput, SamplerOutput)
+_HINT = "replay it with the version that made it"
+_TOKENS = SamplerOutput  # of a recording that names no other type of output
 D = TypeVar("D", bound=Declared)
 
 
 @dataclass(slots=True)
 class RecordedStep:
-    """Attributes: input: what the request means on the device. output: None where the step failed, or only rebuilds."""
+    """Attributes:
+        input: what the request means on the device; None where the runner's input is not a paged one, since then the
+            runner alone can prepare it.
+        output: None where the step failed, or only rebuilds.
+        stored: the scalars and the arrays of an output that `Recording.restore_outputs` has not made yet.
+    """
 
     request: ExecuteModelRequest
-    input: PagedModelInput
-    output: SamplerOutput | None = None
+    input: PagedModelInput | None = None
+    output: Declared | None = None
+    stored: tuple[dict[str, Any], dict[str, torch.Tensor]] | None = None
 
 
 @dataclass(slots=True)
@@ -53,6 +60,8 @@ class Recording:
             others are the defaults, since a file must not start processes, import modules or choose what is read.
         info: where it was made: device, versions, schema fingerprints, and "error", when the last step failed.
         ignored: the options of the file that are not in `engine`.
+        output_name: of the class that declares the outputs. A file cannot choose which class that is, so outputs of
+            another than SamplerOutput are made when the runner is known: `restore_outputs`.
     """
 
     engine: EngineConfig
@@ -60,6 +69,12 @@ class Recording:
     info: dict[str, Any]
     steps: list[RecordedStep] = field(default_factory=list)
     ignored: dict[str, Any] = field(default_factory=dict)
+    output_name: str = _TOKENS.__name__
+
+    @property
+    def paged(self) -> bool:
+        """The steps have paged inputs, as those of a runner with a KV cache have."""
+        return all(step.input is not None for step in self.steps)
 
     def config(self, backend: Backend, *, device: str, model: str | None = None, **options: Any) -> WorkerConfig:
         """Of a run on one rank. A dtype, and that of the KV cache, that the backend lacks is replaced.
@@ -94,7 +109,7 @@ class Recording:
                                       got=f"{name}={getattr(found, name)} in {engine.model}",
                                       expected=getattr(self.model, name), hint="give its own checkpoint: --model DIR")
         if any(getattr(engine, name) != getattr(self.engine, name) for name in LIMITS):
-            inputs_of([step.request for step in self.steps], engine, found)
+            inputs_of([step.request for step in self.steps], engine, found, paged=self.paged)
         return WorkerConfig(engine, found, Topology())
 
     def _checkpoint(self, given: str | None) -> str:
@@ -116,10 +131,12 @@ class Recording:
             parts = {"request": step.request, "input": step.input, "output": step.output}
             scalars.append({name: _take(f"{i:05}.{name}", part, tensors) for name, part in parts.items()
                             if part is not None})
+        kinds = {type(part): None for step in self.steps for part in (step.request, step.input, step.output)
+                 if part is not None}
         engine = {**asdict(self.engine), **self.ignored}
         engine["model"] = _BUNDLED if Path(engine["model"]) == BUNDLED_MODEL else engine["model"]
         head = {"format": FORMAT, "engine": engine, "model": asdict(self.model), "info": self.info, "steps": scalars,
-                "schemas": _fingerprints(), "columns": _columns()}
+                "schemas": _fingerprints(*kinds), "columns": _columns(), "output": self.output_name}
         try:
             with files.replacing(path) as temporary:
                 save_file(tensors, str(temporary), {"hal": json.dumps(head)})
@@ -143,75 +160,113 @@ class Recording:
         model = typed(ModelConfig, head.get("model"), "model")
         check_limits(engine, model)
         steps = _steps(head, tensors)
-        requests = [step.request for step in steps]
-        inputs = inputs_of(requests, engine, model)
+        requests, paged = [step.request for step in steps], all(step.input is not None for step in steps)
+        inputs = inputs_of(requests, engine, model, paged=paged)
         for i, (step, made) in enumerate(zip(steps, inputs, strict=True)):
-            _check_step(i, step, made, model)
+            _check_input(i, step, made)
         context = -(-(engine.longest_sequence(model)) // engine.block_size)
         blocks, host = used_blocks(requests, device=True), used_blocks(requests, device=False)
         if blocks.max(initial=0) > max(len(blocks), context) or host.max(initial=-1) >= len(host):
             # The device that made it may have had room for many more, and its ids lie far apart.
             requests, blocks = renumbered(requests, blocks, host), np.arange(1, len(blocks) + 1)
-            inputs = inputs_of(requests, replace(engine, num_blocks=None), model)
-        steps = [RecordedStep(r, m, s.output) for r, m, s in zip(requests, inputs, steps, strict=True)]
+            inputs = inputs_of(requests, replace(engine, num_blocks=None), model, paged=paged)
+        steps = [RecordedStep(r, m, None, s.stored) for r, m, s in zip(requests, inputs, steps, strict=True)]
         own: dict[str, Any] = {"num_blocks": 1 + max(context, int(blocks.max(initial=0))), "num_cpu_blocks": len(host),
                "async_scheduling": False}
         ignored = {name: value for name, value in asdict(engine).items() if name not in (*HONOURED, *own)}
         ignored["model"] = named
         kept = {name: getattr(engine, name) for name in HONOURED}
-        return cls(EngineConfig(**kept, **own), model, info_of(head), steps, ignored)
+        name = head.get("output", _TOKENS.__name__)
+        recording = cls(EngineConfig(**kept, **own), model, info_of(head), steps, ignored, str(name)[:200])
+        if recording.output_name == _TOKENS.__name__:
+            recording.restore_outputs(_TOKENS)
+        return recording
+
+    def restore_outputs(self, kind: type[Declared]) -> None:
+        """Make the outputs of a loaded recording. Those that are there already stay.
+
+        Args:
+            kind: what the runner that replays the steps yields.
+
+        Raises:
+            WireError: the recording has outputs of another class, or they are not legal, or not what the step samples.
+        """
+        if kind.__name__ != self.output_name:
+            raise WireError("the recording has outputs of another class than the runner yields", got=self.output_name,
+                            expected=kind.__name__, hint="replay it on a runner like the one that made it")
+        for i, step in enumerate(self.steps):
+            if step.stored is not None:
+                step.output, step.stored = _output(i, kind, *step.stored), None
+                _check_tokens(i, step, self.model.vocab_size)
 
 
 def _steps(head: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[RecordedStep]:
-    found, hint = [], "replay it with the version that made it"
+    found, kinds = list[RecordedStep](), (ExecuteModelRequest, PagedModelInput)
     schemas = repr(head.get("schemas"))[:300]
     steps = head.get("steps")
     if head.get("columns") != _columns():
         raise WireError("the recording has other columns of sampling parameters than this library",
                         got=repr(head.get("columns"))[:300], expected=_columns(),
-                        hint=f"{hint}, and with the same step features (HAL_FEATURES)")
+                        hint=f"{_HINT}, and with the same step features (HAL_FEATURES)")
     if not isinstance(steps, list):
         raise WireError("the recording has no steps", got=repr(steps)[:100], expected="a list")
     try:
         for i, scalars in enumerate(steps):
-            parts = {"request": object_of(scalars, "request"), "input": object_of(scalars, "input")}
+            start = f"{i:05}."
+            request = object_of(scalars, "request")
+            step = RecordedStep(_restore(ExecuteModelRequest, start + "request.", request, tensors))
+            if "input" in scalars:
+                step.input = _restore(PagedModelInput, start + "input.", object_of(scalars, "input"), tensors)
             if "output" in scalars:
-                parts["output"] = object_of(scalars, "output")
-            found.append(RecordedStep(
-                _restore(ExecuteModelRequest, f"{i:05}.request", parts["request"], tensors),
-                _restore(PagedModelInput, f"{i:05}.input", parts["input"], tensors),
-                _restore(SamplerOutput, f"{i:05}.output", parts["output"], tensors) if "output" in parts else None))
+                start += "output."
+                names = [name for name in tensors if name.startswith(start)]
+                step.stored = object_of(scalars, "output"), {name[len(start):]: tensors.pop(name) for name in names}
+            found.append(step)
     except (TypeError, InputError) as error:
         raise WireError(f"the recording does not fit this library's schemas: {error}", got=schemas,
-                        expected=_fingerprints(), hint=hint) from None
+                        expected=_fingerprints(*kinds), hint=_HINT) from None
     if tensors:
         raise WireError("the recording has fields that this library's schemas lack", got=", ".join(tensors)[:200],
-                        expected=_fingerprints(), hint=hint)
+                        expected=_fingerprints(*kinds), hint=_HINT)
     return found
 
 
-def _check_step(i: int, step: RecordedStep, made: PagedModelInput, model: ModelConfig) -> None:
-    """The arrays recorded beside the request are what it means, and there are as many tokens as it samples."""
+def _output(i: int, kind: type[D], scalars: dict[str, Any], arrays: dict[str, torch.Tensor]) -> D:
+    try:
+        made = _restore(kind, "", scalars, arrays)
+        made.check()
+    except (TypeError, InputError) as error:
+        raise WireError(f"step {i} of the recording has no legal output: {error}", hint=_HINT) from None
+    if arrays:
+        raise WireError(f"step {i} of the recording has an output with fields that {kind.__name__} lacks",
+                        got=", ".join(arrays)[:200], hint=_HINT)
+    return made
+
+
+def _check_input(i: int, step: RecordedStep, made: PagedModelInput | None) -> None:
+    """The arrays recorded beside the request are what it means."""
+    if made is None or step.input is None:
+        return
     for f in PagedModelInput.schema.fields:
         ours, theirs = made[f.name], step.input[f.name]
         if f.array is not None and ours is not None and theirs is not None and not ours.equal(theirs):
             raise WireError(f"step {i} of the recording has an input that is not what its request means", got=f.name,
-                            hint="replay it with the version that made it")
-    if step.output is None:
+                            hint=_HINT)
+
+
+def _check_tokens(i: int, step: RecordedStep, vocab_size: int) -> None:
+    """Where the output is tokens, there are as many as the step samples."""
+    if step.input is None or not isinstance(step.output, _TOKENS):
         return
-    try:
-        step.output.check()
-    except InputError as error:
-        raise WireError(f"step {i} of the recording has no legal output: {error}") from None
-    tokens = step.output.token_ids
-    if len(tokens) != made.num_samples or (len(tokens) and int(tokens.max()) >= model.vocab_size):
+    rows, tokens = step.output.num_rows, step.output.token_ids
+    if rows != step.input.num_samples or (len(tokens) and int(tokens.max()) >= vocab_size):
         raise WireError(f"step {i} of the recording has other tokens than it samples", got=str(tokens.tolist())[:200],
-                        expected=f"{made.num_samples} ids below {model.vocab_size}")
+                        expected=f"{step.input.num_samples} ids below {vocab_size}")
 
 
-def _fingerprints() -> dict[str, str]:
+def _fingerprints(*kinds: type[Declared]) -> dict[str, str]:
     """They say whether the schemas are the same; others that have all that is recorded read it too."""
-    return {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in _KINDS}
+    return {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in kinds}
 
 
 def _columns() -> dict[str, list[str]]:
@@ -235,7 +290,7 @@ def _take(prefix: str, value: Declared, tensors: dict[str, torch.Tensor]) -> dic
 def _restore(kind: type[D], prefix: str, scalars: dict[str, Any], tensors: dict[str, torch.Tensor]) -> D:
     arrays: dict[str, Any] = {}
     for f in kind.schema.fields:
-        found = tensors.pop(f"{prefix}.{f.name}", None)
+        found = tensors.pop(prefix + f.name, None)
         if f.array and found is not None:
             arrays[f.name] = found if f.kind == "tensor" else found.numpy()
     made: D = kind(**arrays, **scalars)

@@ -16,7 +16,6 @@ from hal.contracts.backend import Backend, resolve_dtype
 from hal.contracts.block_moves import move_blocks
 from hal.contracts.executor import Executor, StepHandle
 from hal.contracts.inputs import ModelInput, PagedModelInput, WorkerInput
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.engine.scheduled_step import Changes
 from hal.engine.sequence import Sequence
@@ -44,17 +43,21 @@ class RecordingExecutor:
 
     def __init__(self, executor: Executor, config: WorkerConfig, backend: Backend) -> None:
         self.executor, self.num_blocks, self.num_cpu_blocks = executor, executor.num_blocks, executor.num_cpu_blocks
+        self.input_type, self.output_type = executor.input_type, executor.output_type
         dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
         engine = replace(config.engine, num_blocks=executor.num_blocks, async_scheduling=False, dtype=dtype)
-        self.recording = Recording(engine, config.model, describe(config, backend))
-        self._state = batch_state(config)
+        self.recording = Recording(engine, config.model, describe(config, backend),
+                                   output_name=self.output_type.__name__)
+        self._state = batch_state(config) if issubclass(self.input_type, PagedModelInput) else None
 
     def check(self) -> None:
         self.executor.check()
 
     def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
-        self._state.apply(request)
-        step = RecordedStep(request, self._state.prepare(request).to())
+        step = RecordedStep(request)
+        if self._state is not None:
+            self._state.apply(request)
+            step.input = self._state.prepare(request).to()
         self.recording.steps.append(step)
         return _Handle(self.executor.execute_model(request), step)
 
@@ -69,7 +72,7 @@ class _Handle:
     def __init__(self, handle: StepHandle, step: RecordedStep) -> None:
         self._handle, self._step = handle, step
 
-    def result(self) -> SamplerOutput:
+    def result(self) -> Any:
         self._step.output = self._handle.result()
         return self._step.output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from hal.config import EngineConfig
 from hal.contracts.backend import Backend
 from hal.contracts.executor import make_executor
-from hal.contracts.outputs import SamplerOutput
+from hal.contracts.inputs import PagedModelInput
+from hal.errors import WireError
 from hal.recording.format import RecordedStep, Recording
+from hal.schema import Declared
 
 _LAYOUT = ("tp", "pp", "executor", "wire", "control_plane")
 
@@ -22,10 +25,12 @@ class Compared:
     """One step.
 
     Attributes:
-        tokens: sampled. flips: (row, recorded token, token here, by how much the recording preferred its own: in
-            logprob; infinity where the token here was not among the best recorded, or only one of the two runs has
-            a token at all, and None for drawn tokens).
-        error: largest |difference| / (1 + |recorded|) of the logprobs of equal tokens.
+        tokens: sampled; 0 where the output is not tokens.
+        flips: (row, recorded token, token here, by how much the recording preferred its own: in logprob; infinity where
+            the token here was not among the best recorded, or only one of the two runs has a token at all, and None for
+            drawn tokens).
+        error: largest |difference| / (1 + |recorded|): of the logprobs of equal tokens, or where the output is not
+            tokens, of all its numbers; infinity where integers differ.
         exact: everything is equal to the last bit.
     """
 
@@ -104,6 +109,10 @@ def replay(path: Path, backend: Backend, device: str, *, model: str | None = Non
                                                               config.engine, n)})
     executor = make_executor(config.engine, config.model, backend)
     try:
+        if issubclass(executor.input_type, PagedModelInput) != recording.paged:
+            raise WireError("the recording is of another kind of runner", got=f"paged inputs: {recording.paged}",
+                            expected=f"steps of {executor.input_type.__name__}")
+        recording.restore_outputs(executor.output_type)
         for i, step in enumerate(recording.steps):
             try:
                 output = executor.execute_model(step.request).result()
@@ -124,20 +133,27 @@ def _where(device: str, engine: EngineConfig, version: str | None) -> str:
     return f"{device} ({engine.dtype}, {cache}torch {version})"
 
 
-def _compare(number: int, step: RecordedStep, old: SamplerOutput, new: SamplerOutput) -> Compared:
+def _compare(number: int, step: RecordedStep, old: Any, new: Any) -> Compared:
+    """Two outputs of the class that the runner declares; those with token ids are compared as tokens."""
+    fields = type(old).schema.fields
+    exact = all(_equal(old[f.name], new[f.name]) if f.array else old[f.name] == new[f.name] for f in fields)
+    if step.input is None or "token_ids" not in type(old).schema.by_name:
+        error = max(_error(old, new, f.name) for f in fields if f.array)
+        return Compared(number, 0, [], error, exact)
     flips: list[tuple[int, int, int, float | None]] = []
-    for row, (a, b) in enumerate(zip(old.token_ids.tolist(), new.token_ids.tolist(), strict=True)):
-        if a != b:
-            drawn = step.input.temperature is not None and float(step.input.temperature[row]) > 0
-            gap = torch.inf if min(a, b) < 0 else None if drawn else _margin(old, row, b)
-            flips.append((row, a, b, gap))
+    width, found = len(old.token_ids) // max(old.num_rows, 1), new.rows()
+    for row, tokens in enumerate(old.rows()):
+        for place, (a, b) in enumerate(zip_longest(tokens, found[row], fillvalue=-1)):
+            if a != b:
+                drawn = step.input.temperature is not None and float(step.input.temperature[row]) > 0
+                gap = torch.inf if min(a, b) < 0 else None if drawn else _margin(old, row * width + place, b)
+                flips.append((row, a, b, gap))
     error = 0.0
-    if old.logprobs is not None and new.logprobs is not None:
+    if old.logprobs is not None and new.logprobs is not None and len(old.logprobs) == len(new.logprobs):
         same = (old.token_ids == new.token_ids) & (old.token_ids >= 0)
         worst = ((old.logprobs - new.logprobs).abs() / (1 + old.logprobs.abs()))[same]
         error = float(worst.nan_to_num(nan=torch.inf).max()) if len(worst) else 0.0
-    exact = all(_equal(old[f.name], new[f.name]) for f in SamplerOutput.schema.fields)
-    return Compared(number, len(old.token_ids), flips, error, exact)
+    return Compared(number, sum(map(len, old.rows())), flips, error, exact)
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -147,9 +163,18 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _margin(old: SamplerOutput, row: int, token: int) -> float:
-    """How much likelier the recorded token was than another."""
+def _error(old: Declared, new: Declared, name: str) -> float:
+    """Compared.error of one array."""
+    a, b = old[name], new[name]
+    if _equal(a, b) or a is None or b is None or a.shape != b.shape or not a.is_floating_point():
+        return 0.0 if _equal(a, b) else torch.inf
+    a, b = a.double(), b.double()
+    return float(((a - b).abs() / (1 + a.abs())).nan_to_num(nan=torch.inf).max())
+
+
+def _margin(old: Any, place: int, token: int) -> float:
+    """How much likelier the recorded token of a place was than another."""
     if old.top_ids is None or old.top_logprobs is None or old.logprobs is None:
         return torch.inf
-    at = (old.top_ids[row] == token).nonzero()
-    return float(old.logprobs[row] - old.top_logprobs[row, int(at[0])]) if len(at) else torch.inf
+    at = (old.top_ids[place] == token).nonzero()
+    return float(old.logprobs[place] - old.top_logprobs[place, int(at[0])]) if len(at) else torch.inf

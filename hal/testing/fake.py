@@ -14,9 +14,8 @@ from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, Capabilities
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import PagedModelInput
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
-from hal.contracts.runner import ModelRunnerBase
+from hal.contracts.runner import ModelRunnerBase, OutputT
 from hal.paged.runner import PagedModelRunner
 from hal.testing.fake_device import Device, DeviceTensor, Event, Watch, refuse, taken
 
@@ -28,15 +27,16 @@ class FakeRunner(PagedModelRunner):
         self.state.apply(request)
         return self.state.prepare(request).to(self.device, non_blocking=True)  # a buffer that nobody writes again
 
-    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
-        fields = type(output).schema.fields
-        copies = {f.name: output[f.name].to("cpu", non_blocking=True) for f in fields if output[f.name] is not None}
+    def fetch(self, output: OutputT) -> Callable[[], OutputT]:
+        schema = type(output).schema
+        copies = {f.name: output[f.name] for f in schema.fields if output[f.name] is not None}
+        copies |= {f.name: copies[f.name].to("cpu", non_blocking=True) for f in schema.replicated if f.name in copies}
         event = Event(self.device)
         event.record()
 
-        def result() -> SamplerOutput:
+        def result() -> OutputT:
             event.synchronize()
-            return SamplerOutput(**copies)
+            return type(output)(**copies)
 
         return result
 

@@ -32,7 +32,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
     """Each layer keeps in a token's slot a number made of the token and its position, and adds up those of each token's
     context; tensor-parallel ranks share the positions; the total says which token comes next."""
 
-    input_type = PagedModelInput
+    input_type, output_type = PagedModelInput, SamplerOutput
     intermediate_type = NullIntermediate
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:

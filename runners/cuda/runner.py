@@ -15,7 +15,7 @@ from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
-from hal.contracts.runner import Progress, no_progress
+from hal.contracts.runner import OutputT, Progress, no_progress
 from hal.errors import BackendError, CapacityError
 from hal.features import adjusting
 from hal.paged.runner import PagedModelRunner
@@ -194,7 +194,7 @@ class CudaModelRunner(PagedModelRunner):
         with _memory("this step's sampling", "a smaller max_num_seqs or memory_fraction"):
             return super().draw(logits, m)
 
-    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+    def fetch(self, output: OutputT) -> Callable[[], OutputT]:
         return self._fetch(output)
 
     def capture_report(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.contracts.outputs import SamplerOutput
+from hal.contracts.runner import OutputT
 from hal.schema.packed import Packed
 
 _SLOTS = 4  # more than steps in flight
@@ -76,10 +76,11 @@ class Fetcher:
         self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
         self._events: list[torch.cuda.Event] = []
 
-    def __call__(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+    def __call__(self, output: OutputT) -> Callable[[], OutputT]:
         """Starts the copies; the result waits for them, and for no step that was submitted later."""
-        copies = {}
-        for field in type(output).schema.fields:
+        schema, copies = type(output).schema, {}
+        others = {field.name: output[field.name] for field in schema.unshaped}
+        for field in schema.replicated:
             tensor = output[field.name]
             if tensor is not None:
                 key = field.name, tuple(tensor.shape), tensor.dtype
@@ -89,10 +90,10 @@ class Fetcher:
         event = self._events.pop() if self._events else torch.cuda.Event()
         event.record(current_stream())
 
-        def result() -> SamplerOutput:
+        def result() -> OutputT:
             event.synchronize()
             self._events.append(event)
-            found = SamplerOutput(**{name: host.clone() for name, (_, host) in copies.items()})
+            found = type(output)(**{name: host.clone() for name, (_, host) in copies.items()}, **others)
             for key, host in copies.values():
                 self._kept[key].append(host)
             return found

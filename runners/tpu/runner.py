@@ -66,7 +66,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             warm-up left out: compiled since, each when it was first needed, and not needed yet.
     """
 
-    input_type = TpuModelInput
+    input_type, output_type = TpuModelInput, SamplerOutput
     model: CausalLM
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:

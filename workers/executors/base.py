@@ -8,20 +8,21 @@ import os
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-from hal.contracts.outputs import SamplerOutput
+from hal.contracts.inputs import ModelInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import HalError, StateError, in_forked_child
 from hal.profiling import span
+from hal.schema import Declared
 from hal.torch_state import TorchState
 from workers.executors.processes import threads_of_driver
 from workers.links.reports import Failure, chain
 
 A = TypeVar("A")
 R = TypeVar("R")
-Take = Callable[[], SamplerOutput]
+Take = Callable[[], Declared]
 
 
 class SubmittedStep:
@@ -29,9 +30,9 @@ class SubmittedStep:
 
     def __init__(self, executor: ExecutorBase, take: Take) -> None:
         self._executor, self.take = executor, take
-        self.output: SamplerOutput | None = None
+        self.output: Declared | None = None
 
-    def result(self) -> SamplerOutput:
+    def result(self) -> Declared:
         if self.output is None:
             self._executor.finish(self)
         assert self.output is not None
@@ -48,6 +49,9 @@ class ExecutorBase(abc.ABC):
     Args:
         world_size: ranks that share this host's cores.
     """
+
+    input_type: type[ModelInput]
+    output_type: type[Declared]
 
     def __init__(self, world_size: int) -> None:
         self._torch = TorchState(threads_of_driver(world_size))
@@ -119,6 +123,12 @@ class ExecutorBase(abc.ABC):
         if not self._closed:
             self._closed = True
             self._failure = in_forked_child(self._process)
+
+
+def fewest(blocks: Sequence[int]) -> int:
+    """The number of KV blocks that all ranks can have. A rank of which a block takes no memory reports 0, and does not
+    count; where all do, there are none."""
+    return min((count for count in blocks if count), default=0)
 
 
 _executors: weakref.WeakSet[ExecutorBase] = weakref.WeakSet()

@@ -14,13 +14,12 @@ from hal.config import DType, EngineConfig, WorkerConfig
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.control_plane import ControlPlane
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
 from hal.values import imported
-from workers.executors.base import ExecutorBase, SubmittedStep, Take
+from workers.executors.base import ExecutorBase, SubmittedStep, Take, fewest
 from workers.executors.connections import connect
 from workers.executors.launched import LaunchedExecutor
 from workers.executors.processes import PATIENCE
@@ -85,9 +84,10 @@ class DriverExecutor(ExecutorBase):
         self._plane, communicator = self._unless_one_fails(lambda: connect(configs[0], worker.backend, device, store))
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
+        self.input_type, self.output_type = worker.input_type, worker.output_type
         own, reports = worker.determine_num_blocks(), self._expect("sized")
         agree(worker.facts(), reports)
-        blocks: int = min([own, *(report["blocks"] for report in reports)])
+        blocks = fewest([own, *(report["blocks"] for report in reports)])
         ranks.tell(blocks=blocks)
         worker.initialize_cache(blocks)
         worker.warmup(progress)
@@ -129,7 +129,7 @@ class DriverExecutor(ExecutorBase):
         if output is not None:
             return self._worker.fetch(output)
         receive = self._worker.receive_output()
-        return lambda: SamplerOutput.from_buffer(receive())
+        return lambda: self.output_type.from_buffer(receive())
 
     def shutdown(self) -> None:
         if not self._closed:

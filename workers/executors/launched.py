@@ -18,14 +18,14 @@ from hal import guard
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress
 from hal.errors import ConfigError, HalError, StateError
 from hal.model_config import ModelConfig
 from hal.profiling import span
+from hal.schema import Declared
 from hal.schema.packed import Buffer
-from workers.executors.base import ExecutorBase, Take
+from workers.executors.base import ExecutorBase, Take, fewest
 from workers.executors.connections import connect
 from workers.links.groups import Store, dist, lost
 from workers.links.reports import Failure
@@ -73,7 +73,9 @@ class LaunchedExecutor(ExecutorBase):
         self._plane, communicator = connect(config, worker.backend, device, self._store)
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
-        blocks: int = min(r["blocks"] for r in self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks()))
+        self.input_type, self.output_type = worker.input_type, worker.output_type
+        reports = self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks())
+        blocks = fewest([report["blocks"] for report in reports])
         worker.initialize_cache(blocks)
         worker.warmup(progress)
         self._agree(facts={})
@@ -102,14 +104,14 @@ class LaunchedExecutor(ExecutorBase):
         fetch = self._worker.receive_output() if output is None else self._worker.fetch(output)
         return partial(self._tell, fetch, digest)
 
-    def _tell(self, fetch: Callable[[], SamplerOutput | Buffer], digest: np.ndarray) -> SamplerOutput:
+    def _tell(self, fetch: Callable[[], Declared | Buffer], digest: np.ndarray) -> Declared:
         output = fetch()
-        packed = output.to_buffer() if isinstance(output, SamplerOutput) else output
+        packed = output.to_buffer() if isinstance(output, Declared) else output
         with span("broadcast"):
             self._plane.broadcast([packed, digest.view(np.uint8)])
-        return output if isinstance(output, SamplerOutput) else SamplerOutput.from_buffer(packed)
+        return output if isinstance(output, Declared) else self.output_type.from_buffer(packed)
 
-    def _told(self, digest: np.ndarray) -> SamplerOutput:
+    def _told(self, digest: np.ndarray) -> Declared:
         with span("receive"):
             packed, theirs = self._plane.receive()
         step, crc = theirs.view(np.int64)
@@ -117,7 +119,7 @@ class LaunchedExecutor(ExecutorBase):
             raise StateError("this rank's scheduler and rank 0's went different ways",
                              got=f"step {digest[0]}, digest {digest[1]:08x}", expected=f"step {step}, digest {crc:08x}",
                              hint="give all ranks the same requests, in the same order")
-        return SamplerOutput.from_buffer(packed.copy())
+        return self.output_type.from_buffer(packed.copy())
 
     def _blame(self, error: BaseException) -> Failure:
         """What failed here is told to the others, in the place where they look next; unless it was told from there."""

@@ -12,12 +12,12 @@ from hal.contracts.backend import Backend, select
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import StateError
 from hal.guard import Phase, phase
 from hal.profiling import span
+from hal.schema import Declared
 from hal.schema.packed import Buffer
 from hal.values import imported
 from workers.worker.wire_policy import WIRES, NoWire, StepInputs, Wire
@@ -29,7 +29,13 @@ class WorkerBase(abc.ABC):
     Called in this order: init_device, connect, load_model, determine_num_blocks, initialize_cache, warmup; then
     execute_model step after step on the driver (and fetch, or receive_output where it gave none) and serve on the other
     ranks; at the end shutdown.
+
+    Attributes:
+        input_type, output_type: a step's input, and what it yields; known from load_model on.
     """
+
+    input_type: type[ModelInput]
+    output_type: type[Declared]
 
     def __init__(self, config: WorkerConfig, backend: Backend) -> None:
         self.config, self.backend, self.topology = config, backend, config.topology
@@ -59,10 +65,10 @@ class WorkerBase(abc.ABC):
         """Compile or capture all that steps will need; ranks do so together."""
 
     @abc.abstractmethod
-    def execute_model(self, request: ExecuteModelRequest) -> SamplerOutput | None:
+    def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
         """Run a step that the scheduler asked for. The output, where this rank samples."""
 
-    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+    def fetch(self, output: Declared) -> Callable[[], Declared]:
         """Begin to bring an output of this rank to the host; the result waits for it."""
         return lambda: output
 
@@ -125,7 +131,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
     @abc.abstractmethod
     def execute_runner(self, model_input: ModelInput,
-                       intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
+                       intermediate: IntermediateTensors | None) -> Declared | None:
         """Compute this rank's part of the step. Phase execute."""
 
     @abc.abstractmethod
@@ -137,7 +143,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
             return self.prepare_worker_input(request), self.prepare_model_input(request)
 
-    def execute_model(self, request: ExecuteModelRequest) -> SamplerOutput | None:
+    def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
         with phase(Phase.WORKER, self.topology.rank):
             return self.execute_step(*self.wire.share(self, request))
 
@@ -156,7 +162,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
         return result
 
-    def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> SamplerOutput | None:
+    def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> Declared | None:
         """What every rank does with a step, whoever prepared it."""
         topology, self.model_input = self.topology, model_input
         if topology.world_size > 1:
@@ -166,7 +172,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         with phase(Phase.EXECUTE, topology.rank), span("execute"):
             output = self.execute_runner(model_input, intermediate)
         self.communicator.end_step()
-        wanted: type = SamplerOutput if topology.samples else type(None)
+        wanted: type = self.output_type if topology.samples else type(None)
         if not topology.is_last_stage:
             wanted = IntermediateTensors
         if not isinstance(output, wanted):
@@ -174,7 +180,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
                              got=type(output).__name__, expected=wanted.__name__)
         if isinstance(output, IntermediateTensors):
             self.communicator.send(output)
-        elif isinstance(output, SamplerOutput):
+        elif isinstance(output, Declared):
             if topology.is_driver:
                 return output
             self.plane.send_output(self.communicator.fingerprint.seal(output.to_buffer()))

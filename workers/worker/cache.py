@@ -17,7 +17,8 @@ IDLE = WorkerInput()  # of every step that asks for nothing: most. Never to be c
 
 
 def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool) -> int:
-    """KV blocks of this rank, the null block included: EngineConfig.num_blocks, or what the memory holds.
+    """KV blocks of this rank, the null block included: EngineConfig.num_blocks, or what the memory holds. 0 where the
+    rank keeps no blocks.
 
     Args:
         free: bytes this rank may allocate, its weights already loaded. reserve: bytes of them that steps need.
@@ -28,6 +29,8 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
     Raises:
         CapacityError: one sequence of max_model_len, or num_blocks, does not fit.
     """
+    if not per_block:
+        return 0
     engine, length = config.engine, config.max_model_len
     budget = int(free * engine.memory_fraction) - reserve
     each = -(-length // engine.block_size)
@@ -61,7 +64,7 @@ class CacheEngine:
     def __init__(self, device: Sequence[torch.Tensor], num_cpu_blocks: int,
                  runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase) -> None:
         self.device, self.runner = device, runner
-        pin = num_cpu_blocks > 0 and device[0].is_cuda
+        pin = num_cpu_blocks > 0 and any(cache.is_cuda for cache in device)
         self.host = [torch.zeros((c.shape[0], num_cpu_blocks, *c.shape[2:]), dtype=c.dtype, pin_memory=pin)
                      for c in device]
 

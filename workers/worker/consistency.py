@@ -11,7 +11,6 @@ from typing import Any
 
 from hal.config import WorkerConfig
 from hal.contracts.inputs import WorkerInput
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import StateError
 from hal.features import FEATURES
@@ -28,7 +27,7 @@ def facts_of(config: WorkerConfig) -> dict[str, str]:
     found["step features"] = ", ".join(type(feature).__name__ for feature in FEATURES)
     for name in ("engine", "model"):
         found |= {f"{name}.{field}": repr(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
-    return found | schemas_of(ExecuteModelRequest, WorkerInput, SamplerOutput)
+    return found | schemas_of(ExecuteModelRequest, WorkerInput)
 
 
 def schemas_of(*kinds: type[Declared]) -> dict[str, str]:

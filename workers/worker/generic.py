@@ -14,10 +14,9 @@ from hal.contracts.block_moves import moves_blocks
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
-from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
-from hal.errors import StateError
+from hal.errors import BackendError, StateError
 from hal.schema import Declared
 from hal.schema.packed import Buffer
 from workers.worker.base import LocalOrDistributedWorkerBase
@@ -63,14 +62,16 @@ class Worker(LocalOrDistributedWorkerBase):
         self.plane, self.communicator = plane, communicator
         self._links = [plane, communicator]
         self.runner = self.backend.make_runner(self.config, self.device, communicator)
+        require_types(self.runner)
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
-        self._read = MessageReader(self.runner.input_type, self.device)
+        self.input_type, self.output_type = self.runner.input_type, self.runner.output_type
+        self._read = MessageReader(self.input_type, self.device)
 
     def facts(self) -> dict[str, str]:
         handed_on = self.runner.intermediate_type
-        return schemas_of(self.runner.input_type, *([] if handed_on is None else [handed_on]))
+        return schemas_of(self.input_type, self.output_type, *([] if handed_on is None else [handed_on]))
 
     def determine_num_blocks(self) -> int:
         on_host = self.device.type == "cpu" or self.backend.capabilities.host_memory
@@ -107,7 +108,7 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def execute_worker(self, worker_input: WorkerInput) -> None:
         if self.flight_recorder is not None:
-            self.flight_recorder.moved(worker_input, self.cache.device[0].shape[1])
+            self.flight_recorder.moved(worker_input, self.cache.device[0].shape[1] if self.cache.device else 0)
         self.cache.apply(worker_input)
 
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
@@ -118,7 +119,7 @@ class Worker(LocalOrDistributedWorkerBase):
         return self._checked(self.communicator.recv(kind, model_input.dims))
 
     def execute_runner(self, model_input: ModelInput,
-                       intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors | None:
+                       intermediate: IntermediateTensors | None) -> Declared | None:
         try:
             if self.flight_recorder is not None:
                 self.flight_recorder.began(model_input, self.runner)
@@ -135,10 +136,10 @@ class Worker(LocalOrDistributedWorkerBase):
                                  expected=dims)  # the next stage would wait for bytes that never come
         return output
 
-    def fetch(self, output: SamplerOutput) -> Callable[[], SamplerOutput]:
+    def fetch(self, output: Declared) -> Callable[[], Declared]:
         take, communicator = self.runner.fetch(output), self.communicator
 
-        def result() -> SamplerOutput:
+        def result() -> Declared:
             fetched = take()
             communicator.check()
             return fetched
@@ -168,3 +169,23 @@ class Worker(LocalOrDistributedWorkerBase):
         if self.strict:
             value.check()
         return value
+
+
+def require_types(runner: ModelRunnerBase[Any]) -> None:
+    """Whether the control plane can carry what the runner declares.
+
+    Raises:
+        BackendError: input_type is no ModelInput, or output_type is no Declared class, or a field of the latter is not
+            replicated, and so does not travel.
+    """
+    name = type(runner).__name__
+    for attribute, base in (("input_type", ModelInput), ("output_type", Declared)):
+        kind = getattr(runner, attribute, None)
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise BackendError(f"{name}.{attribute} cannot be carried between ranks", got=repr(kind),
+                               expected=f"a subclass of {base.__module__}.{base.__qualname__}",
+                               hint="declare its tensors as annotated fields, as README.md shows")
+    stays = [field.name for field in runner.output_type.schema.local]
+    if stays:
+        raise BackendError(f"{name}.output_type has fields that do not travel", got=", ".join(stays),
+                           expected="replicated fields alone")
