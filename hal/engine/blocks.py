@@ -10,8 +10,8 @@ from hashlib import blake2b
 
 def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], block_size: int, count: int) -> None:
     """Grow `hashes` to the first `count` full blocks; `tokens(start, end)` gives the token ids there. A block's
-    address is BLAKE2b-128 over its parent's address and its tokens, so equal addresses mean equal prefixes, collisions
-    being out of reach."""
+    address is BLAKE2b-128 over its parent's address and its tokens. So equal addresses mean equal prefixes: nobody can
+    construct a collision."""
     for i in range(len(hashes), count):
         parent = hashes[i - 1] if i else b""
         block = struct.pack(f"<{block_size}i", *tokens(i * block_size, (i + 1) * block_size))
@@ -19,8 +19,10 @@ def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], 
 
 
 class BlockManager:
-    """Blocks 1 to num_blocks - 1; 0 is the null block. A full block may be registered under its prefix's hash: then,
-    once nobody holds it, it stays findable until it is the least recently released one and a block is needed.
+    """The owner of all KV block ids of an engine; the memory of the blocks belongs to the ranks. Blocks are numbered
+    from 1 to num_blocks - 1; block 0 is the null block. A full block may be registered under the hash of its prefix. A
+    registered block that has no holder can still be found, until it is evicted: blocks are evicted when one is needed,
+    the least recently released one first.
 
     Args:
         num_blocks: device blocks, the null block included. num_cpu_blocks: host blocks, from 0.
@@ -31,7 +33,7 @@ class BlockManager:
         self.num_blocks, self.num_cpu_blocks, self.prefix_caching = num_blocks, num_cpu_blocks, prefix_caching
         self.refs = [0] * num_blocks
         self._unused = list(range(num_blocks - 1, 0, -1))
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # registered, held by nobody; the oldest first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # registered blocks without a holder, oldest first
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._root_of: list[bytes] = [b""] * num_blocks  # of registered blocks: the hash of their prefix's first block
         self._cached: dict[bytes, int] = {}
@@ -47,7 +49,7 @@ class BlockManager:
         return len(self._unused_host)
 
     def allocate(self) -> int:
-        """A block of which the caller is the only holder; `num_free` must be above 0."""
+        """A block whose only holder is the caller; `num_free` must be above 0."""
         if self._unused:
             block = self._unused.pop()
         else:
@@ -57,7 +59,7 @@ class BlockManager:
         return block
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix. They are not held yet: `share` them before anything is allocated."""
+        """The blocks of the longest cached prefix. They get no holder: `share` them before anything is allocated."""
         found: list[int] = []
         if self.prefix_caching:
             for key in hashes:
@@ -68,18 +70,18 @@ class BlockManager:
         return found
 
     def num_idle(self, blocks: Iterable[int]) -> int:
-        """How many of these cached blocks nobody holds: sharing them takes that many from `num_free`."""
+        """How many of these cached blocks have no holder: sharing them takes that many from `num_free`."""
         return sum(self.refs[b] == 0 for b in blocks)
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more holder of each."""
+        """Add a holder to each block."""
         for block in blocks:
             if self.refs[block] == 0:
                 del self._evictable[block]
             self.refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """One holder less of each. A prefix's end becomes evictable before its beginning."""
+        """Remove a holder of each block. The end of a prefix becomes evictable before its beginning."""
         for block in reversed(blocks):
             self.refs[block] -= 1
             if self.refs[block] == 0:
@@ -89,7 +91,8 @@ class BlockManager:
                     self._evictable[block] = None
 
     def register(self, block: int, key: bytes, root: bytes) -> None:
-        """A held block is full, and its content is settled by the steps issued so far. The first of equals is kept.
+        """Make a block findable. It has a holder, it is full, and the steps issued so far decide its content. When two
+        blocks have the same address, the first one stays registered.
 
         Args:
             key: the address of the block. root: the address of the first block of its prefix.
@@ -98,7 +101,7 @@ class BlockManager:
             self._hash_of[block], self._root_of[block] = key, root
 
     def distrust(self, root: bytes) -> None:
-        """Make every block whose prefix begins with this first block unfindable, whoever computed it."""
+        """Remove from the prefix cache every block whose prefix begins with this first block."""
         for block, key in enumerate(self._hash_of):
             if key is not None and self._root_of[block] == root:
                 self._forget(block)

@@ -1,9 +1,9 @@
-"""One call at a time changes an engine, and none does after a call that did not come to its end.
+"""One call at a time changes an engine. After a call that was interrupted, no call changes it before `restart`.
 
 A signal handler may raise between any two instructions, so no code that changes several things can undo them all. The
 rule here needs no undoing. A call takes hold of the engine in one operation, and lets go of it in one operation when
-all its changes are made. A call that ends by an exception never lets go. The next call is refused for that reason,
-until `restart` builds anew what is in doubt.
+all its changes are made. A call that ends by an exception never lets go, so the next call is refused. `restart` builds
+the engine's state again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _RESTART = "restart() makes new workers, and unfinished requests go on from the 
 
 
 class Call:
-    """A call that holds the engine until its `with` block has ended well.
+    """A call that holds the engine until its `with` block ends without an exception.
 
     Args:
-        reads: it changes nothing, so that it lets go after an exception too.
+        reads: the call changes nothing, so it lets go after an exception too.
 
     Attributes:
-        thread: the one that made it.
-        refusal: makes the error that later calls get; None while it runs.
+        thread: the thread that made the call.
+        refusal: makes the error that later calls get; None while the call runs.
     """
 
     __slots__ = ("_calls", "_reads", "refusal", "thread")
@@ -44,7 +44,7 @@ class Call:
                  trace: TracebackType | None) -> None:
         if error is not None and not self._reads:
             self.refusal = _consequence(error)
-        elif self._calls.held.get("by") is self:  # else a signal handler has shut the engine down meanwhile
+        elif self._calls.held.get("by") is self:  # otherwise a signal handler has shut the engine down in the meantime
             self._calls.held.clear()
 
 
@@ -106,13 +106,13 @@ class Calls:
 
 
 def _consequence(error: BaseException) -> Callable[[], HalError]:
-    """Makes what later calls are told: each time anew, since an error that is raised keeps the frames it passes, and
-    with them the memory of the failed step and of the caller."""
+    """A function that makes the error of later calls. It makes a new error each time: a raised error keeps the frames
+    that it passed through, and with them the memory of the failed step and of the caller."""
     if isinstance(error, WorkerError):
         hint = f"{error.hint}; {_RESTART}" if error.hint else _RESTART
         return partial(WorkerError, error.what, rank=error.rank, cause=error.cause,
                        remote_traceback=error.remote_traceback, hint=hint)
-    if isinstance(error, StateError):  # such as the executor's in a forked child: its own words say what to do
+    if isinstance(error, StateError):  # such as the executor's error in a forked child, whose text says what to do
         return partial(StateError, error.what, got=error.got, expected=error.expected, hint=error.hint or _RESTART)
     text = error.what if isinstance(error, HalError) else str(error)
     return partial(StateError, "an exception ended an earlier call in the middle, so the engine's state is in doubt",

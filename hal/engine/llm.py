@@ -35,9 +35,9 @@ class Stats:
     """Counts since the engine started.
 
     Attributes:
-        steps: submitted. prefill_tokens: computed in chunks of prompts, also anew after a preemption. decode_tokens:
-            sampled. cached_tokens: of prompts, found in the prefix cache.
-        running, waiting: requests now.
+        steps: submitted steps. prefill_tokens: tokens computed in chunks of prompts, with those that are computed again
+            after a preemption. decode_tokens: sampled tokens. cached_tokens: prompt tokens found in the prefix cache.
+        running, waiting: requests at this moment.
     """
 
     steps: int
@@ -55,12 +55,13 @@ class LLM:
         with LLM("path/to/checkpoint", tp=2) as llm:
             outputs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=32))
 
-    For an engine of one's own: `add_request`, and `step` while `unfinished`.
+    To drive requests yourself, call `add_request`, and then `step` while `unfinished`.
 
-    It belongs to the process that made it: in a forked child `step` and what uses it raise a StateError, and leaving
-    the `with` block does nothing. It is not thread-safe: a call while another thread is in one raises a StateError. A
-    call that an exception ends in the middle (KeyboardInterrupt, one of a signal handler, a WorkerError) leaves the
-    engine in doubt: every later call is refused with an error that says so, until `restart`.
+    An LLM belongs to the process that made it: in a forked child every call that runs steps raises a StateError, and
+    leaving the `with` block does nothing. It is not thread-safe: a call while another thread is in a call raises a
+    StateError. An exception that ends a call in the middle (KeyboardInterrupt, an exception of a signal handler, a
+    WorkerError) leaves the engine's state unknown: every later call is refused with an error that says so, until
+    `restart`.
 
     Args:
         model: checkpoint directory in Hugging Face format; by default the bundled one, which adds numbers. Without
@@ -90,12 +91,12 @@ class LLM:
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
         self._pending: deque[tuple[ScheduledStep, StepHandle]] = deque()
-        self._requests: dict[int, RequestState] = {}  # not complete; all that restart() needs follows from them
-        self._kept: dict[int, RequestState] = {}  # grew, and the next step() hands their outputs out
+        self._requests: dict[int, RequestState] = {}  # unfinished requests; restart() needs nothing else
+        self._kept: dict[int, RequestState] = {}  # requests that grew; the next step() returns their outputs
         # A finalizer may cancel a request in the middle of a call. Such requests end in the next step.
         self._cancelled: deque[RequestState] = deque()
         self._next_id = 0
-        self._stop_texts = 0  # unfinished requests that have such
+        self._stop_texts = 0  # the number of unfinished requests with stop texts
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
     def _make_scheduler(self) -> Scheduler:
@@ -105,8 +106,8 @@ class LLM:
 
     def generate(self, prompts: Prompts, params: SamplingParams | Several[SamplingParams] | None = None, *,
                  progress: bool = False) -> list[RequestOutput]:
-        """Complete all prompts. Requests of add_request and stream go on meanwhile; `step` hands out what came of the
-        former.
+        """Complete all prompts. Requests of add_request and stream go on at the same time; the next `step` returns the
+        outputs of add_request that grew.
 
         Args:
             prompts: a text, token ids (a list, tuple, range or one-dimensional array), or a list of these. params: of
@@ -114,11 +115,11 @@ class LLM:
             progress: show a bar with prefill and decode tokens/s.
 
         Returns:
-            In the order of the prompts. One whose logits were NaN or infinite ended with finish_reason "error", and its
-            `error` is a NumericsError; the others are as without it.
+            The outputs, in the order of the prompts. A request whose logits were NaN or infinite has the finish_reason
+            "error", and its `error` is a NumericsError; it does not change the others.
 
         Raises:
-            RequestError, CapacityError: a prompt is refused (named by its index); then none is run.
+            RequestError, CapacityError: a prompt is refused, which the error names by its index. No prompt is run.
             WorkerError: a rank failed. StateError: see the class.
         """
         several = as_prompts(prompts)
@@ -147,15 +148,15 @@ class LLM:
         return [r.output for r in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The output each time it has grown, and when it has ended: the same object, whose text never shows part of a
-        stop text. Closing the iterator aborts the request. Several streams may take turns. Raises as `generate`, at
-        once."""
+        """Yield the output each time it has grown, and when it has ended. It is the same object each time, and its text
+        never shows a part of a stop text. Closing the iterator aborts the request. Several streams may take turns. This
+        call itself, not the iterator, raises the errors of `generate`."""
         chosen, = as_params(params, 1)
         ids, = self._checked([prompt], [chosen])
         return self._stream(prompt, ids, chosen)
 
     def _stream(self, prompt: Prompt, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
-        request = self._enqueue(prompt, ids, params, polled=False)  # here: an iterator that nobody starts enqueues none
+        request = self._enqueue(prompt, ids, params, polled=False)  # not before somebody reads the iterator
         output, seen, told = request.output, 0, None
         try:
             while True:
@@ -165,7 +166,7 @@ class LLM:
                     if len(output.token_ids) <= seen and output.finish_reason == told:
                         return
                     seen, told = len(output.token_ids), output.finish_reason
-                    request.write_text()  # it may have grown in the steps of another call
+                    request.write_text()  # the output may have grown in the steps of another call
                 yield output
         finally:
             self._cancel(request)
@@ -174,7 +175,7 @@ class LLM:
         """The prompt's token ids.
 
         Raises:
-            RequestError: this model cannot do it. CapacityError: the KV cache cannot hold it.
+            RequestError: this model cannot serve the request. CapacityError: the KV cache cannot hold it.
         """
         chosen, = as_params(params, 1)
         return self._checked([prompt], [chosen])[0]
@@ -218,14 +219,14 @@ class LLM:
         return ids
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Enqueue a request; its number. Raises as `generate`."""
+        """Enqueue a request. Returns its number. Raises the errors of `generate`."""
         chosen, = as_params(params, 1)
         ids, = self._checked([prompt], [chosen])
         return self._enqueue(prompt, ids, chosen, polled=True).output.request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request now; one that is finished or unknown stays as it is. Its output appears in no further step.
-        Also possible after a failure: then `restart` does not bring the request back.
+        """End a request now. Its output appears in no further step. A finished or unknown request stays as it is. A
+        request can be aborted after a failure too: then `restart` does not bring it back.
 
         Raises:
             RequestError: not a number. StateError: another thread is in a call.
@@ -241,18 +242,18 @@ class LLM:
 
     @property
     def unfinished(self) -> bool:
-        """Requests are not complete, or `step` has not handed out all outputs."""
+        """Whether a request is not complete, or `step` has not returned all outputs."""
         return bool(self._requests or self._kept)
 
     def step(self, *, text: bool = True) -> list[RequestOutput]:
-        """Hand out what grew in the steps of `generate` and `stream`. Where there is nothing such: submit a step if one
-        can be, and take over the oldest one's output once enough are in flight.
+        """Return the outputs that grew during calls of `generate` and `stream`. If there is none, submit a step when
+        the scheduler has one, and take the output of the oldest submitted step when enough steps are in flight.
 
         Args:
-            text: bring the texts of running requests up to date. Complete ones have theirs in any case.
+            text: bring the texts of running requests up to date. A complete request has its text in any case.
 
         Returns:
-            The outputs of add_request that grew; those with a finish_reason are complete.
+            The outputs of add_request that grew. An output with a finish_reason is complete.
 
         Raises:
             WorkerError: a rank failed. StateError: see the class.
@@ -294,12 +295,12 @@ class LLM:
         return Stats(**counts, running=running, waiting=len(live) - running)
 
     def restart(self) -> None:
-        """New workers after any failure, or at any time. Unfinished requests keep the tokens that they have and go on
-        from them; steps in flight are void, and give the same tokens again.
+        """Start new workers, after a failure or at any other time. Unfinished requests keep their tokens and go on from
+        them. The steps in flight are void; new steps give the same tokens again.
 
         Raises:
-            As making an LLM. CapacityError also where a request no longer fits, which it names: abort that one, or make
-            room, and restart again. After an error the workers are ended, and the requests stay.
+            The errors of making an LLM. A CapacityError may also name a request that no longer fits: abort it, or make
+            room, and restart again. After an error no workers run, and the requests stay.
             StateError: another thread is in a call.
         """
         with self._calls.begin_anew():
@@ -318,7 +319,7 @@ class LLM:
                 raise
 
     def _resume(self, request: RequestState) -> None:
-        """Enqueue a request with the tokens that it has; or complete it, where these are all."""
+        """Enqueue a request with the tokens that it has, or complete it if it needs no more."""
         seq = request.seq
         request.recover(self._make_text(seq.prompt_ids, seq.params))
         if seq.finish_reason is None:
@@ -378,7 +379,7 @@ class LLM:
         return None if self.tokenizer is None else TextStream(self.tokenizer, prompt_ids, params.stop)
 
     def _keep(self, requests: list[RequestState]) -> None:
-        """For the next `step`, in the order in which they grew last."""
+        """Remember requests whose outputs the next `step` returns, in the order in which they grew last."""
         for request in requests:
             if request.polled:
                 self._kept.pop(request.seq.request_id, None)
@@ -402,7 +403,7 @@ class LLM:
             seq = step.sampled[row]
             assert logprobs is not None
             if seq.finish_reason == "error":
-                continue  # there is no token
+                continue  # the request got no token
             seq.owner.output.logprobs.append(logprobs.of(row, int(tokens[row]), seq.params.logprobs or 0))
         if text or self._stop_texts:
             for request in grown:
@@ -411,7 +412,7 @@ class LLM:
                     if request.text.stopped and request.seq.finish_reason is None:
                         self.scheduler.finish(request.seq, "stop")
                         complete.append(request)
-        self._keep(complete)  # what an interrupted call does not hand out, the next one does
+        self._keep(complete)  # if this call is interrupted, a later one returns these outputs
         for request in complete:
             self._complete(request)
         return grown, complete
@@ -421,7 +422,7 @@ class LLM:
         for seq, first, end in step.prompt_targets:
             request = self._requests.get(seq.request_id)
             for at in range(first, end):
-                # Told again only when a preempted prompt is computed anew.
+                # A step repeats a token's logprobs only when a preempted prompt is computed again.
                 if request is not None and logprobs is not None and request.output.prompt_logprobs is not None \
                         and len(request.output.prompt_logprobs) == at:
                     request.output.prompt_logprobs.append(
@@ -435,20 +436,20 @@ class LLM:
         if request.output.finish_reason == "error":
             request.output.error = request.numerics_error(
                 backends.resolve_dtype(self.backend, self.config.dtype, self.model_config.dtype))
-        seq.owner = None  # else the two hold each other
-        if self._requests.pop(seq.request_id, None) is not None:  # last: until then restart() completes it anew
+        seq.owner = None  # without this, the sequence and the request are a reference cycle
+        if self._requests.pop(seq.request_id, None) is not None:  # last, since restart() completes it until then
             self._stop_texts -= bool(seq.params.stop)
             self._counts["cached_tokens"] += seq.num_cached
             self._counts["preemptions"] += seq.preemptions
 
     def _cancel(self, request: RequestState) -> None:
-        """Abort a request, in whatever state the engine is."""
+        """Abort a request in any state of the engine."""
         if self._calls.idle:
             with self._calls.begin():
                 self._end(request)
         elif self._calls.ended:
             self._drop(request)
-        else:  # the finalizer of a stream, in the middle of a call
+        else:  # this is the finalizer of a stream, in the middle of another call
             self._cancelled.append(request)
 
     def _end(self, request: RequestState) -> None:
@@ -457,13 +458,13 @@ class LLM:
             self._complete(request)
 
     def _drop(self, request: RequestState) -> None:
-        """Forget a request of an engine in doubt, which restart() will build from those that are left."""
+        """Forget a request of an engine whose state is unknown; restart() builds the state from the other requests."""
         self._requests.pop(request.seq.request_id, None)
         request.output.finish_reason = request.output.finish_reason or "abort"
         request.seq.owner = None
 
     def _drop_since(self, first: int) -> None:
-        """Forget the requests of a call that ends by an exception: nobody will ask for them."""
+        """Forget the requests of a call that ends by an exception, since nobody can ask for their outputs."""
         for number in [n for n in self._requests if n >= first]:
             self._drop(self._requests[number])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class LoadProgress:
-    """A hal.contracts.runner.Progress: one bar for each thing that is done."""
+    """A hal.contracts.runner.Progress that shows one bar for each stage of loading and warming up."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -40,12 +40,12 @@ class RequestProgress:
         self._since = time.perf_counter()
 
     def step(self, prefill: int, decode: int, finished: int) -> None:
-        """What came of a step: prompt tokens computed, tokens sampled, requests that are complete."""
+        """Count a step: its computed prompt tokens, its sampled tokens, and the requests that it completed."""
         if self._bar.disable:
             return
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
-        # A step with both counts as prefill: that is what its time went to.
+        # A step with both counts as prefill, because prefill takes most of its time.
         kind, tokens = ("prefill", prefill) if prefill else ("decode", decode)
         old = self._rates[kind]
         self._rates[kind] = tokens / seconds if not old else 0.9 * old + 0.1 * tokens / seconds
@@ -57,7 +57,7 @@ class RequestProgress:
         return not self._bar.disable
 
     def aside(self) -> AbstractContextManager[object]:
-        """Context manager: a terminal shows what the block prints above the bar."""
+        """Context manager: a terminal shows the text that the block prints above the bar."""
         aside: AbstractContextManager[object] = self._bar.external_write_mode()
         return aside
 

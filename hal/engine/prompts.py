@@ -1,4 +1,4 @@
-"""What callers may give as prompts and as their parameters, in one form: texts, and lists of Python integers."""
+"""Prompts and parameters of a call, converted to one form: texts, lists of Python integers, SamplingParams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPECTED = "a text, or a list, tuple, range or one-dimensional array of token i
 
 
 def as_prompts(prompts: Prompts) -> list[Prompt]:
-    """One prompt as a list of one; several as a list. Each is still to be checked.
+    """A list of prompts: one prompt becomes a list of one. The prompts are not checked yet.
 
     Raises:
         RequestError: neither a prompt nor a list of prompts.
@@ -75,7 +75,7 @@ def check_length(count: int, most: int, hint: str | None = None) -> None:
 
 
 def _items(value: object, what: str, expected: str) -> Sequence[object]:
-    """What an ordered collection holds. An array of more than one dimension is refused: its rows may be padded."""
+    """The items of an ordered collection. An array of more than one dimension is refused: its rows may be padded."""
     if is_array(value) and value.ndim == 1:
         try:
             found: list[object] = value.tolist()

@@ -17,8 +17,8 @@ from hal.errors import NumericsError
 @dataclass(slots=True)
 class RequestState:
     """Attributes:
-        polled: its outputs are handed out by LLM.step; those of other requests by the call that made them.
-        shown: output tokens that `text` has.
+        polled: LLM.step returns the request's outputs; the outputs of other requests go to the call that made them.
+        shown: the number of output tokens that `text` has taken.
     """
 
     seq: Sequence
@@ -28,10 +28,10 @@ class RequestState:
     shown: int = 0
 
     def write_text(self, *, show: bool = True) -> None:
-        """Bring the text up to the tokens there are; a stop text cuts the tokens' text, not the tokens.
+        """Bring the text up to date with the tokens. A stop text cuts the text, not the tokens.
 
         Args:
-            show: write output.text too. That of a complete output is written in any case.
+            show: write output.text too. The text of a complete output is written in any case.
         """
         output, done = self.output, self.seq.finish_reason is not None
         if self.text is None:
@@ -39,7 +39,7 @@ class RequestState:
         tokens = output.token_ids[self.shown:]
         self.shown = len(output.token_ids)
         if done and tokens and self.seq.finish_reason == "stop" and not self.text.stopped:
-            tokens = tokens[:-1]  # the token that ended it is no text
+            tokens = tokens[:-1]  # the token that ended the output is not shown
         if tokens or done:
             self.text.append(tokens, last=done)
         if show or done:
@@ -56,11 +56,11 @@ class RequestState:
                                   else "dtype='bfloat16' or 'float32'"))
 
     def recover(self, text: TextStream | None) -> None:
-        """Make all that follows from the tokens follow from them again, wherever an exception left it. The sequence is
-        then as one that waits. A token whose logprobs are missing goes: it will be sampled again.
+        """Restore all state that follows from the tokens, after an exception has left it half changed. The sequence is
+        then a waiting one. A token whose logprobs are missing is removed: it will be sampled again.
 
         Args:
-            text: a new one, for this request.
+            text: a new TextStream for this request.
         """
         seq, output = self.seq, self.output
         if output.logprobs is not None:
@@ -101,6 +101,7 @@ class Logprobs:
         return cls(chosen.numpy(), ranks.numpy(), ids.numpy(), top.numpy())
 
     def of(self, row: int, token: int, count: int) -> TokenLogprob:
-        """`count`: what this request asked for; a step reports the most that any did."""
+        """The logprobs of a row's token. `count` is the number that this request asked for; a step reports the largest
+        number that any request asked for."""
         ids, values = self.top_ids[row, :count].tolist(), self.top[row, :count].tolist()
         return TokenLogprob(token, float(self.chosen[row]), int(self.ranks[row]), list(zip(ids, values, strict=True)))

@@ -14,7 +14,7 @@ from hal.errors import StateError
 from hal.features import COLUMNS, FEATURES
 from hal.features.masks import mask_fields
 
-# Most steps bring nothing new, and making eight empty arrays takes as long as what they carry.
+# Most steps change nothing here. Making eight empty arrays would take as long as making the rest of a request.
 _NONE = np.zeros(0, np.int32)
 _NO_FLOATS = np.zeros((0, len(COLUMNS["float"])), np.float32)
 _WITH_ARRAYS = tuple(f for f in FEATURES if f.request)
@@ -26,10 +26,11 @@ class ScheduledStep:
     """A step that the scheduler has issued and that the executor runs.
 
     Attributes:
-        rows: all rows it computes. sampled_rows, sampled: those that get a token, in the order of SamplerOutput.
-        prompt_targets: (sequence, first, end) of those whose prompt logprobs come with this step, in the order of
-            SamplerOutput: one for each prompt token from `first` to before `end`.
-        num_tokens, num_prefill: tokens that it computes, and how many of them are not decodes.
+        rows: all rows that the step computes. sampled_rows, sampled: the rows and sequences that get a token, in the
+            order of SamplerOutput.
+        prompt_targets: (sequence, first, end) of each sequence whose prompt logprobs come with this step, in the order
+            of SamplerOutput: one for each prompt token from `first` to before `end`.
+        num_tokens, num_prefill: tokens that the step computes, and how many of them belong to prefill.
     """
 
     request: ExecuteModelRequest
@@ -41,11 +42,11 @@ class ScheduledStep:
     num_prefill: int
 
     def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int) -> None:
-        """Say which tokens sequences may get from this step, before it is executed. A sequence under asynchronous
-        scheduling needs `Sequence.needs_tokens`, else its mask would have to be known before its last token.
+        """Say which tokens sequences may get from this step, before it is executed. Under asynchronous scheduling such
+        a sequence needs `Sequence.needs_tokens`; without it the mask would have to be known before its last token.
 
         Args:
-            masks: bool [vocab_size] by request_id, of sequences in `sampled`; the others are not restricted.
+            masks: bool [vocab_size] by request_id, for sequences in `sampled`; other sequences are not restricted.
 
         Raises:
             StateError: a request is not sampled in this step.
@@ -60,10 +61,12 @@ class ScheduledStep:
 
 @dataclass(slots=True)
 class Changes:
-    """What the next request carries beside the rows it computes. Pairs are (source block, destination block).
+    """The changes that the next request carries, beside the rows that it computes. Pairs are (source block,
+    destination block).
 
     Attributes:
-        finished: rows. entered: sequences that came into rows. grown: (row, column, block) of running ones.
+        finished: rows that sequences have left. entered: sequences that have entered rows. grown: (row, column, block)
+            of each block that a running sequence was given.
     """
 
     finished: list[int] = field(default_factory=list)

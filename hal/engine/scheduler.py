@@ -1,10 +1,11 @@
-"""Which sequences compute how many tokens next: continuous batching, chunked prefill, prefix caching, preemption.
+"""The scheduler: continuous batching, chunked prefill, prefix caching and preemption.
 
-Policy. First every running sequence with one token to compute (decodes), then chunks of running prompts, then preempted
-and waiting sequences, each group oldest first, within max_num_batched_tokens. A sequence starts when there are blocks
-for all its tokens, and takes another block when it outgrows them. If there is none, the youngest sequences leave: to
-host memory where that has room, else they are computed anew later. Either way they give their row up and come back as
-new ones. Nothing younger than the sequence in need remains before that sequence itself has to wait.
+Policy. A step takes, within max_num_batched_tokens, first every running sequence with one token to compute (decodes),
+then chunks of running prompts, then preempted and waiting sequences; in each group the oldest comes first. A sequence
+starts when there are blocks for all its tokens, and takes another block when its tokens need one. If no block is free,
+the youngest sequences are preempted. Their KV cache is swapped to the host if there is room, or else computed again
+later. In both cases they leave their row and come back as new sequences. All sequences younger than the one that needs
+a block are preempted before that one has to wait.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ class Scheduler:
     """Args:
         config: block_size, max_num_seqs, max_num_batched_tokens and prefix_caching are read.
         num_blocks, num_cpu_blocks: device and host blocks.
-        eos_token_ids: end a sequence, unless its params ignore them.
+        eos_token_ids: tokens that end a sequence, unless its params ignore them.
         depth: microbatches that may be in flight at once; running sequences are spread over them.
-        ahead: a sequence may run again before its last token is known here: ranks keep it on the device. So a device
-            need not wait for the host. A sequence that turns out to have ended has then computed one token for nothing.
+        ahead: a sequence may run again before its last token is known here, because ranks keep that token on the
+            device. So a device need not wait for the host. A sequence that has already ended computes one token in
+            vain.
 
     Attributes:
-        waiting, running: oldest first.
-        length, computed, capacity: by row: tokens there are (of them `unknown` still on the device), tokens computed by
-            the steps issued, tokens that blocks hold.
+        waiting, running: sequences, oldest first.
+        length, computed, capacity: of each row, the number of its tokens (`unknown` of them are still on the device),
+            of the tokens that the issued steps compute, and of the tokens that its blocks can hold.
     """
 
     def __init__(self, config: EngineConfig, num_blocks: int, num_cpu_blocks: int = 0, *,
@@ -84,7 +86,7 @@ class Scheduler:
         insort(self.waiting, seq, key=_AGE)
 
     def ending(self, seq: Sequence) -> FinishReason | None:
-        """Why a sequence with these tokens is complete; None when it is not."""
+        """The reason why a sequence with these tokens is complete, or None when it is not."""
         if seq.output_ids:
             token, params = seq.output_ids[-1], seq.params
             if token in params.stop_token_ids or (not params.ignore_eos and token in self._eos):
@@ -92,8 +94,8 @@ class Scheduler:
         return "length" if len(seq) >= seq.limit else None
 
     def finish(self, seq: Sequence, reason: FinishReason) -> None:
-        """End a sequence now: an abort, or a stop that the scheduler cannot see; a finished one stays as it is. What is
-        in flight for it comes to nothing, and its blocks are freed after that."""
+        """End a sequence now, because of an abort or of a stop that the scheduler cannot see. A finished sequence stays
+        as it is. Results of steps in flight are dropped, and the blocks are freed when those steps have ended."""
         if seq.finish_reason is not None:
             return
         seq.finish_reason = reason
@@ -101,14 +103,14 @@ class Scheduler:
             self.waiting.remove(seq)
             self._drop_host(seq)
         elif self._in_flight[seq.row]:
-            self._limit[seq.row] = 0  # it does not run again
+            self._limit[seq.row] = 0  # the sequence does not run again
             self._leaving.append(seq)
         else:
             self._leave(seq)
 
     def schedule(self) -> ScheduledStep | None:
-        """The next step, or None when every sequence is in flight or there is none. It counts as issued: what it
-        computes is taken as done for all later steps, which ranks run in order."""
+        """The next step, or None when every sequence is in flight or there is none. The step counts as issued: later
+        steps rely on its results, because ranks run steps in order."""
         if self._changes.swap_out and not self.running:  # those to profit are gone, and no step carried it out
             for seq in self.waiting:
                 self._drop_host(seq, unwritten_only=True)
@@ -141,9 +143,9 @@ class Scheduler:
         return step
 
     def update(self, step: ScheduledStep, token_ids: np.ndarray) -> list[Sequence]:
-        """Take over a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete,
-        which are returned: their finish_reason is set and their blocks are free. A token of -1 (see SamplerOutput) ends
-        its sequence with "error", and is none of its tokens.
+        """Take a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete. These
+        are returned, with their finish_reason set and their blocks freed. A token of -1 (see SamplerOutput) ends its
+        sequence with "error", and is not one of its tokens.
 
         Raises:
             StateError: the number of tokens is not that of the sampled sequences.
@@ -177,10 +179,10 @@ class Scheduler:
         return ended
 
     def _end_failed(self, step: ScheduledStep, tokens: np.ndarray) -> list[Sequence]:
-        """End the sequences without a token, and set their tokens to 0: their rows may still be told of them. Keys and
-        values behind such a token may be NaN, from any block on, so they leave the prefix cache, and so does all that
-        was computed from them. Who still computes with them registers no more: it may be ended by its user before its
-        own logits show it."""
+        """End the sequences that got no token, and set their tokens to 0, since a later request may still append them.
+        The keys and values of such a sequence may be NaN in any block. Therefore the blocks of its prefix, and all
+        blocks computed from them, leave the prefix cache. A sequence that still uses these blocks registers no further
+        block: its user may abort it before its own logits show the NaN."""
         failed = [step.sampled[i] for i in np.flatnonzero(tokens < 0).tolist()]
         tokens[tokens < 0] = 0
         failed = [seq for seq in failed if seq.finish_reason is None]
@@ -193,11 +195,11 @@ class Scheduler:
         return failed
 
     def _can_run(self, rows: np.ndarray) -> np.ndarray:
-        """Which rows need nothing that is still in flight."""
+        """Which of the rows do not depend on a step in flight."""
         idle: np.ndarray = self._in_flight[rows] == 0
         if not self.ahead:
             return idle
-        # In flight, but all that the next step needs is computed by then, or on the device.
+        # Or the row is in flight, but its next step finds everything that it needs computed, or on the device.
         idle |= ((self.unknown[rows] == 0) | ~self._needs_tokens[rows]) & (self.length[rows] < self._limit[rows])
         return idle
 
@@ -207,7 +209,7 @@ class Scheduler:
         return self._order
 
     def _grow(self, decodes: np.ndarray) -> np.ndarray:
-        """Give each decode the block it may need; returns those that have one."""
+        """Give each decode the block that it may need. Returns the decodes that can run."""
         short = self.length[decodes] > self.capacity[decodes]
         count = np.count_nonzero(short)
         if count > self.blocks.num_free:
@@ -224,7 +226,8 @@ class Scheduler:
         return decodes
 
     def _make_room(self, decodes: np.ndarray) -> np.ndarray:
-        """Preempt the youngest until the older decodes have their blocks; returns the decodes that can run."""
+        """Preempt the youngest sequences until the older decodes have their blocks. Returns the decodes that can run.
+        """
         kept, promised = [], 0
         for row in decodes.tolist():
             seq = self._at[row]
@@ -254,7 +257,7 @@ class Scheduler:
         insort(self.waiting, seq, key=_AGE)
 
     def _drop_host(self, seq: Sequence, *, unwritten_only: bool = False) -> None:
-        """Free a swapped sequence's host blocks, and with them what no step has yet been told to write there."""
+        """Free a swapped sequence's host blocks, and cancel the copies to them that no step has been told yet."""
         held, pending = set(seq.host_blocks), self._changes.swap_out
         unwritten = [pair for pair in pending if pair[1] in held]
         if unwritten or not unwritten_only:
@@ -274,18 +277,18 @@ class Scheduler:
         self._changes.finished.append(row)
 
     def _enter(self, seq: Sequence, pinned: list[int]) -> bool:
-        """Give a waiting sequence a row and blocks for all its tokens, those of its prefix that are cached first; False
-        when there are not enough. `pinned` takes blocks to release once the step is issued."""
+        """Give a waiting sequence a row, and blocks for all its tokens: cached blocks of its prefix first. Returns
+        False when there are not enough blocks. Appends to `pinned` the blocks to release when the step is issued."""
         blocks, size, length = self.blocks, self.block_size, len(seq)
         total, hits, source = -(-length // size), list[int](), list[int]()
-        reserve = max(1, self.num_blocks // 100) if self.running else 0  # against starting what must leave at once
+        reserve = max(1, self.num_blocks // 100) if self.running else 0  # or it is preempted at once
         if not seq.host_blocks and self.prefix_caching and not seq.wants_prompt_logprobs:
             extend_hashes(seq.hashes, seq.tokens, size, length // size)
             hits = blocks.match(seq.hashes)
-            if len(hits) * size == length:  # the last token is needed all the same: in a copy, as others hold the block
+            if len(hits) * size == length:  # its last token is computed again, in a copy, since others hold the block
                 source = [hits.pop()]
         if total - len(hits) + blocks.num_idle(hits + source) > blocks.num_free - reserve:
-            source = []  # without room for block and copy, compute the last block anew
+            source = []  # no room for the block and its copy: compute the last block again
             if total - len(hits) + blocks.num_idle(hits) > blocks.num_free - reserve:
                 return False
         blocks.share(hits + source)
@@ -359,7 +362,7 @@ class Scheduler:
         return ScheduledStep(request, rows, sampled, sequences, targets, total, total - len(decodes))
 
     def _register(self, rows: np.ndarray, full: np.ndarray) -> None:
-        """Make blocks that this step fills findable by later ones."""
+        """Register the blocks that this step fills, so that later sequences find them."""
         for i in np.flatnonzero(full > self._registered[rows]).tolist():
             seq, count = self._at[rows[i]], int(full[i])
             assert seq is not None

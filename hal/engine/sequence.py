@@ -15,20 +15,20 @@ from hal.sampling.params import SamplingParams
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """Attributes:
-        request_id: grows with arrival; smaller ones go first.
-        prompt_ids, output_ids: its tokens; the scheduler appends to the latter.
-        needs_tokens: it is scheduled only when its last token is known on the host, as a mask that follows from the
-            token needs it.
-        owner: what the engine keeps beside it, until it is complete.
-        limit: length at which it ends (prompt + max_tokens, at most the context).
-        row: in the ranks' batch state while it runs, else -1.
+        request_id: the number of the request; a smaller number arrived earlier and has precedence.
+        prompt_ids, output_ids: its tokens. The scheduler appends to output_ids.
+        needs_tokens: the sequence is scheduled only when its last token is known on the host. A mask that depends on
+            the token needs this.
+        owner: the engine's RequestState, until the sequence is complete.
+        limit: the length at which it ends (prompt + max_tokens, at most the model's context).
+        row: its row in the ranks' batch state while it runs, else -1.
         num_computed: tokens in the cache when it last entered a row (0 after a preemption that dropped its blocks).
-            While it runs the scheduler's `computed` counts on.
-        blocks: its block table while it runs. host_blocks: where it was swapped to.
-        hashes: prefix addresses of its leading full blocks. distrusted: its prefix is that of a sequence that ended
-            with NaN, so the prefix cache takes none of its blocks.
-        started: it has run. num_cached: prompt tokens that the prefix cache had when it started. tokens_computed: in
-            all rows that it has left. preemptions: how often it was made to leave one.
+            While the sequence runs, the scheduler's `computed` has the current number.
+        blocks: its block table while it runs. host_blocks: the host blocks that it was swapped to.
+        hashes: prefix addresses of its leading full blocks. distrusted: another sequence with the same prefix ended
+            with NaN, so the prefix cache takes no block of this one.
+        started: it has run. num_cached: prompt tokens that the prefix cache had when it started. tokens_computed: the
+            tokens computed in all rows that it has left. preemptions: how often it was preempted.
     """
 
     request_id: int
@@ -60,7 +60,7 @@ class Sequence:
         return self.prompt_ids + self.output_ids
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """token_ids[start:end], without the rest."""
+        """token_ids[start:end], without making the whole list."""
         at = len(self.prompt_ids)
         if start >= at:
             return self.output_ids[start - at:end - at]
@@ -68,7 +68,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Some prompt logprobs are still to come: they are complete once the first token is sampled."""
+        """Whether prompt logprobs are still missing. They are complete when the first token is sampled."""
         return self.params.prompt_logprobs is not None and not self.output_ids
 
     def numbers(self, columns: Iterable[Column]) -> list[float]:

@@ -1,4 +1,4 @@
-"""How much of a stop text a text ends in, one character at a time, at a cost that its length does not change."""
+"""The search for a stop text, one character at a time. The length of the stop text does not change the cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ class Stop:
 
     Attributes:
         text: the stop text, not empty.
-        seen: the length of its longest beginning that the text ends in. The search is over once that is all of it.
+        seen: the length of the longest beginning of the stop text that the text so far ends with. The search is over
+            when this is the whole stop text.
     """
 
     def __init__(self, text: str) -> None:

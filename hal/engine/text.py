@@ -1,13 +1,13 @@
 """Text of a checkpoint's tokenizer: loading it, text to token ids, token ids to text as they come, and stop texts.
 
-Streamed text, final text and the text that stop texts are looked for in have one definition. Each token stands for
+Streamed text, final text and the text in which stop texts are searched have one definition. Each token stands for
 bytes, which do not depend on the tokens around it, and a text is the UTF-8 decoding of its tokens' bytes. `TextStream`
 says what follows from that.
 
-Most incremental decoders, also tokenizers' DecodeStream, compare the decoded text of n tokens with that of n + 1. Two
-things stand against that. A decoder with byte fallback turns a whole run of bytes into U+FFFD when one invalid byte
-follows, so that text which is already out changes. And an output that goes on ending in U+FFFD is held back without a
-limit, and decoded anew with each token.
+Most incremental decoders, such as the DecodeStream of tokenizers, compare the decoded text of n tokens with that of
+n + 1. This has two faults. A decoder with byte fallback turns a whole run of bytes into U+FFFD when one invalid byte
+follows, so text changes that was already shown. And an output that goes on ending in U+FFFD is held back without a
+limit, and decoded again with each token.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from hal.errors import ModelLoadError, RequestError
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _LOOKS_AHEAD = ("BPEDecoder", "CTC")  # decoders in which a token's text depends on its neighbours
-_SEARCHED = 4096  # token ids among which there is an ordinary word or character
-_REPLACED = "\ufffd"  # what stands for bytes that are no UTF-8
+_SEARCHED = 4096  # one of the first token ids is an ordinary word or character
+_REPLACED = "\ufffd"  # replaces bytes that are not UTF-8
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # the name of a byte, in vocabularies with byte fallback
 _SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 # Byte-level vocabularies name a byte by its Latin-1 character, or by one from U+0100 on where that is not printable.
@@ -38,8 +38,8 @@ _ALPHABET = {chr(byte): byte for byte in _SHOWN} | {
 def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
     """transformers' tokenizer of a checkpoint, or None when the directory has none. Standard input is not read.
 
-    The tokenizer does not clean up spaces, whatever the checkpoint says. That clean-up rewrites text that is already
-    out (" n" and "'t" become "n't"), and which tokenizers do it differs between releases of transformers.
+    The tokenizer does not clean up spaces, whatever the checkpoint says. That clean-up rewrites text that was already
+    shown (" n" and "'t" become "n't"), and releases of transformers differ in which tokenizers do it.
 
     Args:
         trust_remote_code: run the checkpoint's own Python where its tokenizer is made of that.
@@ -62,7 +62,7 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer.clean_up_tokenization_spaces = False
         kinds = _decoder_kinds(tokenizer)
         TokenBytes.of(tokenizer)
-    except Exception as error:  # whatever a damaged file makes a tokenizer raise
+    except Exception as error:  # a damaged file may make a tokenizer raise any error
         raise ModelLoadError("the tokenizer cannot be read", got=f"{directory}: {type(error).__name__}: {error}",
                              hint="copy the checkpoint's tokenizer files again, or remove them and give token ids"
                              ) from error
@@ -74,7 +74,7 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _own_code(directory: Path) -> str | None:
-    """The Python class of the checkpoint that its tokenizer needs, when transformers has none of that name."""
+    """The name of the checkpoint's own Python class that its tokenizer needs, when transformers has no such class."""
     settings, config = (_read_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
     name, auto = settings.get("tokenizer_class"), settings.get("auto_map")
     own = auto.get("AutoTokenizer") if isinstance(auto, dict) else auto
@@ -106,30 +106,30 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that each token adds to a text that has begun; none for special tokens, which a text does not show.
+    """The bytes that each token adds to a text that has begun. Special tokens add none: a text does not show them.
 
-    An entry is made when it is first asked for. It is what the tokenizer's decoder appends to one ordinary token. Where
-    that has U+FFFD, because a token holds part of a character, the bytes come from the token's name.
+    An entry is made when it is first asked for: it is the text that the tokenizer's decoder appends to one ordinary
+    token. Where that text has U+FFFD, because the token holds part of a character, the token's name gives the bytes.
     """
 
     _known: weakref.WeakKeyDictionary[Any, TokenBytes] = weakref.WeakKeyDictionary()
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
-        self._tokenizer = weakref.proxy(tokenizer)  # the table is kept as long as the tokenizer is
+        self._tokenizer = weakref.proxy(tokenizer)  # the table lives as long as the tokenizer
         self._ordinary = next(([i] for i in range(_SEARCHED) if self._decode([i]).isalnum()), [])
         self._begun = self._decode(self._ordinary)
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenBytes:
-        """The tokenizer's table; there is one."""
+        """The tokenizer's only table."""
         if tokenizer not in cls._known:
             cls._known[tokenizer] = cls(tokenizer)
         return cls._known[tokenizer]
 
     def __missing__(self, token: int) -> bytes:
         text = self._decode([*self._ordinary, token])
-        begun = text.startswith(self._begun)  # not where an ordinary token that is a byte became part of a bad run
+        begun = text.startswith(self._begun)  # false where an invalid run of bytes took the ordinary token
         self[token] = found = self._encode(token, text[len(self._begun):] if begun else self._decode([token]))
         return found
 
@@ -155,7 +155,7 @@ class TokenBytes(dict[int, bytes]):
     def _encode(self, token: int, text: str) -> bytes:
         if _REPLACED in text:
             name = self._tokenizer.convert_ids_to_tokens(token)
-            if isinstance(name, bytes):  # tokenizers that a checkpoint brings, made from tiktoken's
+            if isinstance(name, bytes):  # a checkpoint's own tokenizer that is made from tiktoken's
                 return name
             if byte := _BYTE.fullmatch(name):
                 return bytes([int(byte[1], 16)])
@@ -213,7 +213,7 @@ class TextStream:
         stops: texts that end the output.
 
     Attributes:
-        stopped: a stop text was found; later tokens are left out.
+        stopped: a stop text was found; later tokens are ignored.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Iterable[str]) -> None:
@@ -227,7 +227,7 @@ class TextStream:
         tail = b""
         for token in reversed(prompt):
             tail = self._bytes[token] + tail
-            if len(tail) >= 3:  # an incomplete character is no longer
+            if len(tail) >= 3:  # the longest incomplete character
                 break
         self._begun = bool(tail)
         self._utf8.decode(tail)
@@ -247,7 +247,7 @@ class TextStream:
         return text[:len(text) - self._held]
 
     def append(self, token_ids: Sequence[int], *, last: bool = False) -> None:
-        """`last`: nothing follows, so an incomplete character is shown as what it is."""
+        """Add the text of some tokens. `last`: no token follows, so an incomplete character is shown as U+FFFD."""
         if self.stopped:
             return
         new = self._utf8.decode(b"".join(map(self._take, token_ids)), last)
@@ -266,7 +266,7 @@ class TextStream:
         return self._bytes.first(token)
 
     def _up_to_stop(self, new: str) -> str:
-        """`new` up to the end of the first stop text, which is then what is held."""
+        """`new` up to the end of the first stop text; that stop text is then held back."""
         for at, char in enumerate(new):
             self._held = max(stop.advance(char) for stop in self._stops)
             found = max((len(stop.text) for stop in self._stops if stop.seen == len(stop.text)), default=0)
