@@ -15,7 +15,7 @@ from hal.cli import streams
 from hal.cli.interrupts import WORDS, raised_once
 from hal.errors import ConfigError, HalError
 
-_SIGNALLED = 128  # to which a shell adds the number of the signal that ended a command
+_SIGNALLED = 128  # a shell adds the number of the signal that ended a command to this
 
 
 class _Version(argparse.Action):
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return status
         except BaseException as error:
-            if received:  # whatever the interrupt has become on its way here
+            if received:  # the interrupt may have become another exception on its way here
                 streams.forget(sys.stdout)
                 streams.say(f"hal: {WORDS[received[0]]}")
                 return _SIGNALLED + received[0]
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
             return 0
         args.traceback = args.traceback or os.environ.get("HAL_DEBUG") == "1"
         if getattr(args, "wire", None) == "none" and os.environ.get("RANK", "0") != "0":
-            sys.stdout = io.StringIO()  # every rank runs this; the first one speaks
+            sys.stdout = io.StringIO()  # every rank of a launcher runs this; rank 0 alone reports
         if any(":" in (getattr(args, name, None) or "") for name in ("device", "backend", "against")):
             _look_here()
         status: int = args.run(args)
@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def _look_here() -> None:
     """Let "module:attribute" name a module of the current folder, as with `python -m hal`."""
-    if getattr(sys.flags, "safe_path", False):  # the user of `python -P` or PYTHONSAFEPATH said no (Python 3.11)
+    if getattr(sys.flags, "safe_path", False):  # `python -P` or PYTHONSAFEPATH forbids it (Python 3.11)
         return
     with contextlib.suppress(FileNotFoundError):  # the folder was deleted
         here = os.getcwd()

@@ -15,7 +15,7 @@ from hal.errors import ConfigError, HalError, RequestError
 from hal.sampling.params import SamplingParams
 
 _PARAMETERS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_LONGEST_LINE = 1 << 26  # bytes; a file that is no text may have no line end at all
+_LONGEST_LINE = 1 << 26  # bytes; a binary file may have no line end at all
 _UTF16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 RequestId = str | int
 
@@ -23,8 +23,8 @@ RequestId = str | int
 @dataclass(frozen=True, slots=True)
 class Job:
     """Attributes:
-        prompt: a text or token ids. origin: where it was given, for errors; "" on the command line.
-        id: the user's name for it, repeated in the output.
+        prompt: a text or token ids. origin: the place of the request in its file, for errors; "" on the command line.
+        id: the user's name of the request, repeated in the output.
     """
 
     prompt: str | list[int]
@@ -35,22 +35,22 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A line that is not a request. Attributes: error: names the line. id: where the line has a usable one."""
+    """A line that is not a request. Attributes: error: names the line. id: the line's id, if it has a usable one."""
 
     error: HalError
     id: RequestId | None = None
 
 
 def argument_jobs(prompts: list[str], params: SamplingParams) -> list[Job]:
-    """The requests of the command line. Where the locale's encoding has no place for a character of UTF-8, Python has
-    left its bytes as they were; they are decoded here."""
+    """The requests of the command line. Python leaves the bytes of a character as they are when the locale's encoding
+    does not have it; they are decoded as UTF-8 here."""
     return [Job(_decoded(prompt), params) for prompt in prompts]
 
 
 def _decoded(argument: str) -> str:
     try:
         return os.fsencode(argument).decode()
-    except UnicodeError:  # it is not UTF-8, or the locale's encoding has read it as other characters
+    except UnicodeError:  # the prompt is not UTF-8, or the locale's encoding has read other characters
         return argument
 
 
@@ -62,7 +62,7 @@ def read_jobs(path: str, options: dict[str, Any]) -> list[Job | Refused]:
         options: sampling parameters of lines that do not give their own.
 
     Raises:
-        ConfigError: the file cannot be read, or is no file of lines.
+        ConfigError: the file cannot be read, or does not consist of lines.
     """
     try:
         if path != "-":
@@ -99,12 +99,12 @@ def _line(line: bytes, options: dict[str, Any], origin: str) -> Job | Refused:
         return Job(*_request(data, options), origin, found)
     except HalError as error:
         return Refused(at(error, origin), found)
-    except RecursionError:  # from the parser, or from an error text that shows a deep value
+    except RecursionError:  # raised by the parser, or by an error text that shows a deep value
         return Refused(RequestError(f"{origin}: this is nested too deeply", got=repr(line[:80])), found)
 
 
 def at(error: HalError, origin: str) -> HalError:
-    """The same error, with the request's place in front."""
+    """The same error, whose text begins with the place of the request."""
     if origin:
         error.what = f"{origin}: {error.what}"
     return error
@@ -112,7 +112,7 @@ def at(error: HalError, origin: str) -> HalError:
 
 def _object(line: bytes) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8-sig")  # files that were joined may have a byte order mark in any line
+        text = line.decode("utf-8-sig")  # in a file joined from several, any line may begin with a byte order mark
     except UnicodeDecodeError as error:
         raise RequestError("this is not UTF-8", got=f"byte 0x{line[error.start]:02x} at {error.start}: "
                            f"{line[max(error.start - 20, 0):error.start + 20]!r}") from None
@@ -120,7 +120,7 @@ def _object(line: bytes) -> dict[str, Any]:
         data = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except RequestError:
         raise
-    except ValueError as error:  # also numbers of thousands of digits
+    except ValueError as error:  # a number of thousands of digits raises this too
         raise RequestError("this is not JSON", got=f"{text[:80]!r}: {error}",
                            expected='an object, such as {"prompt": "37+85=", "max_tokens": 8}') from None
     if not isinstance(data, dict):

@@ -87,7 +87,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from hal.contracts import backend as backends
 
     length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
-    # With what the scheduler holds back when it lets requests in: else the last of a batch may wait for another's end.
+    # With the blocks that the scheduler keeps in reserve. Without them the last request may have to wait for another.
     blocks = largest * -(-length // EngineConfig(**chosen).block_size)
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
                              "num_blocks": 2 + blocks + blocks // 64, **chosen, "prefix_caching": False})
@@ -114,10 +114,10 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def _trace_file(file: str) -> str:
-    """Where this process writes its trace: ranks that a launcher started each have one.
+    """The file of this process's trace. Each rank that a launcher started writes one of its own.
 
     Raises:
-        ConfigError: it cannot be written there; known before anything is loaded.
+        ConfigError: the file cannot be written. This is checked before anything is loaded.
     """
     path, rank = Path(file), os.environ.get("RANK", "0")
     path = path if rank == "0" else path.with_name(f"rank{rank}-{path.name}")
@@ -139,8 +139,9 @@ def _shape(name: str) -> dict[str, Any]:
 
 
 def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, context: int) -> float:
-    """What a decode step has to read of weights and KV cache, over all ranks. Of the input embedding only the batch's
-    rows are read, unless it is the output head as well; each layer reads its window of the context."""
+    """Bytes of weights and KV cache that a decode step has to read, over all ranks. A step reads only the batch's rows
+    of the input embedding, unless the embedding is the output head as well. Each layer reads its window of the
+    context."""
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     weights = model.num_params - (0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size)
     seen = sum(min(context, window or context) for window in model.windows)

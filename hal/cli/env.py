@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def survey(device: str | None = None) -> dict[str, Any]:
-    """Everything, as JSON values. Paths below the home directory begin with ~. `device`: one that is shown beside the
-    installed backends, as its name or module:attribute."""
+    """The whole report, as JSON values. Paths below the home directory begin with ~. `device`: a backend to show beside
+    the installed ones, as its name or module:attribute."""
     packages = {p.name: {k: v for k, v in asdict(p).items() if k != "name"} for p in identity.check_packages()}
     report = {"hal": _hal(), "packages": packages, "machine": _machine(), "libraries": _libraries(),
               "variables": {name: os.environ.get(name) for name in _VARIABLES}, "backends": _backends(device)}
@@ -92,7 +92,7 @@ def _backends(device: str | None) -> dict[str, Any]:
                 capabilities = asdict(backend.capabilities)
                 found[name] |= {"priority": backend.priority, "versions": dict(backend.versions()),
                                 "dtypes": list(capabilities.pop("dtypes")), **capabilities}
-            except Exception as error:  # a vendor's code, which may be what the report is about
+            except Exception as error:  # a vendor's code raised, which may be the reason for the report
                 found[name] = {"available": False, "reason": f"{type(error).__name__}: {error}"}
     return found
 

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _generate(llm: LLM, jobs: dict[int, batch.Job], results: Results) -> None:
-    """All requests at once. One that this model cannot do fails alone."""
+    """Run all requests together. A request that this model cannot serve fails alone."""
     from hal.engine.progress import RequestProgress
 
     places: dict[int, int] = {}
@@ -97,7 +97,7 @@ def _generate(llm: LLM, jobs: dict[int, batch.Job], results: Results) -> None:
 
 def _stream(llm: LLM, job: batch.Job) -> RequestOutput:
     shown = 0
-    for output in llm.stream(job.prompt, job.params):  # at least one
+    for output in llm.stream(job.prompt, job.params):  # at least one request
         sys.stdout.write(output.text[shown:])
         sys.stdout.flush()
         shown = len(output.text)

@@ -1,7 +1,7 @@
-"""Whether the packages hal, runners and workers that Python finds are those of one distribution.
+"""A check that Python finds the packages hal, runners and workers of this distribution.
 
-`runners` and `workers` are common names. Another distribution that installs them overwrites ours without a word, or
-hides them when it comes first on sys.path.
+`runners` and `workers` are common names. Another distribution that installs packages of these names overwrites ours
+without a message, or hides ours when it comes first on sys.path.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PACKAGES = ("hal", "runners", "workers")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
     """Attributes:
-        location, expected: the directory it is imported from, and the one it should come from.
-        problem: what is wrong with it, or None. hint: what to do then.
+        location, expected: the directory that the package is imported from, and the one that it should come from.
+        problem: what is wrong with the package, or None. hint: what the user can do about it.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Package:
 def installation() -> tuple[Distribution | None, Path, str]:
     """The distribution, the directory that holds its packages, and how it is installed: "installed", "editable" or
     "source tree" (not installed at all)."""
-    # A build leaves metadata without a RECORD in the source tree, which comes first when that is the working directory.
+    # A build leaves metadata without a RECORD in the source tree. They come first when that is the working directory.
     found = next((d for d in Distribution.discover(name=DISTRIBUTION) if d.read_text("RECORD") is not None), None)
     if found is None:
         return None, Path(__file__).resolve().parents[2], "source tree"
@@ -78,7 +78,7 @@ def _location(name: str) -> Path | None:
 
 
 def changed_files(found: Distribution) -> dict[str, list[str]]:
-    """Package -> files whose content is not the one that was installed (they were overwritten, or edited)."""
+    """By package, the files whose content is not the installed one: they were overwritten, or edited."""
     changed: dict[str, list[str]] = {}
     for file in found.files or ():
         if file.hash is None or file.parts[0] not in PACKAGES:

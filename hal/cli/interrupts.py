@@ -1,4 +1,4 @@
-"""Signals that end a command: it ends as after Ctrl-C, with its worker processes, and says so in one line."""
+"""Signals that end a command. It ends as after Ctrl-C, together with its worker processes, and prints one line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGH
 
 @contextmanager
 def raised_once() -> Iterator[list[signal.Signals]]:
-    """Context manager: the first of these signals raises KeyboardInterrupt in the main thread, and is in the list. A
-    second one ends the process at once, also while the interpreter ends. A signal that is ignored stays ignored."""
+    """Context manager: the first of these signals raises KeyboardInterrupt in the main thread, and is appended to the
+    list that the manager returns. A second signal ends the process at once, even while the interpreter ends. A signal
+    that the process ignores stays ignored."""
     received: list[signal.Signals] = []
     before: dict[signal.Signals, Any] = {}
 
@@ -25,7 +26,7 @@ def raised_once() -> Iterator[list[signal.Signals]]:
             signal.signal(each, signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():  # Python sets handlers there alone
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers in the main thread only
         for each in WORDS:
             handler = signal.getsignal(each)
             if handler in (signal.SIG_DFL, signal.default_int_handler):

@@ -1,4 +1,4 @@
-"""Timing an engine: when each request's tokens arrive, and what the device's memory gives."""
+"""Timing of an engine: the arrival of each request's tokens, and the bandwidth of the device's memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WARM_TOKENS, _PROFILED_TOKENS = 4, 8
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch, all prompts arriving together; seconds.
+    """Times of one batch whose prompts all arrive together, in seconds.
 
     Attributes:
-        ttft: to the first token, mean over the requests. tpot: from there on, per token, mean over the requests.
-        prefill: until every request has a token. decode_step: of a step in which all of them decode.
+        ttft: time to the first token, mean over the requests. tpot: time per token after it, mean over the requests.
+        prefill: time until every request has a token. decode_step: time of a step in which all requests decode.
     """
 
     ttft: float
@@ -39,10 +39,12 @@ class Run:
 
 def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], prompt_len: int, new_tokens: int,
         repeat: int, *, progress: bool = False, profile: str | None = None) -> dict[int, list[Run]]:
-    """Batch sizes take turns in every repeat, so that a machine that slows down slows all of them. Raises as LLM.
+    """Time batches of several sizes. The sizes take turns in every repeat, so that a machine that slows down slows all
+    of them. Raises the errors of LLM.
 
     Args:
-        profile: where to write a trace of one more batch of each size, a span each; made when all is timed.
+        profile: the file for a trace of one more batch of each size, with a span for each. These batches run last, when
+            everything is timed.
     """
     options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     with LLM(**options, progress=progress) as llm:
@@ -61,8 +63,8 @@ def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], pr
 
 
 def time_batch(llm: LLM, vocab_size: int, batch: int, prompt_len: int, new_tokens: int) -> Run:
-    """Random prompts of `prompt_len` tokens, `new_tokens` (at least 3) greedy tokens each. Raises NumericsError: the
-    model computes NaN, so there is nothing to time."""
+    """Time random prompts of `prompt_len` tokens, with `new_tokens` (at least 3) greedy tokens each. Raises
+    NumericsError: the model computes NaN, so there is nothing to time."""
     draw, params = random.Random(batch), SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     prompts = [[draw.randrange(vocab_size) for _ in range(prompt_len)] for _ in range(batch)]
     first: dict[int, float] = {}
@@ -97,7 +99,7 @@ def read_bandwidth(backend: Backend) -> float:
         (x.sum, size), (lambda: torch.dot(x, y), 2 * size), (lambda: y.copy_(x), 2 * size)]
     best = 0.0
     for call, moved in candidates:
-        for repeats in (2, 8):  # the first warms up
+        for repeats in (2, 8):  # the first run warms up
             backend.synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
@@ -109,5 +111,5 @@ def read_bandwidth(backend: Backend) -> float:
 
 
 def threads() -> int:
-    """Of this process's tensor operations."""
+    """The number of threads that tensor operations of this process use."""
     return torch.get_num_threads()

@@ -44,7 +44,7 @@ _UNSET = {"max_model_len": "the model's context", "num_blocks": "from free memor
 
 
 def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, text: str, unset: str | None) -> None:
-    """An option that is not given is absent from the namespace, so that the field's own default holds."""
+    """Add one option. If the user does not give it, it is absent from the namespace, so the field's default holds."""
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
     flag = "--" + name.replace("_", "-")
     if hint is bool:
@@ -80,8 +80,8 @@ def positive(text: str) -> int:
 
 
 def path(text: str) -> str:
-    """The type of an option that names a file or folder. A shell leaves the ~ of `--output=~/run` as it is.
-    Of a model's path it is EngineConfig that expands it."""
+    """The type of an option that names a file or folder. It expands a leading ~, which a shell leaves as it is in
+    `--output=~/run`. EngineConfig expands the path of a model."""
     return os.path.expanduser(text)
 
 
@@ -107,12 +107,12 @@ def _pair(text: str) -> tuple[str, float]:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of EngineConfig; its `seed` is no option, since `--seed` is that of sampling."""
+    """The fields of EngineConfig that the user gave. Its `seed` has no option: `--seed` is the seed of sampling."""
     return {name: value for name, value in _given(args, EngineConfig).items() if name != "seed"}
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of SamplingParams."""
+    """The fields of SamplingParams that the user gave."""
     return _given(args, SamplingParams)
 
 

@@ -1,4 +1,4 @@
-"""What a command prints of each request, as soon as it is known."""
+"""The printed results of a command's requests, each written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """Context manager: the results of several requests, on the standard output. Each is written when it is there, or in
-    the order of the requests; then those that wait for another's are written when the block ends, also by an error.
+    """Context manager that writes the results of several requests to the standard output: each one when it is known, or
+    all in the order of the requests. In the second case, results that still wait for an earlier one are written when
+    the block ends, also when an error ends it.
 
     Args:
-        total: how many requests there are. as_json: one object a line. ordered: in the order of the requests.
+        total: the number of requests. as_json: write one object a line. ordered: write in the order of the requests.
         with_traceback: show where errors were raised.
 
     Attributes:
-        failures: requests without a result, or with one that ended with an error.
+        failures: the number of requests that have no result, or whose output ended with an error.
     """
 
     def __init__(self, total: int, *, as_json: bool, ordered: bool, with_traceback: bool = False) -> None:
@@ -39,14 +40,14 @@ class Results:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if not isinstance(error, OSError):  # that one may say that nothing takes what is written
+        if not isinstance(error, OSError):  # this one may say that the output cannot be written
             for index in sorted(self._held):
                 sys.stdout.write(self._held.pop(index))
             sys.stdout.flush()
 
     def finish(self, index: int, output: RequestOutput, name: RequestId | None = None) -> None:
-        """`index`: the request's place. `name`: the user's, of a line's key "id". See `report` for an output with an
-        error."""
+        """Write an output. `index`: the request's place. `name`: the user's own id, of a line's key "id". For an output
+        that ended with an error see `report`."""
         self.report(output)
         if self.as_json:
             self._put(index, self._line(index, name, to_json(output)))
@@ -63,7 +64,7 @@ class Results:
             streams.complain(output.error, with_traceback=self.with_traceback)
 
     def fail(self, index: int, error: HalError, name: RequestId | None = None) -> None:
-        """The error goes to the standard error, and with `as_json` into the request's line too."""
+        """Write an error to the standard error, and with `as_json` into the request's line too."""
         self.failures += 1
         streams.complain(error, with_traceback=self.with_traceback)
         self._put(index, self._line(index, name, {"finish_reason": "error", "error": str(error)})
@@ -84,7 +85,7 @@ class Results:
 
 
 def text(output: RequestOutput) -> str:
-    """The text; token ids where there is no tokenizer."""
+    """The text of an output, or its token ids if there is no tokenizer."""
     return output.text or (_ids(output.token_ids) if output.prompt is None else "")
 
 
@@ -93,7 +94,7 @@ def _ids(token_ids: list[int]) -> str:
 
 
 def to_json(output: RequestOutput) -> dict[str, Any]:
-    """What --json says of an output: logprobs where they were asked for, an error where there was one."""
+    """The JSON object of an output, with logprobs if they were asked for, and with the error if there was one."""
     line: dict[str, Any] = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids,
                             "token_ids": output.token_ids, "text": output.text, "finish_reason": output.finish_reason}
     if output.error is not None:
@@ -111,5 +112,5 @@ def _logprob(entry: TokenLogprob) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """A number that JSON can hold: JSON has no infinity."""
     return value if math.isfinite(value) else None

@@ -1,6 +1,6 @@
 """Shapes of well-known models, as their config.json describes them: for benchmarks with random weights.
 
-Sources: the published config.json of each model. Only what determines the work is here.
+Sources: the published config.json of each model. Only the keys that determine the amount of work are here.
 """
 
 from __future__ import annotations

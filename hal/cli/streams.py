@@ -1,4 +1,4 @@
-"""The standard streams: which of them there are, and how to write to one that may not take anything."""
+"""The standard streams: which of them are open, and writing to a stream that may be closed or full."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hal.errors import ConfigError, HalError, WorkerError
 
 
 def fill() -> None:
-    """Put the null device where a standard stream is closed. Otherwise the next file or socket that is opened gets the
-    descriptor's number, and whatever a library prints is written into it.
+    """Open the null device for each standard stream that is closed. Otherwise the next file or socket that is opened
+    gets the stream's descriptor, and the output of a library is written into it.
 
     Raises:
-        ConfigError: the standard output is closed, or not open for writing; nothing that a command does could be seen.
+        ConfigError: the standard output is closed, or not open for writing, so nobody could see a result.
     """
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for descriptor in range(3):
@@ -36,11 +36,11 @@ def fill() -> None:
         with contextlib.suppress(io.UnsupportedOperation):  # a stream that stands for one in a test has no descriptor
             if fcntl.fcntl(sys.stdout.fileno(), fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
                 raise ConfigError("the standard output is not open for writing", hint="redirect it with >, not with <")
-        sys.stdout.reconfigure(errors="backslashreplace")  # what a model says need not fit the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of the text
 
 
 def complain(error: HalError, *, with_traceback: bool = False) -> None:
-    """Write an error to the standard error, where that takes anything."""
+    """Write an error to the standard error, if that stream can be written."""
     lines = [f"hal: error: {error}"]
     if with_traceback:
         lines.insert(0, "".join(traceback.format_exception(error)).rstrip())
@@ -50,7 +50,7 @@ def complain(error: HalError, *, with_traceback: bool = False) -> None:
 
 
 def say(text: str) -> None:
-    """Write a line to the standard error, where that takes anything."""
+    """Write a line to the standard error, if that stream can be written."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -58,7 +58,7 @@ def say(text: str) -> None:
 
 
 def forget(stream: TextIO) -> None:
-    """Let the interpreter's last flush of a stream go nowhere, where nothing takes what is left in it."""
+    """Discard what is left in a stream that can no longer be written, so that the interpreter's last flush works."""
     try:
         stream.flush()
     except OSError:
@@ -67,7 +67,7 @@ def forget(stream: TextIO) -> None:
 
 
 def reader_is_gone() -> bool:
-    """Whether the standard output is a pipe or socket that nobody reads any more."""
+    """Whether the standard output is a pipe or socket without a reader."""
     poll = select.poll()
     try:
         poll.register(sys.stdout, 0)

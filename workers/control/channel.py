@@ -1,4 +1,4 @@
-"""Messages over transfers of which both ends must know the size."""
+"""Messages over transfers whose size both ends must know beforehand."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Transfer = Callable[[torch.Tensor], None]
 class Channel:
     """One end of a stream of messages over transfers whose size both ends must know beforehand.
 
-    Both expect a message to be as long as the one before, rounded up: so decoding, whose messages hardly grow, takes
-    one transfer a step. A longer one is followed by its rest. The buffer is kept.
+    Both ends expect a message to be as long as the one before, rounded up. So decoding steps, whose messages hardly
+    grow, take one transfer each. The rest of a longer message follows in a second transfer. The buffer is kept.
     """
 
     def __init__(self, allocate: Callable[[int], Buffer] = aligned_bytes) -> None:

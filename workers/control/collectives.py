@@ -21,19 +21,20 @@ from workers.control.message import END_LIMIT, IN_FLIGHT, closed
 from workers.links.groups import Store, dist, lost, make_group
 from workers.links.liveness import Lifelines
 
-_NAP = 1e-3  # seconds between looks at a device that has been waited for for long
+_NAP = 1e-3  # seconds between polls of a device, when the wait is already long
 CPU = torch.device("cpu")
 
 
 class CollectivePlane(ControlPlane):
-    """Flat buffers over groups of its own: a broadcast from the driver, and sends back to it.
+    """A control plane that sends flat buffers: the driver broadcasts, and the sampling rank sends outputs back.
 
-    Groups of its own, because the operations of one follow each other in the order in which each rank issues them: a
-    step is announced while the data plane is still at the one before, and before that one's output is asked for.
+    The plane has process groups of its own, since the operations of a group run in the order in which a rank issues
+    them. The driver announces a step while the data plane still runs the step before, and before the driver asks for
+    the output of that step.
 
     Over NCCL a message goes from the host to the device, over the devices' links, and back to pinned memory, on a
-    stream of its own beside the step that runs. NCCL waits on the device, for ever if need be: the host looks whether
-    that is over, and whether the others live.
+    stream of its own beside the step that runs. NCCL waits on the device without a limit. Therefore the host polls
+    whether the operation has ended, and whether the other ranks live.
 
     Args:
         collectives, device: what carries messages (Backend.collectives), and the rank's device.
@@ -69,7 +70,7 @@ class CollectivePlane(ControlPlane):
     def broadcast(self, parts: Sequence[Buffer]) -> None:
         check("CollectivePlane.broadcast")
         self._open()
-        # The last message must not wait for ranks that hang.
+        # The wait of the last message is limited, since other ranks may hang.
         self._steps.send(parts, lambda tensor: self._announce(tensor, None if parts else timedelta(seconds=END_LIMIT)))
 
     def receive(self) -> list[Buffer]:
@@ -94,7 +95,8 @@ class CollectivePlane(ControlPlane):
         self._sending.clear()
 
     def _meet(self) -> None:
-        """NCCL makes a communicator at the first operation, and waits there for all its ranks: here, where they are."""
+        """Make NCCL's communicators now, when all ranks are here. NCCL makes a communicator in its first operation, and
+        waits there for all ranks."""
         tensor = torch.zeros(1, dtype=torch.uint8)
         if self._is_driver:
             self._announce(tensor, None)
@@ -119,8 +121,8 @@ class CollectivePlane(ControlPlane):
         return self._all.broadcast([tensor], options)
 
     def _queue(self, launch: Callable[[torch.Tensor], Any], tensor: torch.Tensor) -> None:
-        """Send a copy, and keep it until it has gone, which is when the receiver asks for it. To wait for that here
-        would deadlock with a driver that announces the next step before it asks for this one's output."""
+        """Send a copy, and keep it until it is sent, which is when the receiver asks for it. Waiting here would be a
+        deadlock: a driver announces the next step before it asks for the output of this one."""
         while self._sending and (len(self._sending) >= IN_FLIGHT or self._gone(self._sending[0][0])):
             self._wait(lambda: self._sending[0][0])
             self._sending.popleft()
@@ -147,7 +149,7 @@ class CollectivePlane(ControlPlane):
                 while not work.is_completed():
                     self._lifelines.check()
                     time.sleep(min((time.perf_counter() - start) / 100, _NAP))
-                self._lifelines.check()  # an abort completes it too
+                self._lifelines.check()  # an abort completes the operation too
             work.wait()
         except RuntimeError as error:
             raise lost("the control plane", error) from error
@@ -156,7 +158,7 @@ class CollectivePlane(ControlPlane):
         return launch() if self._lifelines is None else self._lifelines.issue(launch)
 
     def _gone(self, work: Any) -> bool:
-        return self._stream is not None and work.is_completed()  # gloo cannot be asked
+        return self._stream is not None and work.is_completed()  # gloo's work cannot be polled
 
     def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -167,12 +169,12 @@ class CollectivePlane(ControlPlane):
 
 
 class GlooPlane(CollectivePlane):
-    """Over gloo, whatever the device has."""
+    """A CollectivePlane over gloo, whatever collectives the device has."""
 
     def __init__(self, topology: Topology, store: Store, collectives: str, device: torch.device) -> None:
         super().__init__(topology, store, "gloo", CPU)
 
 
 def _pinned(size: int) -> Buffer:
-    buffer: Buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()  # begins a page
+    buffer: Buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()  # the buffer begins at a page
     return buffer

@@ -12,8 +12,8 @@ from hal.schema.packed import Buffer
 
 HEAD = 64  # bytes, of int64: bytes of the message, head included; number of parts; bytes of each
 _MOST = HEAD // 8 - 2
-# What planes whose messages must be taken have in common.
-IN_FLIGHT = 32  # messages on their way; far more than steps that a driver submits ahead
+# Limits shared by control planes that hold a message until every receiver has read it.
+IN_FLIGHT = 32  # messages on their way; a driver submits far fewer steps ahead
 END_LIMIT = 5.0  # seconds that the last message waits for ranks that hang
 
 
@@ -35,7 +35,7 @@ def write(parts: Sequence[Buffer], into: Buffer) -> None:
 
 
 def pack(parts: Sequence[Buffer]) -> bytes:
-    """The message by itself."""
+    """The message, in a new buffer."""
     into = np.empty(total(parts), np.uint8)
     write(parts, into)
     return into.tobytes()

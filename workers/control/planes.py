@@ -1,4 +1,4 @@
-"""How a control plane is chosen; and the one of a world of one."""
+"""The choice of a control plane, and the control plane of a single rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLANES = {"local": "workers.control.planes:LocalPlane", "shm": "workers.control.
 
 def make_plane(name: str, topology: Topology, store: Store | None, collectives: str,
                device: torch.device) -> ControlPlane:
-    """Raises ConfigError: there is no such control plane, or it does not reach that far."""
+    """Make a rank's control plane. Raises ConfigError: there is no such plane, or it cannot reach all ranks."""
     if topology.world_size == 1 and name in ("auto", *PLANES):
         name = "local"
     if name == "auto":
@@ -44,7 +44,7 @@ def log_without_memory(topology: Topology, what: str, error: BackendError) -> No
 
 
 class LocalPlane:
-    """There is nobody to tell."""
+    """The control plane of a single rank, which has no other rank to tell."""
 
     def __init__(self, topology: Topology, *_: object) -> None:
         if topology.world_size > 1:

@@ -22,21 +22,22 @@ from workers.control import message
 from workers.links.ray_cluster import join_cluster, runtime_env, whereabouts
 
 _NAMESPACE = "hal"
-_CONNECT = 60.0  # seconds that the other ranks may take to come
-_LARGE = 1 << 20  # bytes from which a message goes from node to node, not through the actor
+_CONNECT = 60.0  # seconds that the other ranks may take to join
+_LARGE = 1 << 20  # a message of so many bytes goes from node to node, not through the actor
 _STEPS, _OUTPUTS = "steps", "outputs"
 
 
 class Life:
-    """An actor of each rank but the driver, which Ray ends with the rank's process, and at once says so."""
+    """An actor that each rank but the driver owns. Ray ends it when the rank's process ends, and reports this at once.
+    """
 
     async def last(self) -> None:
         await asyncio.Event().wait()
 
 
 class Mailbox:
-    """The driver's actor, which ends with it. What its methods return is None or a message (bytes, or a list of a
-    reference to them); or a str: who is gone, so that what was waited for will not happen."""
+    """The driver's actor, which ends with the driver. Its methods return None, or a message (bytes, or a list with a
+    reference to them). They return a str when a rank is gone, which the str names, so that the wait is in vain."""
 
     def __init__(self, world_size: int) -> None:
         self._others = world_size - 1
@@ -54,12 +55,12 @@ class Mailbox:
         return await self._until(lambda: len(self._watches) == self._others)
 
     async def put(self, stream: str, number: int, content: Any) -> str | None:
-        """Returns when all have taken it."""
+        """Returns when all ranks have taken the message."""
         self._messages[stream][number] = content
         return await self._until(lambda: min(self._asked[stream].values()) > number)
 
     async def take(self, stream: str, number: int, rank: int) -> Any:
-        """Returns when it is there. The rank has those before."""
+        """Returns when the message is there. The rank has all messages before it."""
         messages, asked = self._messages[stream], self._asked[stream]
         asked[rank] = number
         for taken in [n for n in messages if n < min(asked.values())]:
@@ -82,18 +83,18 @@ class Mailbox:
 
 
 class RayPlane(ControlPlane):
-    """The driver makes the mailbox, next to itself; the others find it, and the cluster, through the store. Ranks join
-    the cluster as Ray's own drivers do, so their hosts must be nodes of it.
+    """The driver makes the mailbox on its own node. The other ranks find the mailbox and the cluster through the store.
+    Ranks join the cluster as drivers of Ray, so their hosts must be nodes of it.
 
     Raises:
         BackendError: Ray is not installed.
-        WorkerError: not all ranks came.
+        WorkerError: not all ranks joined.
     """
 
     def __init__(self, topology: Topology, store: Any, *_: object) -> None:
         self._rank = topology.rank
         self._mailbox: Any = None
-        self._numbers = {_STEPS: 0, _OUTPUTS: 0}  # of the next message, sent or received
+        self._numbers = {_STEPS: 0, _OUTPUTS: 0}  # the number of the next message, sent or received
         self._puts: deque[Any] = deque()
         self._asked: dict[str, Any] = {}
         self._buffer = aligned_bytes(message.HEAD)
@@ -102,7 +103,7 @@ class RayPlane(ControlPlane):
             try:
                 where = self._make(topology.world_size)
             finally:
-                store.set("ray", where)  # the others need not wait for what failed
+                store.set("ray", where)  # so that the other ranks do not wait for this one
         else:
             try:
                 name, _, cluster = store.get("ray").decode().partition(" ")
@@ -121,7 +122,7 @@ class RayPlane(ControlPlane):
         return f"{name} {whereabouts(self._ray)}"
 
     def _actor(self, kind: type, *arguments: Any, **options: Any) -> Any:
-        """On this rank's node, as long as this process."""
+        """Make an actor on this rank's node. It ends with this process."""
         ray, node = self._ray, self._ray.get_runtime_context().get_node_id()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=True)
         made = ray.remote(kind).options(num_cpus=0, scheduling_strategy=here, runtime_env=runtime_env(), **options)
@@ -145,7 +146,7 @@ class RayPlane(ControlPlane):
 
     def close(self) -> None:
         if self._mailbox is not None and self._ray.is_initialized():
-            if self._puts and self._rank == 0:  # the others have not taken everything, or not said so
+            if self._puts and self._rank == 0:  # not all ranks have said that they took everything
                 self._ray.wait(list(self._puts), num_returns=len(self._puts), timeout=message.END_LIMIT)
             self._ray.kill(self._own)
         self._mailbox = None
@@ -166,7 +167,7 @@ class RayPlane(ControlPlane):
         self._open()
         found = self._get(self._asked.pop(stream, None) or self._ask(stream))
         self._numbers[stream] += 1
-        self._asked[stream] = self._ask(stream)  # it says that this one has come, and is there before the next one
+        self._asked[stream] = self._ask(stream)  # confirms this message, and waits there for the next one
         if isinstance(found, list):
             found = self._get(found[0])
         if self._buffer.size < len(found):

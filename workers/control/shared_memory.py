@@ -13,12 +13,12 @@ from workers.links.groups import Store
 from workers.links.memory import LIMIT, Segment
 from workers.links.ring import Ring
 
-_STEP = 1 << 20  # bytes of a slot: only what messages fill takes up memory
+_STEP = 1 << 20  # bytes of a slot; only the pages that messages fill take up memory
 _OUTPUTS = IN_FLIGHT, 1 << 18
 
 
 class ShmPlane(ControlPlane):
-    """Raises BackendError on all ranks where they cannot share memory."""
+    """The control plane of ranks that share memory. Raises BackendError on all ranks if one of them cannot."""
 
     def __init__(self, topology: Topology, store: Store, *_: object) -> None:
         # Room for the steps in flight; not more, since slots that are used again soon are still in the caches.
@@ -34,7 +34,7 @@ class ShmPlane(ControlPlane):
 
     def receive(self) -> list[Buffer]:
         check("ShmPlane.receive")
-        return self._steps.receive(limit=None)  # waiting is no error: an engine may be idle for days
+        return self._steps.receive(limit=None)  # no limit: an engine may be idle for days
 
     def send_output(self, part: Buffer) -> None:
         check("ShmPlane.send_output")

@@ -17,22 +17,23 @@ from workers.links.groups import Store
 from workers.links.memory import START, Segment
 from workers.links.ring import Ring
 
-_PIECE = 1 << 20  # bytes that a rank shows at once
-_TWO_STEPS = 1 << 18  # bytes from which ranks share the additions
+_PIECE = 1 << 20  # bytes that a rank shows the others at a time
+_TWO_STEPS = 1 << 18  # tensors of so many bytes are added by all ranks, a share each
 _STAGE = 16, 1 << 20  # slots, and bytes of each, between two pipeline stages
 I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
 
 
 class ShmCommunicator:
-    """A Communicator. Every sum is taken in the order of ranks, so its bits are the same on each rank.
+    """A Communicator. Every sum is computed in the order of ranks, so its bits are the same on each rank.
 
-    A rank has two places to show a tensor in, used in turn: when all have shown the next, none still reads the last.
+    A rank has two places for a tensor that it shows the others, and uses them in turn. When all ranks have shown their
+    next tensor, no rank still reads the last one.
 
     Raises:
-        BackendError: on all ranks, where they cannot share memory.
-        WorkerError (all methods): of rank -1, when another rank is gone.
-        StateError (all methods): another rank is at another place: in another step, on another input, in another
-            collective, or beyond this one.
+        BackendError: the ranks cannot share memory; raised on all of them.
+        WorkerError (all methods): with rank -1, when another rank is gone.
+        StateError (all methods): another rank is in another step, has another input, is in another collective, or has
+            ended the step without this collective.
     """
 
     capturable = False
@@ -49,7 +50,7 @@ class ShmCommunicator:
         stage = range(topology.rank - topology.tp_rank, topology.rank - topology.tp_rank + tp)
         self._places = {torch.uint8: [[places[rank][turn] for rank in stage] for turn in range(2)]}
         self._counter = counters[topology.rank]
-        # What each rank of the stage is at, in turn like its tensors; and where it stood when its last step ended.
+        # Each rank's fingerprint, in two places like its tensors, and its fingerprint when its last step ended.
         self._lines = [[segment.take(64).data for _ in range(2)] for _ in range(world)]
         self._ended = [segment.take(64).data.cast("q") for _ in range(world)]
         self._peers = [(counters[rank], rank) for rank in stage if rank != topology.rank]
@@ -57,7 +58,7 @@ class ShmCommunicator:
         self._to, self._source = rings.get(topology.rank), rings.get(topology.rank - tp)
 
     def check(self) -> None:
-        pass  # who waits for a rank that is gone raises, and computes nothing
+        pass  # a wait for a rank that is gone raises, so no result can be wrong
 
     def end_step(self) -> None:
         if self.topology.tp > 1:
@@ -96,7 +97,7 @@ class ShmCommunicator:
 
     def send(self, tensors: IntermediateTensors) -> None:
         with data_plane("send"):
-            assert self._to is not None  # the worker asks only where there is a next stage
+            assert self._to is not None  # the worker sends only if there is a next stage
             seal = np.frombuffer(self.fingerprint.pack(), np.uint8)
             for field in type(tensors).schema.fields:
                 tensor = tensors[field.name]
@@ -131,14 +132,14 @@ class ShmCommunicator:
         return (flat[at:at + step] for at in range(0, len(flat), step))
 
     def _show(self, piece: torch.Tensor) -> list[torch.Tensor]:
-        """[tp] tensors like the piece: those of all ranks. Valid until the next call but one."""
+        """[tp] tensors like the piece, one of each rank. They are valid until the next call but one."""
         places = self._next(piece)
         places[self.topology.tp_rank].copy_(piece)
         self._publish()
         return places
 
     def _reduce_shared(self, piece: torch.Tensor) -> None:
-        """Each rank adds up a share of the piece, and shows that."""
+        """The sum of a piece, of which each rank adds up a share and shows it to the others."""
         shown, sums = self._show(piece), self._next(piece)
         share = -(-len(piece) // self.topology.tp)
         mine = slice(share * self.topology.tp_rank, share * (self.topology.tp_rank + 1))
@@ -148,7 +149,7 @@ class ShmCommunicator:
             piece[share * rank:share * (rank + 1)] = shared[share * rank:share * (rank + 1)]
 
     def _next(self, piece: torch.Tensor) -> list[torch.Tensor]:
-        """[tp] places of the piece's size and dtype, of which this rank may write its own."""
+        """[tp] places of the piece's size and dtype. This rank may write its own place."""
         places = self._places.get(piece.dtype)
         if places is None:
             places = [[p.view(piece.dtype) for p in turn] for turn in self._places[torch.uint8]]
@@ -156,7 +157,7 @@ class ShmCommunicator:
         return [place[:len(piece)] for place in places[self._count & 1]]
 
     def _publish(self) -> None:
-        """Show the others what this rank wrote; returns when all have done so, in the same collective."""
+        """Show the other ranks what this rank wrote. Returns when all ranks have done so in the same collective."""
         turn, own = self._count & 1, self.fingerprint.pack()
         self._lines[self.topology.rank][turn][:SEAL] = own
         self._count += 1
@@ -168,7 +169,7 @@ class ShmCommunicator:
                 self.fingerprint.compare(theirs, f"rank {rank}")
 
     def _still_in_step(self, rank: int) -> None:
-        """Raises StateError: the rank that is waited for has ended this step with fewer collectives."""
+        """Check a rank that this one waits for. Raises StateError: it has ended this step with fewer collectives."""
         ended, own = self._ended[rank], self.fingerprint
         if own.step and ended[0] == own.step:
             self._segment.order()

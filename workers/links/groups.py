@@ -25,7 +25,7 @@ LOOPBACK = "127.0.0.1"
 CONNECT = timedelta(seconds=rendezvous.CONNECT)
 _ANY_PORT = 9
 _SECRET = 16  # bytes
-# Waiting is no error: an engine may be idle for days. That a rank died is seen at its closed connection.
+# No limit: an engine may be idle for days. The closed connection shows that a rank has died.
 _FOREVER = timedelta(days=3650)
 # NCCL's groups read this when they are made. By default PyTorch's threads end the process, which may be the user's, if
 # an operation fails or takes long, and if the device fails or is slow to answer them. Lifelines see to all that.
@@ -34,7 +34,8 @@ _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS
 
 
 class RendezvousStore(dist.Store):  # type: ignore[misc]
-    """A Rendezvous as process groups ask it. Its owner keeps it as long as the groups: PyTorch does not."""
+    """A Rendezvous in the form that process groups need. Its owner must keep it as long as the groups live, since
+    PyTorch does not keep it."""
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         super().__init__()
@@ -75,11 +76,11 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
     """A backend object of torch.distributed ("gloo", "nccl") over ranks 0 to size - 1, which all call this.
 
     Args:
-        small: of NCCL, a group for small messages beside a step: they take less of the device, and come first.
+        small: for NCCL: the group carries small messages beside a step, which use less of the device and have priority.
 
     Raises:
         BackendError: this PyTorch has no such collectives.
-        WorkerError: not all ranks came.
+        WorkerError: not all ranks joined.
         WireError: over gloo, another process took a rank's place.
     """
     prefixed = dist.PrefixStore(name, store)
@@ -107,8 +108,9 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
 
 
 def _prove(group: Any, store: Store, rank: int, size: int) -> None:
-    """Each rank shows every other one, over their connection, a secret that is for it alone and that the store has told
-    it. Gloo's own handshake accepts whoever connects first to a rank's port, which any user of the host can do."""
+    """Check that every connection leads to a rank. Each rank shows every other rank a secret that the store has told to
+    that rank alone. Gloo's own handshake accepts whoever connects first to a rank's port, which any user of the host
+    can do."""
     others = [peer for peer in range(size) if peer != rank]
     sent = [torch.frombuffer(bytearray(os.urandom(_SECRET)), dtype=torch.uint8) for _ in others]
     for peer, secret in zip(others, sent, strict=True):
@@ -126,7 +128,7 @@ def _prove(group: Any, store: Store, rank: int, size: int) -> None:
 
 
 def lost(what: str, error: Exception) -> WorkerError:
-    """What a rank raises that finds others gone. It does not know which: rank -1."""
+    """The error of a rank that finds another rank gone. It does not know which one, so the error has rank -1."""
     return WorkerError(f"{what} with the other ranks failed: {str(error).splitlines()[0]}", rank=-1,
                        cause=type(error).__name__)
 

@@ -17,8 +17,8 @@ _MODE = "RAY_AUTH_MODE"
 
 
 def join_cluster(user: str, where: str = "") -> Any:
-    """The module `ray`, connected: as it already is, else to the cluster `where` (see `whereabouts`), else to that at
-    RAY_ADDRESS, else to one started here, which ends with this process.
+    """The module `ray`, connected to a cluster: the one that it is already connected to, else `where` (see
+    `whereabouts`), else the one at RAY_ADDRESS, else one that is started here and ends with this process.
 
     Raises:
         BackendError: Ray, which `user` needs, is not installed, or this host has no node of that cluster.
@@ -44,7 +44,7 @@ def join_cluster(user: str, where: str = "") -> Any:
 
 
 def _in_a_lasting_thread(call: Callable[[], object]) -> None:
-    """The system kills the processes that Ray starts when the thread that started them ends."""
+    """Start Ray in a thread that lasts: the system kills Ray's processes when the thread that started them ends."""
     if threading.current_thread() is threading.main_thread():
         call()
         return
@@ -63,11 +63,12 @@ def _in_a_lasting_thread(call: Callable[[], object]) -> None:
 
 
 def whereabouts(ray: Any) -> str:
-    """Of the cluster that this process has joined, for others on its nodes; a token, if it asks for one, they have."""
+    """The address of the cluster that this process has joined, for other processes on its nodes. If the cluster asks
+    for a token, they have it already."""
     return f"{ray.get_runtime_context().gcs_address} {os.environ.get(_MODE, '')}"
 
 
 def runtime_env() -> dict[str, Any]:
-    """Of actors: they import what this process does."""
+    """The runtime environment of actors: they import from the same paths as this process."""
     path = os.pathsep.join(os.path.abspath(p) for p in sys.path if isinstance(p, str))
     return {"env_vars": {"PYTHONPATH": path}}

@@ -1,7 +1,7 @@
-"""Where the ranks that the driver started tell each other how they can be reached.
+"""The rendezvous of the ranks that the driver started: they tell each other how they can be reached.
 
-It goes through the pipes between the driver and each rank, which no other process has: nothing listens. No torch here,
-since a rank takes part before it has loaded it.
+Its entries go through the pipes between the driver and each rank. No other process has these pipes, and nothing
+listens. This module does not load torch, because a rank takes part before it has loaded torch.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 from hal.errors import WorkerError
 
-CONNECT = 120.0  # seconds that another rank may come later
+CONNECT = 120.0  # seconds that another rank may arrive later
 
 
 class Rendezvous:
-    """Entries, of which every rank holds all: one that a rank sets goes to the driver, which passes it on.
+    """A store of entries, all of which every rank holds. A rank sends an entry to the driver, which passes it on.
 
     Args:
-        host: the driver's address, as the ranks reach it.
-        tell: sends an entry, as `arrived` takes it: to the driver, or, on the driver, to all ranks.
+        host: the address at which ranks reach the driver.
+        tell: sends an entry in the form that `arrived` takes: to the driver or, on the driver, to all ranks.
     """
 
     def __init__(self, host: str, tell: Callable[[str, str], None]) -> None:
@@ -29,7 +29,7 @@ class Rendezvous:
         self._changed = threading.Condition()
 
     def arrived(self, key: str, value: str) -> None:
-        """Take over what another rank set; `value` in base64."""
+        """Store an entry that another rank has set; `value` is base64."""
         with self._changed:
             self._entries[key] = b64decode(value)
             self._changed.notify_all()
@@ -40,7 +40,7 @@ class Rendezvous:
         self._tell(key, encoded)
 
     def get(self, key: str, seconds: float = CONNECT) -> bytes:
-        """Waits for it. Raises WorkerError: it did not come within `seconds`."""
+        """Wait for an entry. Raises WorkerError: it did not arrive within `seconds`."""
         with self._changed:
             if not self._changed.wait_for(lambda: key in self._entries, seconds):
                 raise WorkerError(f"connecting with the other ranks failed: {key!r} did not come within {seconds:g} s",
