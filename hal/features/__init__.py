@@ -1,7 +1,8 @@
-"""What a step may carry for each of its sequences, one file a feature. Importing this loads no torch.
+"""Step features: values that a step carries for each of its sequences, one file a feature. Importing this loads no
+torch.
 
-A feature of a third party is a `Feature` that the entry point group `hal.features`, or HAL_FEATURES
-("module:Class,module:Class"), names; all ranks of an engine must have the same.
+A third party names its `Feature` in the entry point group `hal.features`, or in the variable HAL_FEATURES
+("module:Class,module:Class"). All ranks of an engine must have the same features.
 """
 
 from __future__ import annotations
@@ -67,5 +68,5 @@ def input_annotations() -> dict[str, Any]:
 
 
 def request_annotations() -> dict[str, Any]:
-    """The same of ExecuteModelRequest, whose arrays are numpy's."""
+    """Annotations and defaults of the fields that features add to ExecuteModelRequest; their arrays are numpy's."""
     return {name: (Annotated[np.ndarray | None, array], None) for f in FEATURES for name, array in f.request.items()}

@@ -1,4 +1,4 @@
-"""Numbers that a request adds to the logits of tokens that it names."""
+"""The logit bias: a request names tokens, and numbers that are added to their logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hypothesis import strategies as st
 
 
-MOST_TOKENS = 1024  # of one request
+MOST_TOKENS = 1024  # entries of one request
 
 
 class LogitBiasParams(Params):

@@ -1,4 +1,4 @@
-"""The vocabulary of a step feature: what a request may ask for, and what a step carries of it, declared once."""
+"""The declaration of a step feature: what a request may ask for, and what a step carries for it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Fields = dict[str, np.ndarray[Any, Any] | int]  # arrays and scalars of a step's
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A parameter that travels as one number a sequence.
+    """A parameter that travels as one number for each sequence.
 
     Attributes:
-        name: of the parameter, of the column in the rows' state, and of the input's field.
-        dtype: of the field. `kind`: of the request's matrix that carries it.
-        default: what the parameter's default is as a number; None is -1. low, high: legal numbers, inclusive.
+        name: the name of the parameter, of the column in the rows' state, and of the input's field.
+        dtype: the dtype of the field. `kind`: the request's matrix that carries the column.
+        default: the parameter's default as a number; None is -1. low, high: legal numbers, inclusive.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Column:
         return "float" if self.dtype.startswith("float") else "int"
 
     def number(self, value: float | bool | None) -> float:
-        """A parameter's value as the column holds it."""
+        """The number by which the column holds a value of the parameter."""
         return -1 if value is None else value
 
 
 class Rows(Protocol):
-    """The state of the sequences in flight, as a feature reads it (hal.paged.batch.BatchState): one row a sequence.
+    """The state of running sequences (hal.paged.batch.BatchState), as a feature reads it. Each sequence has one row.
 
     Attributes:
         token_ids: int32 [max_rows, max_model_len]. num_tokens, prompt_lens: int32 [max_rows].
@@ -73,13 +73,15 @@ class StepRows:
     """A step whose input is being prepared.
 
     Attributes:
-        state: of all rows. request: the ExecuteModelRequest that is prepared.
-        sampled: rows that get a token in this step, in the order of its output.
-        row_of, positions: of each token that the step computes, its row and its place in the sequence.
-        input_ids: those tokens; a feature may replace the array.
-        targets: indices into these three of tokens whose logits are needed beside the sampled ones; a feature sets it.
-        column: gives the values of a column for the sampled rows.
-        asked, asked_drawn: columns in which a sampled row, or a sampled row that is drawn, differs from the default.
+        state: the state of all rows. request: the ExecuteModelRequest that is being prepared.
+        sampled: the rows that get a token in this step, in the order of the step's output.
+        row_of, positions: for each token that the step computes, its row and its place in the sequence.
+        input_ids: the tokens that the step computes; a feature may replace the array.
+        targets: a feature sets this: tokens whose logits are needed beside those of the sampled rows, as indices into
+            row_of, positions and input_ids.
+        column: a function that gives the values of a column for the sampled rows.
+        asked, asked_drawn: columns in which a sampled row differs from the default, and columns in which a sampled row
+            with a temperature above 0 does.
     """
 
     state: Rows
@@ -95,31 +97,31 @@ class StepRows:
 
 
 class FeatureState(Protocol):
-    """What a feature keeps of each row beside its columns."""
+    """The state that a feature keeps for each row, beside its columns."""
 
     def apply(self, request: Any) -> Ints:
-        """Take over a request's new rows. Returns those for which the feature has something to do."""
+        """Store a request's new rows. Returns the rows for which the feature has something to do."""
 
 
 class Feature:
-    """Something that a step carries for a sequence. A subclass declares; the public parameter, the command-line
-    option, the JSONL key, the request's columns, the rows' state, the input's fields, the hypothesis strategy, the
-    recording and the documentation follow.
+    """Something that a step carries for a sequence. A subclass is a declaration. From it follow the public parameter,
+    the command-line option, the JSONL key, the request's columns, the rows' state, the input's fields, the hypothesis
+    strategy, the recording and the documentation.
 
     Attributes:
         params: the public parameters. Those with a `column` travel as one number a sequence.
-        fields: further arrays of the step's input, all optional; their first dimension is "num_sampled" unless the
-            feature says otherwise in `prepare`.
+        fields: further arrays of the step's input, all optional. Their first dimension is "num_sampled", unless
+            `prepare` gives another size.
         scalars: further integers of the step's input, and their defaults.
         request: further arrays of ExecuteModelRequest, all optional.
-        drawn: the feature only matters to sequences that are drawn (temperature above 0).
-        always: `prepare` is called in every step; else only where a row has a parameter that is not the default, or
-            the request has arrays of the feature.
-        per_step: the arrays of `request` may come with any step, not only with one that brings new rows.
-        together: all fields are there, or none.
-        needs_tokens: the step's input has tokens that may still be pending under asynchronous scheduling, so a sequence
-            that asks for the feature is scheduled when its last token is known on the host.
-        column_fields: the columns are fields of the step's input; False leaves them in the rows' state.
+        drawn: the feature only matters to sequences with a temperature above 0, whose tokens are drawn at random.
+        always: `prepare` is called in every step. If False, it is called only when a row has a parameter that is not
+            the default, or the request has arrays of the feature.
+        per_step: the arrays of `request` may come with any step, not only with a step that brings new rows.
+        together: a step has all fields of the feature, or none.
+        needs_tokens: the feature reads tokens that may still be pending under asynchronous scheduling. So a sequence
+            that asks for the feature is scheduled only when its last token is known on the host.
+        column_fields: the columns are fields of the step's input. If False, they stay in the rows' state.
     """
 
     params: ClassVar[type[Params]] = Params
@@ -143,20 +145,20 @@ class Feature:
             cls.fields = {**{c.name: _field(cls.params, c) for c in cls.columns}, **cls.fields}
 
     def make_state(self, max_rows: int, vocab_size: int) -> FeatureState | None:
-        """What is kept of each row beside the columns; None: nothing."""
+        """Make the state that is kept for each row beside the columns, or None if there is none."""
         return None
 
     def request_fields(self, entered: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of `request` for the sequences that enter rows with it (each has `params` and `row`)."""
+        """The arrays of `request`, for the sequences that enter rows (each has `params` and `row`)."""
         return {}
 
     def check_request(self, request: Any, vocab_size: int) -> None:
-        """Whether the arrays of `request` can be applied, for a request that nobody vouches for (a recording's). Its
-        columns are checked already. Raises InputError."""
+        """Check the arrays of `request` in a request that is not trusted, such as one from a recording. Its columns are
+        checked already. Raises InputError: an array cannot be applied."""
 
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
-        """The fields that this step needs; empty where no sampled row asks for the feature. By default the columns,
-        where one of them differs from its default."""
+        """The fields that this step needs. They are empty if no sampled row asks for the feature. By default they are
+        the columns, if a sampled row differs from the default of one of them."""
         if self.names.isdisjoint(step.asked_drawn if self.drawn else step.asked):
             return {}
         return {name: step.column(name) for name in self.names}
@@ -166,10 +168,11 @@ class Feature:
         return any(model_input[name] is not None for name in self.fields)
 
     def adjust(self, scores: torch.Tensor, model_input: Any) -> torch.Tensor:
-        """Where the feature is present: scores before a token is chosen.
+        """Change the scores before a token is chosen. It is called when the feature is present in the step's input.
 
         Args:
-            scores: fp32 [n, vocab_size] of the first n sampled rows, the caller's own memory.
+            scores: fp32 [n, vocab_size], of the first n sampled rows. The caller owns the memory and shares it with
+                nobody.
 
         Returns:
             The same shape and dtype; `scores` itself may be changed and returned.
@@ -177,19 +180,19 @@ class Feature:
         return scores
 
     def restore(self, model_input: Any, i: int) -> dict[str, Any]:
-        """The parameters of a sampled row that is described by a step's input on the host: what a recording reads."""
+        """The parameters of sampled row i, from a step's input on the host. A recording reads parameters by this."""
         if not self.column_fields or not self.present(model_input):
             return {}
         return {c.name: _value(self.params, c, model_input[c.name][i].item()) for c in self.columns}
 
     def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
-        """Consistent fields of a made-up batch, for `hal.testing.strategies`. By default each field by itself, within
-        its declared bounds."""
+        """Consistent fields for a made-up batch of `hal.testing.strategies`. By default each field is made by itself,
+        within its declared bounds."""
         return {name: make_array(array, {"num_sampled": len(batch.lens)}, rng) for name, array in self.fields.items()}
 
 
 def need(field: str, good: bool, got: object, expected: object) -> None:
-    """Raises InputError, naming a field of ExecuteModelRequest, unless `good`."""
+    """Raise an InputError that names a field of ExecuteModelRequest, unless `good`."""
     if not good:
         raise InputError(f"ExecuteModelRequest.{field} is inconsistent", got=str(got)[:200], expected=expected,
                          fields=(field,))
@@ -200,9 +203,9 @@ class Batch:
     """A made-up batch.
 
     Attributes:
-        queries: tokens of each sequence to compute. row_of: of each of these tokens, its sequence.
-        sampled: which sequences get a token. lens: tokens that each of these has.
-        num_targets: tokens whose logits are needed beside these.
+        queries: the number of tokens to compute, of each sequence. row_of: the sequence of each of these tokens.
+        sampled: the sequences that get a token. lens: the number of tokens that each of these has.
+        num_targets: the number of tokens whose logits are needed beside those of the sampled sequences.
         vocab_size: token ids lie below it.
     """
 
@@ -231,7 +234,7 @@ def _columns(params: type[Params]) -> list[Column]:
 def _field(params: type[Params], column: Column) -> Array:
     param: Param = params.param(column.name)
     low, high = None if param.low is None else column.low, param.high
-    if column.kind == "int":  # a bound that the dtype has anyway is none
+    if column.kind == "int":  # a bound that the dtype implies is left out
         limits = np.iinfo(column.dtype)
         low, high = (None if low is None or low <= limits.min else low), (None if high is None or high >= limits.max
                                                                           else high)
@@ -239,7 +242,7 @@ def _field(params: type[Params], column: Column) -> Array:
 
 
 def _bounds(param: Param) -> tuple[float, float]:
-    """Inclusive, within what the column's dtype holds."""
+    """The inclusive bounds of a parameter, within the range of the column's dtype."""
     if param.column is not None and param.column.startswith("float"):
         most = float(np.finfo(np.float32).max)
         smallest = float(np.finfo(np.float32).smallest_subnormal)

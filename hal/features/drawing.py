@@ -1,6 +1,6 @@
-"""How a token is drawn: temperature and seed, and filters that leave out unlikely tokens.
+"""Random drawing of a token: temperature and seed, and filters that leave out unlikely tokens.
 
-Samplers apply the filters themselves, as one threshold a row (hal.sampling.sampler).
+Samplers apply the filters themselves, as one threshold for each row (hal.sampling.sampler).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MinPParams(Params):
 
 
 class Draw(Feature):
-    """Present where a sampled sequence is drawn; a row whose temperature is 0 is greedy."""
+    """Present if a sampled sequence has a temperature above 0. A row whose temperature is 0 is greedy."""
 
     params = DrawParams
 

@@ -13,7 +13,7 @@ from hal.schema import Array, Doc
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-MOST = 1000  # most likely tokens that a request may ask for
+MOST = 1000  # a request may ask for at most so many most likely tokens
 
 
 class LogprobParams(Params):
@@ -25,7 +25,8 @@ class LogprobParams(Params):
 
 
 class Logprobs(Feature):
-    """A step reports as many as any of its sequences asked for; the engine cuts each to its own number."""
+    """A step reports the largest number that one of its sequences asked for. The engine cuts each sequence's logprobs
+    to the number that the sequence asked for."""
 
     params = LogprobParams
     column_fields = False

@@ -1,4 +1,5 @@
-"""Which tokens a sequence may get next, as bits, given anew for every step by whoever drives the executor."""
+"""Token masks: the tokens that a sequence may get next, one bit each. The driver of the executor gives them in every
+step."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class TokenMasks(Feature):
         found = np.full((len(step.sampled), -(-step.state.vocab_size // WORD)), -1, np.int32)
         at = {row: i for i, row in enumerate(step.sampled.tolist())}
         for row, mask in zip(rows.tolist(), masks, strict=True):
-            if row in at:  # else this step does not reach the row's last token
+            if row in at:  # False if this step does not reach the row's last token
                 found[at[row]] = mask
         return {"token_mask": found}
 
@@ -64,7 +65,7 @@ def allowed(mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def mask_fields(masks: Mapping[int, np.ndarray[Any, Any]], vocab_size: int) -> dict[str, np.ndarray[Any, Any]]:
-    """What a request carries for these rows.
+    """The arrays of a request that carry the masks of these rows.
 
     Args:
         masks: by row, a bool array [vocab_size]: which tokens are allowed.

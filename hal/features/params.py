@@ -20,14 +20,14 @@ _LARGEST = 3.4e38  # what float32 holds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
-    """What an annotation and a default do not say about a public parameter.
+    """The facts about a public parameter that its type and its default do not tell.
 
     Attributes:
         help: one line, for the command line and the documentation.
         low, high: inclusive bounds of a number, or of each number in a list; `above` excludes `low` itself.
-        unset: what holds where the parameter is None, for the documentation.
-        most: entries of a list or a mapping. longest: characters of a text.
-        column: the dtype in which a step carries the parameter; None: it stays with the engine.
+        unset: the meaning of None, for the documentation.
+        most: the largest number of entries of a list or a mapping. longest: the largest number of characters of a text.
+        column: the dtype in which a step carries the parameter, or None for a parameter that the engine alone reads.
     """
 
     help: str
@@ -46,14 +46,14 @@ class Params:
     `Annotated[type, Param(...)]`. The type is int, float, bool, tuple[str, ...], tuple[int, ...] or
     tuple[tuple[int, float], ...] (numbers by token id, given as a mapping or as pairs), or one of these with None.
 
-    Numbers may also be scalars of numpy or torch, and lists arrays: they are kept as plain Python values.
+    Numbers may also be given as scalars of numpy or torch, and lists as arrays. All are kept as plain Python values.
 
     Raises:
         SchemaError: at class definition, when an annotation cannot be a parameter.
-        RequestError: at construction, when a value does not fit its parameter, which is named.
+        RequestError: at construction, when a value does not fit its parameter. The error names the parameter.
     """
 
-    _plan: ClassVar[Mapping[str, tuple[Any, bool, Param]]] = {}  # by name: type, whether None is legal, the rest
+    _plan: ClassVar[Mapping[str, tuple[Any, bool, Param]]] = {}  # by name: the type, whether None is legal, the Param
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,7 +133,7 @@ def _flag(name: str, given: object, param: Param) -> bool:
 
 
 def _items(name: str, given: object) -> tuple[Any, ...]:
-    """What a parameter that takes one or several holds."""
+    """The value of a parameter that takes one item or several."""
     value: Any = plain(given)
     if isinstance(value, (str, int)):
         return (value,)

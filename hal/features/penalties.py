@@ -29,7 +29,7 @@ class PenaltyParams(Params):
 
 
 class Penalties(Feature):
-    """The input carries the whole history of each sampled sequence where one of them is penalised."""
+    """If one sampled sequence has a penalty, the input carries the whole history of every sampled sequence."""
 
     params = PenaltyParams
     needs_tokens = True
@@ -67,13 +67,14 @@ def penalised(scores: torch.Tensor, repetition: torch.Tensor, presence: torch.Te
               history: torch.Tensor, prompt_lens: torch.Tensor) -> torch.Tensor:
     """fp32 scores [n, vocab] with the penalties applied, a copy; arguments as in the step's input.
 
-    Repetition is of prompt and output (CTRL, arXiv 1909.05858); presence and frequency count the output alone. A finite
-    score stays finite, at most the largest number of fp32, and one that is not stays what it is: -inf is a mask.
+    The repetition penalty counts prompt and output (CTRL, arXiv 1909.05858); the presence and frequency penalties count
+    the output alone. A finite score stays finite, at most the largest number of fp32. A score that is not finite stays
+    as it is, since -inf is a mask.
     """
     import torch
 
     places = torch.arange(history.shape[1], device=history.device)
-    # Behind the last token the first one is repeated: it is written again with the same value.
+    # The places behind the last token repeat the first token, which is written again with the same value.
     ids = torch.where(history < 0, history[:, :1].clamp(min=0), history).long()
     output = (places >= prompt_lens[:, None]) & (history >= 0)
     counts = torch.zeros_like(scores).scatter_add_(1, ids, output.to(scores.dtype)).gather(1, ids)
@@ -82,6 +83,6 @@ def penalised(scores: torch.Tensor, repetition: torch.Tensor, presence: torch.Te
     # Each term is kept finite, since infinities would cancel to NaN.
     new = torch.where(old > 0, old / repetition, old * repetition).clamp(-_MAX, _MAX)
     new = (new - presence * (counts > 0)).clamp(-_MAX, _MAX) - (frequency * counts).clamp(-_MAX, _MAX)
-    # A row of padding has no history: it stays as it is.
+    # A row of padding has no history, so it stays as it is.
     kept = (history[:, :1] < 0) | ~(old.abs() < torch.inf)
     return scores.scatter(1, ids, torch.where(kept, old, new.clamp(-_MAX, _MAX)))

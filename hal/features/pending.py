@@ -36,7 +36,7 @@ class Pending(Feature):
         return found
 
     def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
-        """Sequence i lives in row i, and each sampled token may be taken up by a decode."""
+        """A batch in which sequence i has row i, and a decode may begin with any pending token."""
         decodes = np.array(batch.queries, np.int64)[batch.row_of] == 1
         return {"sampled_rows": np.array(batch.sampled, np.int64),
                 "pending_rows": np.where(decodes & (rng.random(len(batch.row_of)) < 0.5), batch.row_of, -1)}

@@ -52,7 +52,7 @@ def install(strict: bool | None = None) -> None:
 
 
 def uninstall() -> None:
-    """Put every original back (for tests). Phases go on being tracked."""
+    """Restore every original function (for tests). Phases are still tracked."""
     global _tier
     with _lock:
         _patches.restore()

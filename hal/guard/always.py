@@ -1,8 +1,9 @@
-"""The always-on tier: everything of torch.distributed that ends in a method or a constructor of a process group, a
+"""The always-on tier: every call of torch.distributed that ends in a method or a constructor of a process group, a
 backend or a store.
 
-Patching methods, not functions, is what makes references saved before install() harmless, leaves the identity of
-torch.distributed.* alone (P2POp and torch.compile compare by identity), and needs no list of collectives.
+The guard patches these methods, and not the functions above them, for three reasons: a reference that was saved before
+install() is guarded too; the functions torch.distributed.* stay the same objects (P2POp and torch.compile compare their
+identity); and no list of collectives is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final
 from hal.guard.patch import Patches
 
 # A public method that is not known to be local is guarded, so that a collective added by a new torch is caught.
-# abort is local on purpose: it is how a failing rank frees its peers.
+# abort counts as local on purpose: a failing rank frees its peers by it.
 _LOCAL: Final = frozenset({
     "rank", "size", "name", "getBackendName", "abort", "set_timeout", "get_group_store", "boxed", "unbox",
     "allocate_tensor", "memory_stats", "use_pg_for_symm_mem_rendezvous", "setUsePgForSymmMemRendezvous",
@@ -25,7 +26,7 @@ _OF_SUBCLASSES: Final = ("perform_nocolor_split", "_group_start", "_group_end")
 # The constructor of a class below a root class connects: it exchanges addresses through a store, opens the store's
 # socket, or counts itself in the store's file. These constructors do not; the root classes' own neither.
 _LOCAL_CONSTRUCTORS: Final = frozenset({"HashStore", "PrefixStore", "FakeProcessGroup", "_ProcessGroupWrapper"})
-# Where the public methods are mostly local, by name.
+# Classes whose public methods are mostly local, by name.
 _ONLY: Final = {"_SymmetricMemory": ("rendezvous", "barrier", "put_signal", "wait_signal", "stream_write_value32")}
 _ROOTS: Final = ("ProcessGroup", "Backend", "Store", "_ControlCollectives", "_SymmetricMemory")
 # Groups are made and ended by functions. Saved references to them end in the helper, in a constructor or in shutdown().
@@ -38,7 +39,7 @@ _C_FUNCTIONS: Final = ("_broadcast_coalesced", "_verify_params_across_processes"
 
 
 def patch_torch(patches: Patches) -> None:
-    """Does nothing where torch, or its distributed package, is absent."""
+    """Guard torch.distributed. Without torch, or without its distributed package, this does nothing."""
     try:
         import torch.distributed as dist
     except ImportError:

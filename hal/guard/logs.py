@@ -12,8 +12,9 @@ from hal.guard.patch import Patches
 
 
 def patch_logging(patches: Patches) -> None:
-    """logging never lets an error out of a log call: it prints a traceback for each record that a handler fails to
-    send. A handler that the guard refuses is named once instead; its other records in a phase are dropped silently."""
+    """Report a refused handler once. The package logging never raises from a log call: it prints a traceback for each
+    record that a handler cannot send. Here the handler is named once, and its other records in a phase are dropped
+    silently."""
     handle_error = logging.Handler.handleError
     told: weakref.WeakSet[logging.Handler] = weakref.WeakSet()
 

@@ -1,4 +1,4 @@
-"""Replacing functions and methods by guarded ones, so that all of it can be undone."""
+"""Functions and methods are replaced by guarded ones, and every replacement can be undone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def guarded_method(operation: str, original: Function) -> Function:
 
 
 class Patches:
-    """A list of changes, undone in reverse."""
+    """A list of changes, which are undone in reverse order."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -56,7 +56,7 @@ class Patches:
         setattr(owner, name, value)
 
     def guard(self, owner: type | ModuleType, names: Sequence[str], label: str) -> None:
-        """Guard those of `names` that `owner` has; a version that lacks one has nothing to guard."""
+        """Guard each of `names` that `owner` has; a version of the library may lack some of them."""
         for name in names:
             original = getattr(owner, name, None)
             if not callable(original):
@@ -70,7 +70,7 @@ class Patches:
                 self.replace(owner, name, guarded_method(operation, original))
 
     def after_import(self, module: str, action: Callable[[ModuleType], None]) -> None:
-        """Run `action` on `module` now if it is loaded, else right after its first import. Never imports it."""
+        """Run `action` on `module` now if it is loaded, else right after its first import. This never imports it."""
         loaded = sys.modules.get(module)
         if loaded is not None:
             action(loaded)

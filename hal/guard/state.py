@@ -1,4 +1,4 @@
-"""The phases of a step, and the one ContextVar that says which of them a context is in."""
+"""The phases of a step, and the ContextVar that holds the phase of a context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from hal.errors import GuardError
 
 
 class Phase(str, Enum):
-    """PREPARE: no communication. EXECUTE: only through the injected Communicator. WORKER: anything."""
+    """The communication that a phase allows. PREPARE: none. EXECUTE: only through the injected Communicator. WORKER:
+    any."""
 
     PREPARE = "prepare"
     EXECUTE = "execute"
@@ -22,10 +23,11 @@ class Phase(str, Enum):
 
 
 class Region:
-    """What a context is in. `open` says whether communication may pass; None once the region has been left.
+    """A phase, or an exception from it, that a context is in. `open` says whether communication may pass. It is None
+    when the region has ended.
 
-    A thread or an asyncio task may hold a copy of a context whose region has ended meanwhile: such a copy counts as
-    being in the region that enclosed it.
+    A thread or an asyncio task may hold a copy of a context after the region has ended. Such a copy counts as being in
+    the enclosing region.
     """
 
     __slots__ = ("_token", "open", "phase", "rank")
@@ -45,16 +47,17 @@ class Region:
 
 
 STATE: Final[ContextVar[Region | None]] = ContextVar("hal.guard", default=None)
-# Where work now running in a helper thread was handed over, for a site when the thread itself has no user frame.
+# The call site that started the work of a helper thread; errors name it when the thread itself has no user frame.
 ORIGIN: Final[ContextVar[str | None]] = ContextVar("hal.guard.origin", default=None)
-# A step enters three phases: bound methods and a bound member (a slow lookup before Python 3.12) save 0.15 us of each.
+# A step enters three phases. These bound names save 0.15 us of each; the lookup of an enum's member is slow before
+# Python 3.12.
 _set, _reset, _WORKER = STATE.set, STATE.reset, Phase.WORKER
 
 
 class phase(Region):
     """Context manager: this context is in phase `phase` of a step of rank `rank`.
 
-    Phases nest; leaving restores what was there before, also when an exception passes. Use one object for one entry.
+    Phases nest. Leaving a phase restores the one before it, also when an exception passes. Enter an object only once.
     """
 
     __slots__ = ()
@@ -107,9 +110,10 @@ class data_plane(_Opening):
 
 
 class allow(_Opening):
-    """Context manager: communication may pass in any phase, because of `reason` (which readers of the code see).
+    """Context manager: communication may pass in any phase. `reason` tells readers of the code why.
 
-    For a debugging hook, a profiler, a metric; a step that needs this to be correct is in the wrong phase.
+    Use it for a debugging hook, a profiler or a metric. If a step needs it to be correct, the code is in the wrong
+    phase.
 
     Raises:
         ValueError: `reason` is blank.
@@ -124,7 +128,7 @@ class allow(_Opening):
 
 
 def current() -> Region | None:
-    """The region this context is in (`.phase`, `.rank`, `.open`), or None outside any phase."""
+    """The region that this context is in (`.phase`, `.rank`, `.open`), or None outside any phase."""
     region = STATE.get()
     while region is not None and region.open is None:
         token = region._token
@@ -134,7 +138,7 @@ def current() -> Region | None:
 
 
 def check(operation: str) -> None:
-    """For communication that no patch sees (shared memory): what it calls before it begins.
+    """Check communication that no patch sees, such as shared memory. The code calls this before it communicates.
 
     Raises:
         GuardError: this context's phase forbids it.
@@ -155,10 +159,10 @@ _RULES: Final = {
 
 
 def refuse(operation: str) -> None:
-    """Called by a patched operation that is about to run in a region that is not open.
+    """Refuse an operation. A patched operation calls this before it runs in a region that is not open.
 
     Raises:
-        GuardError: unless that region has already ended (a context copied into a task that outlived it).
+        GuardError: the region has not ended. (It may have ended in a context that was copied into a longer task.)
     """
     region = current()
     if region is None or region.open or _wakes_event_loop():
@@ -174,14 +178,16 @@ def refuse(operation: str) -> None:
 
 
 def _wakes_event_loop() -> bool:
-    """Whether asyncio wakes its own loop through its self-pipe, which carries no data; refusing it hangs the loop."""
-    frame = sys._getframe(2).f_back  # this, refuse(), the patched operation, its caller: none if a thread began there
+    """Whether asyncio is waking its own loop through its self-pipe. This carries no data, and a loop that cannot do it
+    hangs."""
+    frame = sys._getframe(2).f_back  # above this, refuse() and the operation
     if frame is None or frame.f_code.co_name not in ("_write_to_self", "_read_from_self"):
         return False
     return frame.f_globals.get("__name__") == "asyncio.selector_events"
 
 
-# Frames of these are machinery. By module name, not path: code that inductor generated counts as torch's.
+# Frames of these modules are not the user's. They are known by module name, not by path: code that inductor generates
+# counts as torch's.
 _MACHINERY: Final = sys.stdlib_module_names | {"torch", "torch_xla", "ray", "typing_extensions"}
 _OWN: Final = ("hal.guard", "hal.testing.fake")
 
@@ -193,7 +199,7 @@ def caller() -> tuple[str, str | None]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code, module = frame.f_code, str(frame.f_globals.get("__name__", ""))
-        # Code without a module is generated (torch.fx, AOTAutograd).
+        # Code without a module was generated (by torch.fx or AOTAutograd).
         if module and module.partition(".")[0] not in _MACHINERY and not module.startswith(_OWN):
             return f"{code.co_filename}:{frame.f_lineno}", public
         if module.startswith("torch.distributed") and code.co_name[0] not in "_<" and code.co_name != "wrapper":

@@ -35,7 +35,7 @@ _LATE: Final[dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 _NAMESPACES: Final = frozenset({"c10d", "_c10d_functional", "c10d_functional", "_c10d_functional_autograd", "symm_mem"})
-# Waiting for what was launched before is allowed: a lazily waited result of the data plane waits outside it.
+# Waiting is allowed: a result of the data plane that is waited for lazily is waited for outside `data_plane`.
 _LOCAL_OPS: Final = frozenset({"wait_tensor", "_wrap_tensor_autograd", "check_for_nan"})
 
 
@@ -78,7 +78,7 @@ def _patch_threads(patches: Patches) -> None:
 
     @functools.wraps(submit)
     def carry_and_submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        # Always: the pool's thread may itself have been started inside some other phase.
+        # In any case, since the pool's thread may have been started inside another phase.
         return submit(self, _carried(fn), *args, **kwargs)
 
     patches.replace(threading.Thread, "start", carry_and_start)
@@ -86,9 +86,10 @@ def _patch_threads(patches: Patches) -> None:
 
 
 def _carried(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, to be run in another thread under the phase of this one.
+    """A function that runs `function` in another thread, under the phase of this thread.
 
-    An open region is not carried: it may end long before the thread does, and what it let start is let run.
+    An open region is not carried over: it may end long before the thread does, and a thread that an open region has
+    started may communicate.
     """
     region = current()
     if region is not None and region.open:
@@ -107,7 +108,8 @@ def _carried(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_dispatcher(patches: Patches) -> None:
-    """Kernels at BackendSelect, which every call passes on its way to a device: eager, compiled, from Python or C++."""
+    """Guard the operators at the dispatch key BackendSelect. Every call passes it on its way to a device: eager or
+    compiled, from Python or C++."""
     import torch
     import torch.distributed._functional_collectives  # defines its operators
 
@@ -140,7 +142,7 @@ def _kernel(operation: str, op: Any) -> Callable[..., Any]:
 
     def call(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         region = STATE.get()
-        # Meta is what a compiler traces with. It moves nothing; the compiled call will come by here again.
+        # A compiler traces with the device Meta, which moves no data. The compiled call passes here again.
         if region is not None and not region.open and not keyset.has(meta):
             refuse(operation)
         return op.redispatch(keyset & below, *args, **kwargs)

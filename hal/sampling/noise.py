@@ -1,6 +1,6 @@
 """Counter-based random numbers: a token's noise depends on the request's seed, the position and the token, and on
-nothing else, so a request's tokens depend neither on its batch nor on device or layout. There is no generator, only
-integer arithmetic that wraps.
+nothing else. So a request's tokens do not depend on its batch, the device or the layout. There is no generator with a
+state, only integer arithmetic that wraps.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def exponential(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     x += high
     x *= -0x7B935975
     x ^= _shifted(x, 16).bitwise_and_(0xFFFF)
-    # -log(1 - v) keeps all 31 bits where it matters: the smallest values are the ones that win.
+    # -log(1 - v) keeps all 31 bits of the smallest values, which decide the draw.
     v = x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_()

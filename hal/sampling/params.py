@@ -1,4 +1,4 @@
-"""What a request asks of sampling and of stopping. Torch-free; refused at construction when it makes no sense."""
+"""The parameters of a request: sampling and stopping. They are checked at construction. This loads no torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hal.features.logprobs import LogprobParams
 from hal.features.params import Param, Params
 from hal.features.penalties import PenaltyParams
 
-MAX_STOP_TEXTS, MAX_STOP_LENGTH = 64, 1024  # how many stop texts, of how many characters each
+MAX_STOP_TEXTS, MAX_STOP_LENGTH = 64, 1024  # the largest number of stop texts, and of characters of each
 _INTEGERS = {"top_k": (0, 2**31 - 1), "max_tokens": (1, 2**31 - 1), "seed": (-(2**63), 2**63 - 1),
              "logprobs": (0, 1000), "prompt_logprobs": (0, 1000)}
 _OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
 
 
 class StopParams(Params):
-    """When an output ends: the engine's own business, nothing of which a step carries."""
+    """When an output ends. The engine alone reads these parameters; a step does not carry them."""
 
     max_tokens: Annotated[int, Param(help="at most this many new tokens", low=1, high=2**31 - 1)] = 128
     ignore_eos: Annotated[bool, Param(help="do not end at the model's end-of-sequence token")] = False
@@ -30,7 +30,7 @@ class StopParams(Params):
 
 
 class _BuiltIn(StopParams, LogprobParams, PenaltyParams, LogitBiasParams, MinPParams, TopPParams, TopKParams,
-               DrawParams):  # dataclass fields are in the reverse order of the bases
+               DrawParams):  # a dataclass takes the fields of its bases in reverse order
     pass
 
 
@@ -43,5 +43,5 @@ class SamplingParams(*_FURTHER, _BuiltIn):  # type: ignore[misc]  # the types of
     them. Filters are applied in the order top_k, top_p, min_p to the scaled, penalised and biased logits.
 
     Raises:
-        RequestError: a value does not fit its parameter, which is named.
+        RequestError: a value does not fit its parameter. The error names the parameter.
     """

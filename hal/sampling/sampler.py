@@ -1,5 +1,5 @@
-"""From logits to tokens. Every filter is a threshold on the scaled logits, so ties are kept or dropped together, and
-the result does not depend on how an algorithm happens to order them.
+"""The default sampler. Every filter is a threshold on the scaled logits, so equal logits are kept or dropped together,
+and the result does not depend on the order in which an algorithm sorts them.
 
 The filters and their order are those of transformers' logits processors: penalties, temperature, top-k, top-p, min-p.
 """
@@ -16,9 +16,9 @@ from hal.features import adjusting
 from hal.sampling.noise import exponential, row_keys
 from hal.schema.packed import on_host
 
-_CANDIDATES = 256  # tokens looked at before a whole row is sorted
-_PIECE = 1 << 18  # elements made at once on a CPU: they stay in its cache
-LARGE = 2.0**14  # quotient of the best score and the temperature up to which float32 keeps the others apart
+_CANDIDATES = 256  # the most likely tokens, examined before a whole row is sorted
+_PIECE = 1 << 18  # elements computed at a time on a CPU, so that they stay in its cache
+LARGE = 2.0**14  # best score / temperature up to which float32 tells the other scores apart
 
 
 class Sampler:
@@ -30,9 +30,9 @@ class Sampler:
                 type.
 
         Returns:
-            Tensors on the logits' device; top_ids and top_logprobs are absent where 0 or none were asked for. Those of
-            the prompt are left to `logprobs`, since a step may have too many for one tensor of logits. The token id of
-            a row whose logits have no finite maximum is -1.
+            Tensors on the logits' device. top_ids and top_logprobs are absent if no row asked for any. `logprobs` makes
+            the prompt's logprobs, since a step may have too many of them for one tensor of logits. The token id of a
+            row whose logits have no finite maximum is -1.
         """
         m, n = model_input, model_input.num_samples
         raw = logits[:n]
@@ -46,7 +46,7 @@ class Sampler:
         return SamplerOutput(**result)
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """[n, vocab] -> [n], the first of equals; of a row with NaN the place of one."""
+        """[n, vocab] -> [n]: the first of the largest values; in a row with NaN, the place of a NaN."""
         return scores.argmax(-1)
 
     def greedy(self, scores: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Sampler:
         top = scores.gather(1, best[:, None])
         temperature = torch.where(greedy, 1.0, temperature)
         base = reference(top, temperature)
-        if not scores.is_cpu or base.count_nonzero():  # a device that runs behind the host is not asked
+        if not scores.is_cpu or base.count_nonzero():  # this would wait for a device that runs behind the host
             scores = scores - base
         scores = scores / temperature
         top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
@@ -80,13 +80,13 @@ class Sampler:
         values, ids = scores.topk(width, -1)
         lowest = threshold(values, top_k, top_p, min_p, normaliser)
         tokens = ids.gather(1, self._race_among(values, ids, lowest, keys)[:, None])[:, 0]
-        # Whatever passes a filter is among the candidates when the threshold is above the last of them.
+        # When the threshold is above the last candidate, all tokens that pass the filters are candidates.
         unsure = ((lowest <= values[:, -1:]) & ~greedy)[:, 0].nonzero()[:, 0] if width < vocab else keys[:0]
         rows = rows_at_once(scores)
         for i in range(0, len(unsure), rows):
             some = unsure[i:i + rows]
             values, least = scores[some], lowest[some]
-            if top_p is not None:  # without it the candidates have given the right threshold
+            if top_p is not None:  # without top-p, the candidates give the right threshold
                 least = threshold(self.descending(values), *(None if x is None else x[some]
                                                              for x in (top_k, top_p, min_p, normaliser)))
             tokens[some] = self._race(values.masked_fill_(values < least, -torch.inf), keys[some])
@@ -106,7 +106,7 @@ class Sampler:
 
 
 def rows_at_once(scores: torch.Tensor) -> int:
-    """How many rows of whole vocabularies to work on at a time: on a CPU a few, else all."""
+    """The number of whole rows to work on at a time: a few on a CPU, all on another device."""
     return max(_PIECE // scores.shape[1], 1) if scores.is_cpu else len(scores)
 
 
@@ -116,9 +116,9 @@ def checked(token_ids: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
 
 
 def reference(top: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """What to subtract from a row's scores before they are divided by its temperature: nothing, or the largest score
-    where its quotient would be so large that float32 rounds the others to it, or overflows. The differences that are
-    left may overflow too, but to -inf, which is a probability of 0.
+    """The number to subtract from a row's scores before they are divided by its temperature. It is 0, or the largest
+    score if the quotient of that score would be so large that it overflows, or that float32 rounds the other quotients
+    to it. The remaining differences may overflow too, but to -inf, which is a probability of 0.
 
     Args:
         top: each row's largest score. temperature: above 0, of the same shape.
@@ -135,8 +135,8 @@ def threshold(values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Ten
         normaliser: [n, 1], log of the sum of exp over the whole row; needed with top_p.
 
     Returns:
-        [n, 1]. Exact without top-p (given more than top_k values), where it is above the last of `values`, or where
-        `values` is the whole row.
+        [n, 1]. The threshold is exact in three cases: there is no top-p (and there are more than top_k values), or the
+        threshold is above the last of `values`, or `values` is the whole row.
     """
     best = values[:, :1]
     lowest = torch.full_like(best, -torch.inf)
@@ -145,7 +145,7 @@ def threshold(values: torch.Tensor, top_k: torch.Tensor | None, top_p: torch.Ten
         lowest = torch.where(top_k > 0, kth, lowest)
     if top_p is not None:
         assert normaliser is not None
-        # Top-p is a share of what top-k left: then the sum runs over that, which is within `values`.
+        # Top-p is a share of the tokens that top-k leaves. They are within `values`, so the sum runs over them.
         left = values.masked_fill(values < lowest, -torch.inf)
         total = normaliser if top_k is None else torch.where(top_k > 0, left.logsumexp(-1, keepdim=True), normaliser)
         shares = (left - total).exp_()
@@ -162,7 +162,7 @@ class TokenLogprobs(NamedTuple):
     """Logprobs of given tokens, and of the most likely ones.
 
     Attributes:
-        chosen: fp32 [n], of the given tokens. ranks: int32 [n], 1 for the most likely token; equals share a rank.
+        chosen: fp32 [n], of the given tokens. ranks: int32 [n], 1 for the most likely token; equal logits share a rank.
         top_ids, top: int32 and fp32 [n, top], best first.
     """
 
@@ -180,8 +180,8 @@ class TokenLogprobs(NamedTuple):
 
 
 def logprobs(raw: torch.Tensor, token_ids: torch.Tensor, top: int) -> TokenLogprobs:
-    """Of the raw logits [n, vocab] of any float type, for the tokens [n], and the `top` most likely ones. The values of
-    a token id of -1 mean nothing."""
+    """Logprobs from raw logits [n, vocab] of any float type: of the tokens [n], and of the `top` most likely ones. The
+    values for a token id of -1 mean nothing."""
     raw = raw.float()
     normaliser = raw.logsumexp(-1, keepdim=True)
     given = raw.gather(1, token_ids.long().clamp(min=0)[:, None])

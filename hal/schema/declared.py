@@ -20,7 +20,7 @@ Self = typing.TypeVar("Self", bound="Declared")
 
 @dataclass_transform(kw_only_default=True, eq_default=False)
 class Declared:
-    """Subclass it and annotate fields; the class becomes a keyword-only dataclass and gains what its schema derives.
+    """Subclass this and annotate fields. The class becomes a keyword-only dataclass, with the methods below.
 
         class StepInput(Declared):
             input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens")]
@@ -34,7 +34,7 @@ class Declared:
     schema: ClassVar[Schema[Any]]
 
     def __init_subclass__(cls, *, fields: Mapping[str, tuple[Any, Any]] | None = None, **kwargs: Any) -> None:
-        """`fields`: more fields than the class body has, as (annotation, default) by name."""
+        """`fields`: fields beside those of the class body, as (annotation, default) by name."""
         super().__init_subclass__(**kwargs)
         for name, (hint, default) in (fields or {}).items():
             cls.__annotations__[name] = hint
@@ -47,7 +47,7 @@ class Declared:
 
     @classmethod
     def declare(cls: type[Self], name: str, **arrays: Array) -> type[Self]:
-        """A subclass made at run time, for shapes and dtypes that only a model's configuration knows.
+        """Make a subclass at run time, for shapes and dtypes that only a model's configuration knows.
 
         Raises:
             SchemaError: a declaration is wrong, or there is none.
@@ -66,12 +66,13 @@ class Declared:
         return packed.wire
 
     def checksum(self) -> int:
-        """CRC-32 of the replicated fields: what travels of equal instances has equal ones. The shapes must be valid."""
+        """CRC-32 of the replicated fields, the ones that travel. Equal fields have equal checksums. The shapes must be
+        valid."""
         return (packed_source(self) or type(self).schema.pack(self)).checksum()
 
     @property
     def dims(self) -> dict[str, int]:
-        """The size of each symbol, to be read; the shapes must be valid."""
+        """The size of each symbol. Do not change the dictionary. The shapes must be valid."""
         packed = packed_source(self)
         return packed.dims if packed else type(self).schema.dims(self)
 

@@ -22,6 +22,6 @@ def make_array(a: Array, dims: dict[str, int], rng: np.random.Generator) -> np.n
             array = rng.uniform(low, high, shape).astype(dtype)
     elif a.dtype == "bool":
         array = rng.integers(0, 2, shape).astype(np.bool_)
-    else:  # any bits at all, NaN included
+    else:  # any bits, NaN included
         array = np.frombuffer(rng.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape).copy()
     return array

@@ -1,4 +1,4 @@
-"""Where each field of an instance lies in one packed buffer, and the header in front of it.
+"""The place of each field of an instance in one packed buffer, and the header before them.
 
     [ header | symbol values | scalars | pad ][ replicated arrays, each 64-byte aligned ][ texts ][ local arrays ]
 
@@ -45,12 +45,12 @@ class Layout:
     """Byte offsets for one combination of symbol values and present fields.
 
     Attributes:
-        replicated, local: the views of either part.
-        key: what travels of it: the presence bits of fields that travel, then the size of each symbol, 0 for one that
-            no array of the message has. A message that says anything else is refused.
+        replicated, local: the views of each part.
+        key: the presence bits of the fields that travel, then the size of each symbol, 0 for a symbol that no array of
+            the message has. A message with another key is refused.
         dims: the size of each symbol; 0 for one that no present array has.
         texts_at: offset of the texts, and so the message size of an instance without any.
-        local_size: bytes of the local part, whose offsets count from its own start.
+        local_size: bytes of the local part. The offsets in it count from its own start.
     """
 
     replicated: tuple[View, ...]

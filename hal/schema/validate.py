@@ -1,4 +1,4 @@
-"""Structural validation, on every step: a fast pass that only compares, and a slow one that finds whom to blame."""
+"""Structural validation, on every step: a fast pass that only compares, and a slow one that finds the wrong field."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _blame(instance: Any, device: Any) -> None:
         counts = Counter(size for _, size in cast).most_common()
         if len(counts) > 1:
             majority, n = counts[0]
-            # Without a majority nobody knows who is wrong: every field that takes part is named.
+            # Without a majority nobody knows which field is wrong, so every field with the symbol is named.
             tie = counts[1][1] == n
             odd = tuple(dict.fromkeys(f for f, size in cast if tie or size != majority))
             raise InputError(f"{name}: fields disagree about {symbol!r}", got=", ".join(f"{f}: {s}" for f, s in cast),
