@@ -14,6 +14,7 @@ from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts import backend as backends
 from hal.contracts.executor import StepHandle, make_executor
+from hal.contracts.outputs import SamplerOutput
 from hal.contracts.runner import no_progress
 from hal.engine.calls import Calls
 from hal.engine.progress import LoadProgress, RequestProgress
@@ -87,6 +88,11 @@ class LLM:
         finally:
             if bars is not None:
                 bars.close()
+        if not issubclass(self.executor.output_type, SamplerOutput):
+            self.executor.shutdown()
+            raise ConfigError("LLM generates tokens, and this device's model runner does not",
+                              got=f"a runner that yields {self.executor.output_type.__name__}",
+                              expected="one that yields a SamplerOutput", hint="drive its executor yourself: hal.contracts.executor.make_executor")
         self.scheduler = self._make_scheduler()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()

@@ -45,7 +45,8 @@ class RecordingExecutor:
         self.executor, self.num_blocks, self.num_cpu_blocks = executor, executor.num_blocks, executor.num_cpu_blocks
         self.input_type, self.output_type = executor.input_type, executor.output_type
         dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
-        engine = replace(config.engine, num_blocks=executor.num_blocks, async_scheduling=False, dtype=dtype)
+        engine = replace(config.engine, num_blocks=executor.num_blocks or None,
+                         async_scheduling=False, dtype=dtype)
         self.recording = Recording(engine, config.model, describe(config, backend),
                                    output_name=self.output_type.__name__)
         self._state = batch_state(config) if issubclass(self.input_type, PagedModelInput) else None

@@ -185,7 +185,7 @@ def require_types(runner: ModelRunnerBase[Any]) -> None:
             raise BackendError(f"{name}.{attribute} cannot be carried between ranks", got=repr(kind),
                                expected=f"a subclass of {base.__module__}.{base.__qualname__}",
                                hint="declare its tensors as annotated fields, as README.md shows")
-    stays = [field.name for field in runner.output_type.schema.local]
+    stays = [field.name for field in runner.output_type.schema.fields if field.scope != "replicated"]
     if stays:
         raise BackendError(f"{name}.output_type has fields that do not travel", got=", ".join(stays),
                            expected="replicated fields alone")

@@ -13,6 +13,7 @@ from hal.contracts.backend import Backend
 from hal.contracts.inputs import ModelInput, PagedModelInput
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import BackendError
+from hal.schema import Declared
 
 
 @case(0, "registration", once=True)
@@ -80,6 +81,7 @@ def keeps_its_contract(ctx: Context) -> None:
     runner, caches = session.runner, session.runner.make_kv_caches(7)
     ctx.check(isinstance(runner, ModelRunnerBase), f"{type(runner).__name__} is not a ModelRunnerBase")
     ctx.check(issubclass(runner.input_type, ModelInput), f"input_type is {runner.input_type}")
+    ctx.check(issubclass(runner.output_type, Declared), f"output_type is {runner.output_type}")
     ctx.check(all(c.shape[1] == 7 for c in caches), f"cache shapes for 7 blocks are {[list(c.shape) for c in caches]}")
     ctx.equal("devices of the caches", {c.device.type for c in caches}, {session.device.type})
     ctx.check(not any(bool(c.ne(0).any()) for c in caches), "new caches are not zeroed")
