@@ -1,1 +1,3 @@
-"""Steps on disk: record them on one device, run them again on another, find where two part. See docs/conformance.md."""
+"""Steps on disk: record them on one device, run them on another, find where two devices differ. See
+docs/conformance.md.
+"""

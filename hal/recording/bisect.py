@@ -1,4 +1,4 @@
-"""Where two devices part: the first layer and operation whose result is off when both are given the same arguments."""
+"""Bisection of two devices: the first layer and operation whose results differ when both get the same arguments."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """Attributes:
-        between: the call's arguments were already off, so that what lies between it and the call before is at fault.
-        error: largest |difference| / (1 + largest |value|). got, expected: where it is largest.
+        between: the call's arguments differed already, so the fault lies between the call before and this one.
+        error: the largest |difference| / (1 + largest |value|). got, expected: the two values at that place.
     """
 
     step: int
@@ -63,9 +63,9 @@ class Divergence:
 @dataclass(slots=True)
 class Bisection:
     """Attributes:
-        calls: operations compared.
-        flip: (step, row, token of `against`, token of `device`), the first that differs when `device` runs by itself,
-            each step being given the recorded tokens.
+        calls: the number of operations compared.
+        flip: (step, row, token of `against`, token of `device`) of the first token that differs when `device` runs by
+            itself and each step gets the recorded tokens.
     """
 
     device: str
@@ -90,8 +90,8 @@ class Bisection:
 
 @dataclass(slots=True)
 class _Trace:
-    """Notes a step's operations, or follows those that another has noted: computes each from the other's arguments,
-    compares, and goes on with the other's results."""
+    """A trace that notes a step's operations, or follows the operations that another trace has noted: it computes each
+    one from the noted arguments, compares the results, and goes on with the noted results."""
 
     tolerances: Callable[[str], float]
     calls: list[Call] = field(default_factory=list)
@@ -118,7 +118,7 @@ class _Trace:
         if other is not None:
             self._compare(other, results, other.results, kind, False)
             results = [a.to(r.device, r.dtype) for r, a in zip(results, other.results, strict=True)]
-        # Copies: models work in place on what they get.
+        # Copies, since models change their arguments in place.
         kept = ([x.cpu().clone() for x in tensors] for tensors in (given, results))
         self.calls.append(Call(self.layer, op, name, *kept))
         return tuple(results) if isinstance(result, tuple) else results[0]
@@ -138,12 +138,12 @@ class _Trace:
 
 
 class _Traced:
-    """Stands for an operations table or an attention."""
+    """A stand-in for an operations table or an attention."""
 
     def __init__(self, inner: Any, trace: _Trace) -> None:
         self._inner, self._trace = inner, trace
 
-    # In the operations that they stand for.
+    # Their results are inside the operations that they stand for.
     norm_linear: Any = Ops.norm_linear
     rotary_attention: Any = Ops.rotary_attention
 
@@ -162,7 +162,7 @@ class _Traced:
 
 
 class _Device:
-    """A runner on one device, traced or as it is."""
+    """A runner on one device, with or without a trace."""
 
     def __init__(self, recording: Recording, backend: Backend, device: str, trace: _Trace | None, **options: Any,
                  ) -> None:
@@ -207,7 +207,7 @@ class _Device:
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output = self.runner.execute_model(m, self.caches)
-        else:  # by hand, so that nothing compiled or captured hides the operations
+        else:  # called directly, since compiled or captured code would hide the operations
             self.trace.calls = []
             context = ForwardContext(self.attention.begin(m, self.caches), m)
             hidden = self.runner.model(m.input_ids, m.positions, context, None)
@@ -221,8 +221,8 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
     """Compare `device` with `against` operation by operation, in the order in which the model calls them.
 
     Args:
-        model: the checkpoint; without it, only the bundled model is read.
-        options: of the engine on both devices, to replace recorded ones.
+        model: the checkpoint. Without it, only the bundled model is read.
+        options: engine options of both devices, which replace recorded ones.
 
     Raises:
         BackendError: a backend is not available, or its runner is not composed of operations and attention.
@@ -235,10 +235,10 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
     options["model"] = model
     first, second = backends.select(against), backends.select(device)
     if not (first.capabilities.fp8_kv and second.capabilities.fp8_kv):
-        options = {"kv_dtype": "auto", **options}  # on both: else what one of them rounded would be the other's fault
+        options = {"kv_dtype": "auto", **options}  # or one side's rounding would count as the other's error
     noted = _Trace(lambda op: 0.0)
     there = _Device(recording, first, against, noted, **options)
-    # Both sides may be off by as much as their dtype allows.
+    # Both sides may differ from the exact result by as much as their dtype allows.
     followed = _Trace(lambda op: table(op, here.dtype) + table(op, there.dtype))
     here, alone = (_Device(recording, second, device, trace, **options) for trace in (followed, None))
     result = Bisection(device, against)

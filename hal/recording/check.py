@@ -1,4 +1,4 @@
-"""Whether recorded requests can be run: each row, length, block and parameter, before anything is executed."""
+"""The check of recorded requests: each row, length, block and parameter, before anything is executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCALARS = {"step": 2**63 - 1, "epoch": 2**63 - 1, "digest": 2**32 - 1}
 
 def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, model: ModelConfig, *,
               paged: bool = True) -> list[PagedModelInput] | list[None]:
-    """What the requests mean, in order, to an engine of these limits (num_blocks=None: any block).
+    """The inputs that the requests, in this order, mean to an engine with these limits (num_blocks=None: any block).
 
     Args:
         paged: False for a runner whose input is not a paged one: then the requests alone are checked, and each means
@@ -49,7 +49,7 @@ def inputs_of(requests: Sequence[ExecuteModelRequest], engine: EngineConfig, mod
 
 
 def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, first: bool) -> None:
-    """Everything that applying and preparing the request takes for granted. Raises InputError."""
+    """Check all assumptions that applying and preparing the request make. Raises InputError."""
     r.check()
     for name, most in _SCALARS.items():
         need(name, 0 <= r[name] <= most, r[name], f"0 to {most}")
@@ -96,7 +96,7 @@ def _check_new(r: ExecuteModelRequest, max_model_len: int, vocab_size: int) -> N
 
 
 def _within(field: str, values: np.ndarray[Any, Any] | np.integer[Any], low: float, high: float) -> None:
-    need(field, bool(((values >= low) & (values <= high)).all()), values, f"{low} to {high}")  # NaN is not within
+    need(field, bool(((values >= low) & (values <= high)).all()), values, f"{low} to {high}")  # false for NaN
 
 
 def _sum(field: str, counts: np.ndarray[Any, Any], expected: int) -> None:
@@ -105,7 +105,7 @@ def _sum(field: str, counts: np.ndarray[Any, Any], expected: int) -> None:
 
 
 def _rows(field: str, rows: np.ndarray[Any, Any], lens: np.ndarray[Any, Any], live: bool = True) -> None:
-    """Rows that exist, each named once, and that hold a sequence, or none."""
+    """Check rows: each exists, is named once, and holds a sequence, or holds none."""
     _within(field, rows, 0, len(lens) - 1)
     need(field, len(np.unique(rows)) == len(rows), rows, "each row once")
     need(field, bool(((lens[rows] > 0) == live).all()), rows,

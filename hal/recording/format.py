@@ -53,12 +53,13 @@ class RecordedStep:
 
 @dataclass(slots=True)
 class Recording:
-    """Steps from an empty cache on, so that running them all rebuilds it, on a device with any layout of its own.
+    """Steps that begin with an empty cache. So running all of them rebuilds the cache, in the layout of any device.
 
     Attributes:
-        engine: of a recording that was loaded, only the options that its steps depend on (HONOURED), within limits. All
-            others are the defaults, since a file must not start processes, import modules or choose what is read.
-        info: where it was made: device, versions, schema fingerprints, and "error", when the last step failed.
+        engine: the engine's options. A loaded recording has only those that its steps depend on (HONOURED), within
+            limits. All others are the defaults, since a file must not start processes, import modules or choose what is
+            read.
+        info: where the recording was made: device, versions, schema fingerprints, and "error" if the last step failed.
         ignored: the options of the file that are not in `engine`.
         output_name: of the class that declares the outputs. A file cannot choose which class that is, so outputs of
             another than SamplerOutput are made when the runner is known: `restore_outputs`.
@@ -77,16 +78,17 @@ class Recording:
         return all(step.input is not None for step in self.steps)
 
     def config(self, backend: Backend, *, device: str, model: str | None = None, **options: Any) -> WorkerConfig:
-        """Of a run on one rank. A dtype, and that of the KV cache, that the backend lacks is replaced.
+        """The configuration of a run on one rank. A dtype of weights or KV cache that the backend lacks is replaced.
 
         Args:
-            device: how the backend is named.
+            device: the name of the backend.
             model: the checkpoint's directory. Without it, only the bundled model is read.
-            options: of the engine, to replace recorded ones. random_weights takes the model's shape from the file.
+            options: engine options that replace recorded ones. random_weights takes the model's shape from the file.
 
         Raises:
-            ConfigError: the recording is of a checkpoint and none is given, or of another model than the one given, or
-                was made with random weights and none are asked for. ModelLoadError: the checkpoint cannot be read.
+            ConfigError: the recording needs a checkpoint and none is given, or another model is given, or the recording
+                was made with random weights and `options` do not ask for them.
+            ModelLoadError: the checkpoint cannot be read.
             CapacityError: random weights of the recorded shape do not fit. WireError: the steps do not fit `options`.
         """
         can, dtype = backend.capabilities, self.engine.dtype
@@ -124,7 +126,7 @@ class Recording:
         return given or str(BUNDLED_MODEL)
 
     def save(self, path: Path) -> None:
-        """Write the file as a whole; after an error an older one is as it was. Raises ConfigError."""
+        """Write the whole file. After an error an older file is unchanged. Raises ConfigError."""
         tensors: dict[str, torch.Tensor] = {}
         scalars: list[dict[str, Any]] = []
         for i, step in enumerate(self.steps):
@@ -145,15 +147,16 @@ class Recording:
 
     @classmethod
     def load(cls, path: Path) -> Recording:
-        """Read and check a recording, which anybody may have made. The file's size and _TOKENS bound the memory.
+        """Read and check a recording, which is not trusted. The file's size and _TOKENS bound the memory that this
+        takes.
 
         Raises:
-            ConfigError: it cannot be read, or its engine's options make no sense. WireError: it is not a recording, or
-                of other schemas than this library's, or has steps that cannot be run.
+            ConfigError: the file cannot be read, or its engine options are invalid. WireError: it is not a recording,
+                or it has other schemas than this library, or steps that cannot be run.
         """
         head, tensors = read(path)
         options = {"model": _BUNDLED, **object_of(head, "engine")}
-        named = options.pop("model")  # a path is not even expanded
+        named = options.pop("model")  # the path is not even expanded
         if not isinstance(named, str):
             raise WireError("the recording's engine.model is not usable", got=repr(named)[:100], expected="str")
         engine = typed(EngineConfig, options, "engine")
@@ -167,7 +170,7 @@ class Recording:
         context = -(-(engine.longest_sequence(model)) // engine.block_size)
         blocks, host = used_blocks(requests, device=True), used_blocks(requests, device=False)
         if blocks.max(initial=0) > max(len(blocks), context) or host.max(initial=-1) >= len(host):
-            # The device that made it may have had room for many more, and its ids lie far apart.
+            # The recording device may have had many more blocks, so the recorded ids may lie far apart.
             requests, blocks = renumbered(requests, blocks, host), np.arange(1, len(blocks) + 1)
             inputs = inputs_of(requests, replace(engine, num_blocks=None), model, paged=paged)
         steps = [RecordedStep(r, m, None, s.stored) for r, m, s in zip(requests, inputs, steps, strict=True)]
@@ -265,17 +268,17 @@ def _check_tokens(i: int, step: RecordedStep, vocab_size: int) -> None:
 
 
 def _fingerprints(*kinds: type[Declared]) -> dict[str, str]:
-    """They say whether the schemas are the same; others that have all that is recorded read it too."""
+    """The fingerprints of the schemas. A library with other schemas can read a recording if it has all its fields."""
     return {kind.__name__: f"{kind.schema.fingerprint:016x}" for kind in kinds}
 
 
 def _columns() -> dict[str, list[str]]:
-    """What the columns of new_floats and new_ints are."""
+    """The names of the columns of new_floats and new_ints."""
     return {kind: [column.name for column in columns] for kind, columns in COLUMNS.items()}
 
 
 def _take(prefix: str, value: Declared, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Put the arrays into `tensors`, copied; the scalars."""
+    """Copy the arrays into `tensors`. Returns the scalars."""
     scalars = {}
     for f in type(value).schema.fields:
         found = value[f.name]

@@ -1,4 +1,4 @@
-"""What a recording's file may say: its head, its engine's options and its model's shape, within limits."""
+"""The legal content of a recording's file: its head, its engine options and its model's shape, within limits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hal.errors import ConfigError, WireError
 from hal.model_config import ModelConfig
 
 FORMAT = 3
-# What a run takes from a file. The numbers of blocks follow from the steps. Everything else is the caller's to say.
+# The options that a run takes from a file. The numbers of blocks follow from the steps. The caller gives all others.
 HONOURED = ("dtype", "kv_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "graphs",
             "seed")
 LIMITS = {"max_model_len": 1 << 24, "max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 24, "block_size": 1 << 12,
            "num_blocks": 2**31 - 1, "num_cpu_blocks": 1 << 24}
-_TOKENS = 1 << 28  # that the rows of all sequences may hold: 1 GiB on the host
+_TOKENS = 1 << 28  # tokens that the rows of all sequences may hold: 1 GiB on the host
 _MODEL_LIMITS = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "num_layers": 1 << 12, "num_heads": 1 << 14,
                  "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "intermediate_size": 1 << 24, "max_position": 1 << 24}
 SHAPE = ("family", *_MODEL_LIMITS)
@@ -51,7 +51,7 @@ def object_of(head: Any, name: str) -> dict[str, Any]:
 
 
 def info_of(head: dict[str, Any]) -> dict[str, Any]:
-    """Recording.info, whose texts are shown on terminals: without control characters, and not at any length."""
+    """Recording.info. Terminals show its texts, so they have no control characters and a limited length."""
     info = object_of(head, "info")
     versions = object_of(info, "versions")
     texts = [info.get("device"), info.get("error", ""), *versions.values()]

@@ -1,4 +1,4 @@
-"""Recording a run, step by step; and, when a step fails, that step with what it needs."""
+"""Recording of a run, step by step; and recording of a step that fails, with the steps that rebuild its KV cache."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from hal.sampling.params import SamplingParams
 
 
 def batch_state(config: WorkerConfig) -> BatchState:
-    """What says, without any device, which input a request means."""
+    """A batch state that makes the input which a request means, without a device."""
     engine = config.engine
     return BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size)
 
 
 def describe(config: WorkerConfig, backend: Backend) -> dict[str, Any]:
-    """Recording.info of a run here."""
+    """Recording.info of a run in this process."""
     return {"device": backend.name, "versions": {"torch": torch.__version__, **backend.versions()},
             "seed": config.engine.seed}
 
@@ -79,10 +79,10 @@ class _Handle:
 
 
 class FlightRecorder:
-    """Knows which token every slot of the cache belongs to, so that a step that fails can be written down with requests
-    that bring a fresh cache, of any layout, to where it was. It reads each step's tokens back from the device.
+    """Knows the token of every slot of the KV cache. When a step fails, the recorder writes it, after requests that
+    rebuild the cache, in the layout of any device. It reads each step's tokens back from the device.
 
-    Attributes: note: what an error message says about the recording that was made; "" before.
+    Attributes: note: the words about the recording for the error message; "" before there is one.
     """
 
     note = ""
@@ -93,7 +93,7 @@ class FlightRecorder:
         self.last: PagedModelInput | None = None
 
     def moved(self, step: WorkerInput, num_blocks: int) -> None:
-        """The cache moves blocks, so their tokens move with them."""
+        """The cache moves blocks, so the tokens of these blocks move too."""
         if len(self.slots) != num_blocks:
             size = self.config.engine.block_size
             self.slots = np.full((num_blocks, size), -1)
@@ -101,7 +101,7 @@ class FlightRecorder:
         move_blocks(step, [torch.from_numpy(self.slots[None])], [torch.from_numpy(self.host[None])])
 
     def began(self, m: ModelInput, runner: Any) -> None:
-        """A step is about to run: nothing can be read from a device on which one has failed."""
+        """Note the tokens of a step that is about to run. When it has failed, nothing can be read from the device."""
         self.last = None
         if isinstance(m, PagedModelInput):
             ids = m.input_ids if m.pending_rows is None else runner.pending.input_ids(m)
@@ -110,15 +110,15 @@ class FlightRecorder:
             self.slots.reshape(-1)[self.last.slot_mapping[:real].numpy()] = ids[:real].cpu().numpy()
 
     def save(self, step: int, error: Exception) -> None:
-        """Write down the step that failed, and say so in `note`."""
+        """Write the step that failed to a file, and set `note`."""
         try:
             path = self._save(step, error)
             self.note = f"; to run it again: hal replay {path} {' '.join(self._options())}"
-        except Exception as other:  # it must not hide the error that is recorded
+        except Exception as other:  # an error here must not hide the error of the step
             self.note = f"; it could not be recorded: {type(other).__name__}: {other}"
 
     def _options(self) -> list[str]:
-        """Of hal replay, which takes from a file neither what to read nor how many processes to start."""
+        """Options of `hal replay`, which takes neither the checkpoint nor the number of processes from a file."""
         engine = self.config.engine
         given = [f"--device {engine.device}", *(f"--{n} {getattr(engine, n)}" for n in ("tp", "pp")
                                                 if getattr(engine, n) > 1)]
@@ -145,7 +145,8 @@ class FlightRecorder:
 
 
 def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteModelRequest]:
-    """Requests that prefill what a step's sequences had in the cache, `most` tokens at a time, then the step itself.
+    """Requests that prefill the tokens which a step's sequences had in the cache, at most `most` tokens in each, and
+    then the step itself.
 
     Args:
         slots: [num_blocks, block_size], the token of each slot.
@@ -176,7 +177,7 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
             params, seed = _params(m, ends.index(end))
             prompt = length if m.prompt_lens is None else int(m.prompt_lens[ends.index(end)])
         else:
-            tokens.append(0)  # it goes on: so it is not sampled here either
+            tokens.append(0)  # the sequence goes on, so it is not sampled in this request
         seq = Sequence(request_id=row, prompt_ids=tokens[:prompt], output_ids=tokens[prompt:], params=params, seed=seed,
                        limit=length + 1, row=row, blocks=blocks)
         last.append((seq, count, length - count))
@@ -187,6 +188,6 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
 
 
 def _params(m: PagedModelInput, i: int) -> tuple[SamplingParams, int]:
-    """What the sampling fields say of a sampled row, and its seed."""
+    """The parameters of a sampled row, from the sampling fields of a step's input, and its seed."""
     values = {name: value for feature in FEATURES for name, value in feature.restore(m, i).items()}
     return SamplingParams(**values), values.get("seed") or 0

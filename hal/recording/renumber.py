@@ -1,4 +1,4 @@
-"""The KV blocks of recorded requests, numbered anew."""
+"""Renumbering of the KV blocks in recorded requests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 from hal.contracts.request import ExecuteModelRequest
 
-# Whether each column of the pairs names blocks of the device, or of the host.
+# For each column of the pairs, whether it names blocks of the device.
 _MOVES = ("blocks_to_copy", (True, True)), ("blocks_to_swap_in", (False, True)), ("blocks_to_swap_out", (True, False))
 
 
 def used_blocks(requests: list[ExecuteModelRequest], *, device: bool) -> np.ndarray[Any, Any]:
-    """The ids of all blocks that are used, of the device or of the host, in order."""
+    """The ids of all used blocks of the device, or of the host, in ascending order."""
     found = [r.new_blocks for r in requests] if device else []
     for r in requests:
         for name, sides in _MOVES:
@@ -23,8 +23,8 @@ def used_blocks(requests: list[ExecuteModelRequest], *, device: bool) -> np.ndar
 
 def renumbered(requests: list[ExecuteModelRequest], blocks: np.ndarray[Any, Any], host: np.ndarray[Any, Any],
                 ) -> list[ExecuteModelRequest]:
-    """The same requests over blocks that are numbered from 1 on (of the host, from 0), so that a cache need not have
-    more of them than are used."""
+    """The same requests, with device blocks numbered from 1 and host blocks from 0. So a cache needs only as many
+    blocks as are used."""
     made: list[ExecuteModelRequest] = []
     digest = requests[0].digest if requests else 0
     for r in requests:

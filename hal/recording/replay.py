@@ -25,13 +25,13 @@ class Compared:
     """One step.
 
     Attributes:
-        tokens: sampled; 0 where the output is not tokens.
-        flips: (row, recorded token, token here, by how much the recording preferred its own: in logprob; infinity where
-            the token here was not among the best recorded, or only one of the two runs has a token at all, and None for
-            drawn tokens).
-        error: largest |difference| / (1 + |recorded|): of the logprobs of equal tokens, or where the output is not
-            tokens, of all its numbers; infinity where integers differ.
-        exact: everything is equal to the last bit.
+        tokens: the number of sampled tokens; 0 if the output is not tokens.
+        flips: (row, recorded token, token here, margin) of each token that differs. The margin is the recorded logprob
+            of the recorded token minus that of the token here. It is infinity if the token here is not among the best
+            recorded ones, or only one of the runs has a token, and None for drawn tokens.
+        error: the largest |difference| / (1 + |recorded|) of the logprobs of equal tokens or, if the output is not
+            tokens, of all its numbers. It is infinity if integers differ.
+        exact: all values are equal to the last bit.
     """
 
     step: int
@@ -44,8 +44,8 @@ class Compared:
 @dataclass(slots=True)
 class Comparison:
     """Attributes:
-        recorded, here: where the two runs took place; dtype: of the second.
-        error: of the last step, when it failed as it was recorded. failure: what it did here; None when it ran.
+        recorded, here: the places of the two runs. dtype: the dtype of the run here.
+        error: the recorded error of the last step, if it failed then. failure: its error here, or None if it ran.
         ignored: options of the recorded run that only a caller may choose, and that differ here.
     """
 
@@ -62,8 +62,8 @@ class Comparison:
         return all(s.exact for s in self.steps) and (self.error is None) == (self.failure is None)
 
     def wrong(self, tolerance: float) -> list[Compared]:
-        """The steps that differ by more than closeness explains. Since each step is given the recorded tokens, none
-        suffers from another's. A drawn token may be another wherever logprobs differ within the tolerance at all."""
+        """The steps that differ by more than the tolerance. Each step gets the recorded tokens, so an earlier
+        difference does not cause a later one. A drawn token may differ wherever the logprobs differ at all."""
         return [s for s in self.steps if s.error > tolerance
                 or any(gap is not None and gap > 4 * tolerance for _, _, _, gap in s.flips)
                 or (any(gap is None for _, _, _, gap in s.flips) and tolerance < 1e-3)]
@@ -88,12 +88,12 @@ class Comparison:
 
 
 def replay(path: Path, backend: Backend, device: str, *, model: str | None = None, **options: Any) -> Comparison:
-    """All steps of a recording on `backend`, each given the tokens of the recording.
+    """Run all steps of a recording on `backend`. Each step gets the tokens of the recording.
 
     Args:
-        device: how the backend is named. model: the checkpoint; without it, only the bundled model is read.
-        options: of the engine, to replace recorded ones. The file does not choose who runs the steps and how (tp, pp,
-            executor, wire, control_plane): without options one rank does, in this process.
+        device: the name of the backend. model: the checkpoint; without it, only the bundled model is read.
+        options: engine options that replace recorded ones. The file does not choose tp, pp, executor, wire and
+            control_plane: without options, one rank in this process runs the steps.
 
     Raises:
         ConfigError, WireError: see Recording.load and Recording.config. BackendError, ModelLoadError, CapacityError,
@@ -157,7 +157,7 @@ def _compare(number: int, step: RecordedStep, old: Any, new: Any) -> Compared:
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """To the last bit, NaN being equal to NaN."""
+    """Whether two arrays are equal to the last bit; NaN equals NaN."""
     if a is None or b is None:
         return a is b
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -173,7 +173,7 @@ def _error(old: Declared, new: Declared, name: str) -> float:
 
 
 def _margin(old: Any, place: int, token: int) -> float:
-    """How much likelier the recorded token of a place was than another."""
+    """The recorded logprob of a place's recorded token minus that of another token."""
     if old.top_ids is None or old.top_logprobs is None or old.logprobs is None:
         return torch.inf
     at = (old.top_ids[place] == token).nonzero()

@@ -1,4 +1,4 @@
-"""JSON as a dataclass, every value of exactly the type that its field declares."""
+"""Reading of JSON into a dataclass. Every value must have exactly the type that its field declares."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 def typed(kind: type[T], data: object, where: str) -> T:
-    """An instance of the dataclass `kind` from a JSON object. Fields that it lacks have their defaults.
+    """An instance of the dataclass `kind` from a JSON object. Fields that the object lacks have their defaults.
 
     Raises:
-        WireError: naming the value that has another type, is not finite, is missing, or has no field.
+        WireError: a value has another type, is not finite, is missing, or has no field. The error names it.
     """
     hints = typing.get_type_hints(kind)
     if not isinstance(data, dict) or not data.keys() <= hints.keys():

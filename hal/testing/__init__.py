@@ -1,1 +1,1 @@
-"""What a backend's author tests with: strategies for declared inputs."""
+"""Test tools for the author of a backend: the null backend, the fake device, strategies for declared inputs."""

@@ -1,4 +1,4 @@
-"""The fake backend: bugs that only an accelerator shows, shown on any machine (docs/backends.md says which).
+"""The fake backend: it shows on any machine bugs that otherwise only an accelerator shows (see docs/backends.md).
 
     backend = FakeBackend(MyRunner, static_shapes=True)      # hal generate --device mymodule:backend "37+85="
 """
@@ -21,11 +21,11 @@ from hal.testing.fake_device import Device, DeviceTensor, Event, Watch, refuse, 
 
 
 class FakeRunner(PagedModelRunner):
-    """The default runner with the copies of a device that runs behind the host: none waits in a step."""
+    """The default runner, copying as on a device that runs behind the host: no copy waits in a step."""
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
-        return self.state.prepare(request).to(self.device, non_blocking=True)  # a buffer that nobody writes again
+        return self.state.prepare(request).to(self.device, non_blocking=True)  # nobody writes this buffer again
 
     def fetch(self, output: OutputT) -> Callable[[], OutputT]:
         schema = type(output).schema
@@ -42,7 +42,7 @@ class FakeRunner(PagedModelRunner):
 
 
 class DeviceCommunicator:
-    """The worker's communicator, as if the device had collectives: what reduces its memory is the host's."""
+    """The worker's communicator, as if the device had collectives. They run on the host's memory."""
 
     def __init__(self, communicator: Communicator) -> None:
         self._inner = communicator
@@ -65,15 +65,14 @@ class DeviceCommunicator:
 
 
 class FakeBackend(Backend):
-    """The CPU in a device's clothes.
+    """A backend whose device is the CPU, with the rules of an accelerator.
 
     Args:
-        runner: the class whose bugs are looked for. parts: what it takes beside the arguments of `make_runner`.
-        memory_bytes: of the device; what exceeds it raises OutOfDeviceMemory, a CapacityError.
-        static_shapes: after the warm-up, what execute_model does with a shape that the warm-up had not is counted in
-            `compiled`, and raises DeviceError under HAL_STRICT=1; so does a result of a size that depends on data,
-            always.
-        forbid_syncs: after the warm-up, prepare_model_input and execute_model raise DeviceError where they wait.
+        runner: the class to test. parts: its arguments beside those of `make_runner`.
+        memory_bytes: memory of the device. An allocation beyond it raises OutOfDeviceMemory, a CapacityError.
+        static_shapes: after the warm-up, an operation of execute_model with a new shape counts in `compiled`, and
+            raises DeviceError under HAL_STRICT=1. A result whose size depends on data always raises DeviceError.
+        forbid_syncs: after the warm-up, prepare_model_input and execute_model raise DeviceError if they wait.
 
     Attributes:
         fake: the device, which counts: syncs, used and peak bytes.

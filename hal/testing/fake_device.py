@@ -1,8 +1,8 @@
-"""A device that every machine has: tensors of a device type of their own ("fake"), whose memory is the host's.
+"""A device that every machine has: its tensors have a device type of their own ("fake"), and lie in the host's memory.
 
-It computes at once, what the CPU computes. What is simulated is everything around that: which tensors may meet in an
-operation, copies that end later than they were issued, waits, shapes that a compiler has or has not seen, a limit to
-memory. PyTorch knows the device as its PrivateUse1, of which a process can have one type.
+It computes at once, and gets the CPU's results. The rest is simulated: which tensors may meet in an operation, copies
+that end later than they were issued, waits, shapes that a compiler has or has not seen, and a limit of memory. PyTorch
+knows the device as its PrivateUse1; a process can have one such type.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from hal.errors import BackendError, CapacityError, DeviceError
 from hal.guard.state import caller
 
 TYPE = "fake"
-GARBAGE = 0xCB  # every byte that a copy has yet to bring
+GARBAGE = 0xCB  # every byte that a pending copy will write
 _GRANULE = 512  # bytes to which allocations are rounded up
 _ADDRESS = 1 << 60  # added to addresses, so that nothing can follow them
 _aten = torch.ops.aten
-# What makes tensors of nothing, by their size or by resizing; PyTorch makes the other factories of these.
+# Operations that make tensors from a size. PyTorch builds its other factories on these.
 _FACTORIES = (_aten.empty.memory_format, _aten.empty_strided.default, _aten.arange.default, _aten.arange.start,
               _aten.arange.start_step, _aten.linspace.default, _aten.randperm.default, _aten.eye.default, _aten.eye.m)
 
 
 class OutOfDeviceMemory(CapacityError, torch.OutOfMemoryError):
-    """What PyTorch raises, as an error of the library's."""
+    """The error that PyTorch raises for missing memory, as an error of this library too."""
 
 
 @dataclass
 class Watch:
-    """What is refused and counted while a runner works.
+    """The rules and counts that hold while a runner works.
 
     Attributes:
         static: shapes must be those of the warm-up. forbid_syncs: the host must not wait. warm: the warm-up is over.
-        programs: operations, with the shapes that they were given and gave. compiled: how many are new.
+        programs: operations with the shapes of their arguments and results. compiled: the number of new ones.
     """
 
     static: bool
@@ -60,7 +60,8 @@ class Watch:
 
 class Device:
     """Attributes:
-        memory_bytes, used, peak: of its memory. syncs: how often the host waited. issued: copies it did not wait for.
+        memory_bytes, used, peak: the size of its memory, and how much is and was used. syncs: the number of waits of
+            the host. issued: the number of copies that the host did not wait for.
     """
 
     def __init__(self, memory_bytes: int) -> None:
@@ -72,7 +73,7 @@ class Device:
 
     @cached_property
     def torch_device(self) -> torch.device:
-        """As tensors have it. Raises BackendError: the process has another PrivateUse1 device."""
+        """The torch.device of its tensors. Raises BackendError: the process has another PrivateUse1 device."""
         register()
         if len(_devices) > 99:  # PyTorch counts to 127
             gc.collect()
@@ -82,7 +83,8 @@ class Device:
 
     @contextmanager
     def watched(self, watch: Watch, in_step: bool) -> Iterator[None]:
-        """The block is a runner's: a step or its warm-up, whose shapes count, or what prepares a step."""
+        """Context manager: the block is code of a runner. It is a step or a warm-up, whose shapes count, or it prepares
+        a step."""
         before = self._watch, self._in_step
         self._watch, self._in_step = watch, in_step
         try:
@@ -93,13 +95,13 @@ class Device:
     # Time.
 
     def complete(self, until: int) -> None:
-        """The device has done all up to the `until`-th copy. Raises DeviceError: host memory changed too early."""
+        """Do all copies up to the `until`-th. Raises DeviceError: host memory was changed before its copy."""
         while self._pending and self._pending[0][0] <= until:
             with torch.inference_mode():  # in which every tensor may be written
                 self._pending.popleft()[1]()
 
     def synchronize(self, what: str = "synchronize") -> None:
-        """The host waits for all. Raises DeviceError: it must not, or as `complete`."""
+        """The host waits for all copies. Raises DeviceError: it must not wait here, and as `complete`."""
         self._waits(what)
         self.complete(self.issued)
 
@@ -115,7 +117,7 @@ class Device:
         self._pending.append((self.issued, finish))
 
     def to_host(self, value: torch.Tensor, into: torch.Tensor, non_blocking: bool) -> torch.Tensor:
-        """`value` is a copy that nobody else has."""
+        """Issue a copy to the host. `value` is a copy that nobody else holds."""
         if not non_blocking:
             self.synchronize("copy to the host")
             return into.copy_(value)
@@ -125,10 +127,11 @@ class Device:
         return into
 
     def from_host(self, source: torch.Tensor, into: torch.Tensor, non_blocking: bool) -> None:
-        """The bytes are there at once, since whatever reads them comes later; the source is still being read."""
+        """Issue a copy from the host. The device has the bytes at once, since everything that reads them runs later.
+        The source counts as being read until the copy is done."""
         into.copy_(source)
         if not non_blocking:
-            return self._waits("copy from the host")  # and nobody should rely on what else is done by then
+            return self._waits("copy from the host")  # a program must not rely on other copies that are done by then
         sent, site = _bytes(source).clone(), caller()[0]
 
         def check() -> None:
@@ -142,7 +145,7 @@ class Device:
     # Memory.
 
     def memory(self, elem: torch.Tensor) -> Memory:
-        """That of a tensor. Raises OutOfDeviceMemory."""
+        """The memory of a tensor. Raises OutOfDeviceMemory."""
         storage = elem.untyped_storage()
         found = self._memories.get(storage._cdata)
         if found is None:
@@ -194,7 +197,7 @@ class Memory:
         return self._storage.nbytes()
 
     def data_ptr(self) -> int:
-        """To be compared, never to be followed."""
+        """An address that may be compared, but not read."""
         return _ADDRESS + self._storage.data_ptr()
 
 
@@ -205,16 +208,17 @@ class Event:
         self._device, self._at = _device(device), 0
 
     def record(self) -> None:
-        """Here: behind all that was issued so far."""
+        """Record the event behind everything that was issued so far."""
         self._at = self._device.issued
 
     def synchronize(self) -> None:
-        """Wait until the device has come here, and no further. Raises DeviceError, as Device.complete."""
+        """Wait until the device has reached this event. Raises DeviceError, as Device.complete."""
         self._device.complete(self._at)
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor of a fake device. Attributes: elem: what it holds. fake, memory: where."""
+    """A tensor of a fake device. Attributes: elem: its content, a CPU tensor. fake, memory: its device and allocation.
+    """
 
     elem: torch.Tensor
     fake: Device
@@ -223,7 +227,7 @@ class DeviceTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, elem: torch.Tensor, device: Device) -> DeviceTensor:
-        with torch.inference_mode(elem.is_inference()):  # a view is what its base is
+        with torch.inference_mode(elem.is_inference()):  # a view shares the memory of its base
             made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
                 cls, elem.shape, strides=elem.stride(), storage_offset=elem.storage_offset(), dtype=elem.dtype,
                 device=device.torch_device)
@@ -260,7 +264,7 @@ class DeviceTensor(torch.Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation on the device. Raises DeviceError, OutOfDeviceMemory."""
+    """Run an operation on the device. Raises DeviceError, OutOfDeviceMemory."""
     own: dict[int, DeviceTensor] = {}
     host: list[torch.Tensor] = []
 
@@ -278,7 +282,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         refuse("an operation was given tensors of several devices", name, got=", ".join(
             f"{list(x.shape)} on {x.device}" for x in (*own.values(), *host)), expected=f"all on {device.torch_device}",
             hint="move what is on the host with .to(device)")
-    if name.startswith("aten.index"):  # as large as a mask has ones, if it is one
+    if name.startswith("aten.index"):  # if the index is a mask, the size is its number of ones
         grows = any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_iter(args[1]))
     else:
         grows = torch.Tag.dynamic_output_shape in tags and kwargs.get("output_size") is None
@@ -323,7 +327,7 @@ def refuse(what: str, operation: str, **more: Any) -> NoReturn:
 
 @cache
 def _composite(func: Any) -> bool:
-    """PyTorch makes it of other operations."""
+    """Whether PyTorch composes the operation of others."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
@@ -343,13 +347,13 @@ def _device(device: torch.device) -> Device:
 
 
 def taken() -> str | None:
-    """Which other device this process has as PyTorch's PrivateUse1."""
+    """The other device that this process has as PyTorch's PrivateUse1, if any."""
     name: str = torch._C._get_privateuse1_backend_name()
     return None if name in ("privateuseone", TYPE) else name
 
 
 def register() -> None:
-    """Teach PyTorch the device, once a process. Raises BackendError."""
+    """Register the device with PyTorch, once in a process. Raises BackendError."""
     if _kept:
         return
     if taken():
@@ -369,8 +373,8 @@ def register() -> None:
 
 
 def _guard() -> list[object]:
-    """PyTorch switches to a tensor's device and back in many places; here that is to do nothing. Nor is it an
-    accelerator that torch.distributed would take by itself."""
+    """Device guards of PyTorch, which do nothing here. torch.distributed must not take the device for an
+    accelerator."""
     acc: Any = getattr(torch._C, "_acc", None)
     if hasattr(acc, "register_python_privateuseone_device_guard"):
         kind: Any = torch._C._autograd.DeviceType.PrivateUse1
@@ -381,7 +385,8 @@ def _guard() -> list[object]:
         hooks = type("Hooks", (acc.PrivateUse1Hooks,), answers)()
         acc.register_python_privateuseone_hook(hooks)
         return [guard, hooks]
-    # An older torch takes one from C++ alone: the meta device's does nothing. Its torch.distributed.barrier then fails.
+    # An older torch takes a guard from C++ only. The guard of the meta device does nothing, but then
+    # torch.distributed.barrier fails.
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     registry = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     registry[20] = registry[14]  # c10::DeviceType: PrivateUse1, Meta
@@ -391,5 +396,5 @@ def _guard() -> list[object]:
 def _make(func: Any, args: Any, kwargs: dict[str, Any]) -> DeviceTensor:
     device = _device(kwargs["device"])
     kwargs.pop("pin_memory", None)
-    device.room(func(*args, **{**kwargs, "device": "meta"}).untyped_storage().nbytes())  # before the host gives it
+    device.room(func(*args, **{**kwargs, "device": "meta"}).untyped_storage().nbytes())  # until the host writes it
     return DeviceTensor(func(*args, **{**kwargs, "device": "cpu"}), device)

@@ -1,8 +1,8 @@
-"""The null backend: the real worker, scheduler and contracts, with no arithmetic worth the name and no hardware.
+"""The null backend: the real worker, scheduler and contracts, with almost no arithmetic and no hardware.
 
-It is the smallest example of a backend, and a sharp test of everything around one: its "model" reads the whole
-context *through the KV cache* and the next token is a hash of what it found there. A wrong slot, block table, copy,
-swap, prefix hit, shard or stage gives other tokens. Checkpoints are not read; a model's configuration is all it needs.
+It is the smallest example of a backend, and a strict test of everything around a backend. Its "model" reads the whole
+context *through the KV cache*, and the next token is a hash of the numbers that it found there. A wrong slot, block
+table, copy, swap, prefix hit, shard or stage gives other tokens. It reads no checkpoint, only a model's configuration.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ NullIntermediate = IntermediateTensors.declare("NullIntermediate", sums=Array("i
 
 
 class NullRunner(ModelRunnerBase[PagedModelInput]):
-    """Each layer keeps in a token's slot a number made of the token and its position, and adds up those of each token's
-    context; tensor-parallel ranks share the positions; the total says which token comes next."""
+    """Each layer writes to a token's slot a number made of the token and its position, and adds up the numbers of each
+    token's context. Tensor-parallel ranks share the positions. The total decides the next token."""
 
     input_type, output_type = PagedModelInput, SamplerOutput
     intermediate_type = NullIntermediate
@@ -51,7 +51,8 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         return len(self.layers) * self.config.engine.block_size * 4
 
     def reserve_bytes(self) -> int:
-        """The largest step's gathered contexts: three int32 for each token and position of its context."""
+        """Bytes of the gathered contexts of the largest step: three int32 for each token and position of its context.
+        """
         return self.config.engine.max_num_batched_tokens * self.config.max_model_len * 12
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
@@ -92,7 +93,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         return (context * (place <= m.positions[:, None])).sum(1)
 
     def sample(self, sums: torch.Tensor, m: PagedModelInput) -> SamplerOutput:
-        """Through the real sampler, from logits that are highest for the token that the sum names."""
+        """Sample with the real sampler, from logits that are highest for the token that the sum decides."""
         vocab = self.config.model.vocab_size
         logits = (torch.arange(vocab) - sums[:, None]).remainder(vocab) / -4.0
         with span("sample"):

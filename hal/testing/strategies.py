@@ -1,4 +1,4 @@
-"""Hypothesis strategies for any declared type: valid instances, and near misses labelled with what is wrong.
+"""Hypothesis strategies for any declared type: valid instances, and near misses, each labelled with its fault.
 
 A type whose fields must agree in meaning (not only in shape) registers its own strategy with `register`.
 """
@@ -38,7 +38,7 @@ def register(cls: type[T], make: Callable[..., st.SearchStrategy[T]]) -> None:
 
 
 def instances(cls: type[T], *, min_size: int = 0, max_size: int = 6) -> st.SearchStrategy[T]:
-    """Valid instances of `cls` on the host: every symbol in [min_size, max_size], each optional field there or not."""
+    """Valid instances of `cls` on the host: every symbol in [min_size, max_size], optional fields present or absent."""
     make = next((_REGISTERED[base] for base in cls.__mro__ if base in _REGISTERED), _instances)
     return make(cls, min_size, max_size)
 
@@ -47,7 +47,7 @@ def instances(cls: type[T], *, min_size: int = 0, max_size: int = 6) -> st.Searc
 def _instances(draw: st.DrawFn, cls: Any, min_size: int, max_size: int) -> Any:
     schema = cls.schema
     dims = {s: draw(st.integers(min_size, max_size), label=s) for s in schema.symbols}
-    # One seed for all contents: values matter less than shapes, and this shrinks and runs faster.
+    # One seed for all contents, which shrinks and runs faster; values matter less than shapes.
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
     values: dict[str, Any] = {}
     for f in schema.fields:
@@ -66,7 +66,7 @@ def _array(f: Field, dims: dict[str, int], rng: np.random.Generator) -> Any:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """An instance with exactly one thing wrong, the field at fault and why."""
+    """An instance with exactly one fault, the field at fault and the reason."""
 
     instance: Declared
     field: str

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 from hal.errors import ConfigError
 
-# |got - expected| / (1 + |expected|), the reference having been computed in fp64 from the same rounded arguments. About
-# four times what plain PyTorch shows on a CPU and an H200 over many seeds: room for another order of summation, not for
-# another precision.
+# The largest |got - expected| / (1 + |expected|). The reference is computed in fp64 from the same rounded arguments.
+# Each value is about four times the error of plain PyTorch on a CPU and an H200 over many seeds. This leaves room for
+# another order of summation, but not for another precision.
 TOLERANCES: dict[str, dict[str, float]] = {
     "linear": {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "norm": {"float32": 3e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "rotary": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "activation": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "attention": {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
-    "sampler": {"float32": 1e-4, "bfloat16": 1e-4, "float16": 1e-4},  # it computes in fp32 whatever the logits are
+    "sampler": {"float32": 1e-4, "bfloat16": 1e-4, "float16": 1e-4},  # the sampler computes in fp32
     "model": {"float32": 2e-4, "bfloat16": 1.5e-1, "float16": 2e-2},  # logprobs of a whole model
 }
 
@@ -26,7 +26,7 @@ class Tolerances:
     """The table, with the entries that a run widened.
 
     Attributes:
-        widened: (operation, dtype) -> the value in force. A report lists them.
+        widened: the widened values, by (operation, dtype). A report lists them.
     """
 
     widened: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Tolerances:
             except (ValueError, KeyError):
                 raise ConfigError("a tolerance cannot be read", got=text, expected="OP:DTYPE=VALUE with OP one of "
                                   f"{', '.join(TOLERANCES)}") from None
-            if not usual <= number < math.inf:  # nothing is above not-a-number, and every error would pass
+            if not usual <= number < math.inf:  # no error is larger than NaN, so every error would pass
                 raise ConfigError("a tolerance may be widened, not narrowed", got=text,
                                   expected=f"a finite number of at least {usual}")
             widened[op, dtype] = number
