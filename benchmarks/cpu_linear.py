@@ -11,7 +11,11 @@ import time
 import torch
 import torch.nn.functional as F
 
-from runners.cpu.ops import CpuOps, _pack
+from hal.config import Topology
+from hal.contracts.communicator import LocalCommunicator
+from hal.models.layers import Build, column
+from hal.weights import Projection
+from runners.cpu.ops import CpuOps
 
 SHAPES = ((896, 1152), (896, 896), (896, 9728), (4864, 896), (896, 151936))
 
@@ -21,9 +25,12 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         ops = CpuOps(dtype)
         assert ops.packs, "this PyTorch cannot pack"
+        build = Build(Topology(), LocalCommunicator(), ops, dtype, torch.device("cpu"))
         for inner, outer in SHAPES:
             weight = torch.randn(outer, inner).to(dtype)
-            packed, shown = _pack(weight), []
+            layer, shown = column(build, inner, [Projection("x", outer)], bias=False), []
+            layer.weight.data.copy_(weight)
+            ops.pack_linear(layer)
             for rows in (1, 8, 32, 128):
                 x = torch.randn(rows, inner).to(dtype)
                 times: tuple[list[float], list[float]] = ([], [])
@@ -31,7 +38,7 @@ def main() -> None:
                     start = time.perf_counter()
                     F.linear(x, weight)
                     middle = time.perf_counter()
-                    ops.linear(x, packed, None)
+                    ops.linear(x, layer)
                     times[0].append(middle - start)
                     times[1].append(time.perf_counter() - middle)
                 plain, fast = (statistics.median(t[2:]) * 1e3 for t in times)

@@ -34,6 +34,8 @@ class ModelConfig:
         qkv_bias, out_bias, mlp_bias: biases of q/k/v, of the attention output, and of the MLP projections.
         qk_norm: RMSNorm over each head's q and k before the rotary embedding (Qwen3).
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
+        quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None
+            where the weights are dense.
     """
 
     family: Literal["llama", "gpt2"]
@@ -58,6 +60,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
+    quantization: dict[str, Any] | None = None
 
     @property
     def embedding_name(self) -> str:

@@ -142,19 +142,22 @@ def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInp
 @pytest.mark.torch_release
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_linears(dtype: torch.dtype) -> None:
-    from hal.models.layers import Linear
+    from hal.models.layers import Build, column
+    from hal.weights import Projection
 
     ops = CpuOps(dtype)
     assert ops.packs, "the operators are there in every supported release on this kind of machine"
-    weight = torch.nn.Parameter(torch.randn(40, 24).to(dtype), requires_grad=False)
+    build = Build(Topology(), LocalCommunicator(), ops, dtype, torch.device("cpu"))
+    weight = torch.randn(40, 24).to(dtype)
     for bias in (None, torch.randn(40).to(dtype)):
-        layer = Linear.__new__(Linear)
-        torch.nn.Module.__init__(layer)
-        layer.weight = weight
+        layer = column(build, 24, [Projection("x", 40)], bias=bias is not None)
+        layer.weight.data.copy_(weight)
+        if layer.bias is not None:
+            layer.bias.data.copy_(bias)
         ops.pack_linear(layer)
         for rows in (0, 1, 9, 64):
             x = torch.randn(rows, 24).to(dtype)
-            torch.testing.assert_close(ops.linear(x, layer.weight, bias), torch.nn.functional.linear(x, weight, bias))
+            torch.testing.assert_close(ops.linear(x, layer), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_importing_the_backend_loads_neither_torch_nor_devices() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from hal.checkpoints.stored import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
 from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig, RopeConfig
+from hal.weights.formats import check_known
 
 _MISSING = object()
 # The largest values that are accepted; each is at least eight times that of any published model of these families,
@@ -91,8 +92,11 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
     if kind not in (None, model_type):
         raise ModelLoadError("architectures and model_type of config.json contradict each other",
                              got=f"{architecture} and {shown(kind)}", expected=f"model_type {model_type!r}")
-    read.refuse("quantization_config", "quantised weights", None)
     config = parse(read, architecture)
+    quantization = read.get(dict, None, "quantization_config", null=None)
+    if quantization is not None:
+        check_known(quantization)
+        config = dataclasses.replace(config, quantization=quantization)
     _check_shape(config)
     return config
 

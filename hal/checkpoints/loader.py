@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,17 +20,28 @@ from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.layers import Source, placement
+from hal.models.layers import Linear
 from hal.models.ops import Ops
+from hal.weights.sharding import StoredSlice, spec_of
 
 # Constants that older transformers saved beside the weights.
 _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|^h\.\d+\.attn\.(bias|masked_bias))$")
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # converted
+_OTHERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+           torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # stored as declared
 _POOL = 4_194_301  # a prime, so that rows of equal values don't line up
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A stored tensor that the model reads, and the dtype of the parameter that it goes to."""
+
+    source: StoredSlice
+    dtype: torch.dtype
+
+
 def check_weights(config: ModelConfig, directory: str | Path) -> dict[str, Stored]:
-    """Find all tensors of the whole model in a directory, and check that there are no others. Reads headers alone, so
+    """Find all tensors of the whole model in a directory, and check that there are no others. Only headers are read, so
     that a config.json which does not belong to the weights is refused before memory for the model is allocated.
 
     Returns:
@@ -37,40 +49,43 @@ def check_weights(config: ModelConfig, directory: str | Path) -> dict[str, Store
         under either name or both; here it has that of the embeddings.
 
     Raises:
-        ModelLoadError: a file is missing, truncated or corrupt; a tensor is missing, unknown, of the wrong shape or not
-            floating point. Names the file and the tensor.
+        ModelLoadError: a file is missing, truncated or corrupt; a tensor is missing, unknown, of the wrong shape or of
+            the wrong dtype. Names the file and the tensor.
     """
     directory = Path(directory)
     tensors = locate(directory)
     if config.tie_embeddings and (head := tensors.pop(HEAD, None)):
         tensors.setdefault(f"{config.embedding_name}.weight", head)
-    sources = _sources(config)
-    _refuse_unknown(config, tensors, sources)
+    expected, ignored = _expected(config)
+    _refuse_unknown(config, tensors, expected.keys() | ignored)
     with ExitStack() as stack:
         files: dict[Path, safe_open] = {}
-        for name, source in sources.items():
+        for name, wanted in expected.items():
             stored = tensors.get(name)
             if stored is None:
                 raise _missing(name, directory)
             if stored.path not in files:
                 files[stored.path] = stack.enter_context(open_file(stored.path, "np"))
-            _check_tensor(source, stored, files[stored.path])
+            _check_tensor(wanted, stored, files[stored.path])
     return tensors
 
 
-def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no_progress) -> None:
+def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no_progress, *,
+                 checked: Mapping[str, Stored] | None = None) -> None:
     """Fill every parameter from a checkpoint.
 
     Args:
         model: of a configuration that `read_config` read from this directory.
         progress: called with ("loading weights", tensors read, tensors to read).
+        checked: the result of check_weights for this directory, where it was called before.
 
     Raises:
         ModelLoadError: as check_weights does; a vector (a norm's weight or a bias) has a value that is not finite in
-            the model's dtype; the configuration ties embeddings and head, and the checkpoint's differ.
+            the model's dtype; an index is out of its range; the configuration ties embeddings and head, and the
+            checkpoint's differ.
     """
     directory = Path(directory)
-    tensors = check_weights(model.config, directory)
+    tensors = check_weights(model.config, directory) if checked is None else checked
     if model.config.tie_embeddings and model.topology.is_driver:  # ranks read the same files: one of them compares
         _refuse_other_head(tensors[f"{model.config.embedding_name}.weight"], locate(directory).get(HEAD))
     work = [(p, s, at) for p in model.parameters() for s, at in _parts(p, model.topology)]
@@ -87,15 +102,20 @@ def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no
 
 
 def random_weights(model: CausalLM, seed: int = 0) -> None:
-    """Fill every parameter with normal values of deviation 0.02, norms' weights with 1. Quick rather than random: all
-    parameters are cut from one pool of values, each at another place. Ranks get values of their own."""
+    """Fill every parameter with normal values of deviation 0.02, norms' weights with 1, and integers with any bits or,
+    where they have a range, with values inside it. All parameters are cut from one pool of values, each at another
+    place, which is quick but far from random. Ranks get values of their own."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     pool = torch.empty(_POOL).normal_(0.0, 0.02, generator=generator).to(device, model.dtype)
     at = model.topology.rank
     for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        if parameter.ndim == 1 and placement(parameter).sources[0].name.endswith("weight"):
+        flat, spec = parameter.data.view(-1), spec_of(parameter)
+        if not flat.is_floating_point():
+            bound = spec.below or torch.iinfo(flat.dtype).max
+            flat.copy_(torch.randint(0, bound, flat.shape, dtype=torch.int64, generator=generator))
+            continue
+        if parameter.ndim == 1 and spec.sources[0].name.endswith("weight"):
             flat.fill_(1.0)
             continue
         begin = 0
@@ -106,22 +126,24 @@ def random_weights(model: CausalLM, seed: int = 0) -> None:
     model.pack()
 
 
-def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[Source, int]]:
-    """A parameter's sources, and where along the sharded dimension each begins in it."""
+def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[StoredSlice, int]]:
+    """A parameter's sources, and where along the filled dimension each begins in it."""
     at = 0
-    for source in placement(parameter).sources:
+    for source in spec_of(parameter).sources:
         yield source, at
         first, last = source.local(topology)
         at += last - first
 
 
-def _sources(config: ModelConfig) -> dict[str, Source]:
-    """All tensors that the whole model reads; of several sources in one tensor, the last."""
+def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
+    """All stored tensors that the whole model reads, and the names of others that may be there without effect."""
     whole = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
-    return {s.name: s for p in whole.parameters() for s in placement(p).sources}
+    linears = [m for m in whole.modules() if isinstance(m, Linear)]
+    ignored = {f"{p.name}.{name}" for m in linears for p in m.spec.projections for name in m.scheme.ignored}
+    return {s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources}, ignored
 
 
-def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: dict[str, Source]) -> None:
+def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: set[str]) -> None:
     """A tensor that no part of the whole model reads would change its results if it were used: refuse it."""
     unknown = [name for name in tensors if name not in known and not _HARMLESS.search(name)]
     if unknown:
@@ -139,15 +161,15 @@ def _missing(name: str, directory: Path) -> ModelLoadError:
     return ModelLoadError(f"the checkpoint lacks the tensor {name!r}", got=directory, hint=hint)
 
 
-def _check_tensor(source: Source, stored: Stored, file: safe_open) -> None:
-    tensor = open_tensor(file, stored)
-    wanted = source.shape[::-1] if source.transposed else source.shape
-    if tuple(tensor.get_shape()) != wanted:
-        raise ModelLoadError(f"{_at(stored)} has the wrong shape", got=tensor.get_shape(), expected=list(wanted),
+def _check_tensor(expected: _Expected, stored: Stored, file: safe_open) -> None:
+    tensor, source = open_tensor(file, stored), expected.source
+    if tuple(tensor.get_shape()) != source.shape:
+        raise ModelLoadError(f"{_at(stored)} has the wrong shape", got=tensor.get_shape(), expected=list(source.shape),
                              hint="config.json does not belong to these weights")
-    if tensor.get_dtype() not in _DTYPES:
+    dtypes = list(_FLOATS.values()) if expected.dtype in _FLOATS else [_OTHERS[expected.dtype]]
+    if tensor.get_dtype() not in dtypes:
         raise ModelLoadError(f"{_at(stored)} has an unsupported dtype", got=tensor.get_dtype(),
-                             expected=", ".join(_DTYPES))
+                             expected=", ".join(dtypes))
 
 
 def _refuse_other_head(embeddings: Stored, head: Stored | None) -> None:
@@ -161,26 +183,37 @@ def _at(stored: Stored) -> str:
     return f"the tensor {stored.name!r} in {stored.path.name}"
 
 
-def _fill(parameter: nn.Parameter, source: Source, at: int, stored: Stored, file: safe_open,
+def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored, file: safe_open,
           topology: Topology) -> None:
-    dim, matrix = placement(parameter).dim or 0, len(source.shape) == 2
+    spec, into = spec_of(parameter), parameter.data
     first, last = source.local(topology)
-    tensor, rows = open_tensor(file, stored), slice(first, last)
+    tensor = open_tensor(file, stored)
+    index = () if source.dim is None else (*(slice(None),) * source.dim, slice(first, last))
     try:
-        value = tensor[:, rows] if matrix and (dim == 1) != source.transposed else tensor[rows]
+        value = tensor[index]
     except SafetensorError as error:
         raise ModelLoadError(f"{_at(stored)} cannot be read", got=f"{stored.path}: {error}") from None
-    into = parameter.data
-    if not matrix:
+    if value.ndim == 1 and value.is_floating_point():
         value = _finite(value.to(into.dtype), stored)
-    into.narrow(dim, at, last - first).copy_(value.t() if matrix and source.transposed else value)
+    if spec.below is not None:
+        _check_range(value, spec.below, stored)
+    if source.transposed:
+        value = value.t()
     end = at + last - first
-    if source is placement(parameter).sources[-1] and end < into.shape[dim]:
-        into.narrow(dim, end, into.shape[dim] - end).zero_()
+    filled = into.narrow(spec.filled, at, last - first)
+    filled.copy_(value.view(filled.shape) if value.ndim != filled.ndim else value)  # a stored tensor lacks "part"
+    if source is spec.sources[-1] and end < into.shape[spec.filled]:
+        into.narrow(spec.filled, end, into.shape[spec.filled] - end).zero_()
+
+
+def _check_range(value: torch.Tensor, below: int, stored: Stored) -> None:
+    if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < below:
+        raise ModelLoadError(f"{_at(stored)} has a value out of range", got=f"{int(value.min())} to {int(value.max())}",
+                             expected=f"from 0 to {below - 1}", hint="the checkpoint is damaged")
 
 
 def _finite(vector: torch.Tensor, stored: Stored) -> torch.Tensor:
-    """Norms and biases alone are checked: they cost nothing, and of a matrix it would be a second pass over memory."""
+    """Only vectors (norms, biases, scales) are checked, at no cost. A matrix would need a second pass over memory."""
     finite = vector.isfinite()
     if not finite.all():
         at = int(finite.logical_not().nonzero()[0])

@@ -13,8 +13,8 @@ from hal.checkpoints.hf_config import parse_config
 from hal.config import Topology
 from hal.contracts.communicator import LocalCommunicator
 from hal.models import build_model
-from hal.models.layers import placement
 from hal.models.ops import Ops
+from hal.weights.sharding import spec_of
 
 VOCAB, WINDOW, LENGTH = 199, 8, 128
 _DECODER = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -37,19 +37,18 @@ def save(shape: str, directory: Path, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for parameter in model.parameters():
-        for source in placement(parameter).sources:
-            shown = source.shape[::-1] if source.transposed else source.shape
+        for source in spec_of(parameter).sources:
+            inputs = source.shape[0 if source.transposed else -1]
             if source.name in tensors:
                 continue
             if source.name.endswith("bias"):
-                value = torch.empty(shown).normal_(0.0, 0.1, generator=generator)
-            elif len(shown) == 1:
-                value = torch.empty(shown).uniform_(0.5, 1.5, generator=generator)
+                value = torch.empty(source.shape).normal_(0.0, 0.1, generator=generator)
+            elif len(source.shape) == 1:
+                value = torch.empty(source.shape).uniform_(0.5, 1.5, generator=generator)
             else:
                 embeds = source.name.startswith(("embed", "wte", "wpe"))
-                deviation = 0.5 if embeds else 2.0 / source.shape[1] ** 0.5 if "lm_head" in source.name else (
-                    source.shape[1] ** -0.5)
-                value = torch.empty(shown).normal_(0.0, deviation, generator=generator)
+                deviation = 0.5 if embeds else 2.0 / inputs ** 0.5 if "lm_head" in source.name else inputs ** -0.5
+                value = torch.empty(source.shape).normal_(0.0, deviation, generator=generator)
             tensors[source.name] = value
     save_file(tensors, str(directory / "model.safetensors"))
     (directory / "config.json").write_text(json.dumps(SHAPES[shape], indent=1), encoding="utf-8")

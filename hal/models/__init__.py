@@ -45,13 +45,15 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
     `hal.checkpoints.loader.load_weights` or `random_weights`.
 
     Raises:
-        ConfigError: the model cannot be cut as `topology` says.
+        ConfigError: the model cannot be sharded as `topology` says, or `ops` cannot multiply by its weights.
+        ModelLoadError: the checkpoint's format of weights is unknown, or refuses its configuration.
     """
     from hal.models.gpt2 import GPT2
     from hal.models.layers import Build
     from hal.models.llama import Llama
+    from hal.weights.formats import schemes
 
     check_topology(config, topology)
-    build = Build(topology, communicator, ops, dtype, device)
+    build = Build(topology, communicator, ops, dtype, device, schemes(config.quantization))
     family = {"llama": Llama, "gpt2": GPT2}[config.family]
     return family(config, build).eval()

@@ -12,7 +12,7 @@ from hal.contracts.attention import AttentionSpec, ForwardContext
 from hal.contracts.cache import LayerCache, RowState
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
-from hal.models.layers import Build, Head, Linear, VocabEmbedding, vocab_weight
+from hal.models.layers import Build, Head, Linear, VocabEmbedding
 from hal.schema import Array
 
 
@@ -43,12 +43,9 @@ class CausalLM(nn.Module, abc.ABC):
         if topology.is_first_stage:
             self.embed = VocabEmbedding(build, config.embedding_name, config.vocab_size, config.hidden_size)
         if topology.is_last_stage:
-            if config.tie_embeddings and topology.is_first_stage:
-                weight = self.embed.weight
-            else:
-                source = config.embedding_name if config.tie_embeddings else "lm_head"
-                weight = vocab_weight(build, source, config.vocab_size, config.hidden_size)
-            self.head = Head(build, weight, config.vocab_size)
+            shared = self.embed if config.tie_embeddings and topology.is_first_stage else None
+            name = config.embedding_name if config.tie_embeddings else "lm_head"
+            self.head = Head(build, name, config.vocab_size, config.hidden_size, shared)
 
     def declare_caches(self, build: Build) -> list[LayerCache]:
         """The cache of each layer of the whole model: all ranks prepare the same input, whatever their stage. Called

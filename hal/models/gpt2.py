@@ -10,7 +10,8 @@ from hal.contracts.attention import ForwardContext
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models.causal_lm import CausalLM, local_heads
-from hal.models.layers import Build, Output, Source, column, row
+from hal.models.layers import Build, column, row
+from hal.weights import Projection
 
 
 class GPT2Layer(nn.Module):
@@ -19,15 +20,15 @@ class GPT2Layer(nn.Module):
         c, name = config, f"h.{index}"
         self.ops, self.eps, self.act, self.head_dim = build.ops, c.norm_eps, c.activation, c.head_dim
         self.heads, _ = local_heads(c, build.topology.tp)
-        self.attn_norm = build.vector(f"{name}.ln_1.weight", c.hidden_size)
-        self.attn_norm_bias = build.vector(f"{name}.ln_1.bias", c.hidden_size)
-        parts = [Output(f"{name}.attn.c_attn", c.hidden_size, c.num_heads, start, 3 * c.hidden_size)
+        self.attn_norm = build.replicated(f"{name}.ln_1.weight", c.hidden_size)
+        self.attn_norm_bias = build.replicated(f"{name}.ln_1.bias", c.hidden_size)
+        parts = [Projection(f"{name}.attn.c_attn", c.hidden_size, c.num_heads, start, 3 * c.hidden_size)
                  for start in (0, c.hidden_size, 2 * c.hidden_size)]
         self.qkv = column(build, c.hidden_size, parts, bias=True, transposed=True)
         self.out = row(build, f"{name}.attn.c_proj", c.hidden_size, c.hidden_size, bias=True, transposed=True)
-        self.mlp_norm = build.vector(f"{name}.ln_2.weight", c.hidden_size)
-        self.mlp_norm_bias = build.vector(f"{name}.ln_2.bias", c.hidden_size)
-        self.up = column(build, c.hidden_size, [Output(f"{name}.mlp.c_fc", c.intermediate_size)], bias=True,
+        self.mlp_norm = build.replicated(f"{name}.ln_2.weight", c.hidden_size)
+        self.mlp_norm_bias = build.replicated(f"{name}.ln_2.bias", c.hidden_size)
+        self.up = column(build, c.hidden_size, [Projection(f"{name}.mlp.c_fc", c.intermediate_size)], bias=True,
                          transposed=True)
         self.down = row(build, f"{name}.mlp.c_proj", c.intermediate_size, c.hidden_size, bias=True, transposed=True)
 
@@ -47,11 +48,10 @@ class GPT2(CausalLM):
         super().__init__(config, build)
         self.layers = nn.ModuleList(GPT2Layer(config, build, i) for i in self.stage)
         if self.topology.is_first_stage:
-            shape = (config.max_position, config.hidden_size)
-            self.positions = build.parameter(shape, None, Source("wpe.weight", shape, shape[0]))
+            self.positions = build.replicated("wpe.weight", config.max_position, config.hidden_size)
         if self.topology.is_last_stage:
-            self.norm = build.vector("ln_f.weight", config.hidden_size)
-            self.norm_bias = build.vector("ln_f.bias", config.hidden_size)
+            self.norm = build.replicated("ln_f.weight", config.hidden_size)
+            self.norm_bias = build.replicated("ln_f.bias", config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:

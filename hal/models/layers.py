@@ -1,10 +1,9 @@
-"""Tensor-parallel layers. Each parameter declares once where its values come from and how `tp` cuts them."""
+"""Tensor-parallel layers. A layer declares once which tensors it holds and how `tp` shards them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,138 +11,105 @@ from torch import nn
 
 from hal.config import Topology
 from hal.contracts.communicator import Communicator
+from hal.errors import ConfigError
 from hal.models.ops import Ops
+from hal.weights import LinearSpec, Projection, Scheme, WeightTensor
+from hal.weights.dense import BIAS, DENSE
+from hal.weights.formats import SchemeOf, scheme_of
+from hal.weights.sharding import ParameterSpec, StoredSlice, shard
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint tensor, or a range of one, that fills a parameter or a part of it.
-
-    Attributes:
-        name: in the checkpoint, without the prefix "model." or "transformer.".
-        shape: of the whole checkpoint tensor, as the parameter has it (turned around when `transposed`).
-        start, size: the range along the sharded dimension that is meant.
-        shards: how many equal parts the range is cut into. Fewer than tp when ranks share one (key-value heads);
-            the last part may be short (the vocabulary).
-        transposed: stored as [in, out].
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    size: int
-    start: int = 0
-    shards: int = 1
-    transposed: bool = False
-
-    def local(self, topology: Topology) -> tuple[int, int]:
-        """The rank's range along the sharded dimension: first and one behind the last."""
-        each = -(-self.size // self.shards)
-        first = min(topology.tp_rank * self.shards // topology.tp * each, self.size)
-        return self.start + first, self.start + min(first + each, self.size)
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Attributes:
-        dim: the parameter's dimension that is sharded over tp; None: every rank holds all of it.
-        sources: fill the parameter one after another along `dim`; rows behind the last stay zero.
-    """
-
-    dim: int | None
-    sources: tuple[Source, ...]
-
-
-def placement(parameter: nn.Parameter) -> Placement:
-    """The declaration of a parameter that a layer below made; a compiler that shards by itself reads `dim`."""
-    return cast(Placement, parameter.placement)  # type: ignore[attr-defined]
+def dense_only(name: str) -> Scheme:
+    """The scheme of every projection of a dense checkpoint."""
+    return DENSE
 
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What every layer is built with."""
+    """What every layer is built with. Attributes: schemes: gives the weight scheme of a projection."""
 
     topology: Topology
     communicator: Communicator
     ops: Ops
     dtype: torch.dtype
     device: torch.device
+    schemes: SchemeOf = dense_only
 
-    def parameter(self, shape: Sequence[int], dim: int | None, *sources: Source) -> nn.Parameter:
-        """Uninitialised memory of this rank's `shape`, with its declaration."""
-        data = torch.empty(tuple(shape), dtype=self.dtype, device=self.device)
+    def parameter(self, shape: Sequence[int], spec: ParameterSpec, dtype: torch.dtype | None = None) -> nn.Parameter:
+        """Uninitialised memory of this rank's `shape`, in the model's dtype unless another is given."""
+        data = torch.empty(tuple(shape), dtype=dtype or self.dtype, device=self.device)
         parameter = nn.Parameter(data, requires_grad=False)
-        parameter.placement = Placement(dim, sources)  # type: ignore[attr-defined]
+        parameter.spec = spec  # type: ignore[attr-defined]
         return parameter
 
-    def vector(self, name: str, size: int) -> nn.Parameter:
-        """A replicated vector: a norm's weight or bias."""
-        return self.parameter((size,), None, Source(name, (size,), size))
+    def replicated(self, name: str, *shape: int) -> nn.Parameter:
+        """A checkpoint tensor of which every rank holds all, such as a norm's weight or bias."""
+        return self.parameter(shape, ParameterSpec(None, 0, (StoredSlice(name, shape, 0, shape[0]),)))
 
+    def linear_tensor(self, spec: LinearSpec, tensor: WeightTensor, scheme: Scheme) -> nn.Parameter:
+        """This rank's part of one tensor of a linear layer. Raises ConfigError where tp cuts a group of its values."""
+        dtype = None if tensor.dtype is None else getattr(torch, tensor.dtype)
+        return self.parameter(*shard(spec, tensor, scheme.name, self.topology), dtype)
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """One checkpoint tensor's share in a column-parallel layer.
+    def scheme(self, spec: LinearSpec) -> Scheme:
+        """The scheme of a layer.
 
-    Attributes:
-        name: without ".weight". size: its outputs, over all ranks.
-        units: how many heads they belong to; a head is never cut.
-        start, of: the outputs are the range from `start` of a checkpoint tensor that has `of`; None: all of one.
-    """
-
-    name: str
-    size: int
-    units: int | None = None
-    start: int = 0
-    of: int | None = None
+        Raises:
+            ConfigError: the device's operations cannot multiply by it, or the layer merges different ones.
+        """
+        scheme, can = scheme_of(spec, self.schemes), self.ops.schemes
+        if can is not None and scheme.name not in can:
+            raise ConfigError(f"this device cannot multiply by weights of the scheme {scheme.name!r}", got=spec.name,
+                              expected=f"one of the schemes of {type(self.ops).__name__}: {', '.join(can)}",
+                              hint="take a checkpoint of such weights, or a device that multiplies by this scheme, as "
+                                   "the cpu does by all")
+        return scheme
 
 
 class Linear(nn.Module):
-    """y = x W^T + b. Built by `column` or `row`; `weight` is [out, in] of this rank, or what Ops.pack_linear made."""
+    """y = x W^T + b. Built by `column` or `row`.
+
+    Attributes:
+        scheme: how the weight is stored. Its tensors are attributes of the layer under their declared names.
+        weight: of the dense scheme, [out, in] of this rank, or what Ops.pack_linear made of it.
+        reduce: the outputs are summed over the tp ranks.
+        dtype: of the inputs and outputs.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, build: Build, weight: nn.Parameter, bias: nn.Parameter | None, reduce: bool = False) -> None:
+    def __init__(self, build: Build, spec: LinearSpec, *, bias: bool, weight: nn.Parameter | None = None) -> None:
+        """`weight`: an existing dense weight, which the layer then shares."""
         super().__init__()
-        self.ops, self.communicator, self.reduce = build.ops, build.communicator, reduce
-        self.weight, self.bias = weight, bias
+        self.ops, self.communicator, self.spec, self.dtype = build.ops, build.communicator, spec, build.dtype
+        self.scheme = DENSE if weight is not None else build.scheme(spec)
+        self.is_dense = self.scheme.name == DENSE.name
+        self.reduce = spec.sharded == "in" and build.topology.tp > 1
+        if weight is not None:
+            self.weight = weight
+        else:
+            for tensor in self.scheme.tensors(spec):
+                self.register_parameter(tensor.name, build.linear_tensor(spec, tensor, self.scheme))
+        self.bias = build.linear_tensor(spec, BIAS, self.scheme) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in of this rank] -> [n, out of this rank]; summed over the tp ranks where the layer is row-parallel."""
-        y = self.ops.linear(x, self.weight, self.bias)
+        y = self.ops.linear(x, self)
         return self.communicator.all_reduce(y) if self.reduce else y
 
 
-def column(build: Build, in_size: int, outputs: Sequence[Output], *, bias: bool, transposed: bool = False) -> Linear:
-    """Column-parallel: every rank computes a part of each of `outputs`, side by side, from the whole input."""
-    tp = build.topology.tp
-    weights, biases = [], []
-    rows = 0
-    for out in outputs:
-        shards = min(tp, out.units or tp)
-        whole = out.of or out.size
-        weights.append(Source(f"{out.name}.weight", (whole, in_size), out.size, out.start, shards, transposed))
-        biases.append(Source(f"{out.name}.bias", (whole,), out.size, out.start, shards))
-        rows += out.size // shards
-    return Linear(build, build.parameter((rows, in_size), 0, *weights),
-                  build.parameter((rows,), 0, *biases) if bias else None)
+def column(build: Build, in_size: int, projections: Sequence[Projection], *, bias: bool, transposed: bool = False,
+           ) -> Linear:
+    """A column-parallel layer: every rank computes a part of each projection, side by side, from the whole input."""
+    return Linear(build, LinearSpec(in_size, tuple(projections), "out", transposed), bias=bias)
 
 
 def row(build: Build, name: str, in_size: int, out_size: int, *, bias: bool, transposed: bool = False) -> Linear:
-    """Row-parallel: every rank computes with its part of the input, and the results are summed. The first rank alone
-    adds the bias."""
-    tp = build.topology.tp
-    source = Source(f"{name}.weight", (out_size, in_size), in_size, shards=tp, transposed=transposed)
-    adds = bias and build.topology.tp_rank == 0
-    return Linear(build, build.parameter((out_size, in_size // tp), 1, source),
-                  build.vector(f"{name}.bias", out_size) if adds else None, reduce=tp > 1)
-
-
-def vocab_weight(build: Build, name: str, vocab_size: int, hidden: int) -> nn.Parameter:
-    """[vocab_size / tp rounded up, hidden]: the vocabulary's rows are sharded; the last rank's may end with padding."""
-    tp = build.topology.tp
-    source = Source(f"{name}.weight", (vocab_size, hidden), vocab_size, shards=tp)
-    return build.parameter((-(-vocab_size // tp), hidden), 0, source)
+    """A row-parallel layer: every rank computes with its part of the input, and the results are summed. The first rank
+    alone adds the bias."""
+    spec = LinearSpec(in_size, (Projection(name, out_size),), "in", transposed)
+    return Linear(build, spec, bias=bias and build.topology.tp_rank == 0)
 
 
 class VocabEmbedding(nn.Module):
@@ -152,7 +118,8 @@ class VocabEmbedding(nn.Module):
     def __init__(self, build: Build, name: str, vocab_size: int, hidden: int) -> None:
         super().__init__()
         self.communicator, self.tp = build.communicator, build.topology.tp
-        self.weight = vocab_weight(build, name, vocab_size, hidden)
+        spec = _vocab(name, vocab_size, hidden)
+        self.weight = build.linear_tensor(spec, DENSE.tensors(spec)[0], DENSE)
         self.first = self.weight.shape[0] * build.topology.tp_rank
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -166,13 +133,24 @@ class VocabEmbedding(nn.Module):
 
 
 class Head(Linear):
-    """Logits over a vocabulary that is sharded over tp."""
+    """Logits over a vocabulary that is sharded over tp.
 
-    def __init__(self, build: Build, weight: nn.Parameter, vocab_size: int) -> None:
-        super().__init__(build, weight, None)
+    Args:
+        name: of the checkpoint's tensor, without ".weight".
+        embedding: the embedding whose weight the head shares; None: the head has one of its own.
+    """
+
+    def __init__(self, build: Build, name: str, vocab_size: int, hidden: int, embedding: VocabEmbedding | None) -> None:
+        super().__init__(build, _vocab(name, vocab_size, hidden), bias=False,
+                         weight=None if embedding is None else embedding.weight)
         self.tp, self.vocab_size = build.topology.tp, vocab_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocab_size], complete on every rank (a view where the vocabulary is padded)."""
         logits = super().forward(x)
         return self.communicator.all_gather(logits)[:, :self.vocab_size] if self.tp > 1 else logits
+
+
+def _vocab(name: str, vocab_size: int, hidden: int) -> LinearSpec:
+    """A rank's rows are vocab_size / tp rounded up, so that the last rank's may end with padding."""
+    return LinearSpec(hidden, (Projection(name, vocab_size),), "out")

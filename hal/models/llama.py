@@ -14,8 +14,9 @@ from hal.contracts.attention import ForwardContext
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models.causal_lm import CausalLM, local_heads
-from hal.models.layers import Build, Output, column, row
+from hal.models.layers import Build, column, row
 from hal.models.rope import cos_sin_table
+from hal.weights import Projection
 
 
 class LlamaLayer(nn.Module):
@@ -24,18 +25,18 @@ class LlamaLayer(nn.Module):
         c, name = config, f"layers.{index}"
         self.ops, self.eps, self.head_dim = build.ops, c.norm_eps, c.head_dim
         self.heads, self.kv_heads = local_heads(c, build.topology.tp)
-        self.attn_norm = build.vector(f"{name}.input_layernorm.weight", c.hidden_size)
+        self.attn_norm = build.replicated(f"{name}.input_layernorm.weight", c.hidden_size)
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.qkv = column(build, c.hidden_size, (Output(f"{name}.self_attn.q_proj", q, c.num_heads),
-                                                 Output(f"{name}.self_attn.k_proj", kv, c.num_kv_heads),
-                                                 Output(f"{name}.self_attn.v_proj", kv, c.num_kv_heads)),
+        self.qkv = column(build, c.hidden_size, (Projection(f"{name}.self_attn.q_proj", q, c.num_heads),
+                                                 Projection(f"{name}.self_attn.k_proj", kv, c.num_kv_heads),
+                                                 Projection(f"{name}.self_attn.v_proj", kv, c.num_kv_heads)),
                           bias=c.qkv_bias)
-        self.q_norm = build.vector(f"{name}.self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None
-        self.k_norm = build.vector(f"{name}.self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None
+        self.q_norm = build.replicated(f"{name}.self_attn.q_norm.weight", c.head_dim) if c.qk_norm else None
+        self.k_norm = build.replicated(f"{name}.self_attn.k_norm.weight", c.head_dim) if c.qk_norm else None
         self.out = row(build, f"{name}.self_attn.o_proj", q, c.hidden_size, bias=c.out_bias)
-        self.mlp_norm = build.vector(f"{name}.post_attention_layernorm.weight", c.hidden_size)
-        self.gate_up = column(build, c.hidden_size, (Output(f"{name}.mlp.gate_proj", c.intermediate_size),
-                                                     Output(f"{name}.mlp.up_proj", c.intermediate_size)),
+        self.mlp_norm = build.replicated(f"{name}.post_attention_layernorm.weight", c.hidden_size)
+        self.gate_up = column(build, c.hidden_size, (Projection(f"{name}.mlp.gate_proj", c.intermediate_size),
+                                                     Projection(f"{name}.mlp.up_proj", c.intermediate_size)),
                               bias=c.mlp_bias)
         self.down = row(build, f"{name}.mlp.down_proj", c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
@@ -63,7 +64,7 @@ class Llama(CausalLM):
         table = cos_sin_table(config.rope, config.head_dim, config.max_position, build.device)
         self.register_buffer("rope_table", table, persistent=False)
         if self.topology.is_last_stage:
-            self.norm = build.vector("norm.weight", config.hidden_size)
+            self.norm = build.replicated("norm.weight", config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from hal.weights.dense import DENSE
+
 if TYPE_CHECKING:
     from hal.contracts.attention import LayerAttention
     from hal.models.layers import Linear
@@ -16,15 +18,31 @@ class Ops:
     """Plain PyTorch, rounding where transformers rounds. No result shares memory with an argument.
 
     Shapes: x is [num_tokens, hidden] in the model's dtype unless said otherwise.
+
+    Attributes:
+        schemes: names of the weight schemes that `linear` multiplies by; None: all of them. A model that has another is
+            refused when it is built. A subclass with a `linear` of its own takes dense weights alone unless it
+            declares its schemes.
     """
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [n, in] times weight [out, in] (or what `pack_linear` made of it) plus bias [out]."""
-        return F.linear(x, weight, bias)
+    schemes: tuple[str, ...] | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "linear" in vars(cls) and "schemes" not in vars(cls):
+            cls.schemes = (DENSE.name,)
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """x [n, in] times the layer's weight, transposed, plus its bias -> [n, out], all of this rank.
+
+        A dense layer (`layer.is_dense`) has `layer.weight` [out, in], or what `pack_linear` made of it. Every layer has
+        `layer.bias` [out] or None. Any other weight is stored as `layer.scheme` declares, and
+        `layer.scheme.linear(x, layer)` computes with it in plain PyTorch."""
+        return layer.scheme.linear(x, layer)
 
     def pack_linear(self, layer: Linear) -> None:
-        """Called once for each linear layer, the head included, when its weights are filled. It may replace
-        `layer.weight` by whatever this table's own `linear` takes; a tied embedding keeps the tensor it had."""
+        """Called once for each linear layer, the head included, when its weights are filled. It may replace the tensors
+        of the layer's weight by whatever this table's own `linear` takes; a tied embedding keeps the tensor it had."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / rms(x) over the last dimension in fp32, rounded, times weight (arXiv 1910.07467). x has any shape."""

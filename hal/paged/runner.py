@@ -50,14 +50,13 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def load_model(self, progress: Progress = no_progress) -> None:
         engine = self.config.engine
-        if not engine.random_weights:
-            check_weights(self.config.model, engine.model)
+        checked = None if engine.random_weights else check_weights(self.config.model, engine.model)
         model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
                             self.device)
         if engine.random_weights:
             random_weights(model, engine.seed)
         else:
-            load_weights(model, engine.model, progress)
+            load_weights(model, engine.model, progress, checked=checked)
         self.model = self.transform(model)
         self.intermediate_type = self.model.intermediate_type
         self.attention = self.make_attention(self.model.attention_specs, device=self.device, dtype=self.dtype)

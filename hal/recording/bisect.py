@@ -189,7 +189,7 @@ class _Device:
         if trace is not None:
             self.attention = _Traced(runner.attention, trace)
             model = runner.model
-            trace.names |= {id(m.weight): name for name, m in model.named_modules() if isinstance(m, Linear)}
+            trace.names |= {id(m): name for name, m in model.named_modules() if isinstance(m, Linear)}
             trace.names |= {id(p): n.removesuffix(".weight") for n, p in model.named_parameters() if id(p) not in
                             trace.names}
             for i, layer in enumerate(getattr(model, "layers", ())):

@@ -14,21 +14,23 @@ class CpuOps(Ops):
     """Packed weights make a linear 1.1 to 2.1 times as fast as F.linear in bfloat16, most where rows are few, and 0.9
     to 2.8 times in float32; Intel's extension gains less. `benchmarks/cpu_linear.py` measures it."""
 
+    schemes = None  # any but the dense one by its own arithmetic
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.packs = _can_pack(dtype)
 
     def pack_linear(self, layer: Linear) -> None:
-        if self.packs:
+        if self.packs and layer.is_dense:
             weight = layer.weight
             del layer.weight  # a parameter cannot be replaced by a tensor
             layer.weight = _pack(weight.data)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if not weight.is_mkldnn:
-            return super().linear(x, weight, bias)
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if not (layer.is_dense and layer.weight.is_mkldnn):
+            return super().linear(x, layer)
         if not x.shape[0]:
-            return x.new_empty(0, weight.shape[0])
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            return x.new_empty(0, layer.weight.shape[0])
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:

@@ -32,24 +32,28 @@ class CudaOps(Ops):
     """Attributes: tiles: by use, what the matrix-vector kernel is run with; None where it is slower than what it would
     replace. Measured when a use first occurs, on the model's own weights, until `settle` is called."""
 
+    schemes = None  # any but the dense one by its own arithmetic
+
     def __init__(self) -> None:
         self.tiles: dict[Use, Tile | None] = {}
         self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def pack_linear(self, layer: Linear) -> None:
-        if layer.weight.dtype != torch.float32:
+        if layer.is_dense and layer.weight.dtype != torch.float32:
             self._weights.setdefault(tuple(layer.weight.shape), []).append(layer.weight.data)
 
     def settle(self) -> None:
         """From here on nothing is measured."""
         self._weights.clear()
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._apply(x, weight, bias, Use(weight.shape), None)[0]
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if not layer.is_dense:
+            return super().linear(x, layer)
+        return self._apply(x, layer.weight, layer.bias, Use(layer.weight.shape), None)[0]
 
     def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
                     eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer.reduce:
+        if layer.reduce or not layer.is_dense:
             return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
         use = Use(layer.weight.shape, gated, True)
         return self._apply(x, layer.weight, layer.bias, use, Norm(weight, eps, residual))

@@ -21,8 +21,10 @@ from hal.contracts.runner import Progress
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.layers import Linear, placement
+from hal.models.layers import Linear
 from hal.models.ops import Ops
+from hal.weights.dense import DENSE
+from hal.weights.sharding import spec_of
 from runners.tpu import lowering
 
 
@@ -32,12 +34,17 @@ class TpuOps(Ops):
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
+        # A scheme's own arithmetic knows the tensors of one rank, not those of all ranks side by side.
+        self.schemes = None if ranks == 1 else (DENSE.name,)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if weight.ndim == 2:
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if not layer.is_dense:
+            return super().linear(x, layer)
+        weight, bias = layer.weight, layer.bias
+        if self.ranks == 1:
             y = x @ weight
             return y if bias is None else y + bias
-        if getattr(weight, "row_parallel", False):
+        if layer.reduce:
             y = torch.einsum("rni,rio->rno", x.view(self.ranks, -1, x.shape[-1]), weight)
         else:
             y = torch.einsum("ni,rio->rno", x, weight)
@@ -99,14 +106,13 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
     topologies = [topology for topology in mesh_ranks if topology.pp_rank == pp_rank]
     communicator = MeshCommunicator(topologies[0], mesh) if engine.tp > 1 else LocalCommunicator()
     ops, shares = TpuOps(engine.tp), []
-    if not engine.random_weights:
-        check_weights(config, engine.model)
+    checked = None if engine.random_weights else check_weights(config, engine.model)
     for topology in topologies:
         share = build_model(config, topology, communicator, ops, dtype, torch.device("cpu"))
         if engine.random_weights:
             random_weights(share, engine.seed)
         else:
-            load_weights(share, engine.model, progress)
+            load_weights(share, engine.model, progress, checked=checked)
         shares.append(share)
     return _place(shares, communicator, mesh)
 
@@ -114,7 +120,7 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
 def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: Any) -> CausalLM:
     """The first share, its parameters replaced by those of all on the device."""
     model, moved = shares[0], dict[nn.Parameter, torch.Tensor]()
-    multiplied = {m.weight for m in model.modules() if isinstance(m, Linear)}
+    multiplied = {m.weight for m in model.modules() if isinstance(m, Linear) and m.is_dense}
     modules = [dict(share.named_modules()) for share in shares]
     for name, module in list(model.named_modules()):
         for key, buffer in list(module.named_buffers(recurse=False)):
@@ -125,7 +131,7 @@ def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: An
             del module._parameters[key]
             setattr(module, key, moved[parameter])
     if hasattr(model, "embed"):
-        tied = any(module.weight is model.embed.weight for module in model.modules() if isinstance(module, Linear))
+        tied = hasattr(model, "head") and getattr(model.head, "weight", None) is model.embed.weight
         model.embed = Embedding(model.embed.weight, tied, communicator)  # type: ignore[assignment]
     return model
 
@@ -138,8 +144,6 @@ def _together(modules: Sequence[nn.Module], key: str, turned: bool, mesh: Any) -
     parts = [torch.zeros_like(first) if p is None else p.data for p in (getattr(m, key) for m in modules)]
     if turned:
         parts = [part.t().contiguous() for part in parts]
-    if len(modules) == 1 or (placement(first).dim is None and not reduces):
+    if len(modules) == 1 or (spec_of(first).sharded is None and not reduces):
         return lowering.place(parts[0], mesh, None)
-    tensor = lowering.place(torch.stack(parts), mesh, 0)
-    tensor.row_parallel = reduces  # type: ignore[attr-defined]
-    return tensor
+    return lowering.place(torch.stack(parts), mesh, 0)

@@ -17,6 +17,7 @@ from hal.contracts.inputs import PagedModelInput
 from hal.contracts.outputs import SamplerOutput
 from hal.features import COLUMNS
 from hal.features.penalties import Penalties
+from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention, PagedStep, by_group, gather
 from hal.paged.batch import BatchState
@@ -191,21 +192,21 @@ class checks_nothing(PagedModelRunner):
 
 @mutant("L2/linear")
 class drops_the_bias(Ops):
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, weight, None)
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        return F.linear(x, layer.weight, None)
 
 
 @mutant("L2/linear")
 class multiplies_in_lower_precision(Ops):
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = F.linear(x.bfloat16().float(), weight.bfloat16().float())
-        return y if bias is None else y + bias
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        y = F.linear(x.bfloat16().float(), layer.weight.bfloat16().float())
+        return y if layer.bias is None else y + layer.bias
 
 
 @mutant("L2/linear")
 class mangles_single_rows(Ops):
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = F.linear(x, weight, bias)
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        y = F.linear(x, layer.weight, layer.bias)
         return y if len(x) > 1 else y.roll(1, -1)
 
 

@@ -23,9 +23,9 @@ from hal.errors import ConfigError, ModelLoadError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.layers import placement
 from hal.models.ops import Ops
 from hal.paged.runner import PagedModelRunner
+from hal.weights.sharding import spec_of
 
 Checkpoint = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]
@@ -153,13 +153,13 @@ def test_ranks_together_hold_the_whole(checkpoint: Checkpoint, name: str, tp: in
     for model in (*ranks, whole):
         load_weights(model, path)
     for key, full in whole.named_parameters():
-        dim = placement(full).dim
+        dim = spec_of(full).sharded
         parts = [p for p in (dict(r.named_parameters()).get(key) for r in ranks) if p is not None]
         if dim is None:
             assert all(torch.equal(p, full) for p in parts)
             continue
-        assert len(parts) == tp and all(placement(p).dim == dim for p in parts)
-        sources, offsets, at = placement(parts[0]).sources, [0] * tp, 0
+        assert len(parts) == tp and all(spec_of(p).sharded == dim for p in parts)
+        sources, offsets, at = spec_of(parts[0]).sources, [0] * tp, 0
         for s in sources:
             pieces, ends = [], 0
             for r, part in enumerate(parts):
@@ -219,7 +219,7 @@ def test_random_weights(checkpoint: Checkpoint, name: str) -> None:
     for (key, a), *others in zip(*(m.named_parameters() for m in models), strict=True):
         b, c = (other for _, other in others)
         assert torch.equal(a, b)
-        if a.ndim == 1 and placement(a).sources[0].name.endswith("weight"):
+        if a.ndim == 1 and spec_of(a).sources[0].name.endswith("weight"):
             assert (a == 1).all(), key
         else:
             assert not torch.equal(a, c) and 0.01 < a.float().std() < 0.03, key

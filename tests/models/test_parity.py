@@ -22,6 +22,7 @@ from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
+from hal.models.layers import Linear
 from hal.models.ops import Ops
 
 Checkpoint = Callable[[str], Path]
@@ -203,9 +204,9 @@ def test_ops_are_replaceable_and_see_every_linear(checkpoint: Checkpoint) -> Non
             layer.weight = torch.nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)  # type: ignore[attr-defined]
             self.packed += 1
 
-        def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            y = x @ weight
-            return y if bias is None else y + bias
+        def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+            y = x @ layer.weight
+            return y if layer.bias is None else y + layer.bias
 
     path, ops = checkpoint("qwen2-tied"), Packing()
     config: ModelConfig = read_config(path)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.sampling.sampler import Sampler
 
@@ -23,9 +24,9 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 class NumpyOps(Ops):
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        y = _array(x) @ _array(weight).T
-        return _tensor(y if bias is None else y + _array(bias))
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        y = _array(x) @ _array(layer.weight).T
+        return _tensor(y if layer.bias is None else y + _array(layer.bias))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         a = _array(x)

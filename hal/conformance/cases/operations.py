@@ -14,8 +14,9 @@ from hal.conformance.case import case
 from hal.conformance.context import Context
 from hal.contracts.communicator import LocalCommunicator
 from hal.model_config import RopeConfig
-from hal.models.layers import Build, Output, column
+from hal.models.layers import Build, column
 from hal.models.rope import cos_sin_table
+from hal.weights import Projection
 
 _ROWS = (1, 2, 7, 33)  # decoding alone, a small batch, sizes that no vector width divides
 
@@ -45,14 +46,14 @@ def linear(ctx: Context) -> None:
     for rows in _ROWS:
         for in_size, out_size, bias in ((64, 96, True), (96, 40, False), (256, 64, False)):
             build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device)
-            layer = column(build, in_size, [Output("x", out_size)], bias=bias)
+            layer = column(build, in_size, [Projection("x", out_size)], bias=bias)
             x, w = ctx.normal(rows, in_size), ctx.normal(out_size, in_size, scale=in_size**-0.5)
             b = ctx.normal(out_size)
             layer.weight.data.copy_(w)
             if layer.bias is not None:
                 layer.bias.data.copy_(b)
             ops.pack_linear(layer)
-            got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer.weight, layer.bias), x.to(device))
+            got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer), x.to(device))
             expected = F.linear(x.double(), w.double(), b.double() if bias else None)
             ctx.close("linear", got, expected, f"linear [{rows}, {in_size}] to {out_size}")
 
