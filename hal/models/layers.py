@@ -16,7 +16,7 @@ from hal.models.ops import Ops
 from hal.weights import LinearSpec, Projection, Scheme, WeightTensor
 from hal.weights.dense import BIAS, DENSE
 from hal.weights.formats import SchemeOf, scheme_of
-from hal.weights.sharding import ParameterSpec, StoredSlice, shard
+from hal.weights.sharding import ParameterSpec, StoredSlice, local_outputs, shard
 
 
 def dense_only(name: str) -> Scheme:
@@ -61,8 +61,8 @@ class Build:
         if can is not None and scheme.name not in can:
             raise ConfigError(f"this device cannot multiply by weights of the scheme {scheme.name!r}", got=spec.name,
                               expected=f"one of the schemes of {type(self.ops).__name__}: {', '.join(can)}",
-                              hint="take a checkpoint of such weights, or a device that multiplies by this scheme, as "
-                                   "the cpu does by all")
+                              hint="take a checkpoint of dense weights, or another device: the cpu multiplies by "
+                                   "every scheme")
         return scheme
 
 
@@ -71,6 +71,7 @@ class Linear(nn.Module):
 
     Attributes:
         scheme: how the weight is stored. Its tensors are attributes of the layer under their declared names.
+        outputs: of each projection, on this rank.
         weight: of the dense scheme, [out, in] of this rank, or what Ops.pack_linear made of it.
         reduce: the outputs are summed over the tp ranks.
         dtype: of the inputs and outputs.
@@ -85,6 +86,7 @@ class Linear(nn.Module):
         self.ops, self.communicator, self.spec, self.dtype = build.ops, build.communicator, spec, build.dtype
         self.scheme = DENSE if weight is not None else build.scheme(spec)
         self.is_dense = self.scheme.name == DENSE.name
+        self.outputs = local_outputs(spec, build.topology)
         self.reduce = spec.sharded == "in" and build.topology.tp > 1
         if weight is not None:
             self.weight = weight

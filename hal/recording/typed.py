@@ -41,6 +41,8 @@ def _value(hint: Any, value: object, where: str) -> Any:
         if isinstance(value, list):
             return tuple(_value(args[0], v, where) for v in value)
         raise _wrong(where, value, "a list")
+    if origin is dict and type(value) is dict:
+        return value
     if dataclasses.is_dataclass(hint):
         return typed(typing.cast("type[Any]", hint), value, where)
     if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # type: ignore[arg-type]

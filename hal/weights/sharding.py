@@ -65,6 +65,16 @@ def spec_of(parameter: nn.Parameter) -> ParameterSpec:
     return cast(ParameterSpec, parameter.spec)  # type: ignore[attr-defined]
 
 
+def local_outputs(spec: LinearSpec, topology: Topology) -> tuple[int, ...]:
+    """Outputs of each projection that a rank computes."""
+    return tuple(-(-p.size // (_shards(p, topology) if spec.sharded == "out" else 1)) for p in spec.projections)
+
+
+def _shards(projection: Projection, topology: Topology) -> int:
+    """Of a column-parallel layer."""
+    return min(topology.tp, projection.heads or topology.tp)
+
+
 def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topology,
           ) -> tuple[tuple[int, ...], ParameterSpec]:
     """The shape of a rank's part of a layer's tensor, and its declaration.
@@ -83,7 +93,7 @@ def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topolog
     filled = merged if column or sharded is None else sharded
     shape, sources = [0] * len(tensor.dims), []
     for i, p in enumerate(spec.projections):
-        shards = 1 if sharded is None else min(topology.tp, p.heads or topology.tp) if column else topology.tp
+        shards = 1 if sharded is None else _shards(p, topology) if column else topology.tp
         dim = tensor.dims[filled]
         assert isinstance(dim, Dim)
         units = p.size if filled == merged else spec.in_size
