@@ -1,4 +1,4 @@
-"""What the kit is made of: cases, registered as plain functions, and how one may end."""
+"""The cases of the kit: plain functions that are registered, and the ways in which a case may end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEVELS = ("registration and capabilities", "input contracts", "operations", "a m
           "distributed", "replay and guard")
 _MODULES = ("backend", "inputs", "operations", "attention", "sampler", "model", "engine", "graphs", "distributed",
             "guard")
-# What a case may need: the capability, and whether a backend declares it.
+# The capabilities that a case may need, and whether a backend declares each.
 NEEDS: dict[str, Callable[[Backend], bool]] = {
     "checkpoints": lambda b: b.capabilities.checkpoints, "swap": lambda b: b.capabilities.swap,
     "asynchronous": lambda b: b.capabilities.asynchronous, "tp": lambda b: b.capabilities.max_tp > 1,
@@ -29,14 +29,14 @@ class Mismatch(AssertionError):
 
 
 class NotApplicable(Exception):
-    """The backend lacks what the case is about; the text says what."""
+    """The backend lacks the subject of the case, which the text names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """Attributes:
-        name: "L2/attention/window". needs: keys of NEEDS. once: nothing in it depends on the dtype, so it runs with the
-            first one alone. doc: what it shows.
+        name: such as "L2/attention/window". needs: keys of NEEDS. once: the case does not depend on the dtype, so it
+            runs with the first one only. doc: the property that it shows.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Case:
     doc: str
 
     def missing(self, backend: Backend) -> str | None:
-        """The capability that it needs and the backend does not declare, as a sentence."""
+        """A sentence that names a capability which the case needs and the backend does not declare."""
         lacking = [need for need in self.needs if not NEEDS[need](backend)]
         return f"the backend does not declare: {', '.join(lacking)}" if lacking else None
 
@@ -57,7 +57,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(level: int, area: str, *needs: str, once: bool = False) -> Callable[[Check], Check]:
-    """Register a function as the case "L<level>/<area>/<its name>"; its docstring says what it shows."""
+    """Register a function as the case "L<level>/<area>/<its name>". Its docstring says which property it shows."""
     def register(check: Check) -> Check:
         name = f"L{level}/{area}/{check.__name__}"
         if name in CASES or not set(needs) <= NEEDS.keys():

@@ -29,8 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def save(shape: str, directory: Path, seed: int) -> Path:
-    """Write config.json and model.safetensors (fp32). Weights keep activations and logits of the order of one, so that
-    an error anywhere shows at the end, and rounding is not blown up on the way."""
+    """Write config.json and model.safetensors (fp32). The weights keep activations and logits near one. So an error in
+    any place shows in the result, and rounding errors do not grow on the way."""
     directory.mkdir(parents=True)
     config = parse_config(SHAPES[shape])
     model = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))

@@ -1,4 +1,4 @@
-"""What a case is given: the backend, the dtype, random numbers, and ways to run things and to compare them."""
+"""The argument of a case: the backend, the dtype, random numbers, and methods that run and compare."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from hal.testing.tolerance import Tolerances
 Execute = Callable[[ExecuteModelRequest], SamplerOutput]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)
 BLOCK_SIZE = 16
-# What runs are given unless a case says otherwise: small, and the same for every device.
+# The default options of a run: small, and the same for every device.
 ENGINE = {"block_size": BLOCK_SIZE, "num_blocks": 65, "max_num_seqs": 8, "max_num_batched_tokens": checkpoint.LENGTH,
           "max_model_len": checkpoint.LENGTH, "prefix_caching": False, "async_scheduling": False}
-# Options that the scheduler alone is told of, so that a device that compiles its shapes need not do so again.
+# Options that only the scheduler gets, so that a device which compiles its shapes need not compile again.
 _SCHEDULING = ("num_blocks", "max_num_batched_tokens", "max_num_seqs", "prefix_caching")
 
 
 @dataclass
 class Run:
-    """What became of one prompt.
+    """The result of one prompt.
 
     Attributes:
-        tokens: prompt and output. logprobs: of the output tokens, where asked for. cached: prompt tokens that the
-            prefix cache had. preemptions: how often it lost its row.
+        tokens: prompt and output. logprobs: those of the output tokens, if they were asked for. cached: prompt tokens
+            that the prefix cache had. preemptions: how often the sequence was preempted.
     """
 
     tokens: list[int]
@@ -63,7 +63,7 @@ class Run:
 
 
 class GuardedCommunicator(LocalCommunicator):
-    """A world of one that is as strict as a larger one: nothing passes in phase prepare."""
+    """The communicator of a single rank that is as strict as one of several: it refuses calls in phase prepare."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         with data_plane("all_reduce"):
@@ -75,10 +75,10 @@ class GuardedCommunicator(LocalCommunicator):
 
 
 class Session:
-    """One rank in this process, driven step by step: everything of the backend's within reach.
+    """One rank in this process, driven step by step. A case can reach every part of the backend.
 
     Attributes:
-        inputs: those of the steps so far. compiled: what the runner had compiled after its warm-up.
+        inputs: the inputs of the steps so far. compiled: how much the runner had compiled after its warm-up.
     """
 
     def __init__(self, backend: Backend, config: WorkerConfig) -> None:
@@ -111,22 +111,22 @@ class Session:
         return output
 
     def step(self, request: ExecuteModelRequest) -> SamplerOutput:
-        """On the host."""
+        """The output on the host."""
         self.inputs.append(self.prepare(request))
         return SamplerOutput.from_buffer(self.execute(self.inputs[-1]).to_buffer())
 
     def scheduler(self, **options: Any) -> Scheduler:
-        """Of steps within what the runner was made for; options narrow it."""
+        """A scheduler whose steps the runner was made for; options may only narrow its limits."""
         engine = replace(self.config.engine, **options)
         return Scheduler(engine, engine.num_blocks or 65)
 
 
 class Context:
     """Attributes:
-        device: how the backend was named, which is what ranks of their own are told. dtype: of this run of the case.
-        rng: seeded by the run's seed and the case's name. examples: how many a property is tried on.
-        errors: (operation, dtype) -> every error measured, in units of `close`; the report draws them.
-        report: the run's folder, for what a case leaves to look at; None without one.
+        device: the name of the backend, which other ranks are told. dtype: the dtype of this run of the case.
+        rng: seeded by the run's seed and the case's name. examples: the number of examples of a property.
+        errors: (operation, dtype) -> every measured error, in units of `close`; the report draws them.
+        report: the run's folder, where a case may leave files; None if there is none.
     """
 
     def __init__(self, backend: Backend, device: str, dtype: str, seed: int, *, name: str = "", examples: int = 25,
@@ -138,7 +138,7 @@ class Context:
         self.rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
 
-    # What is compared.
+    # Comparisons.
 
     def check(self, right: bool, text: str) -> None:
         """Raises Mismatch."""
@@ -164,7 +164,7 @@ class Context:
                            f"{float(got.flatten()[worst]):.6g}, expected {float(expected.flatten()[worst]):.6g}; "
                            f"{int((error > limit).sum())} of {len(error)} elements are off")
 
-    # What is run.
+    # Runs.
 
     def normal(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         """Random values in this dtype, on the host."""
@@ -187,7 +187,7 @@ class Context:
         return session.warm() if warm else session
 
     def part(self, session: Session, name: str) -> Any:
-        """A component that the runner is composed of. Raises NotApplicable: it has none of this name."""
+        """A component of the runner. Raises NotApplicable: the runner has no component of this name."""
         part = getattr(session.runner, name, None)
         if part is None:
             raise NotApplicable(f"{type(session.runner).__name__} is not composed with a part {name!r}")
@@ -195,7 +195,7 @@ class Context:
 
     def engine(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY, *,
                shape: str = "llama", apart: int = 0, **options: Any) -> list[Run]:
-        """Prompts through the executor, each of them `apart` steps after the one before it."""
+        """Run prompts through the executor. Each enters `apart` steps after the one before it."""
         narrowed = {name: options.pop(name) for name in _SCHEDULING if name in options}
         config = self.config(shape, **options)
         executor = make_executor(config.engine, config.model, self.backend)
@@ -210,7 +210,7 @@ class Context:
 
     def alone(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY, *,
               shape: str = "llama") -> list[Run]:
-        """The same one after another, each in one piece on a cache that nothing else uses."""
+        """Run the same prompts one after another, each unchunked, with a cache that nothing else uses."""
         many = params if isinstance(params, list) else [params] * len(prompts)
         session, runs = self.session(shape), []
         for i, (prompt, each) in enumerate(zip(prompts, many, strict=True)):
@@ -221,11 +221,12 @@ class Context:
             runs += drive(session.step, scheduler, [prompt], each, first_seed=i)
         return runs
 
-    # Whether a run is right.
+    # Checks of runs.
 
     def verify(self, runs: list[Run], shape: str = "llama", what: str = "") -> None:
-        """Each token was the right choice given those before it, and its logprob is right: by the fp64 reference, or,
-        where the backend has arithmetic of its own, by what it says to each prompt alone. Raises Mismatch."""
+        """Check that each token is the right choice after the tokens before it, and that its logprob is right. The fp64
+        reference decides; if the backend has arithmetic of its own, its result for each prompt alone decides. Raises
+        Mismatch."""
         if not self.backend.capabilities.checkpoints:
             alone = self.alone([r.tokens[:r.prompt] for r in runs], [r.params for r in runs], shape=shape)
             for i, (run, own) in enumerate(zip(runs, alone, strict=True)):
@@ -241,7 +242,9 @@ class Context:
                 self.close("model", torch.tensor(run.logprobs), expected, f"{what} sequence {i}: logprobs")
 
     def verify_choices(self, logits: torch.Tensor, run: Run, what: str, op: str = "model") -> None:
-        """logits: [output tokens, vocab] fp64. Raises Mismatch: a token that another should have won against."""
+        """Check chosen tokens against logits [output tokens, vocab] fp64. Raises Mismatch: another token should have
+        been
+    chosen."""
         for at, token in enumerate(run.output):
             slack = self.tolerances(op, self.dtype) * (1 + float(logits[at].abs().max()))
             history = run.tokens[:run.prompt + at]
@@ -262,10 +265,10 @@ def _short(value: object) -> str:
 def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, prompts: list[list[int]],
           params: SamplingParams | list[SamplingParams], apart: int = 0, *, first_seed: int = 0,
           in_flight: int = 1) -> list[Run]:
-    """A scheduler's steps until all sequences have ended, one entering every `apart` steps.
+    """Run a scheduler's steps until all sequences have ended. A sequence enters every `apart` steps.
 
     Args:
-        execute: gives a SamplerOutput on the host, or with `in_flight` > 1 a handle of one.
+        execute: returns a SamplerOutput on the host or, with `in_flight` > 1, a StepHandle.
     """
     many = params if isinstance(params, list) else [params] * len(prompts)
     runs = [Run(list(p), len(p), each, each.seed if each.seed is not None else first_seed + i)

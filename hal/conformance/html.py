@@ -1,4 +1,4 @@
-"""The report as one page that needs nothing else: the table in colours, failures, and the errors of each operation."""
+"""The report as one page without other files: the table in colours, failures, and the errors of each operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is right: a decoder and a sampler in fp64, without cache, batch or kernels."""
+"""The reference: a decoder and a sampler in fp64, without cache, batch or kernels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Reference:
-    """A checkpoint's weights, rounded to a dtype and then computed with in fp64."""
+    """A model with a checkpoint's weights, rounded to a dtype. It computes in fp64."""
 
     def __init__(self, directory: Path, config: ModelConfig, dtype: str) -> None:
         self.config = config
@@ -49,7 +49,7 @@ class Reference:
                         load_file(directory / "model.safetensors").items()}
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """[tokens, vocab] fp64, after each token."""
+        """Logits [tokens, vocab] fp64, after each token."""
         ids = torch.tensor(token_ids)
         hidden = self._llama(ids) if self.config.family == "llama" else self._gpt2(ids)
         embedding = "embed_tokens.weight" if self.config.family == "llama" else "wte.weight"
@@ -97,13 +97,15 @@ class Reference:
 
 def race(logits: torch.Tensor, params: SamplingParams, seed: int, position: int, history: list[int], prompt: int,
          slack: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Who may be sampled when each logit is uncertain by `slack`.
+    """The tokens that may be sampled when each logit is uncertain by `slack`.
 
     Args:
-        logits: [vocab] fp64. position: of the token to be drawn. history: all tokens before it, `prompt` of them given.
+        logits: [vocab] fp64. position: the place of the token to be drawn. history: all tokens before it; the first
+            `prompt` of them are the prompt.
 
     Returns:
-        [vocab] each: the value whose largest wins; which tokens surely pass the filters; which possibly do.
+        Three arrays [vocab]: the value whose largest is drawn; the tokens that certainly pass the filters; the tokens
+        that may pass them.
     """
     scores, all_of = logits.clone(), torch.ones_like(logits, dtype=torch.bool)
     if any(getattr(params, name) != default for name, default in NO_PENALTIES.items()):

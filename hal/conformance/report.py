@@ -17,7 +17,7 @@ FILES = "report.md", "report.html", "report.json", "junit.xml"
 
 
 def cell(report: Report, level: int, dtype: str) -> str:
-    """Such as "12/12" or "11/12 fail 1 n/a 2": passes of what is applicable, and what else there was."""
+    """A cell such as "12/12" or "11/12 fail 1 n/a 2": passes of the applicable cases, and the other outcomes."""
     counts = report.cell(level, dtype)
     applicable = sum(n for status, n in counts.items() if status != "n/a")
     others = " ".join(f"{status} {n}" for status, n in counts.items() if status != "pass")
@@ -25,7 +25,7 @@ def cell(report: Report, level: int, dtype: str) -> str:
 
 
 def rows(report: Report) -> list[list[str]]:
-    """Header line, then one line a level that ran."""
+    """The table: a header line, then a line for each level that ran."""
     ran = sorted({r.case.level for r in report.results})
     return [["level", *report.dtypes], *([f"L{n} {LEVELS[n]}", *(cell(report, n, d) for d in report.dtypes)]
                                          for n in ran)]
@@ -93,7 +93,7 @@ def junit(report: Report) -> str:
 
 
 def write(report: Report, directory: Path) -> list[Path]:
-    """All forms of it into a directory, each file as a whole. Raises OSError."""
+    """Write the report in all its forms into a directory. Each file is written as a whole. Raises OSError."""
     from hal.conformance.html import html
 
     made = [directory / name for name in FILES]

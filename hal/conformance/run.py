@@ -31,12 +31,12 @@ from hal.errors import ConfigError, HalError
 from hal.testing.tolerance import Tolerances
 
 _CHILD = "HAL_CONFORMANCE_CHILD"
-ONCE = "any"  # the dtype of a case that depends on none
+ONCE = "any"  # the dtype of a case that does not depend on one
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """A failure that a vendor declares: cases and dtypes as globs, why, and where it is followed up."""
+    """A failure that a vendor declares: cases and dtypes as globs, the reason, and a link to its issue."""
 
     case: str
     reason: str
@@ -49,7 +49,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What decides a run. `device` names the backend; `cases` are globs; `dtypes` are of those declared."""
+    """The options of a run. `device` names the backend; `cases` are globs; `dtypes` are among the declared ones."""
 
     device: str
     level: int = 6
@@ -61,7 +61,7 @@ class Options:
     tolerances: Tolerances = field(default_factory=Tolerances)
 
     def command(self, case: str, dtype: str) -> str:
-        """What repeats one result."""
+        """The command that repeats one result."""
         chosen = "" if dtype == ONCE else f" --dtype {dtype}"
         xfail = f" --xfail {shlex.quote(self.expected_file)}" if self.expected_file else ""
         return (f"hal conformance --backend {shlex.quote(self.device)} --case {case}{chosen} --seed {self.seed} "
@@ -70,7 +70,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a case in one dtype. `text` says why when it is not a pass; `link` is of an expected failure."""
+    """The result of a case in one dtype. `text` is the reason if it is not a pass; an expected failure has a `link`."""
 
     case: Case
     dtype: str
@@ -84,7 +84,8 @@ class Result:
 @dataclass
 class Report:
     """Attributes:
-        header: what ran where. results: in the order they ran. errors: (operation, dtype) -> all that were measured.
+        header: facts about the run and the machine. results: in the order in which the cases ran.
+        errors: (operation, dtype) -> all measured errors.
         partial: only some cases were asked for, so there is no verdict.
     """
 
@@ -96,7 +97,7 @@ class Report:
     partial: bool = False
 
     def cell(self, level: int, dtype: str) -> dict[str, int]:
-        """How many cases of a level ended how, for a dtype; those that depend on none count for each."""
+        """The number of cases of a level by outcome, for a dtype. Cases without a dtype count for every dtype."""
         found = [r.status for r in self.results if r.case.level == level and r.dtype in (dtype, ONCE)]
         return {s: found.count(s) for s in ("pass", "fail", "xfail", "n/a", "error") if s in found}
 
@@ -105,8 +106,8 @@ class Report:
         return [r for r in self.results if r.status in ("fail", "error")]
 
     def level(self, dtype: str) -> int:
-        """The highest level up to which nothing fails and something passes, or -1. A level without anything
-        applicable is passed over, not passed."""
+        """The highest level that passes, together with all levels before it, or -1. A level passes when no case fails
+        and at least one passes. A level without an applicable case is skipped: it does not count as a pass."""
         reached = -1
         for level in range(len(LEVELS)):
             cell = self.cell(level, dtype)
@@ -133,11 +134,11 @@ class Report:
 
 
 def read_expected(path: str) -> list[Expected]:
-    """A vendor's file of expected failures: TOML ([[xfail]] tables) or JSON ({"xfail": [...]}) with case, reason, link
-    and, if it is one dtype alone that fails, dtype.
+    """Read a vendor's file of expected failures: TOML ([[xfail]] tables) or JSON ({"xfail": [...]}) with case, reason,
+    link and, if only one dtype fails, dtype.
 
     Raises:
-        ConfigError: it cannot be read, or an entry lacks a reason or a link.
+        ConfigError: the file cannot be read, or an entry lacks a reason or a link.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -203,7 +204,8 @@ class Kit:
                       known.link if known else "")
 
     def _apart(self, case: Case, dtype: str, scratch: Path) -> tuple[Status, str]:
-        """In a process of its own: a compiler that cuts tensors over devices does so for all of a process."""
+        """Run a case in a process of its own, since a compiler that shards tensors over devices does so for a whole
+        process."""
         report = scratch / "apart"
         words = shlex.split(self.options.command(case.name, dtype))[1:]
         done = subprocess.run([sys.executable, "-m", "hal", *words, "--report", str(report)], capture_output=True,
@@ -230,7 +232,7 @@ def run(options: Options, progress: Callable[[Result], None] = lambda _: None) -
 
 
 def outcome(case: Case, context: Context) -> tuple[Status, str]:
-    """How a case ends, and why, when it does not pass."""
+    """The outcome of a case, and the reason if it does not pass."""
     missing = case.missing(context.backend)
     if missing:
         return "n/a", missing
@@ -255,8 +257,8 @@ def _last_frame(error: Exception) -> str:
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Every check and the strict guard are on, here and in the ranks that are started; and unless the environment says
-    otherwise each takes one thread, since tiny models gain nothing from more, and wait for each other's."""
+    """Context manager: all checks and the strict guard are on, in this process and in the ranks that it starts. Unless
+    the environment says otherwise, each process uses one thread: tiny models gain nothing from more."""
     from hal import guard
 
     before, tier = dict(os.environ), guard.installed_tier()
@@ -278,7 +280,7 @@ def strict() -> Iterator[None]:
 
 
 def header(backend: Backend, options: Options) -> dict[str, str]:
-    """What a reader must know to run it again."""
+    """The facts that a reader needs to repeat the run."""
     found = {"backend": options.device, "kit": KIT_VERSION, "seed": str(options.seed), "level": f"L{options.level}",
              "examples": str(options.examples), "device": str(backend.device(0)), "python": platform.python_version(),
              "machine": platform.machine(), "capabilities": ", ".join(

@@ -1,4 +1,4 @@
-"""What the plug-in runs: one test for each case and dtype."""
+"""The tests of the plug-in: one for each case and dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L2: attention over a paged cache (runner.make_attention), against fp64, for every way to reach a context."""
+"""L2: attention over a paged cache (runner.make_attention), against fp64, for every way in which a context grows."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def decode(ctx: Context) -> None:
 
 @case(2, "attention", "checkpoints")
 def chunk(ctx: Context) -> None:
-    """A prompt in pieces attends to what earlier steps wrote, whatever the cut."""
+    """A prompt in chunks of any size attends to the keys and values that earlier steps wrote."""
     for geometry in _GEOMETRIES:
         batch = Batch(ctx, _specs(*geometry, None), 16, 3)
         for piece in ({0: 5, 1: 16, 2: 2}, {0: 11, 1: 3, 2: 40}, {0: 20, 1: 14}, {1: 2, 0: 9, 2: 1}):
@@ -126,7 +126,7 @@ def chunk(ctx: Context) -> None:
 
 @case(2, "attention", "checkpoints")
 def mixed(ctx: Context) -> None:
-    """Decoding sequences, chunks and new prompts in one step; sequences that sit a step out keep their cache."""
+    """Decoding sequences, chunks and new prompts in one step; sequences that are not in a step keep their cache."""
     batch = Batch(ctx, _specs(*_GEOMETRIES[1], None, None), 16, 5)
     batch.step({0: 12, 1: 33, 2: 1}, "mixed, start")
     for i in range(4):
@@ -135,7 +135,7 @@ def mixed(ctx: Context) -> None:
 
 @case(2, "attention", "checkpoints")
 def window(ctx: Context) -> None:
-    """A sliding window hides what is behind it, in layers that have one alone, in prefill, chunks and decode."""
+    """A sliding window hides the tokens before it, only in layers that have one, in prefill, chunks and decode."""
     for geometry in _GEOMETRIES[1:]:
         batch = Batch(ctx, _specs(*geometry, 8, None, 1, 24), 16, 3)
         for queries in ({0: 30, 1: 8, 2: 9}, {0: 1, 1: 1, 2: 1}, {0: 14, 1: 1, 2: 25}, {0: 1, 1: 1, 2: 1}):
@@ -144,7 +144,7 @@ def window(ctx: Context) -> None:
 
 @case(2, "attention", "checkpoints")
 def padding(ctx: Context) -> None:
-    """Tokens that padding added write the null block alone, and their rows are finite."""
+    """Tokens of padding write the null block alone, and their rows are finite."""
     batch = Batch(ctx, _specs(*_GEOMETRIES[1], None), 16, 3)
     for queries in ({0: 5, 1: 20, 2: 16}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 4}, {0: 1, 1: 1, 2: 1}):
         batch.step(queries, "padded", pad=5)

@@ -1,4 +1,4 @@
-"""L0: the backend is found, says truly what it can do, and makes a runner."""
+"""L0: the backend is found, its declared capabilities are true, and it makes a runner."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hal.schema import Declared
 
 @case(0, "registration", once=True)
 def loads_by_name(ctx: Context) -> None:
-    """The name it is known by gives this backend, always the same object."""
+    """The backend's name gives this backend, always the same object."""
     found = backends.load(ctx.device)
     ctx.check(found is backends.load(ctx.device), "two loads give two backends")
     ctx.check(isinstance(found.name, str) and found.name != "", f"name is {found.name!r}")
@@ -28,7 +28,7 @@ def loads_by_name(ctx: Context) -> None:
 
 @case(0, "registration", once=True)
 def is_small(ctx: Context) -> None:
-    """It keeps to the interface: no public method beside those that a backend has."""
+    """The backend has no public method beside those of the interface."""
     extra = [n for n in vars(type(ctx.backend)) if not n.startswith("_") and n not in dir(Backend)
              and n not in Backend.__annotations__]
     ctx.equal("public members that no backend has", extra, [])
@@ -36,7 +36,7 @@ def is_small(ctx: Context) -> None:
 
 @case(0, "capabilities", once=True)
 def are_well_formed(ctx: Context) -> None:
-    """Declared sizes and dtypes are ones that the library knows."""
+    """The library knows the declared sizes and dtypes."""
     can = ctx.backend.capabilities
     ctx.check(bool(can.dtypes) and set(can.dtypes) <= {"float32", "bfloat16", "float16"}, f"dtypes are {can.dtypes}")
     ctx.check(can.max_tp >= 1 and can.max_pp >= 1, f"max_tp={can.max_tp}, max_pp={can.max_pp}")
@@ -46,7 +46,7 @@ def are_well_formed(ctx: Context) -> None:
 
 @case(0, "capabilities", once=True)
 def what_is_not_declared_is_refused(ctx: Context) -> None:
-    """Asking for more than is declared fails before anything is made, naming it."""
+    """A configuration beyond the declared capabilities fails before anything is made, with an error that names it."""
     can = ctx.backend.capabilities
     asked: list[dict[str, Any]] = [{"tp": can.max_tp + 1}, {"pp": can.max_pp + 1}, {"dtype": "float64"}]
     asked += [] if can.swap else [{"num_cpu_blocks": 1}]
@@ -64,7 +64,7 @@ def what_is_not_declared_is_refused(ctx: Context) -> None:
 
 @case(0, "device", once=True)
 def is_there(ctx: Context) -> None:
-    """The first device holds a tensor, and tells its free memory."""
+    """The first device can hold a tensor, and reports its free memory."""
     device = ctx.backend.device(0)
     ctx.check(isinstance(device, torch.device), f"device(0) is {device!r}")
     x = torch.arange(5, device=device)
@@ -76,7 +76,8 @@ def is_there(ctx: Context) -> None:
 
 @case(0, "runner")
 def keeps_its_contract(ctx: Context) -> None:
-    """It loads in this dtype, its caches are what it says they cost, zeroed, on the device, dimension 1 the blocks."""
+    """A model loads in this dtype. Its caches have the declared size, are zeroed and on the device, and count blocks in
+    dimension 1."""
     session = ctx.session()
     runner, caches = session.runner, session.runner.make_kv_caches(7)
     ctx.check(isinstance(runner, ModelRunnerBase), f"{type(runner).__name__} is not a ModelRunnerBase")

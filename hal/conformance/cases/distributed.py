@@ -1,4 +1,4 @@
-"""L5: ranks in processes of their own give what one gives, by every policy and control plane, and fail in time."""
+"""L5: several ranks give the result of one rank, with every wire policy and control plane, and fail in time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hal.sampling.params import SamplingParams
 
 _PARAMS = [GREEDY, SamplingParams(max_tokens=10, temperature=0.9, ignore_eos=True),
            SamplingParams(max_tokens=8, temperature=1.1, top_p=0.9, repetition_penalty=1.2, ignore_eos=True)]
-_DEADLINE = 2.0  # seconds in which a rank that died is named
+_DEADLINE = 2.0  # seconds within which a dead rank must be named
 
 
 def _layout(ctx: Context, shape: str = "llama", **options: Any) -> None:
@@ -51,7 +51,7 @@ _register("tp2_requests", "tp", "Tensors cut in two, each rank preparing for its
 _register("pp2_requests", "pp", "Layers cut in two, each rank preparing for itself.", True, pp=2, wire="request")
 _register("tp2_pp2", "tp", "Both at once.", True, tp=2, pp=2)
 _register("tp4_shared_heads", "tp", "More ranks than key-value heads.", True, tp=4)
-for _plane in ("gloo", "shm", "collectives"):  # not "ray": a kit starts no cluster
+for _plane in ("gloo", "shm", "collectives"):  # not "ray": the kit starts no cluster
     _register(_plane, "tp", f"The control plane {_plane!r}, where there is one.", True, tp=2, control_plane=_plane)
 
 
@@ -65,7 +65,7 @@ def swapping_on_every_rank(ctx: Context) -> None:
 
 
 def _children() -> set[int]:
-    """Processes that this one has started and that still run."""
+    """The child processes that still run."""
     found: set[int] = set()
     for task in os.listdir("/proc/self/task"):
         with open(f"/proc/self/task/{task}/children") as file:

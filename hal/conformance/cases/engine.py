@@ -1,4 +1,4 @@
-"""L3: a tiny model under the real scheduler and executor: every way for a sequence to come by its cache."""
+"""L3: a tiny model under the real scheduler and executor: every way in which a sequence gets its KV cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONG = replace(GREEDY, max_tokens=24)
 
 @case(3, "scheduling")
 def continuous_batching(ctx: Context) -> None:
-    """Sequences enter and leave while others run, in chunks; rows and blocks are given anew."""
+    """Sequences enter, in chunks, and leave while others run; rows and blocks are used again."""
     runs = ctx.engine(ctx.prompts(30, 5, 17, 44, 1, 12, 26, 9, 3, 20, 7), apart=2, max_num_seqs=4, num_blocks=13,
                       max_num_batched_tokens=24)
     ctx.verify(runs, what="continuous batching")
@@ -28,7 +28,7 @@ def continuous_batching(ctx: Context) -> None:
 
 @case(3, "scheduling")
 def prefix_reuse(ctx: Context) -> None:
-    """Prompts that begin alike share blocks: whole prompts, parts of them, and one that is found complete."""
+    """Prompts with a common prefix share blocks: parts of prompts, and a whole prompt that is cached."""
     shared = ctx.prompts(48)[0]
     prompts = [shared, shared + ctx.prompts(5)[0], shared[:33] + ctx.prompts(9)[0], shared[:32], shared]
     runs = ctx.engine(prompts, apart=3, prefix_caching=True, num_blocks=20)
@@ -38,13 +38,13 @@ def prefix_reuse(ctx: Context) -> None:
 
 @case(3, "scheduling")
 def preemption_by_recomputing(ctx: Context) -> None:
-    """Sequences lose their blocks half way and are computed anew into others."""
+    """Sequences are preempted half way and computed again into other blocks."""
     _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, num_blocks=_CROWDED))
 
 
 @case(3, "scheduling", "swap")
 def preemption_by_swapping(ctx: Context) -> None:
-    """Sequences' blocks go to the host and come back elsewhere."""
+    """Sequences' blocks are swapped to the host and back into other blocks."""
     _preempted(ctx, ctx.engine(ctx.prompts(40, 40, 40), _LONG, num_blocks=_CROWDED, num_cpu_blocks=16))
 
 
@@ -55,13 +55,13 @@ def _preempted(ctx: Context, runs: list[Run]) -> None:
 
 @case(3, "sampling")
 def by_the_requests_own_seed(ctx: Context) -> None:
-    """Temperature, filters and penalties in one batch: each token is the one that its request's seed draws."""
+    """Temperature, filters and penalties in one batch: each request's seed decides its tokens."""
     ctx.verify(ctx.engine(ctx.prompts(12, 30, 5, 21, 9, 2), _SAMPLED), what="sampled")
 
 
 @case(3, "sampling")
 def whatever_else_is_in_the_batch(ctx: Context) -> None:
-    """The same requests in another order, beside others, in other chunks: right for the same seeds."""
+    """The same requests in another order, beside others, in other chunks: the tokens follow from the same seeds."""
     prompts = ctx.prompts(12, 30, 5, 21, 9, 2)
     seeded = [replace(p, seed=i if p.seed is None else p.seed) for i, p in enumerate(_SAMPLED)]
     order = [4, 2, 5, 0, 3, 1]
@@ -76,6 +76,6 @@ def whatever_else_is_in_the_batch(ctx: Context) -> None:
 
 @case(3, "scheduling", "asynchronous")
 def ahead_of_its_tokens(ctx: Context) -> None:
-    """Steps that are issued before the tokens of the ones before them are known on the host."""
+    """Steps are issued before the host knows the tokens of the steps before them."""
     runs = ctx.engine(ctx.prompts(12, 30, 5, 21, 9, 2), _SAMPLED, apart=2, async_scheduling=True, num_blocks=20)
     ctx.verify(runs, what="asynchronous")

@@ -1,4 +1,4 @@
-"""L4: whatever a backend compiles or captures, it does so in its warm-up, and every size is still right."""
+"""L4: a backend compiles and captures in its warm-up alone, and steps of every size are right."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _SHORT = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=0)
 
 
 def _compiled(session: Session) -> int:
-    """What the runner counts, without what the user's budget left for later, and what torch.compile counts, where
-    anything has loaded that."""
+    """The programs that the runner has made (not counting those that the user's time limit left for later), and those
+    that torch.compile has made, if it is loaded."""
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
     return session.runner.compiled - session.runner.late + (dynamo.counters["stats"]["unique_graphs"] if dynamo else 0)
 
 
 @case(4, "shapes")
 def every_batch_size(ctx: Context) -> None:
-    """Decoding 1 to max_num_seqs sequences, one more every step: buckets and graphs of every size give what the
-    reference does."""
+    """Decode 1 to max_num_seqs sequences, one more in every step: buckets and graphs of every size give the reference's
+    result."""
     session = ctx.session()
     lengths = ctx.rng.integers(1, 20, session.config.engine.max_num_seqs).tolist()
     runs = drive(session.step, session.scheduler(), ctx.prompts(*lengths), GREEDY, apart=1)
@@ -33,7 +33,7 @@ def every_batch_size(ctx: Context) -> None:
 
 @case(4, "shapes")
 def every_length(ctx: Context) -> None:
-    """Prompts around the powers of two, alone and in pairs."""
+    """Prompts with lengths near powers of two, alone and in pairs."""
     session = ctx.session()
     runs = []
     for i, lengths in enumerate(((1,), (2,), (3,), (7, 8), (9,), (15, 16), (17,), (31, 33), (63,), (64,), (65, 1))):
@@ -45,8 +45,8 @@ def every_length(ctx: Context) -> None:
 
 @case(4, "shapes")
 def eager_steps_agree(ctx: Context) -> None:
-    """Without graphs (EngineConfig.graphs) the same requests give the same tokens, and logprobs as close as rounding
-    leaves them."""
+    """Without graphs (EngineConfig.graphs) the same requests give the same tokens, and logprobs that differ by rounding
+    alone."""
     captured = ctx.session()
     eager = ctx.session(graphs=False)
     if eager.runner.compiled >= captured.runner.compiled:
@@ -64,7 +64,7 @@ def eager_steps_agree(ctx: Context) -> None:
 
 @case(4, "warm-up", once=True)
 def nothing_compiles_afterwards(ctx: Context) -> None:
-    """Steps of every kind add nothing to what the runner, or torch.compile, has counted after the warm-up."""
+    """After the warm-up, neither the runner nor torch.compile makes a program in a step of any kind."""
     session = ctx.session()
     before = _compiled(session)
     prompts = ctx.prompts(40, 3, 17, 64, 1, 9, 30, 22, 5)
@@ -79,7 +79,7 @@ def nothing_compiles_afterwards(ctx: Context) -> None:
 
 @case(4, "warm-up", once=True)
 def twice_is_once(ctx: Context) -> None:
-    """A second warm-up finds everything made that the first one had time for."""
+    """A second warm-up makes nothing again that the first one has made."""
     session = ctx.session()
     if not session.runner.compiled:
         raise NotApplicable("the runner compiles and captures nothing")

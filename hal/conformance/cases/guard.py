@@ -1,4 +1,4 @@
-"""L6: the recordings that come with the library, and the rule that a runner does not communicate."""
+"""L6: the library's own recordings replay, and a runner does not communicate by itself."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SAMPLED = SamplingParams(max_tokens=8, temperature=0.9, top_p=0.9, repetition_p
 
 @case(6, "guard", once=True)
 def prepare_and_execute_are_silent(ctx: Context) -> None:
-    """Under the strict guard, steps of every kind communicate nowhere but through the communicator, and not at all
-    while they prepare."""
+    """Under the strict guard, steps of every kind communicate through the Communicator alone, and not at all while
+    they prepare."""
     guard.install(strict=True)
     session = ctx.session()
     prompts = ctx.prompts(30, 4, 17, 1)
@@ -33,13 +33,13 @@ def prepare_and_execute_are_silent(ctx: Context) -> None:
 
 @case(6, "guard", "tp", once=True)
 def so_are_those_of_two_ranks(ctx: Context) -> None:
-    """The same on two ranks, by the policy under which both prepare."""
+    """The same on two ranks, with the wire policy under which both prepare."""
     ctx.engine(ctx.prompts(9, 3), [GREEDY, _SAMPLED], tp=2, wire="request")
 
 
 @case(6, "guard", once=True)
 def a_violation_is_refused(ctx: Context) -> None:
-    """The backend's own runner, made to talk in either phase, is stopped at the call, by name."""
+    """The guard stops the backend's own runner when it communicates in either phase, and names the call."""
     for method, where in (("prepare_model_input", "prepare"), ("execute_model", "execute")):
         session = ctx.session()
         own = getattr(session.runner, method)
@@ -60,7 +60,7 @@ def a_violation_is_refused(ctx: Context) -> None:
 
 @case(6, "replay", "checkpoints")
 def golden_recordings(ctx: Context) -> None:
-    """Recordings made on other devices give the same tokens here, but for choices that were close."""
+    """Recordings made on other devices give the same tokens here, except where two logits were close."""
     from hal.recording.replay import replay
 
     files = sorted(GOLDEN.glob("*.safetensors"))
@@ -73,7 +73,7 @@ def golden_recordings(ctx: Context) -> None:
 
 @case(6, "replay", once=True)
 def its_own_recording(ctx: Context) -> None:
-    """What this backend does is recorded, written, read, and done again to the last bit."""
+    """A run of this backend is recorded, written, read and replayed, and the results agree to the last bit."""
     from hal.recording.record import RecordingExecutor
     from hal.recording.replay import replay
 

@@ -1,4 +1,4 @@
-"""L1: the declared input keeps its contracts, and what a runner prepares is what the request says. No kernels run."""
+"""L1: the declared input keeps its contracts, and a runner prepares the input that a request means. No kernels run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARAMS = (SamplingParams(), SamplingParams(temperature=0.7, top_k=5), SamplingP
 
 
 def examples(ctx: Context, drawn: st.SearchStrategy[Any], check: Callable[[Any], None]) -> None:
-    """Try a property on `ctx.examples` values; the seed alone decides which."""
+    """Try a property on `ctx.examples` values, which the seed alone decides."""
     how = settings(max_examples=ctx.examples, deadline=None, database=None, print_blob=False,
                    phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink), suppress_health_check=list(HealthCheck))
     hypothesis.seed(ctx.seed)(how(given(drawn)(check)))()
@@ -48,7 +48,7 @@ def _same(ctx: Context, got: Declared, expected: Declared) -> None:
 
 @case(1, "declaration", once=True)
 def travels_unchanged(ctx: Context) -> None:
-    """Any valid input survives the wire and the copy to the device, field by field."""
+    """Every field of any valid input is unchanged after the message and the copy to the device."""
     kind, device = _input_type(ctx), ctx.backend.device(0)
 
     def check(value: ModelInput) -> None:
@@ -64,7 +64,7 @@ def travels_unchanged(ctx: Context) -> None:
 
 @case(1, "declaration", once=True)
 def near_misses_are_refused(ctx: Context) -> None:
-    """An input with one thing wrong is refused, and the error names the field."""
+    """An input with one fault is refused, and the error names the field."""
     def check(miss: Any) -> None:
         try:
             miss.instance.validate("cpu")
@@ -79,7 +79,7 @@ def near_misses_are_refused(ctx: Context) -> None:
 
 @case(1, "declaration", once=True)
 def padding_is_harmless(ctx: Context) -> None:
-    """Grown to a bucket, an input is still valid: padding writes the null block alone."""
+    """An input padded to a bucket is still valid: padding writes the null block alone."""
     kind = _input_type(ctx)
     if not issubclass(kind, PagedModelInput):
         raise NotApplicable(f"{kind.__name__} is not a PagedModelInput")
@@ -117,8 +117,8 @@ _CROWDED: dict[str, Any] = {"num_blocks": 14, "max_num_batched_tokens": 24, "pre
 
 @case(1, "prepare", once=True)
 def follows_the_request(ctx: Context) -> None:
-    """Over schedules with chunks, shared prefixes, rows and blocks given anew, a prepared step says what the library's
-    own batch state says, on the device, without any communication."""
+    """Over schedules with chunks, shared prefixes, and rows and blocks that are used again, a prepared step equals the
+    one of the library's own batch state. It is on the device, and preparing it does not communicate."""
     session = ctx.session()
     kind = session.runner.input_type
     if not issubclass(kind, PagedModelInput):
@@ -130,7 +130,7 @@ def follows_the_request(ctx: Context) -> None:
 
 
 def _holds(ctx: Context, got: PagedModelInput, expected: PagedModelInput, step: int) -> None:
-    """`got` may be padded; what is real in it must be what is expected."""
+    """Compare an input that may be padded: its real part must equal the expected input."""
     for f in PagedModelInput.schema.fields:
         a, b = got[f.name], expected[f.name]
         if f.array and b is not None:
@@ -139,7 +139,7 @@ def _holds(ctx: Context, got: PagedModelInput, expected: PagedModelInput, step: 
             ctx.check(all(x >= y for x, y in zip(a.shape, b.shape, strict=True)), f"step {step}: {f.name} is smaller")
             inner = a[tuple(slice(n) for n in b.shape)]
             ctx.check(inner.equal(b), f"step {step}: {f.name} is {inner.tolist()}, expected {b.tolist()}")
-        elif f.array and a is not None:  # a field may be there that greedy rows do not need
+        elif f.array and a is not None:  # a field that greedy rows do not need may be present
             asks = f.name == "prompt_targets" or (f.name == "pending_rows" and bool((a >= 0).any()))
             ctx.check(not asks, f"step {step}: {f.name} was not asked for")
         elif not f.array:
@@ -151,7 +151,7 @@ def _holds(ctx: Context, got: PagedModelInput, expected: PagedModelInput, step: 
 
 @case(1, "prepare", once=True)
 def a_lost_step_is_named(ctx: Context) -> None:
-    """A request that does not follow the one before it is refused with StateError, and the next one still fits."""
+    """A request that does not follow the one before it is refused with StateError; the right one is then accepted."""
     session = ctx.session()
     first, lost, *_ = (r for r in schedule(ctx, session, 60) if len(r.rows))
     session.prepare(first)
@@ -168,7 +168,7 @@ def a_lost_step_is_named(ctx: Context) -> None:
 
 @case(1, "prepare", once=True)
 def repeats_itself(ctx: Context) -> None:
-    """Two runners given the same requests prepare the same steps."""
+    """Two runners that get the same requests prepare the same steps."""
     sessions = [ctx.session() for _ in range(2)]
     for request in schedule(ctx, sessions[0], 25):
         a, b = (s.prepare(request) for s in sessions)

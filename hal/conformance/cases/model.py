@@ -1,4 +1,4 @@
-"""L3: a tiny model, step by step in this process: what a device computes, writes and leaves alone."""
+"""L3: a tiny model, step by step in this process: the results, the memory that is written, and the rest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _runs("small_blocks", "Blocks of 4 tokens: slots follow from the block size of t
 
 @case(3, "model")
 def to_the_end_of_the_context(ctx: Context) -> None:
-    """Positions up to the last that the model has."""
+    """Positions up to the model's last one."""
     session, prompts = ctx.session(), ctx.prompts(116, 63)
     ctx.verify(drive(session.step, session.scheduler(), prompts, GREEDY), "llama", "long contexts")
 
@@ -52,10 +52,10 @@ def writes_nothing_else(ctx: Context) -> None:
     """A step writes the blocks that its tokens are mapped to and the null block, in a batch of any composition."""
     session, prompts = ctx.session(warm=False), ctx.prompts(30, 5, 21, 1, 3)
     everywhere = torch.arange(session.caches[0].shape[1])
-    # What no sequence owns holds values that no step may change, nor depend on.
+    # Blocks without an owner hold values that no step may change or depend on.
     for cache in session.caches:
         cache[:, 1:] = 1 if not cache.is_floating_point() else 0.5
-    session.warm()  # now, since a device may compile what has just been done
+    session.warm()  # at once, since a device may compile these operations
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         m = _paged(session, session.prepare(request))
@@ -74,7 +74,7 @@ def writes_nothing_else(ctx: Context) -> None:
 
 @case(3, "cache")
 def warmup_leaves_it_clean(ctx: Context) -> None:
-    """Warming up writes the null block alone."""
+    """The warm-up writes the null block alone."""
     session = ctx.session()
     written = [int(c[:, 1:].ne(0).sum()) for c in session.caches]
     ctx.equal("values written outside the null block", written, [0] * len(written))
@@ -82,7 +82,7 @@ def warmup_leaves_it_clean(ctx: Context) -> None:
 
 @case(3, "output")
 def outlives_the_next_step(ctx: Context) -> None:
-    """An output stays what it was when the next step runs: it may still be on its way to the host."""
+    """An output does not change when the next step runs, since it may still be on its way to the host."""
     session, kept = ctx.session(), list[tuple[SamplerOutput, list[int]]]()
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:
@@ -98,7 +98,7 @@ def outlives_the_next_step(ctx: Context) -> None:
 
 @case(3, "output")
 def is_there_after_synchronize(ctx: Context) -> None:
-    """What synchronize waits for is complete: read in one copy right after it, and again later."""
+    """After synchronize all work is complete: a copy that is read at once equals one that is read later."""
     session = ctx.session()
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:

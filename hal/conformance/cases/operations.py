@@ -1,4 +1,4 @@
-"""L2: each operation of the table that models compute with (runner.ops), against fp64."""
+"""L2: each operation of a model (runner.ops), against fp64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _ops(ctx: Context) -> tuple[Any, torch.device]:
 
 
 def _pure(ctx: Context, what: str, call: Callable[..., Any], *args: Any) -> Any:
-    """The result; the arguments are as before, and share no memory with it."""
+    """The result of an operation. The arguments must be unchanged, and share no memory with the result."""
     before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     result = call(*args)
     for a, b in zip(args, before, strict=True):
@@ -41,7 +41,7 @@ def _pure(ctx: Context, what: str, call: Callable[..., Any], *args: Any) -> Any:
 
 @case(2, "linear", "checkpoints")
 def linear(ctx: Context) -> None:
-    """Packed or not, with and without bias, from one row to many."""
+    """Packed and not packed, with and without bias, for one row and for many."""
     ops, device = _ops(ctx)
     for rows in _ROWS:
         for in_size, out_size, bias in ((64, 96, True), (96, 40, False), (256, 64, False)):
@@ -60,7 +60,7 @@ def linear(ctx: Context) -> None:
 
 @case(2, "norm", "checkpoints")
 def rms_norm(ctx: Context) -> None:
-    """Alone, over heads, and with the residual added first; small and large values."""
+    """The norm alone, over heads, and after a residual is added; small and large values."""
     ops, device = _ops(ctx)
     for shape in ((1, 64), (7, 64), (33, 256), (5, 4, 32)):
         for scale in (1e-3, 1.0, 30.0):
@@ -76,7 +76,7 @@ def rms_norm(ctx: Context) -> None:
 
 @case(2, "norm", "checkpoints")
 def layer_norm(ctx: Context) -> None:
-    """Values far from zero too: the mean is taken away before anything is squared."""
+    """Values far from zero too: the mean must be subtracted before the squares are taken."""
     ops, device = _ops(ctx)
     for rows, mean in ((1, 0.0), (7, 1.0), (33, 20.0)):
         x, w, b = ctx.normal(rows, 64) + mean, ctx.normal(64), ctx.normal(64)
@@ -87,7 +87,7 @@ def layer_norm(ctx: Context) -> None:
 
 @case(2, "rotary", "checkpoints")
 def rotary(ctx: Context) -> None:
-    """Any positions in any order, the first and the last of the table among them, for heads that are a view."""
+    """Any positions in any order, with the first and the last of the table, for heads that are a view."""
     ops, device = _ops(ctx)
     rope, length = RopeConfig(theta=10000.0), 512
     for heads, dim in ((6, 16), (3, 32), (5, 64)):

@@ -30,7 +30,9 @@ _ALL = (SamplingParams(), SamplingParams(temperature=1.0), SamplingParams(temper
 
 def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], logits: torch.Tensor,
             num_logprobs: int = -1, masks: dict[int, Any] | None = None) -> SamplerOutput:
-    """One step's sampling of (parameters, seed, all tokens so far). `masks`: by row, which tokens are allowed."""
+    """Sample one step of rows, each given as (parameters, seed, all tokens so far). `masks`: the allowed tokens, by
+    row.
+    """
     session = ctx.session(warm=False)
     n, longest = len(rows), max(len(h) for _, _, h in rows)
     params = [p for p, _, _ in rows]
@@ -91,7 +93,7 @@ def _verify(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], log
 
 @case(2, "sampler", "checkpoints")
 def greedy(ctx: Context) -> None:
-    """The largest logit, the first of equals."""
+    """The token with the largest logit; of equal ones, the first."""
     logits = ctx.normal(9, _VOCAB, scale=3.0)
     logits[1], logits[2, 77], logits[2, 401] = 0.5, 30.0, 30.0
     tokens = _sample(ctx, _rows(ctx, (SamplingParams(),), 9), logits).token_ids.tolist()
@@ -100,25 +102,25 @@ def greedy(ctx: Context) -> None:
 
 @case(2, "sampler", "checkpoints")
 def filters(ctx: Context) -> None:
-    """Temperature, top-k, top-p and min-p draw from what they keep, by the request's seed and position."""
+    """Temperature, top-k, top-p and min-p draw from the tokens that they keep, by the request's seed and position."""
     rows = _rows(ctx, _ALL[:9], 6)
     _verify(ctx, rows, ctx.normal(len(rows), _VOCAB, scale=3.0))
 
 
 @case(2, "sampler", "checkpoints")
 def penalties(ctx: Context) -> None:
-    """Repetition counts prompt and output, presence and frequency the output alone."""
+    """The repetition penalty counts prompt and output; the presence and frequency penalties count the output alone."""
     rows = _rows(ctx, _ALL[9:], 6)
     logits = ctx.normal(len(rows), _VOCAB, scale=1.0)
     for row, (_, _, history) in zip(logits, rows, strict=True):
-        row[torch.tensor(history)] += 2.5  # so that they matter
+        row[torch.tensor(history)] += 2.5  # so that the penalties change the token
     _verify(ctx, rows, logits)
 
 
 @case(2, "sampler", "checkpoints")
 def masks_and_bias(ctx: Context) -> None:
-    """A mask leaves the allowed tokens of its row, after a bias that reaches the tokens that it names, and both before
-    temperature and filters."""
+    """A bias changes the logits of the tokens that it names, then a mask leaves the allowed tokens of its row, then
+    temperature and filters follow."""
     biased = []
     for params, width in zip(_ALL, (1, 3, 7) * len(_ALL), strict=False):
         tokens = ctx.rng.permutation(_VOCAB)[:width].tolist()
@@ -145,7 +147,7 @@ def alone_as_in_a_batch(ctx: Context) -> None:
 
 @case(2, "sampler", "checkpoints")
 def logprobs(ctx: Context) -> None:
-    """Of the raw logits, of the token and of the best beside it, in order."""
+    """Logprobs of the raw logits: of the token, and of the most likely tokens in their order."""
     rows, logits = _rows(ctx, _ALL, 1), ctx.normal(len(_ALL), _VOCAB, scale=3.0)
     out = _sample(ctx, rows, logits, 4)
     expected = logits.double().log_softmax(-1)
@@ -180,7 +182,7 @@ def nan_ends_its_row_alone(ctx: Context) -> None:
 
 @case(2, "sampler", "checkpoints")
 def extreme_temperatures(ctx: Context) -> None:
-    """A temperature near 0 gives the largest logit, with every filter, though no quotient by it is finite."""
+    """A temperature near 0 gives the largest logit, with every filter, although no quotient by it is finite."""
     kinds: tuple[dict[str, Any], ...] = (
         {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2})
     params = tuple(SamplingParams(temperature=t, **kind) for t in (1e-45, 1e-40, 1.2e-38, 1e-37, 1e-20, 1e-9)
