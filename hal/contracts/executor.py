@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from hal.config import EngineConfig
@@ -19,11 +20,24 @@ _FACTORY = "workers.executors.driver:make_executor"
 class StepHandle(Protocol):
     """A step that was submitted; the next may be submitted before this one is done."""
 
+    def sample(self, columns: Mapping[str, Any] | None = None) -> None:
+        """The second message of a step that was submitted with sampling_follows: its sampling may begin. The step's
+        request has these arrays from then on, as if they had been there before.
+
+        Args:
+            columns: arrays by the names of SamplingRequest's fields, as `hal.features.masks.mask_fields` makes them.
+
+        Raises:
+            InputError: the arrays are not what the features declare; the step still waits.
+            StateError: the step waits for no sampling. WorkerError: as `result`.
+        """
+
     def result(self) -> Any:
         """Wait for the step; the output, of the executor's `output_type`, is on the host.
 
         Raises:
             WorkerError: a rank failed or died; the executor is shut down.
+            StateError: the step was submitted with sampling_follows, and `sample` has not been called.
         """
 
 
@@ -46,8 +60,17 @@ class Executor(Protocol):
         """Raises what ended this executor, if something did: a WorkerError, or a StateError after shutdown and in a
         forked child of the process that made it."""
 
-    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
-        """Run one step on all ranks. Raises WorkerError, and as `check`."""
+    def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> StepHandle:
+        """Run one step on all ranks.
+
+        Args:
+            sampling_follows: the step is in two phases. Its forward pass begins now, and its sampling when
+                `StepHandle.sample` has been called. The caller computes meanwhile what only sampling needs (token
+                masks). Where the runner cannot divide a step (ModelRunnerBase.two_phase), the whole step begins then.
+
+        Raises:
+            StateError: the step before waits for `StepHandle.sample`; or as `check`. WorkerError.
+        """
 
     def shutdown(self) -> None:
         """End all workers and release what they hold. Idempotent; in a forked child it does nothing."""

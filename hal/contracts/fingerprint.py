@@ -37,6 +37,10 @@ class Fingerprint:
     def begin(self, step: int, digest: int) -> None:
         self.step, self.digest, self.collectives, self.kind, self.nbytes = step, digest, 0, 0, 0
 
+    def join(self, digest: int) -> None:
+        """The step's SamplingInput has come, and has this checksum."""
+        self.digest ^= digest
+
     def count(self, kind: str, nbytes: int) -> None:
         self.collectives, self.kind, self.nbytes = self.collectives + 1, KINDS.index(kind), nbytes
 

@@ -8,15 +8,36 @@ import numpy as np
 import torch
 
 from hal.errors import InputError
-from hal.features import FEATURES, input_annotations
+from hal.features import FEATURES, FOR_SAMPLING, input_annotations
 from hal.schema import Array, Declared, Doc
 from hal.schema.layout import MOST
 
 NULL_BLOCK = 0  # reserved: padding writes its slots, and no sequence ever owns it
 
 
+class SamplingInput(Declared, fields=input_annotations(FOR_SAMPLING)):
+    """What a step in two phases gets once its forward pass has begun: the fields of the features that declare
+    `for_sampling`, absent where no sequence needs them."""
+
+
 class ModelInput(Declared):
     """Base of every runner's input: tensors on the rank's device, declared once."""
+
+    def join(self, sampling: SamplingInput) -> None:
+        """Take over what arrived after the forward pass had begun. Then this is the input of a step in one phase.
+
+        Raises:
+            InputError: this input has no such field.
+        """
+        own = type(self).schema.by_name
+        for field in SamplingInput.schema.fields:
+            value = sampling[field.name]
+            if value is None:
+                continue
+            if field.name not in own:
+                raise InputError(f"{type(self).__name__} has no field for what sampling got", got=field.name,
+                                 expected="an input with the fields of the step features", fields=(field.name,))
+            setattr(self, field.name, value)
 
 
 class IntermediateTensors(Declared):
@@ -26,6 +47,7 @@ class IntermediateTensors(Declared):
 class WorkerInput(Declared):
     """What the worker does to the KV cache before a step: int32 pairs (source block, destination block)."""
 
+    sampling_follows: Annotated[bool, Doc("a SamplingInput completes the step")] = False
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1, doc="device to device")] = None
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0,
                                                           doc="host to device")] = None

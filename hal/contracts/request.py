@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 
-from hal.features import COLUMNS, request_annotations
+from hal.errors import InputError
+from hal.features import COLUMNS, FOR_SAMPLING, request_annotations
 from hal.schema import Array, Declared, Doc
 
 _FLOATS, _INTS = len(COLUMNS["float"]), len(COLUMNS["int"])
@@ -24,6 +27,9 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     step: Annotated[int, Doc("number of this step in the epoch, from 0")]
     epoch: Annotated[int, Doc("grows when the engine starts over; rows of another epoch are void")] = 0
     digest: Annotated[int, Doc("`chain` over all earlier steps: a rank that missed one disagrees")] = 0
+
+    sampling_follows: Annotated[bool, Doc("a SamplingRequest completes this step after its forward pass has begun; "
+                                          "set by the executor")] = False
 
     finished_rows: Annotated[np.ndarray, Array("int32", "num_finished", low=0, doc="rows given up before this step")]
     new_rows: Annotated[np.ndarray, Array("int32", "num_new", low=0, doc="rows that sequences enter in")]
@@ -48,6 +54,14 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0)] = None
     blocks_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_swaps_out", 2, low=0)] = None
 
+    def join(self, sampling: SamplingRequest) -> None:
+        """Take over what the second message brought: then this is the request of a step that came in one."""
+        self.sampling_follows = False
+        for feature in FOR_SAMPLING:
+            for name in feature.request:
+                if sampling[name] is not None:
+                    setattr(self, name, sampling[name])
+
     def chain(self) -> int:
         """The digest that the next step must carry: CRC-32 of this step's content, over `digest`."""
         crc = zlib.crc32(f"{self.epoch} {self.step}".encode(), self.digest)
@@ -55,3 +69,37 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                       self.num_scheduled, self.num_computed):
             crc = zlib.crc32(array.data, crc)
         return crc
+
+
+class SamplingRequest(Declared, fields=request_annotations(FOR_SAMPLING)):
+    """The second message of a step in two phases: what only sampling needs, so that an engine may compute it while the
+    device runs the forward pass. Its arrays are those that ExecuteModelRequest has of the features that declare
+    `for_sampling`, and mean the same there."""
+
+    step: Annotated[int, Doc("number of the step that it completes")]
+
+    @classmethod
+    def of(cls, request: ExecuteModelRequest, columns: Mapping[str, Any], vocab_size: int) -> SamplingRequest:
+        """The second message of `request`, checked. `columns`: arrays by the names of this class's fields.
+
+        Raises:
+            InputError: a name or an array that the features do not declare, or one that `request` brought already.
+        """
+        for feature in FOR_SAMPLING:
+            both = [name for name in feature.request if name in columns]
+            if both and any(request[name] is not None for name in feature.request):
+                raise InputError(f"step {request.step} has its {type(feature).__name__} already", got=both,
+                                 expected="the arrays of a feature in one of a step's two messages", fields=(*both,))
+        unknown = sorted(columns.keys() - {name for feature in FOR_SAMPLING for name in feature.request})
+        if unknown:
+            raise InputError("sampling has no such array", got=unknown, fields=(*unknown,), expected=", ".join(
+                name for feature in FOR_SAMPLING for name in feature.request), hint="other arrays belong to the "
+                "request with which the step is submitted")
+        made = cls(step=request.step, **columns)
+        made.validate()
+        joined = copy.copy(request)
+        joined.join(made)
+        for feature in FOR_SAMPLING:
+            if not columns.keys().isdisjoint(feature.request):
+                feature.check_request(joined, vocab_size)
+        return made

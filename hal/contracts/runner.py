@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import IntermediateTensors, ModelInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
+from hal.errors import StateError
 from hal.schema import Declared
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     Attributes:
         input_type: the declared input of a step. output_type: its declared output, on the rank that samples.
+        two_phase: execute_forward, prepare_sampling_input and execute_sampling are there, so that what only sampling
+            needs may arrive while the device runs the forward pass. Else such a step is executed when all has arrived.
+            A subclass that overrides execute_model says anew whether it has them.
         intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
         compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
             its time. late: how many of them a step had to make therefore. uncompiled: how many no step has needed yet.
@@ -37,10 +41,16 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     input_type: ClassVar[type[ModelInput]]
     output_type: ClassVar[type[Declared]]
+    two_phase: ClassVar[bool] = False
     intermediate_type: type[IntermediateTensors] | None = None
     compiled: int = 0
     late: int = 0
     uncompiled: int = 0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "execute_model" in cls.__dict__ and "two_phase" not in cls.__dict__:
+            cls.two_phase = False  # the inherited parts know nothing of this execute_model
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.config, self.device, self.communicator = config, device, communicator
@@ -96,6 +106,34 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
             An `output_type` on the rank that samples, None on its tensor-parallel peers, IntermediateTensors on every
             rank of an earlier stage.
         """
+
+    def execute_forward(self, model_input: InputT, kv_caches: Sequence[torch.Tensor],
+                        intermediate: IntermediateTensors | None = None) -> Any:
+        """The part of `execute_model` that needs nothing of a SamplingInput. Phase execute.
+
+        Returns:
+            IntermediateTensors on every rank of an earlier stage; on the last stage what `execute_sampling` takes.
+        """
+        raise self._undivided("execute_forward")
+
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        """The second part of the step that `prepare_model_input` prepared last, on the device. Phase prepare.
+
+        Raises:
+            StateError: it is of another step.
+        """
+        raise self._undivided("prepare_sampling_input")
+
+    def execute_sampling(self, forwarded: Any, model_input: InputT) -> Declared | None:
+        """The rest of `execute_model` on every rank of the last stage. Phase execute.
+
+        Args:
+            forwarded: what `execute_forward` returned. model_input: the step's, joined with its SamplingInput.
+        """
+        raise self._undivided("execute_sampling")
+
+    def _undivided(self, method: str) -> StateError:
+        return StateError(f"{type(self).__name__} declares two_phase, and does not implement {method}")
 
     def fetch(self, output: OutputT) -> Callable[[], OutputT]:
         """Begin to bring an output to the host; the result waits for it. A device that runs steps while the host goes

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hal.contracts.executor import StepHandle
 from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import Sequence
 from hal.errors import StateError
@@ -41,21 +42,30 @@ class ScheduledStep:
     num_tokens: int
     num_prefill: int
 
-    def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int) -> None:
-        """Say which tokens sequences may get from this step, before it is executed. Under asynchronous scheduling such
-        a sequence needs `Sequence.needs_tokens`; without it the mask would have to be known before its last token.
+    def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int, handle: StepHandle | None = None) -> None:
+        """Say which tokens sequences may get from this step, before it is executed; or, with the handle of a step that
+        was submitted with sampling_follows, while its forward pass runs: then its sampling begins with these masks.
+
+        Under asynchronous scheduling a mask that is given before the step is executed would have to be known before
+        its sequence's last token, so such a sequence needs `Sequence.needs_tokens`. One that is given with the handle
+        does not.
 
         Args:
             masks: bool [vocab_size] by request_id, for sequences in `sampled`; other sequences are not restricted.
 
         Raises:
-            StateError: a request is not sampled in this step.
+            StateError: a request is not sampled in this step; or as `StepHandle.sample`. InputError, WorkerError: as
+                `StepHandle.sample`.
         """
-        rows = {seq.request_id: seq.row for seq in self.sampled}
+        rows = dict(zip((seq.request_id for seq in self.sampled), self.sampled_rows.tolist(), strict=True))
         if not masks.keys() <= rows.keys():
             raise StateError("a mask is given for a request that this step does not sample",
                              got=sorted(masks.keys() - rows.keys()), expected=f"some of {sorted(rows)}")
-        for name, array in mask_fields({rows[i]: mask for i, mask in masks.items()}, vocab_size).items():
+        fields = mask_fields({rows[i]: mask for i, mask in masks.items()}, vocab_size)
+        if handle is not None:
+            handle.sample(fields)
+            return
+        for name, array in fields.items():
             setattr(self.request, name, array)
 
 
@@ -77,7 +87,7 @@ class Changes:
     grown: list[tuple[int, int, int]] = field(default_factory=list)
 
     def request(self, rows: np.ndarray, counts: np.ndarray, computed: np.ndarray, append_rows: np.ndarray,
-                append_tokens: np.ndarray, **values: int) -> ExecuteModelRequest:
+                append_tokens: np.ndarray, **values: Any) -> ExecuteModelRequest:
         """Args: rows, counts, computed: int [num_seqs]. append_rows, append_tokens: int [num_appended]."""
         new, grown = self.entered, self.grown
         of_features: dict[str, Any] = {}

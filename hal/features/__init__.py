@@ -44,6 +44,7 @@ def _third_party() -> Iterable[Feature]:
 FEATURES: tuple[Feature, ...] = (Pending(), Penalties(), LogitBias(), TokenMasks(), Draw(), TopK(), TopP(), MinP(),
                                  Logprobs(), *_third_party())
 ADJUSTING = tuple(f for f in FEATURES if type(f).adjust is not Feature.adjust)
+FOR_SAMPLING = tuple(f for f in FEATURES if f.for_sampling)
 COLUMNS: Mapping[str, tuple[Column, ...]] = {kind: tuple(c for f in FEATURES for c in f.columns if c.kind == kind)
                                              for kind in ("float", "int")}
 
@@ -58,15 +59,15 @@ def adjusting(model_input: Any) -> list[Feature]:
     return [f for f in ADJUSTING if f.present(model_input)]
 
 
-def input_annotations() -> dict[str, Any]:
+def input_annotations(features: Iterable[Feature] = FEATURES) -> dict[str, Any]:
     """Annotations and defaults of a step input's fields, for `Declared`."""
     import torch
 
-    arrays = {name: (Annotated[torch.Tensor | None, array], None) for f in FEATURES for name, array in f.fields.items()}
-    return arrays | {name: (Annotated[int, doc], default) for f in FEATURES
+    arrays = {name: (Annotated[torch.Tensor | None, array], None) for f in features for name, array in f.fields.items()}
+    return arrays | {name: (Annotated[int, doc], default) for f in features
                      for name, (default, doc) in f.scalars.items()}
 
 
-def request_annotations() -> dict[str, Any]:
+def request_annotations(features: Iterable[Feature] = FEATURES) -> dict[str, Any]:
     """Annotations and defaults of the fields that features add to ExecuteModelRequest; their arrays are numpy's."""
-    return {name: (Annotated[np.ndarray | None, array], None) for f in FEATURES for name, array in f.request.items()}
+    return {name: (Annotated[np.ndarray | None, array], None) for f in features for name, array in f.request.items()}

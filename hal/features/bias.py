@@ -28,6 +28,7 @@ class LogitBias(Feature):
     """Sparse: a sequence carries the token ids and numbers that it named, in the order of its parameter."""
 
     params = LogitBiasParams
+    for_sampling = True
     fields = {
         "bias_ids": Array("int32", "num_sampled", "max_bias", low=-1, pad=-1,
                           doc="token ids whose logits are changed; -1 behind the last"),

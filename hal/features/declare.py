@@ -118,6 +118,8 @@ class Feature:
         always: `prepare` is called in every step. If False, it is called only when a row has a parameter that is not
             the default, or the request has arrays of the feature.
         per_step: the arrays of `request` may come with any step, not only with a step that brings new rows.
+        for_sampling: only sampling reads the arrays of the step's input, and no layer of a model does. So the arrays of
+            `request` may arrive after the forward pass has begun (see hal.contracts.request.SamplingRequest).
         together: a step has all fields of the feature, or none.
         needs_tokens: the feature reads tokens that may still be pending under asynchronous scheduling. So a sequence
             that asks for the feature is scheduled only when its last token is known on the host.
@@ -131,6 +133,7 @@ class Feature:
     drawn: ClassVar[bool] = False
     always: ClassVar[bool] = False
     per_step: ClassVar[bool] = False
+    for_sampling: ClassVar[bool] = False
     together: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     column_fields: ClassVar[bool] = True
@@ -141,6 +144,9 @@ class Feature:
         super().__init_subclass__()
         cls.columns = tuple(_columns(cls.params))
         cls.names = frozenset(c.name for c in cls.columns)
+        if cls.for_sampling and (cls.scalars or not cls.request):
+            raise SchemaError(f"{cls.__name__} cannot be for_sampling", got=f"scalars={dict(cls.scalars)}, "
+                              f"request={dict(cls.request)}", expected="no scalars, and arrays of the request")
         if cls.column_fields:
             cls.fields = {**{c.name: _field(cls.params, c) for c in cls.columns}, **cls.fields}
 
@@ -184,6 +190,11 @@ class Feature:
         if not self.column_fields or not self.present(model_input):
             return {}
         return {c.name: _value(self.params, c, model_input[c.name][i].item()) for c in self.columns}
+
+    def restore_request(self, model_input: Any, rows: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        """The arrays of `request` that are given per step, as a step's input on the host shows them; `rows` are those
+        of its sampled sequences."""
+        return {}
 
     def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
         """Consistent fields for a made-up batch of `hal.testing.strategies`. By default each field is made by itself,

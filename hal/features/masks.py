@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hal.features.declare import Batch, Feature, FeatureState, Fields, StepRows, need
+from hal.features.declare import Batch, Feature, FeatureState, Fields, Ints, StepRows, need
 from hal.schema import Array
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class TokenMasks(Feature):
     """A row's mask holds for the step whose request carries it. Bit i % 32 of word i // 32 says whether token i is
     allowed. A row that the request does not name, and bits behind the vocabulary, are not restricted."""
 
-    per_step = True
+    per_step = for_sampling = True
     fields = {"token_mask": Array("int32", "num_sampled", "mask_words", pad=-1,
                                   doc="bit i % 32 of word i // 32: whether token i is allowed")}
     request = {"mask_rows": Array("int32", "num_masked", low=0, doc="scheduled rows whose next token is restricted"),
@@ -50,6 +50,11 @@ class TokenMasks(Feature):
 
     def adjust(self, scores: torch.Tensor, model_input: Any) -> torch.Tensor:
         return scores.masked_fill(~allowed(model_input["token_mask"][:len(scores)], scores.shape[1]), -float("inf"))
+
+    def restore_request(self, model_input: Any, rows: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        if not self.present(model_input):
+            return {}
+        return {"mask_rows": rows.astype(np.int32), "token_masks": model_input["token_mask"][:len(rows)].numpy()}
 
     def example(self, draw: st.DrawFn, rng: np.random.Generator, batch: Batch) -> Fields:
         words = -(-batch.vocab_size // WORD)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import NULL_BLOCK, PagedModelInput, SamplingInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import StateError
 from hal.features import COLUMNS, FEATURES
 from hal.features.declare import StepRows
@@ -26,6 +26,7 @@ _NOT_SEED = np.array([c.name != "seed" for c in COLUMNS["int"]])  # every sequen
 _EXTRA_SYMBOLS = {name: [d.symbol for d in array.dims] for f in FEATURES for name, array in f.fields.items()}
 _ALWAYS = tuple(i for i, f in enumerate(FEATURES) if f.always)
 _ASKED = tuple(i for i, f in enumerate(FEATURES) if not f.always)
+_FOR_SAMPLING = tuple(i for i, f in enumerate(FEATURES) if f.for_sampling)
 _PER_STEP = tuple(next(iter(f.request)) for f in FEATURES if f.per_step)  # an array of each feature that a step brings
 
 # (dims, scalars of a step) -> (larger dims, optional arrays that must be present)
@@ -49,6 +50,19 @@ def _column(floats: np.ndarray[Any, Any], ints: np.ndarray[Any, Any], name: str,
     kind, at, dtype = _COLUMN_AT[name]
     values: np.ndarray[Any, Any] = (floats if kind == "float" else ints)[rows, at]
     return values.astype(dtype, copy=False)
+
+
+def _arrays(found: Mapping[str, Any], dims: dict[str, int], values: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays among what features made of a step. `dims` and `values` take the sizes and the scalars."""
+    arrays = {}
+    for name, value in found.items():
+        if isinstance(value, int):
+            values[name] = value
+            continue
+        arrays[name] = value
+        for symbol, length in zip(_EXTRA_SYMBOLS[name], value.shape, strict=True):
+            dims.setdefault(symbol, length)
+    return arrays
 
 
 class BatchState:
@@ -75,6 +89,7 @@ class BatchState:
         self.ints = np.zeros((max_rows, len(COLUMNS["int"])), np.int64)
         self._states = [f.make_state(max_rows, vocab_size) for f in FEATURES]
         self._special = np.zeros(max_rows, np.bool_)  # a feature has something to do
+        self._last: tuple[StepRows, int] | None = None  # of `prepare`, and how many sampled rows its input has
         self.epoch = self.step = self.digest = 0
 
     def apply(self, request: ExecuteModelRequest) -> None:
@@ -132,15 +147,9 @@ class BatchState:
                 "num_sampled": len(sampled), "num_targets": len(targets)}
         values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(sampled),
                   "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0))}
-        fields: dict[str, np.ndarray[Any, Any]] = {}
-        for name, value in found.items():
-            if isinstance(value, int):
-                values[name] = value
-                continue
-            fields[name] = value
-            for symbol, length in zip(_EXTRA_SYMBOLS[name], value.shape, strict=True):
-                dims.setdefault(symbol, length)
+        fields = _arrays(found, dims, values)
         larger, also = choose_shape(dims, values)
+        self._last = step, larger.get("num_sampled", len(sampled))
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
             dims | larger, {*fields, *also}, **values)
         columns = positions // size  # the slot is block * size + position % size
@@ -151,6 +160,31 @@ class BatchState:
                    "logits_indices": np.concatenate((ids, targets)) if len(targets) else ids}
         for name in packed.arrays:
             packed.fill(name, fields.get(name))
+        return packed
+
+    def prepare_sampling(self, sampling: SamplingRequest) -> Packed[SamplingInput]:
+        """What arrived for the step that was prepared last, with as many sampled rows as its input has.
+
+        Raises:
+            StateError: it is of another step.
+        """
+        if self._last is None or self._last[0].request.step != sampling.step:
+            raise StateError("what sampling needs is not of the step that was prepared last", got=sampling.step,
+                             expected="none" if self._last is None else self._last[0].request.step)
+        (step, rows), found = self._last, dict[str, Any]()
+        step.request.join(sampling)
+        self._gather(step)
+        for i in _FOR_SAMPLING:
+            feature, state = FEATURES[i], self._states[i]
+            if any(sampling[name] is not None for name in feature.request):
+                if state is not None:
+                    self._special[state.apply(step.request)] = True
+                found |= feature.prepare(step, state)
+        dims = {"num_sampled": rows}
+        fields = _arrays(found, dims, {})
+        packed: Packed[SamplingInput] = SamplingInput.schema.allocate(dims, fields)
+        for name, array in fields.items():
+            packed.fill(name, array)
         return packed
 
     def _verify(self, request: ExecuteModelRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,9 +12,9 @@ from hal.checkpoints.loader import check_weights, load_weights, random_weights
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext, MakeAttention
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
+from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
@@ -25,6 +26,20 @@ from hal.profiling import span
 from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
 
 
+class Forwarded(NamedTuple):
+    """What the forward pass of the last stage leaves to sampling.
+
+    Attributes:
+        logits: [num_samples, vocab_size]. hidden: [num_logits, hidden_size] of the tokens in logits_indices, or None
+            where no prompt logprobs are asked for.
+        token_ids: int32 [num_samples], the most likely tokens, where a graph has found them already.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+
+
 class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     """Any device that PyTorch runs on. A backend passes its own parts, overrides `transform`, or overrides a method.
 
@@ -33,6 +48,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
+    two_phase = True
     model: CausalLM
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,
@@ -130,26 +146,46 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.state.apply(request)
         return self.state.prepare(request).to(self.device)
 
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        return self.state.prepare_sampling(sampling).to(self.device)
+
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
-        m = model_input
+        found = self.forward(model_input, kv_caches, intermediate)
+        return found if isinstance(found, IntermediateTensors) else self.sample(found, model_input)
+
+    @torch.inference_mode()
+    def execute_forward(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                        intermediate: IntermediateTensors | None = None) -> Forwarded | IntermediateTensors:
+        return self.forward(model_input, kv_caches, intermediate)
+
+    @torch.inference_mode()
+    def execute_sampling(self, forwarded: Forwarded, model_input: PagedModelInput) -> SamplerOutput | None:
+        return self.sample(forwarded, model_input)
+
+    def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
+        """Up to the logits. Every tensor-parallel rank computes its part of them."""
         context = ForwardContext(self.attention.begin(m, kv_caches), m)
         hidden = self.model(self.pending.input_ids(m), m.positions, context, intermediate)
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden
             return stage
-        return self.sample(hidden, m)
+        return self.head(hidden, m)
 
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
-        """hidden [num_tokens, hidden_size] of the last stage -> the output on the rank that samples. Every
-        tensor-parallel rank computes its part of the logits."""
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Forwarded:
+        """hidden [num_tokens, hidden_size] of the last stage -> what sampling starts from."""
         rows = hidden.index_select(0, m.logits_indices)
-        n, samples = m.num_samples, self.config.topology.samples
-        logits = self.model.compute_logits(rows[:n])
-        output = self.draw(logits, m)
+        return Forwarded(self.model.compute_logits(rows[:m.num_samples]), rows)
+
+    def sample(self, forwarded: Forwarded, m: PagedModelInput) -> SamplerOutput | None:
+        """The output on the rank that samples. Every tensor-parallel rank computes its part of the logits of prompt
+        tokens."""
+        n, samples, rows = m.num_samples, self.config.topology.samples, forwarded.hidden
+        output = self.draw(forwarded.logits, m)
         self.pending.keep(m, None if output is None else output.token_ids)
-        if m.prompt_targets is None:
+        if m.prompt_targets is None or rows is None:
             return output
         parts, step = [], self.config.engine.max_num_seqs  # as many at once as `reserve_bytes` counts
         for at in range(0, len(m.prompt_targets), step):

@@ -211,7 +211,7 @@ class _Device:
             self.trace.calls = []
             context = ForwardContext(self.attention.begin(m, self.caches), m)
             hidden = self.runner.model(m.input_ids, m.positions, context, None)
-            output = self.runner.sample(hidden, m)
+            output = self.runner.sample(self.runner.head(hidden, m), m)
         tokens: list[int] = output.token_ids.tolist()
         return tokens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -54,13 +55,18 @@ class RecordingExecutor:
     def check(self) -> None:
         self.executor.check()
 
-    def execute_model(self, request: ExecuteModelRequest) -> StepHandle:
+    def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> StepHandle:
+        step = None if sampling_follows else self.keep(request)
+        return _Handle(self, request, self.executor.execute_model(request, sampling_follows=sampling_follows), step)
+
+    def keep(self, request: ExecuteModelRequest) -> RecordedStep:
+        """A step whose request is whole."""
         step = RecordedStep(request)
         if self._state is not None:
             self._state.apply(request)
             step.input = self._state.prepare(request).to()
         self.recording.steps.append(step)
-        return _Handle(self.executor.execute_model(request), step)
+        return step
 
     def shutdown(self) -> None:
         self.executor.shutdown()
@@ -70,12 +76,19 @@ class RecordingExecutor:
 
 
 class _Handle:
-    def __init__(self, handle: StepHandle, step: RecordedStep) -> None:
-        self._handle, self._step = handle, step
+    def __init__(self, recorder: RecordingExecutor, request: ExecuteModelRequest, handle: StepHandle,
+                 step: RecordedStep | None) -> None:
+        self._recorder, self._request, self._handle, self._step = recorder, request, handle, step
+
+    def sample(self, columns: Mapping[str, Any] | None = None) -> None:
+        self._handle.sample(columns)
+        self._step = self._recorder.keep(self._request)  # which has the columns now
 
     def result(self) -> Any:
-        self._step.output = self._handle.result()
-        return self._step.output
+        output = self._handle.result()
+        if self._step is not None:
+            self._step.output = output
+        return output
 
 
 class FlightRecorder:
@@ -108,6 +121,11 @@ class FlightRecorder:
             self.last = type(m).from_buffer(m.to_buffer())
             real = int(self.last.query_start_loc[-1])
             self.slots.reshape(-1)[self.last.slot_mapping[:real].numpy()] = ids[:real].cpu().numpy()
+
+    def joined(self, m: ModelInput) -> None:
+        """The second part of a step in two phases has come."""
+        if self.last is not None and isinstance(m, PagedModelInput):
+            self.last = type(m).from_buffer(m.to_buffer())
 
     def save(self, step: int, error: Exception) -> None:
         """Write the step that failed to a file, and set `note`."""
@@ -158,13 +176,15 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
     requests: list[ExecuteModelRequest] = []
     digest, entered = 0, set[int]()
 
-    def issue(run: list[tuple[Sequence, int, int]]) -> None:
+    def issue(run: list[tuple[Sequence, int, int]], arrays: dict[str, np.ndarray] | None = None) -> None:
         nonlocal digest
         changes = Changes(entered=[s for s, _, _ in run if s.row not in entered])
         entered.update(s.row for s, _, _ in run)
         none = np.zeros(0, np.int32)
         rows, counts, computed = (np.array(column) for column in zip(*((s.row, n, c) for s, n, c in run), strict=True))
         request = changes.request(rows, counts, computed, none, none, step=len(requests), digest=digest)
+        for name, array in (arrays or {}).items():
+            setattr(request, name, array)
         digest = request.chain()
         requests.append(request)
 
@@ -183,7 +203,8 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
         last.append((seq, count, length - count))
         for at in range(0, length - count, most):
             issue([(seq, min(most, length - count - at), at)])
-    issue(last)
+    sampled = np.array([s.row for s, count, _ in last if int(starts[s.row + 1]) - 1 in ends], np.int32)
+    issue(last, {name: array for f in FEATURES for name, array in f.restore_request(m, sampled).items()})
     return requests
 
 

@@ -13,8 +13,8 @@ import torch
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, Capabilities
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import PagedModelInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import PagedModelInput, SamplingInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, OutputT
 from hal.paged.runner import PagedModelRunner
 from hal.testing.fake_device import Device, DeviceTensor, Event, Watch, refuse, taken
@@ -26,6 +26,9 @@ class FakeRunner(PagedModelRunner):
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
         return self.state.prepare(request).to(self.device, non_blocking=True)  # nobody writes this buffer again
+
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        return self.state.prepare_sampling(sampling).to(self.device, non_blocking=True)
 
     def fetch(self, output: OutputT) -> Callable[[], OutputT]:
         schema = type(output).schema
@@ -111,6 +114,7 @@ def _watched(kind: type[ModelRunnerBase[Any]], fake: Device, watch: Watch) -> ty
     """The runner, whose device knows when it prepares and when it executes."""
     class Watched(kind):  # type: ignore[misc, valid-type]
         compiled: int
+        two_phase = kind.two_phase
 
         def warmup(self, *args: Any) -> None:
             self._call(super().warmup, True, args)
@@ -121,6 +125,15 @@ def _watched(kind: type[ModelRunnerBase[Any]], fake: Device, watch: Watch) -> ty
 
         def execute_model(self, *args: Any) -> Any:
             return self._call(super().execute_model, True, args)
+
+        def execute_forward(self, *args: Any) -> Any:
+            return self._call(super().execute_forward, True, args)
+
+        def prepare_sampling_input(self, *args: Any) -> Any:
+            return self._call(super().prepare_sampling_input, False, args)
+
+        def execute_sampling(self, *args: Any) -> Any:
+            return self._call(super().execute_sampling, True, args)
 
         def _call(self, call: Callable[..., Any], in_step: bool, args: tuple[Any, ...]) -> Any:
             try:

@@ -14,9 +14,9 @@ import torch
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, Capabilities
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import IntermediateTensors, PagedModelInput
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.paged.batch import BatchState
 from hal.paged.pending import PendingTokens
@@ -33,6 +33,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
     token's context. Tensor-parallel ranks share the positions. The total decides the next token."""
 
     input_type, output_type = PagedModelInput, SamplerOutput
+    two_phase = True
     intermediate_type = NullIntermediate
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
@@ -66,17 +67,29 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         self.state.apply(request)
         return self.state.prepare(request).to(self.device)
 
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        return self.state.prepare_sampling(sampling).to(self.device)
+
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
-        m, topology = model_input, self.config.topology
+        found = self.execute_forward(model_input, kv_caches, intermediate)
+        return found if isinstance(found, IntermediateTensors) else self.execute_sampling(found, model_input)
+
+    def execute_forward(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                        intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
+        m = model_input
         input_ids = self.pending.input_ids(m)
         sums = torch.zeros(len(m.input_ids), dtype=torch.int64) if intermediate is None else intermediate["sums"]
         for layer, cache in zip(self.layers, kv_caches, strict=True):
             found = self.communicator.all_reduce(self.attend(cache, m, input_ids, layer))
             sums = (sums + found) % (1 << 31)
-        if not topology.is_last_stage:
+        if not self.config.topology.is_last_stage:
             return NullIntermediate(sums=sums)  # type: ignore[call-arg]  # declared at run time
-        output = self.sample(sums[m.logits_indices], m) if topology.samples else None
+        return sums[m.logits_indices]
+
+    def execute_sampling(self, forwarded: torch.Tensor, model_input: PagedModelInput) -> SamplerOutput | None:
+        m = model_input
+        output = self.sample(forwarded, m) if self.config.topology.samples else None
         self.pending.keep(m, None if output is None else output.token_ids)
         return output
 

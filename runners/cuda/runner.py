@@ -12,13 +12,13 @@ import torch
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
+from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import OutputT, Progress, no_progress
 from hal.errors import BackendError, CapacityError
 from hal.features import adjusting
-from hal.paged.runner import PagedModelRunner
+from hal.paged.runner import Forwarded, PagedModelRunner
 from hal.schema.packed import Packed
 from runners.cuda.attention import CudaAttention
 from runners.cuda.graphs import PENDING, DecodeGraph, Results, batch_sizes, capture
@@ -156,6 +156,12 @@ class CudaModelRunner(PagedModelRunner):
             kept = self._views[graph.num_seqs] = packed.layout, views(packed, staged)
         return packed.bind(kept[1])
 
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        packed = self.state.prepare_sampling(sampling)
+        staged = torch.empty(packed.buffer.size, dtype=torch.uint8, device=self.device)
+        self.pinned.copy(packed.buffer, staged)
+        return packed.bind(views(packed, staged))
+
     def _bucket(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Sequence[str]]:
         """That of the graph that a step can run as, if there is one."""
         if not self.graphs or not decodes(values["max_query_len"], dims):
@@ -163,14 +169,13 @@ class CudaModelRunner(PagedModelRunner):
         n = self.sizes[bisect.bisect_left(self.sizes, dims["num_seqs"])]
         return {"num_tokens": n, "num_seqs": n, "num_logits": n, "num_sampled": n, "max_blocks": self.width}, PENDING
 
-    @torch.inference_mode()
-    def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
-                      intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
-        m, dims = model_input, model_input.dims
+    def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
+        dims = m.dims
         graph = self.graphs.get(dims["num_seqs"]) if decodes(m.max_query_len, dims) else None
         if graph is None or m.pending_rows is None or dims["max_blocks"] != self.width:
             with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
-                return super().execute_model(m, kv_caches, intermediate)
+                return super().forward(m, kv_caches, intermediate)
         storage = m.input_ids.untyped_storage()
         if storage.data_ptr() != graph.staged.untyped_storage().data_ptr():
             source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
@@ -181,14 +186,16 @@ class CudaModelRunner(PagedModelRunner):
         graph.graph.replay()
         if isinstance(graph.results, IntermediateTensors):
             return graph.results  # sending them holds the stream, and with it the replay that writes them again
-        n, samples, (logits, token_ids) = m.num_samples, self.config.topology.samples, graph.results
-        if m.temperature is None and not adjusting(m):
-            if m.num_logprobs < 0:
-                return SamplerOutput(token_ids=token_ids[:n]) if samples else None
-            return self.draw(logits[:n], m)
-        output = self.draw(logits[:n], m)
-        self.pending.keep(m, None if output is None else output.token_ids)
-        return output
+        logits, token_ids = graph.results
+        return Forwarded(logits[:m.num_samples], None, token_ids[:m.num_samples])
+
+    def sample(self, forwarded: Forwarded, m: PagedModelInput) -> SamplerOutput | None:
+        if forwarded.token_ids is None or m.temperature is not None or adjusting(m):
+            with _memory("this step's sampling", "a smaller max_num_seqs or memory_fraction"):
+                return super().sample(forwarded, m)
+        if m.num_logprobs < 0:  # the graph has kept these tokens as the rows' last ones, too
+            return SamplerOutput(token_ids=forwarded.token_ids) if self.config.topology.samples else None
+        return self.draw(forwarded.logits, m)
 
     def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
         with _memory("this step's sampling", "a smaller max_num_seqs or memory_fraction"):

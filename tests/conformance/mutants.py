@@ -517,8 +517,8 @@ class answers_before_it_is_done(PagedModelRunner):
 
 @mutant("L3/output")
 class never_the_same_twice(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
-        return super().sample(hidden * (1 + 1e-5 * torch.rand(())), m)
+    def head(self, hidden: torch.Tensor, m: Any) -> Any:
+        return super().head(hidden * (1 + 1e-5 * torch.rand(())), m)
 
 
 @mutant("L3/cache")
@@ -554,10 +554,10 @@ class layers_share_a_cache(PagedModelRunner):
 
 @mutant("L3/model")
 class samples_one_token_early(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+    def head(self, hidden: torch.Tensor, m: Any) -> Any:
         starts = m.query_start_loc[:-1].long()
         m.logits_indices = torch.where(torch.isin(m.logits_indices, starts), m.logits_indices, m.logits_indices - 1)
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 @mutant("L3/scheduling")
@@ -582,10 +582,10 @@ class draws_by_step(PagedModelRunner):
         self.steps += 1
         return super().prepare_model_input(request)
 
-    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+    def head(self, hidden: torch.Tensor, m: Any) -> Any:
         if m.seed is not None:
             m.seed = m.seed + self.steps
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 # L4: graphs.
@@ -659,10 +659,10 @@ class hides_a_failure(PagedModelRunner):
 
 @mutant("L6/guard")
 class talks_while_it_executes(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: Any) -> Any:
+    def head(self, hidden: torch.Tensor, m: Any) -> Any:
         if m.history is not None and m.top_p is not None and m.top_k is None and m.num_logprobs >= 2:
             dist.HashStore().set("step", "done")
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 @mutant("L6/guard")

@@ -48,59 +48,59 @@ class OnCpu(Backend):
 
 
 class adds_a_host_tensor(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
-        return super().sample(hidden + torch.zeros(hidden.shape[-1]), m)
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+        return super().head(hidden + torch.zeros(hidden.shape[-1]), m)
 
 
 class indexes_by_host_memory(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         rows = torch.from_numpy(on_host(m, "logits_indices"))
         m.logits_indices = torch.arange(len(rows), dtype=torch.int32, device=hidden.device)
-        return super().sample(hidden[rows], m)
+        return super().head(hidden[rows], m)
 
 
 class writes_to_a_host_scalar(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         torch.tensor(0.0).add_(hidden.sum())
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class reads_it_as_numpy(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         assert not np.isnan(hidden.numpy()).any()
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class hands_a_pointer_to_c(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         assert hidden.data_ptr()
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class reduces_host_memory(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         self.communicator.all_reduce(torch.ones(1))
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class waits_in_a_step(FakeRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         assert bool(hidden.isfinite().all())
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class selects_by_mask(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         at = torch.arange(len(hidden), device=hidden.device)
         wanted = (at[:, None] == m.logits_indices).any(1)
         m.logits_indices = torch.arange(len(m.logits_indices), dtype=torch.int32, device=hidden.device)
-        return super().sample(hidden[wanted], m)
+        return super().head(hidden[wanted], m)
 
 
 class allocates_what_it_does_not_count(PagedModelRunner):
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         torch.empty(1 << 26, dtype=torch.uint8, device=hidden.device)
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class reuses_a_buffer_in_flight(PagedModelRunner):
@@ -162,11 +162,11 @@ class waits_for_a_mark_set_too_early(PagedModelRunner):
 class FailsOnce(FakeRunner):
     steps, FAILS = 0, 7
 
-    def sample(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
+    def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Any:
         FailsOnce.steps += 1
         if FailsOnce.steps == self.FAILS:
             raise RuntimeError("it breaks once")
-        return super().sample(hidden, m)
+        return super().head(hidden, m)
 
 
 class FailsToWarmUp(FakeRunner):

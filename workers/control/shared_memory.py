@@ -21,8 +21,9 @@ class ShmPlane(ControlPlane):
     """The control plane of ranks that share memory. Raises BackendError on all ranks if one of them cannot."""
 
     def __init__(self, topology: Topology, store: Store, *_: object) -> None:
-        # Room for the steps in flight; not more, since slots that are used again soon are still in the caches.
-        steps = topology.pp + 2, _STEP
+        # Room for the steps in flight, each of which may come as two messages; not more, since slots that are used
+        # again soon are still in the caches.
+        steps = max(topology.pp + 2, 2 * topology.pp), _STEP
         size = sum(slots * slot_bytes for slots, slot_bytes in (steps, _OUTPUTS))
         self._segment = Segment("control", topology.rank, topology.world_size, store, size)
         self._steps = Ring(self._segment, 0, range(1, topology.world_size), *steps)

@@ -8,17 +8,18 @@ import os
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from hal.contracts.inputs import ModelInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import HalError, StateError, in_forked_child
 from hal.profiling import span
 from hal.schema import Declared
 from hal.torch_state import TorchState
 from workers.executors.processes import threads_of_driver
 from workers.links.reports import Failure, chain
+from workers.worker.base import WorkerBase
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -28,9 +29,12 @@ Take = Callable[[], Declared]
 class SubmittedStep:
     """A step that was submitted (see hal.contracts.executor.StepHandle)."""
 
-    def __init__(self, executor: ExecutorBase, take: Take) -> None:
-        self._executor, self.take = executor, take
+    def __init__(self, executor: ExecutorBase, take: Take | None, request: ExecuteModelRequest | None = None) -> None:
+        self._executor, self.take, self.request = executor, take, request  # of a step whose sampling follows
         self.output: Declared | None = None
+
+    def sample(self, columns: Mapping[str, Any] | None = None) -> None:
+        self._executor.sample(self, columns or {})
 
     def result(self) -> Declared:
         if self.output is None:
@@ -39,6 +43,7 @@ class SubmittedStep:
         return self.output
 
     def fetch(self, _: None = None) -> None:
+        assert self.take is not None
         with span("fetch"):
             self.output = self.take()
 
@@ -58,12 +63,15 @@ class ExecutorBase(abc.ABC):
         self._failure: HalError | None = None
         self._closed = False
         self._pending: deque[SubmittedStep] = deque()
+        self._unsampled: SubmittedStep | None = None  # the last step, while it waits for its sampling
         self._process = os.getpid()
         _executors.add(self)
 
+    _worker: WorkerBase
+
     @abc.abstractmethod
-    def _submit(self, request: ExecuteModelRequest) -> Take:
-        """Begin a step; the result waits for its output."""
+    def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
+        """What waits for the output of the step that this rank's worker has begun and gave `output` of."""
 
     @abc.abstractmethod
     def _blame(self, error: BaseException) -> Failure:
@@ -77,17 +85,50 @@ class ExecutorBase(abc.ABC):
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="make a new engine")
 
-    def execute_model(self, request: ExecuteModelRequest) -> SubmittedStep:
+    def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> SubmittedStep:
         self.check()
-        with self._torch:
-            handle = SubmittedStep(self, self._guarded(self._submit, request))
+        if self._unsampled is not None:
+            raise StateError(f"step {request.step} cannot begin", got=f"step {_number(self._unsampled)} waits for what "
+                             "its sampling needs", expected="a call of sample() on that step's handle")
+        request.sampling_follows = sampling_follows and self._worker.two_phase
+        if not sampling_follows:
+            with self._torch:
+                handle = SubmittedStep(self, self._guarded(self._submit, request))
+        else:
+            if request.sampling_follows:
+                with self._torch:
+                    self._guarded(self._worker.execute_model, request)
+            handle = self._unsampled = SubmittedStep(self, None, request)
         self._pending.append(handle)
         return handle
+
+    def _submit(self, request: ExecuteModelRequest) -> Take:
+        return self._taking(request, self._worker.execute_model(request))
+
+    def sample(self, handle: SubmittedStep, columns: Mapping[str, Any]) -> None:
+        """See hal.contracts.executor.StepHandle."""
+        self.check()
+        request = handle.request
+        if handle is not self._unsampled or request is None:
+            raise StateError("the step does not wait for what its sampling needs",
+                             got="a step that was submitted without sampling_follows" if request is None else
+                             f"a second call for step {request.step}", expected="one call after execute_model(..., "
+                             "sampling_follows=True)")
+        sampling = SamplingRequest.of(request, columns, self._worker.config.model.vocab_size)
+        begun = request.sampling_follows
+        request.join(sampling)
+        self._unsampled = None
+        with self._torch:
+            handle.take = (self._guarded(lambda s: self._taking(request, self._worker.sample(s)), sampling) if begun
+                           else self._guarded(self._submit, request))
 
     def finish(self, handle: SubmittedStep) -> None:
         """Take over the outputs up to this handle's, in the order of the steps."""
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="fetch results before shutdown")
+        if handle is self._unsampled:
+            raise StateError(f"step {_number(handle)} has no output", got="it waits for what its sampling needs",
+                             expected="a call of sample() on its handle")
         first = None
         while first is not handle:
             first = self._pending.popleft()
@@ -111,6 +152,7 @@ class ExecutorBase(abc.ABC):
     def _close(self, patience: float, error: BaseException | None = None) -> None:
         self._closed = True
         self._pending.clear()
+        self._unsampled = None
         for each in chain(error):  # whose frames hold what the next engine needs room for, and graphs NCCL waits for
             traceback.clear_frames(each.__traceback__)
         self._end(patience)
@@ -129,6 +171,10 @@ def fewest(blocks: Sequence[int]) -> int:
     """The number of KV blocks that all ranks can have. A rank of which a block takes no memory reports 0, and does not
     count; where all do, there are none."""
     return min((count for count in blocks if count), default=0)
+
+
+def _number(handle: SubmittedStep) -> int | str:
+    return "?" if handle.request is None else handle.request.step
 
 
 _executors: weakref.WeakSet[ExecutorBase] = weakref.WeakSet()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,7 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
+from hal.schema import Declared
 from hal.values import imported
 from workers.executors.base import ExecutorBase, SubmittedStep, Take, fewest
 from workers.executors.connections import connect
@@ -118,14 +119,21 @@ class DriverExecutor(ExecutorBase):
             raise reports.at_start()
         return reports
 
-    def execute_model(self, request: ExecuteModelRequest) -> SubmittedStep:
+    def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> SubmittedStep:
+        self._look()
+        return super().execute_model(request, sampling_follows=sampling_follows)
+
+    def sample(self, handle: SubmittedStep, columns: Mapping[str, Any]) -> None:
+        self._look()
+        super().sample(handle, columns)
+
+    def _look(self) -> None:
+        """Raises WorkerError: a rank has failed meanwhile."""
         failure = None if self._closed else self._ranks.failure()
         if failure is not None:
             self._fail(failure, None)
-        return super().execute_model(request)
 
-    def _submit(self, request: ExecuteModelRequest) -> Take:
-        output = self._worker.execute_model(request)
+    def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
         if output is not None:
             return self._worker.fetch(output)
         receive = self._worker.receive_output()

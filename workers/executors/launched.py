@@ -96,8 +96,7 @@ class LaunchedExecutor(ExecutorBase):
         agree(reports[0]["facts"], reports)
         return reports
 
-    def _submit(self, request: ExecuteModelRequest) -> Take:
-        output = self._worker.execute_model(request)
+    def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
         digest = np.array([request.step, request.chain()], np.int64)
         if not self._topology.is_driver:
             return partial(self._told, digest)

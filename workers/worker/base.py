@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,8 +12,8 @@ from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, select
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
-from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import StateError
 from hal.guard import Phase, phase
@@ -32,10 +33,12 @@ class WorkerBase(abc.ABC):
 
     Attributes:
         input_type, output_type: a step's input, and what it yields; known from load_model on.
+        two_phase: `sample` is there, so that execute_model may be given a request whose sampling follows.
     """
 
     input_type: type[ModelInput]
     output_type: type[Declared]
+    two_phase = False
 
     def __init__(self, config: WorkerConfig, backend: Backend) -> None:
         self.config, self.backend, self.topology = config, backend, config.topology
@@ -66,7 +69,13 @@ class WorkerBase(abc.ABC):
 
     @abc.abstractmethod
     def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
-        """Run a step that the scheduler asked for. The output, where this rank samples."""
+        """Run a step that the scheduler asked for. The output, where this rank samples; None where its sampling
+        follows."""
+
+    def sample(self, sampling: SamplingRequest) -> Declared | None:
+        """The driver: complete the step that was executed last, whose sampling follows. The output, where this rank
+        samples."""
+        raise StateError(f"{type(self).__name__} has no step in two phases", expected="two_phase = False")
 
     def fetch(self, output: Declared) -> Callable[[], Declared]:
         """Begin to bring an output of this rank to the host; the result waits for it."""
@@ -101,7 +110,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
     Attributes:
         wire: what the driver tells the others. plane: how. communicator: the data plane.
-        steps: how many were begun. model_input: that of the last.
+        steps: how many were begun. model_input: that of the last. forwarded: what its forward pass left to sampling.
     """
 
     plane: ControlPlane
@@ -112,6 +121,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         self.wire: Wire = WIRES[config.engine.wire] if self.topology.world_size > 1 else NoWire()
         self.steps = 0
         self.model_input: ModelInput | None = None
+        self.forwarded: Any = None
 
     @abc.abstractmethod
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
@@ -126,13 +136,30 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         """A step that the driver prepared, checked, on this rank's device."""
 
     @abc.abstractmethod
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        """What sampling needs of the step that was prepared last, checked, on this rank's device. Phase prepare."""
+
+    @abc.abstractmethod
+    def unpack_sampling(self, part: Buffer) -> SamplingInput:
+        """The same that the driver prepared."""
+
+    @abc.abstractmethod
+    def join(self, model_input: ModelInput, sampling: SamplingInput) -> None:
+        """Bring the input of a step that has begun into the state that sampling expects, checked."""
+
+    @abc.abstractmethod
     def execute_worker(self, worker_input: WorkerInput) -> None:
         """Bring the KV cache into the state that the step expects."""
 
     @abc.abstractmethod
-    def execute_runner(self, model_input: ModelInput,
-                       intermediate: IntermediateTensors | None) -> Declared | None:
-        """Compute this rank's part of the step. Phase execute."""
+    def execute_runner(self, model_input: ModelInput, intermediate: IntermediateTensors | None,
+                       sampling_follows: bool) -> Any:
+        """Compute this rank's part of the step: its output, IntermediateTensors or None. If sampling follows, the
+        last stage computes the forward pass alone, and returns what `execute_sampling` takes. Phase execute."""
+
+    @abc.abstractmethod
+    def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Declared | None:
+        """Compute the rest, on the last stage. Phase execute."""
 
     @abc.abstractmethod
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
@@ -143,14 +170,27 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
             return self.prepare_worker_input(request), self.prepare_model_input(request)
 
+    def prepare_sampling(self, sampling: SamplingRequest) -> SamplingInput:
+        with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
+            return self.prepare_sampling_input(sampling)
+
     def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
         with phase(Phase.WORKER, self.topology.rank):
             return self.execute_step(*self.wire.share(self, request))
+
+    def sample(self, sampling: SamplingRequest) -> Declared | None:
+        with phase(Phase.WORKER, self.topology.rank):
+            return self.complete_step(self.wire.share_sampling(self, sampling))
 
     def serve(self) -> None:
         with phase(Phase.WORKER, self.topology.rank):
             while (step := self.wire.receive(self)) is not None:
                 self.execute_step(*step)
+                if step[0].sampling_follows:
+                    sampling = self.wire.receive_sampling(self)
+                    if sampling is None:  # the engine ends between the two phases
+                        break
+                    self.complete_step(sampling)
 
     def receive_output(self) -> Callable[[], Buffer]:
         fingerprint = self.communicator.fingerprint.copy()
@@ -169,8 +209,32 @@ class LocalOrDistributedWorkerBase(WorkerBase):
             self.communicator.fingerprint.begin(self.steps, model_input.checksum())
         self.execute_worker(worker_input)
         intermediate = None if topology.is_first_stage else self.receive_intermediate(model_input)
+        follows = worker_input.sampling_follows
         with phase(Phase.EXECUTE, topology.rank), span("execute"):
-            output = self.execute_runner(model_input, intermediate)
+            output = self.execute_runner(model_input, intermediate, follows)
+        if follows and topology.is_last_stage:
+            self.forwarded = output
+            return None
+        return self._hand_on(output)
+
+    def complete_step(self, sampling: SamplingInput) -> Declared | None:
+        """What every rank does when the second message of a step has come. Stages before the last have no more to
+        compute; they keep the state of their rows."""
+        topology, model_input = self.topology, self.model_input
+        assert model_input is not None
+        if topology.world_size > 1:
+            self.communicator.fingerprint.join(sampling.checksum())
+        self.join(model_input, sampling)
+        if not topology.is_last_stage:
+            return None
+        forwarded, self.forwarded = self.forwarded, None
+        with phase(Phase.EXECUTE, topology.rank), span("execute"):
+            output = self.execute_sampling(forwarded, model_input)
+        return self._hand_on(output)
+
+    def _hand_on(self, output: Any) -> Declared | None:
+        """The end of a step: what this rank computed goes to whom it concerns. The output, on a driver that samples."""
+        topology = self.topology
         self.communicator.end_step()
         wanted: type = self.output_type if topology.samples else type(None)
         if not topology.is_last_stage:

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hal.config import WorkerConfig
-from hal.contracts.inputs import WorkerInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import SamplingInput, WorkerInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import StateError
 from hal.features import FEATURES
 from hal.schema import Declared
@@ -27,7 +27,7 @@ def facts_of(config: WorkerConfig) -> dict[str, str]:
     found["step features"] = ", ".join(type(feature).__name__ for feature in FEATURES)
     for name in ("engine", "model"):
         found |= {f"{name}.{field}": repr(value) for field, value in dataclasses.asdict(getattr(config, name)).items()}
-    return found | schemas_of(ExecuteModelRequest, WorkerInput)
+    return found | schemas_of(ExecuteModelRequest, SamplingRequest, WorkerInput, SamplingInput)
 
 
 def schemas_of(*kinds: type[Declared]) -> dict[str, str]:

@@ -13,8 +13,8 @@ from hal.contracts.backend import Backend
 from hal.contracts.block_moves import moves_blocks
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
-from hal.contracts.inputs import IntermediateTensors, ModelInput, WorkerInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.errors import BackendError, StateError
 from hal.schema import Declared
@@ -63,6 +63,7 @@ class Worker(LocalOrDistributedWorkerBase):
         self._links = [plane, communicator]
         self.runner = self.backend.make_runner(self.config, self.device, communicator)
         require_types(self.runner)
+        self.two_phase = self.runner.two_phase
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
@@ -87,11 +88,11 @@ class Worker(LocalOrDistributedWorkerBase):
         self.backend.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
-        if not moves_blocks(request):
+        if not (request.sampling_follows or moves_blocks(request)):
             return IDLE
         return self._checked(WorkerInput(
-            blocks_to_copy=request.blocks_to_copy, blocks_to_swap_in=request.blocks_to_swap_in,
-            blocks_to_swap_out=request.blocks_to_swap_out))
+            sampling_follows=request.sampling_follows, blocks_to_copy=request.blocks_to_copy,
+            blocks_to_swap_in=request.blocks_to_swap_in, blocks_to_swap_out=request.blocks_to_swap_out))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
@@ -100,11 +101,26 @@ class Worker(LocalOrDistributedWorkerBase):
     def unpack(self, parts: list[Buffer]) -> StepInputs:
         self.steps, self.model_input = self.steps + 1, None
         # An unpacked message has the declared structure, which follows from the declaration and the sizes in the head.
-        step = WorkerInput.from_buffer(parts[1]) if len(parts) > 1 else IDLE, self._read(parts[0])
+        worker_input = WorkerInput.from_buffer(parts[1]) if len(parts) > 1 else IDLE
+        if worker_input.sampling_follows:  # the message is valid until the next one, which completes the step
+            model_input = self.runner.input_type.from_buffer(parts[0].copy(), self.device)
+        else:
+            model_input = self._read(parts[0])
+        step = worker_input, model_input
         if self.strict:
             for part in step:
                 part.check()
         return step
+
+    def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
+        return self._checked(self.runner.prepare_sampling_input(sampling))
+
+    def unpack_sampling(self, part: Buffer) -> SamplingInput:
+        return SamplingInput.from_buffer(part, self.device)
+
+    def join(self, model_input: ModelInput, sampling: SamplingInput) -> None:
+        model_input.join(sampling)
+        self._checked(model_input)
 
     def execute_worker(self, worker_input: WorkerInput) -> None:
         if self.flight_recorder is not None:
@@ -118,12 +134,13 @@ class Worker(LocalOrDistributedWorkerBase):
                              expected="intermediate_type, set by load_model")
         return self._checked(self.communicator.recv(kind, model_input.dims))
 
-    def execute_runner(self, model_input: ModelInput,
-                       intermediate: IntermediateTensors | None) -> Declared | None:
+    def execute_runner(self, model_input: ModelInput, intermediate: IntermediateTensors | None,
+                       sampling_follows: bool) -> Any:
+        run = self.runner.execute_forward if sampling_follows else self.runner.execute_model
         try:
             if self.flight_recorder is not None:
                 self.flight_recorder.began(model_input, self.runner)
-            output = self.runner.execute_model(model_input, self.cache.device, intermediate)
+            output = run(model_input, self.cache.device, intermediate)
         except Exception as error:
             if self.flight_recorder is not None:
                 self.flight_recorder.save(self.steps, error)
@@ -136,6 +153,16 @@ class Worker(LocalOrDistributedWorkerBase):
                                  expected=dims)  # the next stage would wait for bytes that never come
         return output
 
+    def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Declared | None:
+        try:
+            if self.flight_recorder is not None:
+                self.flight_recorder.joined(model_input)
+            return self.runner.execute_sampling(forwarded, model_input)
+        except Exception as error:
+            if self.flight_recorder is not None:
+                self.flight_recorder.save(self.steps, error)
+            raise
+
     def fetch(self, output: Declared) -> Callable[[], Declared]:
         take, communicator = self.runner.fetch(output), self.communicator
 
@@ -147,6 +174,7 @@ class Worker(LocalOrDistributedWorkerBase):
         return result
 
     def shutdown(self) -> None:
+        self.forwarded = None
         self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker,
         self.__dict__.pop("runner", None)  # and so do that of the weights, and graphs, for whose end NCCL waits
         for link in self._links:

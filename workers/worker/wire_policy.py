@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from hal.contracts.control_plane import ControlPlane
-from hal.contracts.inputs import ModelInput, WorkerInput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.inputs import ModelInput, SamplingInput, WorkerInput
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import StateError
 from hal.profiling import span
 from hal.schema import Declared
@@ -58,6 +58,12 @@ class Preparing(Protocol):
     def unpack(self, parts: list[Buffer]) -> StepInputs:
         """A step that the driver prepared, moved to this rank's device."""
 
+    def prepare_sampling(self, sampling: SamplingRequest) -> SamplingInput:
+        """The same of the second message of the step that was prepared last."""
+
+    def unpack_sampling(self, part: Buffer) -> SamplingInput:
+        """The same of a second message that the driver prepared."""
+
 
 class Wire(Protocol):
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
@@ -65,6 +71,12 @@ class Wire(Protocol):
 
     def receive(self, worker: Preparing) -> StepInputs | None:
         """On the other ranks: their step, or None when there are no more."""
+
+    def share_sampling(self, worker: Preparing, sampling: SamplingRequest) -> SamplingInput:
+        """On the rank that has it: what completes this rank's step, the other ranks having been told."""
+
+    def receive_sampling(self, worker: Preparing) -> SamplingInput | None:
+        """On the other ranks: what completes their step, or None when the engine ends without it."""
 
 
 class ModelInputWire:
@@ -85,6 +97,17 @@ class ModelInputWire:
             parts = worker.plane.receive()
             return worker.unpack(parts) if parts else None
 
+    def share_sampling(self, worker: Preparing, sampling: SamplingRequest) -> SamplingInput:
+        made = worker.prepare_sampling(sampling)
+        with span("broadcast"):
+            worker.plane.broadcast([made.to_buffer()])
+        return made
+
+    def receive_sampling(self, worker: Preparing) -> SamplingInput | None:
+        with span("receive"):
+            parts = worker.plane.receive()
+            return worker.unpack_sampling(parts[0]) if parts else None
+
 
 class RequestWire:
     """The request travels, and every rank prepares for itself: fewer bytes, and ranks prepare at the same time."""
@@ -97,7 +120,22 @@ class RequestWire:
     def receive(self, worker: Preparing) -> StepInputs | None:
         with span("receive"):
             parts = worker.plane.receive()
-        return worker.prepare(ExecuteModelRequest.from_buffer(parts[0])) if parts else None
+        if not parts:
+            return None
+        request = ExecuteModelRequest.from_buffer(parts[0])
+        if request.sampling_follows:  # the message is valid until the next one, which completes the step
+            request = ExecuteModelRequest.from_buffer(parts[0].copy())
+        return worker.prepare(request)
+
+    def share_sampling(self, worker: Preparing, sampling: SamplingRequest) -> SamplingInput:
+        with span("broadcast"):
+            worker.plane.broadcast([sampling.to_buffer()])
+        return worker.prepare_sampling(sampling)
+
+    def receive_sampling(self, worker: Preparing) -> SamplingInput | None:
+        with span("receive"):
+            parts = worker.plane.receive()
+        return worker.prepare_sampling(SamplingRequest.from_buffer(parts[0])) if parts else None
 
 
 class NoWire:
@@ -108,6 +146,12 @@ class NoWire:
 
     def receive(self, worker: Preparing) -> StepInputs | None:
         raise StateError("with wire='none' no rank is told what to do", hint="call execute_model on every rank")
+
+    def share_sampling(self, worker: Preparing, sampling: SamplingRequest) -> SamplingInput:
+        return worker.prepare_sampling(sampling)
+
+    def receive_sampling(self, worker: Preparing) -> SamplingInput | None:
+        raise StateError("with wire='none' no rank is told what to sample", hint="call sample on every rank")
 
 
 WIRES: dict[str, Wire] = {"model-input": ModelInputWire(), "request": RequestWire(), "none": NoWire()}
