@@ -67,7 +67,8 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
         crc = zlib.crc32(f"{self.epoch} {self.step}".encode(), self.digest)
         for array in (self.finished_rows, self.new_tokens, self.append_tokens, self.new_blocks, self.rows,
                       self.num_scheduled, self.num_computed):
-            crc = zlib.crc32(array.data, crc)
+            if len(array):
+                crc = zlib.crc32(array, crc)
         return crc
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from hashlib import blake2b
 
 
@@ -12,10 +13,16 @@ def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], 
     """Grow `hashes` to the first `count` full blocks; `tokens(start, end)` gives the token ids there. A block's
     address is BLAKE2b-128 over its parent's address and its tokens. So equal addresses mean equal prefixes: nobody can
     construct a collision."""
+    pack = _packer(block_size)
     for i in range(len(hashes), count):
         parent = hashes[i - 1] if i else b""
-        block = struct.pack(f"<{block_size}i", *tokens(i * block_size, (i + 1) * block_size))
+        block = pack(*tokens(i * block_size, (i + 1) * block_size))
         hashes.append(blake2b(parent + block, digest_size=16).digest())
+
+
+@cache
+def _packer(block_size: int) -> Callable[..., bytes]:
+    return struct.Struct(f"<{block_size}i").pack
 
 
 class BlockManager:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -55,16 +56,25 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.blocks = BlockManager(self.num_blocks, self.num_cpu_blocks, prefix_caching=self.prefix_caching)
-        self.length, self.unknown, self.computed, self.capacity, self._told, self._last, self._limit, \
-            self._registered, self._in_flight = np.zeros((9, self.max_rows), np.int64)
-        self._ends_at_eos, self._own_stops, self._asks_prompt, self._needs_tokens = \
-            np.zeros((4, self.max_rows), np.bool_)
+        self.length, self.unknown, self.computed, self.capacity = (self._per_row(np.int64) for _ in range(4))
+        self._told = self._per_row(np.int64)  # tokens that the ranks were told of, those still on the device included
+        self._last = self._per_row(np.int64)  # the token sampled last
+        self._limit = self._per_row(np.int64)  # length at which the sequence ends; 0 where it ended while in flight
+        self._registered = self._per_row(np.int64)  # leading blocks that the prefix cache has been told of
+        self._in_flight = self._per_row(np.int64)  # steps that compute the row and are not taken over yet
+        self._ends_at_eos = self._per_row(np.bool_)
+        self._own_stops = self._per_row(np.bool_)
+        self._asks_prompt = self._per_row(np.bool_)
+        self._needs_tokens = self._per_row(np.bool_)
         self._num_in_flight = 0
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
         self._at: list[Sequence | None] = [None] * self.max_rows
         self._order: np.ndarray | None = None  # rows of `running`
         self._leaving: list[Sequence] = []  # finished while in flight
         self._changes = Changes()
+
+    def _per_row(self, dtype: type[np.generic]) -> np.ndarray:
+        return np.zeros(self.max_rows, dtype)
 
     @property
     def unfinished(self) -> bool:
@@ -323,7 +333,7 @@ class Scheduler:
         return True
 
     def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]]) -> ScheduledStep:
-        changes, self._changes = self._changes, Changes()
+        """The step of these decodes and of these (row, number of tokens); it counts as computed from here on."""
         rows, counts, total = decodes, np.ones(len(decodes), np.int64), len(decodes)
         if chunks:
             more = np.array(chunks, np.int64)
@@ -333,41 +343,57 @@ class Scheduler:
         computed = self.computed[rows]
         ends = computed + counts
         sampled = rows[ends == self.length[rows]]
-        running = self._running_rows()
-        tellable = self.unknown == 0
+        changes, self._changes = self._changes, Changes()
+        request = changes.request(rows, counts, computed, *self._tell_appended(rows), epoch=self.epoch,
+                                  step=self.step, digest=self.digest)
+        self.step, self.digest = self.step + 1, request.chain()
+        self._count_as_computed(rows, ends, sampled)
+        if self.prefix_caching:
+            self._register(rows, ends)
+        targets = self._prompt_targets(rows, computed, ends) if np.count_nonzero(self._asks_prompt[rows]) else []
+        at = self._at
+        sequences: list[Any] = [at[row] for row in sampled.tolist()]
+        return ScheduledStep(request, rows, sampled, sequences, targets, total, total - len(decodes))
+
+    def _tell_appended(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that gained a token of which the ranks are told with the step of `rows`, and these tokens. A token that
+        is still on the device is told only where the step needs it."""
+        running, unknown = self._running_rows(), self.unknown
+        tellable = unknown == 0
         tellable[rows] = True
         appended = running[(self.length[running] > self._told[running]) & tellable[running]]
-        tokens = np.where(self.unknown[appended] > 0, PENDING_TOKEN, self._last[appended])
-        request = changes.request(rows, counts, computed, appended, tokens, epoch=self.epoch,
-                                  step=self.step, digest=self.digest)
         self._told[appended] += 1
+        return appended, np.where(unknown[appended] > 0, PENDING_TOKEN, self._last[appended])
+
+    def _count_as_computed(self, rows: np.ndarray, ends: np.ndarray, sampled: np.ndarray) -> None:
         self.computed[rows] = ends
-        known = self.length[rows] - self.unknown[rows]
         self.length[sampled] += 1
         self.unknown[sampled] += 1
         self._in_flight[rows] += 1
         self._num_in_flight += len(rows)
-        self.step, self.digest = self.step + 1, request.chain()
-        if self.prefix_caching:
-            self._register(rows, np.minimum(ends, known) // self.block_size)
-        at = self._at
-        targets: list[tuple[Sequence, int, int]] = []
-        if np.count_nonzero(self._asks_prompt[rows]):
-            for row, first, end in zip(rows.tolist(), computed.tolist(), ends.tolist(), strict=True):
-                seq = at[row]
-                assert seq is not None
-                if seq.wants_prompt_logprobs and first + 1 < len(seq.prompt_ids):
-                    targets.append((seq, first + 1, min(end + 1, len(seq.prompt_ids))))
-        sequences: list[Sequence] = [at[row] for row in sampled.tolist()]
-        return ScheduledStep(request, rows, sampled, sequences, targets, total, total - len(decodes))
 
-    def _register(self, rows: np.ndarray, full: np.ndarray) -> None:
-        """Register the blocks that this step fills, so that later sequences find them."""
-        for i in np.flatnonzero(full > self._registered[rows]).tolist():
-            seq, count = self._at[rows[i]], int(full[i])
+    def _prompt_targets(self, rows: np.ndarray, computed: np.ndarray, ends: np.ndarray,
+                        ) -> list[tuple[Sequence, int, int]]:
+        """See ScheduledStep.prompt_targets."""
+        targets = []
+        for row, first, end in zip(rows.tolist(), computed.tolist(), ends.tolist(), strict=True):
+            seq = self._at[row]
+            assert seq is not None
+            if seq.wants_prompt_logprobs and first + 1 < len(seq.prompt_ids):
+                targets.append((seq, first + 1, min(end + 1, len(seq.prompt_ids))))
+        return targets
+
+    def _register(self, rows: np.ndarray, ends: np.ndarray) -> None:
+        """Make blocks that this step fills with known tokens findable by later steps."""
+        full = np.minimum(ends, self.length[rows] - self.unknown[rows]) // self.block_size
+        registered = self._registered[rows]
+        filled = np.flatnonzero(full > registered)
+        for row, before, count in zip(rows[filled].tolist(), registered[filled].tolist(), full[filled].tolist(),
+                                      strict=True):
+            seq = self._at[row]
             assert seq is not None
             extend_hashes(seq.hashes, seq.tokens, self.block_size, count)
             if not seq.distrusted:
-                for column in range(int(self._registered[rows[i]]), count):
+                for column in range(before, count):
                     self.blocks.register(seq.blocks[column], seq.hashes[column], seq.hashes[0])
-            self._registered[rows[i]] = count
+        self._registered[rows[filled]] = full[filled]
