@@ -1,4 +1,4 @@
-"""The CPU backend: PyTorch as it comes. Importing this loads no torch."""
+"""The CPU backend, in plain PyTorch. Importing this loads no torch."""
 
 from __future__ import annotations
 

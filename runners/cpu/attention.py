@@ -1,4 +1,4 @@
-"""The default attention, with what is faster on a CPU for heads that share no keys, in bfloat16."""
+"""The default attention, with a faster kernel for heads that share no keys, in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hal.paged.attention import AttentionBatch, PagedAttention
 
 
 class CpuAttention(PagedAttention):
-    """Where every query head has keys of its own, decoding in bfloat16 goes through PyTorch's slowest kernels (a matrix
-    with one row). Intel's extension does it 1.4 to 2.5 times faster than PyTorch; in groups, or in fp32, it does not.
+    """If every query head has keys of its own, decoding in bfloat16 uses PyTorch's slowest kernels (for a matrix with
+    one row). Then Intel's extension is 1.4 to 2.5 times faster than PyTorch. It is not faster for groups, or in fp32.
     """
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
@@ -32,7 +32,7 @@ class CpuAttention(PagedAttention):
             return super().decode(q, cache, batch, spec)
         if self.ipex is not None and spec.window is None and spec.value_dim == spec.head_dim:
             assert batch.tables is not None
-            # The extension takes rows to lie back to back; these do not where another sequence has more blocks.
+            # The extension needs contiguous rows. These rows are not contiguous if another sequence has more blocks.
             tables, out = batch.tables.contiguous(), torch.empty(q.shape, dtype=q.dtype)
             heads = self.head_maps[spec.num_heads]
             self.ipex.single_query_cached_kv_attention(out, q.contiguous(), cache[0], cache[1], heads, spec.scale,
@@ -43,7 +43,7 @@ class CpuAttention(PagedAttention):
 
 
 def ipex_attention() -> Any:
-    """Intel's PagedAttention, or None. On another torch than its own the extension fails in many ways."""
+    """Intel's PagedAttention, or None. With a torch that it was not built for, the extension fails in many ways."""
     if importlib.util.find_spec("intel_extension_for_pytorch") is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: of the machine, and of the control groups that it is in."""
+"""The memory that this process may still allocate: of the machine, and of the control groups that it is in."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 def free_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
-    """Bytes. MemAvailable, or less where a control group (version 1 or 2) leaves less; all physical memory on a system
-    without /proc. Pages of files that can be dropped count as free."""
+    """Bytes: MemAvailable, or less if a control group (version 1 or 2) leaves less. On a system without /proc it is all
+    physical memory. Pages of files that can be dropped count as free."""
     free = _values(proc / "meminfo").get("MemAvailable:", 0) * 1024
     if not free:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -46,7 +46,7 @@ def _text(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no such file, or it says "max"."""
+    """The number in a file, or None if there is no such file or it says "max"."""
     text = _text(path).strip()
     return int(text) if text.isdigit() else None
 

@@ -7,12 +7,12 @@ import torch
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 
-_ROWS = 32  # the layout is chosen for this many rows; measured from 1 to 128, no other choice is faster
+_ROWS = 32  # the layout is chosen for so many rows; of 1 to 128, no other number is faster
 
 
 class CpuOps(Ops):
-    """Packed weights make a linear 1.1 to 2.1 times as fast as F.linear in bfloat16, most where rows are few, and 0.9
-    to 2.8 times in float32; Intel's extension gains less. `benchmarks/cpu_linear.py` measures it."""
+    """With packed weights a linear is 1.1 to 2.1 times as fast as F.linear in bfloat16 (most with few rows), and 0.9 to
+    2.8 times in float32. Intel's extension gains less. `benchmarks/cpu_linear.py` measures it."""
 
     schemes = None  # any but the dense one by its own arithmetic
 
@@ -38,7 +38,8 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has the operators (they serve its compiler, and are not documented) and they are right."""
+    """Whether this PyTorch has the operators, and they give right results. (They serve its compiler, and are not
+    documented.)"""
     x, weight, bias = (torch.arange(float(n)).remainder(7).sub(3).to(dtype) for n in (3 * 64, 16 * 64, 16))
     x, weight = x.view(3, 64), weight.view(16, 64)
     try:

@@ -14,7 +14,7 @@ from runners.cpu.sampler import CpuSampler
 
 
 class CpuModelInput(PagedModelInput):
-    """A paged batch, and nothing else."""
+    """A paged batch, without further fields."""
 
 
 class CpuModelRunner(PagedModelRunner):

@@ -12,7 +12,8 @@ from hal.sampling.sampler import Sampler
 
 class CpuSampler(Sampler):
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
-        # Row by row, so that the fp32 copy of one stays in the cache: of all rows it would be fresh memory every step.
+        # Row by row, so that a row's fp32 copy stays in the cache. A copy of all rows would be new memory in every
+        # step.
         return torch.tensor([row.float().numpy().argmax() for row in scores], dtype=torch.int64)
 
     def greedy(self, scores: torch.Tensor) -> torch.Tensor:

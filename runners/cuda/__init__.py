@@ -38,7 +38,9 @@ class CudaBackend(Backend):
         return None
 
     def device(self, local_rank: int) -> torch.device:
-        """Raises BackendError: there is no GPU for this rank, and NCCL does not let it share another's."""
+        """Check the number of GPUs. Raises BackendError: there is no GPU for this rank; NCCL does not let ranks share
+        one.
+    """
         import torch
 
         count = torch.cuda.device_count()
@@ -51,7 +53,7 @@ class CudaBackend(Backend):
         return device
 
     def free_memory(self, device: torch.device) -> int:
-        """What the driver has left, and what PyTorch holds without using it."""
+        """Bytes that the driver has free, and bytes that PyTorch holds without using them."""
         import torch
 
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,7 +83,7 @@ class CudaBackend(Backend):
 
 
 class SharedGpuBackend(CudaBackend):
-    """Ranks that share a GPU, which NCCL does not allow: collectives go through gloo, and steps are eager."""
+    """A backend whose ranks share a GPU. NCCL does not allow this, so collectives use gloo, and steps run eagerly."""
 
     name = "runners.cuda:shared_gpu"
     collectives = "gloo"

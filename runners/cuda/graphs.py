@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one for each batch size that is prepared, all in one memory pool."""
+"""Decode steps as CUDA graphs: one for each prepared batch size, all in one memory pool."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hal.contracts.inputs import IntermediateTensors, PagedModelInput
 from hal.schema.packed import Packed
 from runners.cuda.staging import end_of, views
 
-_SEGMENT = 24 << 20  # bytes that the allocator may take beside what is asked for
-PENDING = ("pending_rows", "sampled_rows")  # optional fields that every graph has
+_SEGMENT = 24 << 20  # bytes that the allocator may take beyond a request
+PENDING = ("pending_rows", "sampled_rows")  # optional fields that every graph's input has
 
 Results = IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
 Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]

@@ -1,4 +1,4 @@
-"""The models' operations in Triton, and linears of one row chosen by measurement."""
+"""The operations of models in Triton. For linears of one row the fastest kernel is chosen by measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROUNDS, _MOVED = 20, 1 << 28  # replays; bytes of weights in one, so that few c
 
 
 class Use(NamedTuple):
-    """Of a linear layer of one row: the weight's shape, and what is done in the same kernel."""
+    """A use of a linear layer with one row: the weight's shape, and the operations that the same kernel does."""
 
     shape: tuple[int, ...]
     gated: bool = False
@@ -29,8 +29,9 @@ class Use(NamedTuple):
 
 
 class CudaOps(Ops):
-    """Attributes: tiles: by use, what the matrix-vector kernel is run with; None where it is slower than what it would
-    replace. Measured when a use first occurs, on the model's own weights, until `settle` is called."""
+    """Attributes: tiles: by use, the tile that the matrix-vector kernel runs with, or None if the kernel is slower than
+    the operations that it would replace. It is measured when a use first occurs, on the model's own weights, until
+    `settle` is called."""
 
     schemes = None  # any but the dense one by its own arithmetic
 
@@ -43,7 +44,7 @@ class CudaOps(Ops):
             self._weights.setdefault(tuple(layer.weight.shape), []).append(layer.weight.data)
 
     def settle(self) -> None:
-        """From here on nothing is measured."""
+        """Measure nothing from now on."""
         self._weights.clear()
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
@@ -93,7 +94,7 @@ class CudaOps(Ops):
                 functools.partial(self._unfused, x, bias=None, use=use, norm=norm) if tile is None else
                 functools.partial(gemv, x, bias=None, tile=tile, gated=use.gated, norm=norm), some)
         spent: dict[Tile | None, float] = dict.fromkeys(graphs, math.inf)
-        for _ in range(_ROUNDS):  # in turn, since clocks drift
+        for _ in range(_ROUNDS):  # the candidates take turns, since clocks drift
             for tile, graph in graphs.items():
                 spent[tile] = min(spent[tile], _milliseconds(graph))
         return min(spent, key=lambda tile: spent[tile])
@@ -122,7 +123,7 @@ class CudaOps(Ops):
 
 
 def _captured(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
-    """One row times each of the weights, as a step's graph has them."""
+    """Multiply one row by each of the weights, in the order of a step's graph."""
     for weight in weights:
         call(weight)
     torch.cuda.synchronize()

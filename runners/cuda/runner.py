@@ -1,4 +1,4 @@
-"""The CUDA runner: the default one with Triton's kernels, staged inputs, and decode steps as CUDA graphs."""
+"""The CUDA runner: the default runner with Triton kernels, staged inputs, and decode steps as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CudaModelInput(PagedModelInput):
 
 
 class CudaModelRunner(PagedModelRunner):
-    """Attributes: graphs: by batch size. sizes: those sizes, ascending; none when steps are eager."""
+    """Attributes: graphs: by batch size. sizes: these batch sizes, ascending; empty if steps run eagerly."""
 
     input_type = CudaModelInput
 
@@ -94,10 +94,11 @@ class CudaModelRunner(PagedModelRunner):
         if self.config.topology.samples:
             self._warm_sampler()
         pool = torch.cuda.graph_pool_handle() if self.sizes else None
-        # No function inside of this one: an error's traceback keeps it, and it the memory that there is none of.
+        # No closure here: after an out-of-memory error the traceback would keep the closure alive, and with it the
+        # device memory.
         run = functools.partial(self._decode, kv_caches)
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
-            for done, num_seqs in enumerate(reversed(self.sizes)):  # the largest first: the others fit into its memory
+            for done, num_seqs in enumerate(reversed(self.sizes)):  # the others fit into its memory
                 progress("capturing graphs", done, len(self.sizes))
                 self.graphs[num_seqs] = capture(self._empty(num_seqs), self.dummy_intermediate(num_seqs), run, pool,
                                                 _ROOM, self.device)
@@ -115,7 +116,7 @@ class CudaModelRunner(PagedModelRunner):
         if not isinstance(hidden, torch.Tensor):
             return cast(IntermediateTensors, hidden)
         logits = self.model.compute_logits(hidden)
-        return logits, greedy(logits, m.sampled_rows, last)  # on every rank: all have the same logits
+        return logits, greedy(logits, m.sampled_rows, last)  # on every rank, since all have the same logits
 
     def _warm_sampler(self) -> None:
         """Compile what a step's sampling may need."""
@@ -152,7 +153,7 @@ class CudaModelRunner(PagedModelRunner):
         if graph is None or staged is not graph.staged:
             return packed.bind(views(packed, staged))
         kept = self._views.get(graph.num_seqs)
-        if kept is None or kept[0] is not packed.layout:  # else as in the step before
+        if kept is None or kept[0] is not packed.layout:  # otherwise it is as in the step before
             kept = self._views[graph.num_seqs] = packed.layout, views(packed, staged)
         return packed.bind(kept[1])
 
@@ -185,7 +186,7 @@ class CudaModelRunner(PagedModelRunner):
                 graph.received[name].copy_(intermediate[name])
         graph.graph.replay()
         if isinstance(graph.results, IntermediateTensors):
-            return graph.results  # sending them holds the stream, and with it the replay that writes them again
+            return graph.results  # the stream waits until they are sent, so no replay overwrites them before
         logits, token_ids = graph.results
         return Forwarded(logits[:m.num_samples], None, token_ids[:m.num_samples])
 
@@ -205,7 +206,7 @@ class CudaModelRunner(PagedModelRunner):
         return self._fetch(output)
 
     def capture_report(self) -> str:
-        """What graphs cost, as a table."""
+        """The cost of the graphs, as a table."""
         rows = [f"{'batch':>6} {'seconds':>8} {'MiB':>7}"]
         rows += [f"{n:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}" for n, g in sorted(self.graphs.items())]
         total = sum(g.seconds for g in self.graphs.values()), sum(g.bytes for g in self.graphs.values()) / 2**20

@@ -1,4 +1,6 @@
-"""The default sampler with its searches over the vocabulary in Triton: two or three launches, and no wait."""
+"""The default sampler, with its searches over the vocabulary in Triton. It takes two or three launches, and never
+waits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory to device memory and back, without waiting."""
+"""Copies from the host to the device and back that do not wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by device and handle
 
 
 def current_stream() -> torch.cuda.Stream:
-    """torch.cuda's, which makes a new object every time; that takes longer than to record an event."""
+    """The current stream, kept by device and handle. torch.cuda makes a new object in every call, which takes longer
+    than recording an event."""
     device = torch.cuda.current_device()
     key = device, torch._C._cuda_getCurrentRawStream(device)
     if key not in _streams:
@@ -25,7 +26,7 @@ def current_stream() -> torch.cuda.Stream:
 
 
 class PinnedRing:
-    """Page-locked buffers, taken in turn, from which the device copies while the host goes on."""
+    """Page-locked buffers, used in turn. The device copies from them while the host goes on."""
 
     def __init__(self, size: int) -> None:
         self._buffers = [_pinned(size) for _ in range(_SLOTS)]
@@ -33,11 +34,11 @@ class PinnedRing:
         self._next = 0
 
     def copy(self, source: np.ndarray[Any, np.dtype[np.uint8]], into: torch.Tensor) -> None:
-        """`source` to the beginning of `into` (uint8, on the device), in the order of the current stream. `source` may
-        be changed at once."""
+        """Copy `source` to the beginning of `into` (uint8, on the device), in the order of the current stream. `source`
+        may be changed at once."""
         slot, size = self._next, source.size
         self._next = (slot + 1) % _SLOTS
-        self._copied[slot].synchronize()  # done long ago, unless the device is _SLOTS steps behind
+        self._copied[slot].synchronize()  # it ended long ago, unless the device is _SLOTS steps behind
         if self._buffers[slot][1].size < size:
             self._buffers[slot] = _pinned(size + size // 2)
         pinned, array = self._buffers[slot]
@@ -70,14 +71,14 @@ def end_of(packed: Packed[Any], name: str) -> int:
 
 
 class Fetcher:
-    """Outputs to the host: page-locked tensors are kept by shape and used in turn."""
+    """Copies outputs to the host. Page-locked tensors are kept by shape and used in turn."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, tuple[int, ...], torch.dtype], list[torch.Tensor]] = {}
         self._events: list[torch.cuda.Event] = []
 
     def __call__(self, output: OutputT) -> Callable[[], OutputT]:
-        """Starts the copies; the result waits for them, and for no step that was submitted later."""
+        """Start the copies. The returned function waits for them, but not for a step that was submitted later."""
         schema, copies = type(output).schema, {}
         others = {field.name: output[field.name] for field in schema.unshaped}
         for field in schema.replicated:

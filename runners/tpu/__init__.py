@@ -1,4 +1,4 @@
-"""The XLA backend: TPUs, and XLA's CPU client where PJRT_DEVICE=CPU. Importing this loads no torch."""
+"""The XLA backend: TPUs, and XLA's CPU client if PJRT_DEVICE=CPU. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from runners.tpu.runner import TpuModelRunner
 
 _INSTALL = "pip install torch==2.8.0 torch_xla==2.8.1"  # the pair that is tested; torch_xla ended with 2.9
-_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # of TPU v4 and older, of v5 and newer
-_CPU_SHARE = 8  # XLA's CPU client shares the host's memory with everything: the cache gets at most this part
+_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # device files of TPU v4 and older, of v5 and newer
+_CPU_SHARE = 8  # XLA's CPU client shares the host's memory with other programs: the cache gets at most this part
 
 
 class TpuBackend(Backend):
@@ -33,7 +33,7 @@ class TpuBackend(Backend):
 
     @property
     def priority(self) -> int:  # type: ignore[override]
-        """A TPU is what "auto" means where there is one; XLA's CPU client never is."""
+        """The device "auto" is a TPU if there is one. It is never XLA's CPU client."""
         return 20 if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" else -50
 
     def unavailable(self) -> str | None:
@@ -69,7 +69,7 @@ class TpuBackend(Backend):
         return TpuModelRunner(config, device, communicator)
 
     def versions(self) -> Mapping[str, str]:
-        """With what PJRT sees, where it can be asked."""
+        """The versions, and the devices that PJRT sees, if it can be asked."""
         found = self._packages()
         if self.unavailable() is None:
             from runners.tpu import lowering

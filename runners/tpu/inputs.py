@@ -1,4 +1,4 @@
-"""The TPU's step input: a paged batch padded to its bucket, whose arrays go to the device by one call."""
+"""The TPU's step input: a paged batch padded to its bucket. One call moves its arrays to the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TpuModelInput(PagedModelInput):
         return packed.to(device) if device is None or torch.device(device).type == "cpu" else stage(packed)
 
     def check(self) -> None:
-        """On the host, since on the device every comparison would be a program. Raises InputError."""
+        """Check on the host, since every comparison on the device would be a program. Raises InputError."""
         if self.input_ids.is_cpu:
             super().check()
         else:
@@ -48,15 +48,15 @@ def stage(packed: Packed[TpuModelInput]) -> TpuModelInput:
 
 
 def bucket_for(plan: ShapePlan, packed: Packed[TpuModelInput]) -> Bucket:
-    """A step of decoding sequences alone is of kind "decode", every other of kind "mixed"."""
+    """The bucket of a step. A step of decoding sequences alone has the kind "decode", every other the kind "mixed"."""
     decodes = packed.values["num_decode_seqs"]
     kind = "decode" if decodes == int(packed.arrays["query_start_loc"][-1]) else "mixed"
     return plan.bucket_for(kind, packed.dims)
 
 
 def fit(packed: Packed[TpuModelInput], plan: ShapePlan, widths: Mapping[str, int]) -> Packed[TpuModelInput]:
-    """The batch in its bucket's shapes; the same object where it has them already. Sampling fields are completed to
-    those of one sampling program, or there are none.
+    """The batch in its bucket's shapes, or the same object if it has them already. It has the sampling fields of one
+    sampling program, or none.
 
     Args:
         widths: sizes of the symbols that only sampling fields have.

@@ -1,7 +1,7 @@
-"""Every call of torch_xla. What the rest of the runner needs of a compiler is this module's functions and `Program`;
-another bridge to XLA (torch_tpu) would be one more module of the same names.
+"""All calls of torch_xla. The rest of the runner uses a compiler only through these functions and `Program`. Another
+bridge to XLA (torch_tpu) would be a second module with the same names.
 
-A program is traced lazily once and replayed from then on, so that a step costs no tracing. Its state (the KV caches) is
+A program is traced once, lazily, and replayed from then on, so a step needs no tracing. Its state (the KV caches) is
 donated: outputs take over the buffers, and nothing is copied.
 """
 
@@ -25,7 +25,7 @@ Traced = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], tuple[Sequen
 
 @cache
 def _xla() -> Any:
-    """torch_xla with what is used of it; the persistent cache is chosen before anything is computed."""
+    """torch_xla and the parts of it that are used. The persistent cache is chosen before anything is computed."""
     import torch_xla
     import torch_xla.core.xla_model
     import torch_xla.debug.metrics
@@ -41,8 +41,9 @@ def _xla() -> Any:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled programs are kept between starts. None on XLA's CPU client, whose executables cannot be read back
-    (torch_xla 2.8: "Deserializing serialized executable not supported"), unless XLA_PERSISTENT_CACHE_PATH is set."""
+    """The folder in which compiled programs are kept between starts. It is None on XLA's CPU client, whose executables
+    cannot be read back (torch_xla 2.8: "Deserializing serialized executable not supported"), unless
+    XLA_PERSISTENT_CACHE_PATH is set."""
     chosen = os.environ.get("XLA_PERSISTENT_CACHE_PATH")
     if chosen:
         return Path(chosen)
@@ -57,7 +58,7 @@ def device() -> torch.device:
 
 
 def device_kind() -> str:
-    """What PJRT runs on: "TPU", "CPU", ..."""
+    """The kind of PJRT's devices: "TPU", "CPU", ..."""
     kind: str = _xla().runtime.device_type()
     return kind
 
@@ -68,12 +69,12 @@ def num_devices() -> int:
 
 
 def devices_seen() -> str:
-    """Of this host, for people: "4 TPU"."""
+    """The devices of this host, as a text for people: "4 TPU"."""
     return f"{num_devices()} {device_kind()}"
 
 
 def free_bytes() -> int | None:
-    """Of the first device; None where PJRT does not tell."""
+    """Free memory of the first device, or None if PJRT does not tell."""
     try:
         info = _xla().core.xla_model.get_memory_info("xla:0")
         return int(info["bytes_limit"]) - int(info["bytes_used"])
@@ -82,7 +83,7 @@ def free_bytes() -> int | None:
 
 
 def settle(tensors: Sequence[torch.Tensor]) -> None:
-    """Compute what was written to these tensors by other means than a program."""
+    """Compute pending writes to these tensors that were not made by a program."""
     if any(_xla()._XLAC._check_tensor_need_materialization(list(tensors))):
         _xla().sync(wait=True)
 
@@ -92,12 +93,12 @@ def wait() -> None:
 
 
 def compiles() -> int:
-    """Programs that this process has compiled, or read from the persistent cache."""
+    """The number of programs that this process has compiled, or read from the persistent cache."""
     return _counter("UncachedCompile")
 
 
 def cache_hits() -> int:
-    """How many of them were read from the persistent cache."""
+    """The number of programs that were read from the persistent cache."""
     return _counter("PersistentCacheHit")
 
 
@@ -106,10 +107,11 @@ def _counter(name: str) -> int:
 
 
 def use_mesh(tp: int) -> Any:
-    """SPMD over all devices of this process: those of one row share tensors, rows repeat each other. Process-wide.
+    """Turn on SPMD over all devices of this process. The devices of a row of the mesh share tensors, and all rows hold
+    the same. It holds for the whole process.
 
     Raises:
-        BackendError: the devices cannot be arranged so.
+        BackendError: the devices cannot be arranged in this way.
     """
     xla, count = _xla(), num_devices()
     if count % tp:
@@ -122,7 +124,9 @@ def use_mesh(tp: int) -> Any:
 
 
 def shard(tensor: torch.Tensor, mesh: Any, dim: int | None) -> torch.Tensor:
-    """Annotate: dimension `dim` is cut over tp, or (None) every device has all of it. Returns the tensor."""
+    """Annotate a tensor: dimension `dim` is sharded over tp, or (None) every device holds all of it. Returns the
+    tensor.
+    """
     spec = tuple("tp" if i == dim else None for i in range(tensor.ndim))
     spmd = _xla().distributed.spmd
     spmd.clear_sharding(tensor)
@@ -131,13 +135,13 @@ def shard(tensor: torch.Tensor, mesh: Any, dim: int | None) -> torch.Tensor:
 
 
 def place(tensor: torch.Tensor, mesh: Any, dim: int | None) -> torch.Tensor:
-    """A host tensor on the device, or on all devices of the mesh (see `shard`)."""
+    """A copy of a host tensor on the device, or on all devices of the mesh (see `shard`)."""
     moved = tensor.to(device())
     return moved if mesh is None else shard(moved, mesh, dim)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, mesh: Any, dim: int | None) -> torch.Tensor:
-    """The same of zeros, made there."""
+    """A tensor of zeros, made on the device or on all devices of the mesh."""
     made = torch.zeros(shape, dtype=dtype, device=device())
     if mesh is not None:
         shard(made, mesh, dim)
@@ -146,7 +150,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, mesh: Any, dim: int | None
 
 
 def to_device(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Host tensors, moved by one call; under SPMD to every device."""
+    """Copies of host tensors, moved by one call; under SPMD to every device."""
     if _xla().runtime.is_spmd():
         return [tensor.to("xla:0") for tensor in tensors]
     moved: list[torch.Tensor] = _xla()._XLAC._xla_tensors_from_aten(list(tensors), ["xla:0"] * len(tensors))
@@ -170,9 +174,9 @@ class Program:
     """A function of tensors of fixed shapes, compiled.
 
     Args:
-        function: (arguments, state) -> (new state, results); it changes none of them. Whatever else it reads (weights)
-            is bound by reference.
-        arguments, state: of the shapes that every call will have. Nothing is executed.
+        function: (arguments, state) -> (new state, results). It changes neither arguments nor state. Other tensors that
+            it reads (weights) are bound by reference.
+        arguments, state: tensors with the shapes of every call. Nothing is executed here.
 
     Raises:
         BackendError: an operation has no XLA lowering, and would leave the device in every step.
@@ -193,7 +197,7 @@ class Program:
                                hint="write them with others, or give the backend its own")
         wait()  # scalars that tracing put on the device
         _, values = c._get_tensors_xla_device_data_node(outputs)
-        # By the identity of the data: under SPMD a tensor's own id is none of its data's.
+        # By the identity of the data: under SPMD a tensor's own id is not that of its data.
         places = {handle: i for i, handle in enumerate(c._get_tensors_handle(given))}
         found = [places.get(handle) for handle in c._get_tensors_handle(values)]
         self._inputs = [(i, None if i is not None else value) for i, value in zip(found, values, strict=True)]
@@ -208,7 +212,7 @@ class Program:
         self._replace = c._replace_xla_tensor
 
     def __call__(self, arguments: Sequence[torch.Tensor], state: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
-        """Launch; the state's tensors take their new values in place. Returns the results."""
+        """Launch the program. The state's tensors take their new values in place. Returns the results."""
         given = [*arguments, *state]
         if [tensor.shape for tensor in given] != self._shapes:
             raise StateError("a program is called with other shapes than it was compiled for",

@@ -43,10 +43,10 @@ from runners.tpu.spmd import load
 
 FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
 SAMPLERS = {"drawn": DRAWN, "filtered": FILTERED, "adjusted": ADJUSTED}
-BLOCKS_AT_ONCE = 8  # blocks that are copied or swapped by one call
-QUIET = 5.0  # seconds of compiling that nobody needs to be told of
+BLOCKS_AT_ONCE = 8  # one call copies or swaps so many blocks
+QUIET = 5.0  # the user is not told of compiling that takes fewer seconds
 SMALL = 0.1  # what a program that is not a step's takes to compile, in step programs (measured)
-TOP = 20  # most likely tokens that the device finds; more are looked for on the host
+TOP = 20  # the device finds so many most likely tokens; the host finds more
 
 
 def schema_dims(name: str) -> tuple[Dim, ...]:
@@ -62,8 +62,9 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     and logprobs where they were asked for.
 
     Attributes:
-        plan: the shapes. mesh: of tensor parallelism, or None. late, uncompiled: programs that the budget of the
-            warm-up left out: compiled since, each when it was first needed, and not needed yet.
+        plan: the shapes. mesh: the devices of tensor parallelism, or None.
+        late, uncompiled: of the programs that the warm-up had no time for, the number compiled since then, when a step
+            first needed them, and the number that no step has needed yet.
     """
 
     input_type, output_type = TpuModelInput, SamplerOutput
@@ -111,8 +112,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         return sum(map(math.prod, self._cache_shapes(1))) * self.dtype.itemsize // self.config.engine.tp
 
     def reserve_bytes(self) -> int:
-        """Of the largest step: activations of a layer, the contexts that its tiles gather, scores, and logits in the
-        sampler's copies. An estimate from above."""
+        """Bytes of the largest step: activations of a layer, the contexts that its tiles gather, scores, and the
+        sampler's copies of the logits. An upper estimate."""
         engine, c, specs = self.config.engine, self.config.model, self.model.attention_specs
         tokens, item = max(engine.max_num_batched_tokens, engine.max_num_seqs), self.dtype.itemsize
         tiles = tokens // TILE + engine.max_num_seqs
@@ -155,7 +156,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         return [*keys, ("read", None), ("write", None)]
 
     def _tell(self, keys: Sequence[tuple[str, Any]], each: float, limit: float) -> None:
-        """One line on the standard error where compiling takes a while; `each` is what the first program took."""
+        """Write one line to the standard error if compiling takes long; `each` is the time of the first program."""
         costs = [each if name == "step" else SMALL * each for name, _ in keys]
         now = sum(end - cost < limit for end, cost in zip(accumulate(costs), costs, strict=True))
         if self.config.topology.rank == 0 and min(sum(costs), limit) > QUIET:
@@ -176,7 +177,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             self._compile_sampler(name, key)
 
     def _program(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor] = ()) -> lowering.Program:
-        """A program of the plan; compiled here where the warm-up's budget left it out."""
+        """A program of the plan. It is compiled here if the warm-up had no time for it."""
         if (name, key) not in self.programs:
             before = self.compiled
             self._compile(name, key, kv_caches)

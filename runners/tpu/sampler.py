@@ -1,7 +1,7 @@
 """Sampling of static shapes, by the same rules and the same noise as `hal.sampling.sampler`: the same tokens.
 
-The default sampler looks at some candidates and sorts a whole row only where it must, which it finds out on the host.
-Here a filtered row is always sorted: whether to is not for a program to decide.
+The default sampler examines some candidates, and sorts a whole row only if it must, which it decides on the host. Here
+a filtered row is always sorted, because a program cannot decide this.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from hal.features import adjusting
 from hal.sampling.noise import exponential, row_keys
 from hal.sampling.sampler import checked, reference, threshold
 
-# XLA takes numbers below the smallest normal one for 0, so the temperature must not be such a number, and a temperature
-# must not make the scores such numbers.
+# XLA treats subnormal numbers as 0. So the temperature must not be subnormal, and must not make the scores subnormal.
 _NORMAL = torch.finfo(torch.float32).tiny
-_FLAT = 2.0**40  # share of the largest score from which a temperature makes all tokens equally likely
+_FLAT = 2.0**40  # a temperature of so many times the largest score makes all tokens equally likely
 
 
 def sample(logits: torch.Tensor, positions: torch.Tensor, m: Mapping[str, Any]) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""Tensor parallelism in one process: the shares of all ranks side by side, cut over the mesh by the compiler.
+"""Tensor parallelism in one process: the shares of all ranks lie side by side, and the compiler shards them over the
+mesh.
 
-The models' own tensor-parallel code runs once. Where a rank would hold its part of a parameter, the parameter holds all
-parts in a new first dimension, annotated as sharded; between a column-parallel layer and the row-parallel one behind
-it, the first dimension of activations counts the tokens of one share after another; and where ranks would reduce, the
-shares are summed, of which the compiler (GSPMD, arXiv 2105.04663) makes an all-reduce.
+The models' own tensor-parallel code runs once. A parameter that ranks would share has the shares of all ranks in a new
+first dimension, which is annotated as sharded. Between a column-parallel layer and the row-parallel layer after it, the
+first dimension of activations has the tokens of one share after another. Where ranks would reduce, the shares are
+summed; the compiler (GSPMD, arXiv 2105.04663) makes an all-reduce of the sum.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class TpuOps(Ops):
 
 
 class MeshCommunicator(LocalCommunicator):
-    """What the tensor-parallel ranks of a model would say to each other, as arithmetic over shares."""
+    """A Communicator whose collectives are arithmetic over the shares of the tensor-parallel ranks."""
 
     def __init__(self, topology: Topology, mesh: Any) -> None:
         self.topology, self.mesh = topology, mesh
@@ -74,7 +75,7 @@ class MeshCommunicator(LocalCommunicator):
 
 
 class Embedding(nn.Module):
-    """Rows of a vocabulary. Of several shares each finds its own rows, and the shares are summed.
+    """Embedding of tokens. If there are several shares, each finds its own rows, and the shares are summed.
 
     Args:
         weight: [vocab, hidden], or in shares [R, vocab / R, hidden]. columns: the last two are swapped, as the head
@@ -118,7 +119,7 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
 
 
 def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: Any) -> CausalLM:
-    """The first share, its parameters replaced by those of all on the device."""
+    """The model of the first share, with its parameters replaced by those of all shares, on the device."""
     model, moved = shares[0], dict[nn.Parameter, torch.Tensor]()
     multiplied = {m.weight for m in model.modules() if isinstance(m, Linear) and m.is_dense}
     modules = [dict(share.named_modules()) for share in shares]
@@ -137,7 +138,8 @@ def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: An
 
 
 def _together(modules: Sequence[nn.Module], key: str, turned: bool, mesh: Any) -> torch.Tensor:
-    """A parameter on the device: as it is where the ranks share it, else their parts in a new first dimension."""
+    """A parameter on the device: unchanged if all ranks hold the same, else with their parts in a new first dimension.
+    """
     first = modules[0].get_parameter(key)
     reduces = isinstance(modules[0], Linear) and modules[0].reduce
     # Of a bias that is added to a sum the first rank alone has any.

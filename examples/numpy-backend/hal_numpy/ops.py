@@ -1,4 +1,4 @@
-"""The operations of a model. numpy works on the memory that torch has allocated: nothing is copied on the way."""
+"""The operations of a model. numpy works on the memory that torch has allocated, so nothing is copied."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class NumpyOps(Ops):
 
 
 class NumpySampler(Sampler):
-    """hal's sampler, whose searches over the vocabulary numpy does."""
+    """hal's sampler, with numpy for its searches over the vocabulary."""
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(_array(scores).argmax(-1))

@@ -95,7 +95,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
                  ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both [..., size] and contiguous -> the norm of their sum, and the sum."""
+    """x and residual, both [..., size] and contiguous -> the norm of their sum, and the sum."""
     out, total = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
@@ -114,7 +114,7 @@ def rotary(heads: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) ->
 
 
 def resolve(input_ids: torch.Tensor, pending: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """What PendingTokens.input_ids gives: int32 [n], of `last` where pending [n] is not negative."""
+    """The result of PendingTokens.input_ids, int32 [n]: an entry of `last` where pending [n] is not negative."""
     n, out = len(input_ids), torch.empty_like(input_ids)
     _resolve[(triton.cdiv(n, 256),)](input_ids, pending, last, out, n, BLOCK=256, num_warps=4, **launch_options(out))
     return out

@@ -1,4 +1,4 @@
-"""One row times a weight matrix: reading the weights is all the work, where matrix kernels waste."""
+"""One row times a weight matrix. Nearly all the time goes to reading the weights, which matrix kernels do less well."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
 class Tile(NamedTuple):
-    """Weights that a program reads at a time: rows, columns; and its warps."""
+    """The tile of weights that a program reads at a time (rows, columns), and the number of its warps."""
 
     rows: int
     columns: int
@@ -48,7 +48,7 @@ def _value(x, residual, norm, at, size, scale, NORM: tl.constexpr, ADD: tl.const
 
 @triton.jit
 def _scale(value, total, at, size, eps, ADD: tl.constexpr):
-    """RMSNorm's factor for a row. The first program keeps the row where it is a sum."""
+    """RMSNorm's factor for a row. If the row is a sum, the first program stores it."""
     if ADD:  # noqa: SIM102 (at compile time)
         if tl.program_id(0) == 0:
             tl.store(total + at, value, mask=at < size)
@@ -58,7 +58,7 @@ def _scale(value, total, at, size, eps, ADD: tl.constexpr):
 
 @triton.jit
 def _offsets(bias, row, rows, HAS_BIAS: tl.constexpr, GATED: tl.constexpr):
-    """Biases of the outputs, and those of the other factor where they are gates."""
+    """Biases of the outputs. If the outputs are gates, also the biases of the other factor."""
     offset = tl.zeros(row.shape, tl.float32)
     up_offset = offset
     if HAS_BIAS:
@@ -86,7 +86,7 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
     mine = row < rows
     source = weight + row.to(tl.int64)[:, None] * size
     half = rows.to(tl.int64) * size  # from a gate's weights to the other factor's
-    # Weights are there before the row is: what comes first is read while the kernel before this one ends.
+    # The weights are ready before the row is, so the first of them are read while the kernel before this one ends.
     tile = _tile(source, at, size, mine)
     offset, up_offset = _offsets(bias, row, rows, HAS_BIAS, GATED)
     if GATED:
@@ -102,7 +102,7 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
             value = (value.to(tl.float32) * scale).to(value.dtype) * gains
         value = value.to(tl.float32)
         step = tl.num_programs(0) * ROWS
-        for first in range(tl.program_id(0) * ROWS, rows, step):  # it goes on to other rows, and reads them ahead
+        for first in range(tl.program_id(0) * ROWS, rows, step):  # goes on to other rows, reading ahead
             row = first + tl.arange(0, ROWS)
             source += step.to(tl.int64) * size
             following = _tile(source, at, size, row + step < rows)
@@ -138,12 +138,12 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """As many as a device runs at once, of some warps each."""
+    """The number of programs that a device runs at once, of some warps each."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 class Norm(NamedTuple):
-    """RMSNorm of the row, to which `residual` [1, in] is added first where there is one."""
+    """RMSNorm of the row. If there is a `residual` [1, in], it is added to the row first."""
 
     weight: torch.Tensor
     eps: float

@@ -1,5 +1,5 @@
-"""Programmatic dependent launch (compute capability 9.0 and up): a kernel's programs are in place before the kernel
-before it is done, and wait inside. In a graph of many small kernels the gaps between them are half of the time."""
+"""Programmatic dependent launch (compute capability 9.0 and up): a kernel's programs start before the previous kernel
+has ended, and wait inside. In a graph of many small kernels the gaps between kernels take half of the time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import triton.language as tl
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Every program calls it before it writes, and before it reads what the launches before it write: what runs next
-    counts on that."""
-    if PDL:  # in PTX: what Triton 3.4 has for it cannot be called
+    """Wait for the launches before this one. Every program calls it before it writes, and before it reads memory that
+    the launches before it write. The next kernel relies on this."""
+    if PDL:  # in PTX, since Triton 3.4's own function cannot be called
         tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32,
                                   is_pure=False, pack=1)
         tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,

@@ -1,7 +1,8 @@
-"""From logits to tokens without the host: thresholds by one program a row, then a race of all tokens in pieces.
+"""Sampling without the host. One program for each row finds the thresholds. Then all tokens are compared in pieces, and
+the one with the highest noisy score wins.
 
-Filters are thresholds, as in hal.sampling.sampler, found by bisection over the values' bits, so nothing is sorted. The
-noise is that of hal.sampling.noise, bit for bit up to its logarithms.
+Filters are thresholds, as in hal.sampling.sampler. They are found by bisection over the values' bits, so nothing is
+sorted. The noise is that of hal.sampling.noise: its bits are the same, and its logarithms may differ in rounding.
 
 Scores are divided by the temperature relative to the row's largest where hal.sampling.sampler.reference says so. The
 programs of an unfiltered race do not know the row's largest: each subtracts the largest of its own piece, and the
@@ -20,8 +21,8 @@ import triton.language as tl
 from hal.sampling.sampler import LARGE
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
-_PIECE, _PROGRAMS = 512, 4096  # elements read at a time by a warp; how many are there to fill a device
-_LANES = 4096  # of the program that finds a row's thresholds, and the values that it can keep apart
+_PIECE, _PROGRAMS = 512, 4096  # elements that a warp reads at a time; the number of warps that fill a device
+_LANES = 4096  # lanes of the program that finds a row's thresholds, and the values that it can keep
 _LARGE = tl.constexpr(LARGE)
 _COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits that are 0 in fp32
@@ -57,14 +58,14 @@ def _log_exponential(key, ids):
     x *= -0x7B935975
     x ^= (x >> 16) & 0xFFFF
     v = tl.minimum(((x & 0x7FFFFFFF).to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.9999999403953552)
-    # log1p(-v): what rounding 1 - v lost is made up for by the quotient (Kahan).
+    # log1p(-v): the quotient corrects the rounding of 1 - v (Kahan).
     rest = 1.0 - v
     return tl.log(tl.where(rest == 1.0, v, tl.log(rest) * (v / (rest - 1.0))))
 
 
 @triton.jit
 def _ordered(x, SHIFT: tl.constexpr):
-    """fp32 -> int32 in the same order, neighbours in a dtype whose low SHIFT bits are 0."""
+    """fp32 -> int32 in the same order. Values of a dtype whose low SHIFT bits are 0 become consecutive integers."""
     bits = x.to(tl.int32, bitcast=True) >> SHIFT
     return bits ^ ((bits >> 31) & (0x7FFFFFFF >> SHIFT))
 
@@ -86,7 +87,7 @@ def _scan(source, at, vocab, blocks, warmth, base, least, key, DRAW: tl.constexp
             most = tl.maximum(most, x)
             x = _divided(x - base, warmth)
             x = tl.where(x >= least, x, float("-inf"))
-            if tl.max(x) > float("-inf"):  # behind a filter most blocks are empty
+            if tl.max(x) > float("-inf"):  # after a filter most blocks are empty
                 x -= _log_exponential(key, at)
         better = x > best
         best, best_id = tl.where(better, x, best), tl.where(better, at, best_id)
@@ -147,7 +148,7 @@ def _join(winners, bases, temperature, out, rows, last, pieces, padding, DRAW: t
 
 @triton.jit
 def _mass_above(source, count, pivot, best, rate, BLOCK: tl.constexpr):
-    """The sum of exp2((x - best) * rate) over x > pivot: their number, where rate is 0."""
+    """The sum of exp2((x - best) * rate) over x > pivot. If rate is 0, this is their number."""
     at, total = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32)
     for start in range(0, count, BLOCK):
         x = tl.load(source + start + at, mask=start + at < count, other=float("-inf")).to(tl.float32)
@@ -157,7 +158,7 @@ def _mass_above(source, count, pivot, best, rate, BLOCK: tl.constexpr):
 
 @triton.jit
 def _search(source, count, low, high, best, rate, limit, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key in [low, high) above which there is not less than `limit`, given that it is so for `low`."""
+    """The largest key in [low, high) such that the sum above it is at least `limit`. `low` must be such a key."""
     while low + 1 < high:
         middle = (low & high) + ((low ^ high) >> 1)
         if _mass_above(source, count, _value(middle, SHIFT), best, rate, BLOCK) < limit:
@@ -169,7 +170,8 @@ def _search(source, count, low, high, best, rate, limit, SHIFT: tl.constexpr, BL
 
 @triton.jit
 def _dropped(source, count, low, high, far, best, k, p, total, rate, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key that top-k drops, then top-p: a share of what top-k left, else of `total`."""
+    """The largest key that top-k drops, then the one that top-p drops. Top-p is a share of the sum that top-k leaves,
+    or of `total` without top-k."""
     if k > 0:
         low = _search(source, count, low, high, best, 0.0, k.to(tl.float32), SHIFT, BLOCK)
     if p < 1:
@@ -200,7 +202,7 @@ def _thresholds(scores, temperature, top_k, top_p, min_p, kept, lowest, shift, s
         if ((k > 0) | (p < 1)) & (tl.abs(best) < float("inf")):
             rate, total = tl.minimum(1.4426950408889634 / warmth, 3.4e38), 0.0  # finite, so that the best weighs 1
             low, high = _ordered(tl.full([], float("-inf"), tl.float32), SHIFT), _ordered(best, SHIFT)
-            # All that is so far below the best weighs less than 1 - top_p together.
+            # All values so far below the best have together a weight of less than 1 - top_p.
             far = best - (tl.log(vocab.to(tl.float32)) - tl.log(tl.maximum(1.0 - p, 1e-8)) + 1.0) * warmth
             far = tl.maximum(_ordered(far, SHIFT) - 1, low)
             if k <= 0:
