@@ -79,7 +79,7 @@ def test_the_reading_path_is_short_and_its_line_counts_are_right() -> None:
     sizes = {name: code_lines(ROOT / name) for _, name, _ in path}
     assert [int(number) for number, _, _ in path] == list(range(1, len(path) + 1)) and len(sizes) == len(path) > 10
     assert sum(sizes.values()) <= 1200, sizes
-    wrong = {name: sizes[name] for _, name, said in path if abs(sizes[name] - int(said)) > 15}
+    wrong = {name: sizes[name] for _, name, said in path if abs(sizes[name] - int(said)) > 25}
     assert not wrong, f"lines of code now: {wrong}"
     told = int(re.search(r"about ([\d,]+) lines of code", DOCS[0].read_text())[1].replace(",", ""))  # type: ignore[index]
     assert abs(sum(sizes.values()) - told) <= 50, sum(sizes.values())
