@@ -1,4 +1,5 @@
-"""The order in which one step copies and swaps KV blocks: said once, for every cache that follows a step."""
+"""The order in which one step copies and swaps KV blocks and swaps states of rows: said once, for every cache that
+follows a step."""
 
 from __future__ import annotations
 
@@ -13,17 +14,23 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import InputError
 
-MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy")
+MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy", "rows_to_swap_out", "rows_to_swap_in")
+Runner = ModelRunnerBase[Any] | type[ModelRunnerBase[Any]]
+
+
+def on_host(device: Sequence[torch.Tensor], count: int, *, pin: bool = False) -> list[torch.Tensor]:
+    """Zeroed memory on the host for `count` blocks, or rows, of each tensor of the device."""
+    return [torch.zeros((x.shape[0], count, *x.shape[2:]), dtype=x.dtype, pin_memory=pin) for x in device]
 
 
 def moves_blocks(step: WorkerInput | ExecuteModelRequest) -> bool:
-    """Whether the step copies or swaps any block; most steps do not."""
+    """Whether the step copies or swaps any block, or swaps a row's state; most steps do not."""
     fields = step.__dict__
     return any(fields[name] is not None for name in MOVES)
 
 
 def move_blocks(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.Tensor], host: Sequence[torch.Tensor],
-                runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase) -> None:
+                runner: Runner = ModelRunnerBase) -> None:
     """Move blocks before a step: swaps first, then copies.
 
     All blocks that leave by a swap are read before any block is written, so that a block, of the device or of the
@@ -32,38 +39,51 @@ def move_blocks(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.
     destination is written.
 
     Args:
-        device, host: tensors in the same order; dimension 1 counts blocks.
+        device, host: tensors in the same order; dimension 1 counts blocks. There are none in a pipeline stage whose
+            layers have no paged cache.
         runner: its read_blocks and write_blocks reach the device's blocks.
 
     Raises:
         InputError: a pair names a block that does not exist, or two pairs write the same one.
     """
-    if not moves_blocks(step):
+    if not device or not moves_blocks(step):
         return
-    blocks, host_blocks = (tensors[0].shape[1] if tensors else 0 for tensors in (device, host))
-    out_from, out_to = _indices(step, "blocks_to_swap_out", blocks, host_blocks)
-    in_from, in_to = _indices(step, "blocks_to_swap_in", host_blocks, blocks)
-    copy_from, copy_to = _indices(step, "blocks_to_copy", blocks, blocks)
+    _swap(step, "blocks", device, host, runner)
+    copy_from, copy_to = _indices(step, "blocks_to_copy", device[0].shape[1], device[0].shape[1])
+    if len(copy_from):
+        runner.write_blocks(device, copy_to, runner.read_blocks(device, copy_from))
+
+
+def move_rows(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.Tensor], host: Sequence[torch.Tensor],
+              runner: Runner = ModelRunnerBase) -> None:
+    """Swap the states of rows before a step, as `move_blocks` does with blocks; dimension 1 counts rows."""
+    if device and moves_blocks(step):
+        _swap(step, "rows", device, host, runner)
+
+
+def _swap(step: WorkerInput | ExecuteModelRequest, what: str, device: Sequence[torch.Tensor],
+          host: Sequence[torch.Tensor], runner: Runner) -> None:
+    here, there = device[0].shape[1], host[0].shape[1]
+    out_from, out_to = _indices(step, f"{what}_to_swap_out", here, there)
+    in_from, in_to = _indices(step, f"{what}_to_swap_in", there, here)
     leaving = [x.cpu() for x in runner.read_blocks(device, out_from)] if len(out_from) else []
     if len(in_from):
         runner.write_blocks(device, in_to, [tensor[:, in_from] for tensor in host])
     for tensor, values in zip(host, leaving, strict=False):
         tensor[:, out_to] = values
-    if len(copy_from):
-        runner.write_blocks(device, copy_to, runner.read_blocks(device, copy_from))
 
 
 def _indices(step: WorkerInput | ExecuteModelRequest, name: str, sources: int, targets: int) -> torch.Tensor:
-    """[2, n] int64: source blocks and destination blocks."""
+    """[2, n] int64: sources and destinations."""
     pairs: np.ndarray[Any, Any] | None = step[name]
     if pairs is None or not len(pairs):
         return torch.empty(2, 0, dtype=torch.int64)
-    field = f"{type(step).__name__}.{name}"
+    field, what = f"{type(step).__name__}.{name}", name.partition("s_to_")[0]
     if int(pairs[:, 0].max()) >= sources or int(pairs[:, 1].max()) >= targets or int(pairs.min()) < 0:
-        raise InputError(f"{field} names a block that does not exist", got=pairs.tolist(), fields=(name,),
+        raise InputError(f"{field} names a {what} that does not exist", got=pairs.tolist(), fields=(name,),
                          expected=f"sources below {sources}, destinations below {targets}")
     if len(np.unique(pairs[:, 1])) != len(pairs):
-        raise InputError(f"{field} writes a block twice", got=pairs.tolist(), fields=(name,))
-    if name != "blocks_to_swap_out" and (pairs[:, 1] == NULL_BLOCK).any():
+        raise InputError(f"{field} writes a {what} twice", got=pairs.tolist(), fields=(name,))
+    if name in ("blocks_to_swap_in", "blocks_to_copy") and (pairs[:, 1] == NULL_BLOCK).any():
         raise InputError(f"{field} writes the null block", got=pairs.tolist(), fields=(name,))
     return torch.from_numpy(pairs.T.astype(np.int64))

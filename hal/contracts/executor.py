@@ -47,12 +47,15 @@ class Executor(Protocol):
     Attributes:
         num_blocks: KV blocks of the smallest rank, the null block included; 0 where no rank has a KV cache.
         num_cpu_blocks: host blocks for swapping.
+        has_row_states: layers of the model keep a state per row. So sequences cannot share a prefix, and a sequence
+            that is swapped takes its row's state along.
         input_type, output_type: what a step's input is on each rank, and what it yields, as the model runner declares
             them.
     """
 
     num_blocks: int
     num_cpu_blocks: int
+    has_row_states: bool
     input_type: type[ModelInput]
     output_type: type[Declared]
 

@@ -45,7 +45,8 @@ class IntermediateTensors(Declared):
 
 
 class WorkerInput(Declared):
-    """What the worker does to the KV cache before a step: int32 pairs (source block, destination block)."""
+    """What the worker does to the KV cache before a step: int32 pairs (source block, destination block), and where
+    layers keep a state per row (row, row on the host) or the other way round."""
 
     sampling_follows: Annotated[bool, Doc("a SamplingInput completes the step")] = False
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1, doc="device to device")] = None
@@ -53,6 +54,10 @@ class WorkerInput(Declared):
                                                           doc="host to device")] = None
     blocks_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_swaps_out", 2, low=0,
                                                            doc="device to host")] = None
+    rows_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_rows_in", 2, low=0,
+                                                        doc="states, host to device")] = None
+    rows_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_rows_out", 2, low=0,
+                                                         doc="states, device to host")] = None
 
 
 class PagedModelInput(ModelInput, fields=input_annotations()):
@@ -76,6 +81,8 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
     num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token")] = 0
     max_query_len: Annotated[int, Doc("most query tokens of a sequence; at 1 padding decodes too; 0: unknown")] = 0
     num_samples: Annotated[int, Doc("leading rows of logits_indices to sample")] = 0
+    state_rows: Annotated[torch.Tensor | None, Array("int32", "num_seqs", low=-1, pad=-1, doc="row of each sequence; "
+                                                    "present where layers of the model keep a state per row")] = None
 
     if TYPE_CHECKING:  # the features' fields
         def __getattr__(self, name: str) -> Any: ...
@@ -112,6 +119,10 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
             self._refuse("positions", positions, expected)
         self._check_slots(seq, expected, lens)
         self._check_sampling()
+        if self.state_rows is not None:
+            held = self.state_rows.cpu().numpy()[queries > 0]
+            if (held < 0).any() or len(np.unique(held)) != len(held):
+                self._refuse("state_rows", held, "a row of its own for each sequence")
         rows = self.logits_indices.cpu().numpy()
         if rows.size and rows.max() >= max(real, 1):
             self._refuse("logits_indices", rows.max(), f"below the number of real tokens ({real})")

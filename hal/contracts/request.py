@@ -53,6 +53,10 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1)] = None
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0)] = None
     blocks_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_swaps_out", 2, low=0)] = None
+    rows_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_rows_in", 2, low=0, doc="where layers keep a "
+                                                        "state per row: row on the host, row")] = None
+    rows_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_rows_out", 2, low=0, doc="row, row on the host"
+                                                         )] = None
 
     def join(self, sampling: SamplingRequest) -> None:
         """Take over what the second message brought: then this is the request of a step that came in one."""

@@ -34,6 +34,9 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         two_phase: execute_forward, prepare_sampling_input and execute_sampling are there, so that what only sampling
             needs may arrive while the device runs the forward pass. Else such a step is executed when all has arrived.
             A subclass that overrides execute_model says anew whether it has them.
+        has_row_states: some layer of the model, of whatever pipeline stage, keeps a state per row; set by load_model.
+            Then the step's input names each sequence's row.
+        row_states: the tensors of such states on this rank; dimension 1 counts rows.
         intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
         compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
             its time. late: how many of them a step had to make therefore. uncompiled: how many no step has needed yet.
@@ -43,6 +46,8 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     output_type: ClassVar[type[Declared]]
     two_phase: ClassVar[bool] = False
     intermediate_type: type[IntermediateTensors] | None = None
+    has_row_states: bool = False
+    row_states: Sequence[torch.Tensor] = ()
     compiled: int = 0
     late: int = 0
     uncompiled: int = 0
@@ -70,7 +75,8 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     @abc.abstractmethod
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
-        """Zeroed caches, one a layer, dimension 1 counting blocks; block 0 is the null block."""
+        """Zeroed caches, one for each layer with a paged cache, dimension 1 counting blocks; block 0 is the null block.
+        """
 
     @staticmethod
     def read_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[torch.Tensor]:

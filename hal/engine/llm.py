@@ -106,9 +106,10 @@ class LLM:
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
     def _make_scheduler(self) -> Scheduler:
+        ahead = backends.resolve_async(self.backend, self.config.async_scheduling, self.config.pp)
         return Scheduler(self.config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=self.config.pp,
-                         eos_token_ids=self.model_config.eos_token_ids, ahead=backends.resolve_async(
-                             self.backend, self.config.async_scheduling, self.config.pp))
+                         eos_token_ids=self.model_config.eos_token_ids, ahead=ahead,
+                         has_row_states=self.executor.has_row_states)
 
     def generate(self, prompts: Prompts, params: SamplingParams | Several[SamplingParams] | None = None, *,
                  progress: bool = False) -> list[RequestOutput]:

@@ -75,6 +75,7 @@ class Changes:
     destination block).
 
     Attributes:
+        rows_out, rows_in: (row, row on the host) and the other way round of each state that is swapped.
         finished: rows that sequences have left. entered: sequences that have entered rows. grown: (row, column, block)
             of each block that a running sequence was given.
     """
@@ -83,6 +84,8 @@ class Changes:
     swap_out: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    rows_out: list[tuple[int, int]] = field(default_factory=list)
+    rows_in: list[tuple[int, int]] = field(default_factory=list)
     entered: list[Sequence] = field(default_factory=list)
     grown: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -106,7 +109,8 @@ class Changes:
             new_blocks=_ints([b for s in new for b in s.blocks] + [block for _, _, block in grown]),
             rows=rows.astype(np.int32), num_scheduled=counts.astype(np.int32), num_computed=computed.astype(np.int32),
             blocks_to_copy=_pairs(self.copies), blocks_to_swap_in=_pairs(self.swap_in),
-            blocks_to_swap_out=_pairs(self.swap_out), **of_features, **values)
+            blocks_to_swap_out=_pairs(self.swap_out), rows_to_swap_in=_pairs(self.rows_in),
+            rows_to_swap_out=_pairs(self.rows_out), **of_features, **values)
 
 
 def _ints(values: list[int]) -> np.ndarray:

@@ -38,6 +38,7 @@ class Scheduler:
         ahead: a sequence may run again before its last token is known here, because ranks keep that token on the
             device. So a device need not wait for the host. A sequence that has already ended computes one token in
             vain.
+        has_row_states: layers keep a state per row (see Executor): no prefix is shared, and swaps move states too.
 
     Attributes:
         waiting, running: sequences, oldest first.
@@ -46,10 +47,12 @@ class Scheduler:
     """
 
     def __init__(self, config: EngineConfig, num_blocks: int, num_cpu_blocks: int = 0, *,
-                 eos_token_ids: Iterable[int] = (), depth: int = 1, ahead: bool = False) -> None:
+                 eos_token_ids: Iterable[int] = (), depth: int = 1, ahead: bool = False,
+                 has_row_states: bool = False) -> None:
         self.block_size, self.max_rows = config.block_size, config.max_num_seqs
         self.depth, self.ahead = depth, ahead
-        self.max_num_batched_tokens, self.prefix_caching = config.max_num_batched_tokens, config.prefix_caching
+        self.max_num_batched_tokens, self.has_row_states = config.max_num_batched_tokens, has_row_states
+        self.prefix_caching = config.prefix_caching and not has_row_states
         self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
         self._eos = np.array(sorted(eos_token_ids), np.int64)
         self.epoch = self.step = self.digest = 0
@@ -68,6 +71,8 @@ class Scheduler:
         self._needs_tokens = self._per_row(np.bool_)
         self._num_in_flight = 0
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
+        # As many as rows: a sequence starts only when all that were swapped out before are back.
+        self._free_host_rows = list(range(self.max_rows - 1, -1, -1))
         self._at: list[Sequence | None] = [None] * self.max_rows
         self._order: np.ndarray | None = None  # rows of `running`
         self._leaving: list[Sequence] = []  # finished while in flight
@@ -259,9 +264,12 @@ class Scheduler:
         computed = int(self.computed[seq.row])
         count = -(-computed // self.block_size)
         seq.preemptions += 1
-        if 0 < count <= self.blocks.num_free_host:
+        if 0 < count <= self.blocks.num_free_host and self._free_host_rows:
             seq.host_blocks = self.blocks.allocate_host(count)
             self._changes.swap_out += zip(seq.blocks[:count], seq.host_blocks, strict=True)
+            if self.has_row_states:
+                seq.host_row = self._free_host_rows.pop()
+                self._changes.rows_out.append((seq.row, seq.host_row))
         self._leave(seq)
         seq.num_computed = computed if seq.host_blocks else 0
         insort(self.waiting, seq, key=_AGE)
@@ -274,6 +282,10 @@ class Scheduler:
             self._changes.swap_out = [pair for pair in pending if pair[1] not in held]
             self.blocks.release_host(seq.host_blocks)
             seq.host_blocks, seq.num_computed = [], 0
+            if seq.host_row >= 0:
+                self._changes.rows_out = [pair for pair in self._changes.rows_out if pair[1] != seq.host_row]
+                self._free_host_rows.append(seq.host_row)
+                seq.host_row = -1
 
     def _leave(self, seq: Sequence) -> None:
         """A running sequence gives up its row and its blocks."""
@@ -322,6 +334,10 @@ class Scheduler:
         self._order = None
         changes.entered.append(seq)
         row = seq.row = self._free_rows.pop()
+        if seq.host_row >= 0:
+            changes.rows_in.append((seq.host_row, row))
+            self._free_host_rows.append(seq.host_row)
+            seq.host_row = -1
         self._at[row] = seq
         self.length[row] = self._told[row] = length
         self.computed[row], self.capacity[row], self._limit[row] = seq.num_computed, total * size, seq.limit

@@ -24,7 +24,8 @@ class Sequence:
         row: its row in the ranks' batch state while it runs, else -1.
         num_computed: tokens in the cache when it last entered a row (0 after a preemption that dropped its blocks).
             While the sequence runs, the scheduler's `computed` has the current number.
-        blocks: its block table while it runs. host_blocks: the host blocks that it was swapped to.
+        blocks: its block table while it runs. host_blocks: the host blocks that it was swapped to. host_row: the same
+            for the state of its row; -1 where there is none.
         hashes: prefix addresses of its leading full blocks. distrusted: another sequence with the same prefix ended
             with NaN, so the prefix cache takes no block of this one.
         started: it has run. num_cached: prompt tokens that the prefix cache had when it started. tokens_computed: the
@@ -43,6 +44,7 @@ class Sequence:
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
+    host_row: int = -1
     hashes: list[bytes] = field(default_factory=list)
     distrusted: bool = False
     finish_reason: FinishReason | None = None

@@ -21,7 +21,7 @@ class CausalLM(nn.Module, abc.ABC):
 
     Attributes:
         caches: of all layers of the model, on this rank.
-        attention_specs, row_states: of this stage's layers that have such a cache, in order.
+        attention_specs, state_specs: of this stage's layers that have such a cache, in order.
         intermediate_type: what passes between stages; the names are `intermediates` below.
     """
 
@@ -35,7 +35,7 @@ class CausalLM(nn.Module, abc.ABC):
         self.caches = self.declare_caches(build)
         here = [self.caches[i] for i in self.stage]
         self.attention_specs = [cache for cache in here if isinstance(cache, AttentionSpec)]
-        self.row_states = [cache for cache in here if isinstance(cache, RowState)]
+        self.state_specs = [cache for cache in here if isinstance(cache, RowState)]
         name = str(build.dtype).removeprefix("torch.")
         self.intermediate_type: type[IntermediateTensors] = IntermediateTensors.declare(
             f"{type(self).__name__}Intermediate",

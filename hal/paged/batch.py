@@ -75,13 +75,15 @@ class BatchState:
         token_ids: int32 [max_rows, max_model_len]. num_tokens, prompt_lens, num_blocks: int32 [max_rows].
         block_tables: int32 [max_rows, max_blocks], the null block behind the last.
         floats, ints: sampling parameters [max_rows, ...], columns as in `hal.features.COLUMNS`.
+        has_row_states: layers of the model keep a state per row, so inputs name each sequence's row. The runner sets it
+            once it has loaded the model.
     """
 
     def __init__(self, max_rows: int, max_model_len: int, block_size: int, vocab_size: int,
                  input_type: type[PagedModelInput] = PagedModelInput, *,
                  asynchronous: bool = False) -> None:
         self.block_size, self.vocab_size, self.input_type = block_size, vocab_size, input_type
-        self.asynchronous = asynchronous
+        self.asynchronous, self.has_row_states = asynchronous, False
         self.token_ids = np.zeros((max_rows, max_model_len), np.int32)
         self.block_tables = np.full((max_rows, -(-max_model_len // block_size)), NULL_BLOCK, np.int32)
         self.num_tokens, self.prompt_lens, self.num_blocks = np.zeros((3, max_rows), np.int32)
@@ -148,6 +150,8 @@ class BatchState:
         values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(sampled),
                   "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0))}
         fields = _arrays(found, dims, values)
+        if self.has_row_states:
+            fields["state_rows"] = rows
         larger, also = choose_shape(dims, values)
         self._last = step, larger.get("num_sampled", len(sampled))
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
@@ -203,6 +207,18 @@ class BatchState:
         if request.new_lens.max() > self.token_ids.shape[1]:
             raise StateError("a new sequence is longer than max_model_len", got=int(request.new_lens.max()),
                              expected=f"at most {self.token_ids.shape[1]}")
+        if self.has_row_states:
+            self._verify_states(request)
+
+    def _verify_states(self, request: ExecuteModelRequest) -> None:
+        """A sequence begins at its first token, or brings its state from the host."""
+        given = np.zeros(0, np.int32) if request.rows_to_swap_in is None else request.rows_to_swap_in[:, 1]
+        bare = np.isin(request.rows, request.new_rows) & (request.num_computed > 0) & ~np.isin(request.rows, given)
+        if bare.any():
+            raise StateError("a sequence enters a row with computed tokens, but without the state of a layer that "
+                             "keeps one per row", got=f"rows {request.rows[bare].tolist()}, num_computed "
+                             f"{request.num_computed[bare].tolist()}", expected="num_computed 0, or rows_to_swap_in",
+                             hint="do not share prefixes where Executor.has_row_states is true")
 
     def _enter(self, request: ExecuteModelRequest) -> None:
         rows, at = request.new_rows, 0

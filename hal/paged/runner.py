@@ -11,6 +11,7 @@ import torch
 from hal.checkpoints.loader import check_weights, load_weights, random_weights
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext, MakeAttention
+from hal.contracts.cache import RowState
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
@@ -22,6 +23,7 @@ from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
 from hal.paged.batch import BatchState
 from hal.paged.pending import PendingTokens
+from hal.paged.row_states import RowStates
 from hal.profiling import span
 from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
 
@@ -66,9 +68,9 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def load_model(self, progress: Progress = no_progress) -> None:
         engine = self.config.engine
-        checked = None if engine.random_weights else check_weights(self.config.model, engine.model)
-        model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
-                            self.device)
+        if not engine.random_weights:
+            check_weights(self.config.model, engine.model)
+        model = self.make_model()
         if engine.random_weights:
             random_weights(model, engine.seed)
         else:
@@ -76,6 +78,15 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.model = self.transform(model)
         self.intermediate_type = self.model.intermediate_type
         self.attention = self.make_attention(self.model.attention_specs, device=self.device, dtype=self.dtype)
+        self.has_row_states = any(isinstance(cache, RowState) for cache in self.model.caches)
+        self.state.has_row_states = self.has_row_states
+        self.states = RowStates(self.model.state_specs, engine.max_num_seqs, self.device)
+        self.row_states = self.states.tensors
+
+    def make_model(self) -> CausalLM:
+        """This rank's part of the model, whose weights are not filled yet."""
+        return build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
+                           self.device)
 
     def transform(self, model: CausalLM) -> CausalLM:
         """Compile or rewrite the loaded model. What it returns is called like the model."""
@@ -124,8 +135,10 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         size, tokens = self.config.engine.block_size, num_seqs * queries
         packed = self.input_type.schema.allocate(
             {"num_tokens": tokens, "num_seqs": num_seqs, "max_blocks": -(-queries // size), "num_logits": num_seqs},
-            block_size=size, num_decode_seqs=num_seqs if queries == 1 else 0, num_samples=num_seqs,
-            max_query_len=queries)
+            ["state_rows"] if self.has_row_states else (), block_size=size,
+            num_decode_seqs=num_seqs if queries == 1 else 0, num_samples=num_seqs, max_query_len=queries)
+        if self.has_row_states:
+            packed.fill("state_rows")
         for name, value in (("input_ids", 0), ("positions", torch.arange(tokens) % queries), ("seq_lens", queries),
                             ("slot_mapping", NULL_BLOCK * size), ("block_tables", NULL_BLOCK),
                             ("query_start_loc", torch.arange(num_seqs + 1) * queries),
@@ -149,6 +162,9 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
         return self.state.prepare_sampling(sampling).to(self.device)
 
+    def forward_context(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> ForwardContext:
+        return ForwardContext(self.attention.begin(m, kv_caches), m, self.states.begin(m) if self.row_states else None)
+
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
@@ -167,7 +183,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                 intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
         """Up to the logits. Every tensor-parallel rank computes its part of them."""
-        context = ForwardContext(self.attention.begin(m, kv_caches), m)
+        context = self.forward_context(m, kv_caches)
         hidden = self.model(self.pending.input_ids(m), m.positions, context, intermediate)
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from hal.contracts import backend as backends
-from hal.contracts.attention import ForwardContext
 from hal.contracts.backend import Backend
-from hal.contracts.block_moves import move_blocks
+from hal.contracts.block_moves import move_blocks, move_rows, on_host
 from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import BackendError, CapacityError
@@ -170,7 +169,8 @@ class _Device:
         self.device, self.trace, self.dtype = backend.device(0), trace, config.engine.dtype
         runner: Any = backend.make_runner(config, self.device, LocalCommunicator())
         self.runner = runner
-        lacking = [part for part in ("ops", "make_attention", "sample") if not hasattr(self.runner, part)]
+        parts = "ops", "make_attention", "forward_context", "sample"
+        lacking = [part for part in parts if not hasattr(self.runner, part)]
         if trace is not None and lacking:
             raise BackendError(f"{backend.name!r} cannot be bisected", got=f"{type(self.runner).__name__} without "
                                f"{', '.join(lacking)}", expected="a runner composed as PagedModelRunner is")
@@ -184,10 +184,10 @@ class _Device:
                                 expected=f"{size:,} bytes, and {runner.reserve_bytes():,} for a step",
                                 hint="bisect on a machine with more memory, or record with a smaller max_model_len")
         self.caches = runner.make_kv_caches(config.engine.num_blocks or 1)
-        self.host = [torch.zeros((c.shape[0], config.engine.num_cpu_blocks, *c.shape[2:]), dtype=c.dtype)
-                     for c in self.caches]
+        self.host = on_host(self.caches, config.engine.num_cpu_blocks)
+        self.host_rows = on_host(runner.row_states, config.engine.max_num_seqs)
         if trace is not None:
-            self.attention = _Traced(runner.attention, trace)
+            runner.attention = _Traced(runner.attention, trace)
             model = runner.model
             trace.names |= {id(m): name for name, m in model.named_modules() if isinstance(m, Linear)}
             trace.names |= {id(p): n.removesuffix(".weight") for n, p in model.named_parameters() if id(p) not in
@@ -204,12 +204,13 @@ class _Device:
     def step(self, request: ExecuteModelRequest) -> list[int]:
         """The tokens."""
         move_blocks(request, self.caches, self.host, self.runner)
+        move_rows(request, self.runner.row_states, self.host_rows, self.runner)
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output = self.runner.execute_model(m, self.caches)
         else:  # called directly, since compiled or captured code would hide the operations
             self.trace.calls = []
-            context = ForwardContext(self.attention.begin(m, self.caches), m)
+            context = self.runner.forward_context(m, self.caches)
             hidden = self.runner.model(m.input_ids, m.positions, context, None)
             output = self.runner.sample(self.runner.head(hidden, m), m)
         tokens: list[int] = output.token_ids.tolist()

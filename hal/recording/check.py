@@ -82,6 +82,8 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
     _moves("blocks_to_copy", r.blocks_to_copy, (1, blocks), (1, blocks))
     _moves("blocks_to_swap_in", r.blocks_to_swap_in, (0, engine.num_cpu_blocks - 1), (1, blocks))
     _moves("blocks_to_swap_out", r.blocks_to_swap_out, (1, blocks), (0, engine.num_cpu_blocks - 1))
+    for name in ("rows_to_swap_in", "rows_to_swap_out"):
+        _moves(name, r[name], (0, len(lens) - 1), (0, len(lens) - 1))
 
 
 def _check_new(r: ExecuteModelRequest, max_model_len: int, vocab_size: int) -> None:
@@ -116,4 +118,4 @@ def _moves(field: str, pairs: np.ndarray[Any, Any] | None, source: tuple[int, in
     if pairs is not None:
         _within(field, pairs[:, 0], *source)
         _within(field, pairs[:, 1], *into)
-        need(field, len(np.unique(pairs[:, 1])) == len(pairs), pairs[:, 1], "no block written twice")
+        need(field, len(np.unique(pairs[:, 1])) == len(pairs), pairs[:, 1], "nothing written twice")

@@ -45,6 +45,7 @@ class RecordingExecutor:
     def __init__(self, executor: Executor, config: WorkerConfig, backend: Backend) -> None:
         self.executor, self.num_blocks, self.num_cpu_blocks = executor, executor.num_blocks, executor.num_cpu_blocks
         self.input_type, self.output_type = executor.input_type, executor.output_type
+        self.has_row_states = executor.has_row_states
         dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
         engine = replace(config.engine, num_blocks=executor.num_blocks or None,
                          async_scheduling=False, dtype=dtype)

@@ -169,6 +169,8 @@ def _paged(draw: st.DrawFn, cls: type[PagedModelInput], min_size: int, max_size:
                     scalars[name] = value
                 else:
                     arrays[name] = value
+    if draw(st.booleans(), label="states"):
+        arrays["state_rows"] = rng.permutation(len(lens))
     fields = {name: _as(cls, name, array) for name, array in arrays.items()}
     make: Any = cls  # mypy: each name's type is not known here
     return make(**fields, **scalars, **_further(draw, cls, fields, rng))

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 
 from hal.config import WorkerConfig
-from hal.contracts.attention import ForwardContext
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
@@ -59,6 +58,8 @@ class CudaModelRunner(PagedModelRunner):
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
+        if self.has_row_states:
+            self.sizes = ()  # a graph's input has no state_rows, and the model's layers need not be capturable
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -112,7 +113,7 @@ class CudaModelRunner(PagedModelRunner):
         assert m.pending_rows is not None
         last = self.pending.last
         input_ids = elementwise.resolve(m.input_ids, m.pending_rows, last)
-        hidden = self.model(input_ids, m.positions, ForwardContext(self.attention.begin(m, kv_caches), m), received)
+        hidden = self.model(input_ids, m.positions, self.forward_context(m, kv_caches), received)
         if not isinstance(hidden, torch.Tensor):
             return cast(IntermediateTensors, hidden)
         logits = self.model.compute_logits(hidden)

@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext
+from hal.contracts.cache import RowState
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
-from hal.errors import BackendError, StateError
+from hal.errors import BackendError, ConfigError, StateError
 from hal.features.bias import MOST_TOKENS
 from hal.features.masks import WORD
 from hal.models.causal_lm import CausalLM
@@ -101,6 +102,10 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         engine = self.config.engine
         self.model = load(engine, self.config.model, self.config.topology.pp_rank, self.dtype, self.mesh, progress)
         self.intermediate_type = self.model.intermediate_type
+        if any(isinstance(cache, RowState) for cache in self.model.caches):
+            raise ConfigError("backend 'tpu' keeps no state per row, which layers of this model declare",
+                              got=self.config.model.architecture, expected="a model of paged caches alone",
+                              hint="run this model on --device cpu")
         kernel = lowering.device_kind() == "TPU" and engine.tp == 1
         self.attention = TpuAttention(self.model.attention_specs, ranks=engine.tp, kernel=kernel)
 

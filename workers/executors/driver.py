@@ -75,6 +75,7 @@ class DriverExecutor(ExecutorBase):
             if failure.rank == 0 and (isinstance(error, HalError) or not isinstance(error, Exception)):
                 raise
             raise failure.at_start() from error
+        self.has_row_states = self._worker.has_row_states
 
     def _start(self, configs: list[WorkerConfig], name: str, progress: Progress) -> int:
         worker, ranks, store = self._worker, self._ranks, None

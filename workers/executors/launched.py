@@ -65,6 +65,7 @@ class LaunchedExecutor(ExecutorBase):
             if failure.rank == topology.rank and (isinstance(error, HalError) or not isinstance(error, Exception)):
                 raise
             raise failure.at_start() from error
+        self.has_row_states = self._worker.has_row_states
 
     def _start(self, config: WorkerConfig, progress: Progress) -> int:
         worker = self._worker

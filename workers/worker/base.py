@@ -59,6 +59,11 @@ class WorkerBase(abc.ABC):
     def determine_num_blocks(self) -> int:
         """KV blocks that this rank's memory holds. Raises CapacityError."""
 
+    @property
+    def has_row_states(self) -> bool:
+        """See hal.contracts.executor.Executor. Known once the model is loaded."""
+        return False
+
     @abc.abstractmethod
     def initialize_cache(self, num_blocks: int) -> None:
         """Allocate; `num_blocks` is the smallest of all ranks."""

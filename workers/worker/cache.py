@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hal.config import WorkerConfig
-from hal.contracts.block_moves import move_blocks
+from hal.contracts.block_moves import move_blocks, move_rows, on_host
 from hal.contracts.inputs import WorkerInput
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import CapacityError
@@ -16,25 +16,28 @@ from hal.errors import CapacityError
 IDLE = WorkerInput()  # of every step that asks for nothing: most. Never to be changed
 
 
-def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool) -> int:
+def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool,
+                 row_states: bool = False) -> int:
     """KV blocks of this rank, the null block included: EngineConfig.num_blocks, or what the memory holds. 0 where the
-    rank keeps no blocks.
+    rank keeps no blocks, and the model no states of rows.
 
     Args:
         free: bytes this rank may allocate, its weights already loaded. reserve: bytes of them that steps need.
         per_block: bytes of one block over this rank's layers.
         host_memory: the cache shares the host's memory with everything else, so it takes no more than max_num_seqs
             sequences of max_model_len can use.
+        row_states: layers of the model keep a state per row.
 
     Raises:
         CapacityError: one sequence of max_model_len, or num_blocks, does not fit.
     """
-    if not per_block:
+    if not per_block and not row_states:
         return 0
     engine, length = config.engine, config.max_model_len
     budget = int(free * engine.memory_fraction) - reserve
     each = -(-length // engine.block_size)
-    fitting = max(budget, 0) // max(per_block, 1)
+    # Blocks cost nothing on a rank that keeps none. The scheduler still counts tokens by them.
+    fitting = max(budget, 0) // per_block if per_block else max(engine.num_blocks or 0, engine.max_num_seqs * each + 1)
     wanted = engine.num_blocks or each + 1
     if wanted < each + 1:
         raise CapacityError("the KV cache is too small for one sequence of max_model_len",
@@ -57,17 +60,21 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
 
 class CacheEngine:
     """Attributes:
-        device: one tensor a layer; dimension 1 counts blocks. host: the same with num_cpu_blocks, on the host.
-        runner: reads and writes the device's blocks.
+        device: a tensor of each layer with a paged cache; dimension 1 counts blocks.
+        host: the same on the host, with num_cpu_blocks.
+        host_rows: the runner's row_states on the host; none where there are no host blocks.
+        runner: reads and writes the device's blocks and rows.
     """
 
     def __init__(self, device: Sequence[torch.Tensor], num_cpu_blocks: int,
                  runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase) -> None:
         self.device, self.runner = device, runner
-        pin = num_cpu_blocks > 0 and any(cache.is_cuda for cache in device)
-        self.host = [torch.zeros((c.shape[0], num_cpu_blocks, *c.shape[2:]), dtype=c.dtype, pin_memory=pin)
-                     for c in device]
+        states = runner.row_states if num_cpu_blocks else ()
+        pin = num_cpu_blocks > 0 and any(tensor.is_cuda for tensor in (*device, *states))
+        self.host = on_host(device, num_cpu_blocks, pin=pin)
+        self.host_rows = on_host(states, states[0].shape[1] if states else 0, pin=pin)
 
     def apply(self, step: WorkerInput) -> None:
-        """See hal.contracts.block_moves.move_blocks. Raises InputError."""
+        """See hal.contracts.block_moves. Raises InputError."""
         move_blocks(step, self.device, self.host, self.runner)
+        move_rows(step, self.runner.row_states, self.host_rows, self.runner)

@@ -10,7 +10,7 @@ import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend
-from hal.contracts.block_moves import moves_blocks
+from hal.contracts.block_moves import MOVES, moves_blocks
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
@@ -78,10 +78,16 @@ class Worker(LocalOrDistributedWorkerBase):
         on_host = self.device.type == "cpu" or self.backend.capabilities.host_memory
         free = self.backend.free_memory(self.device) // (self.topology.world_size if on_host else 1)
         return count_blocks(self.config, free=free, reserve=self.runner.reserve_bytes(),
-                            per_block=self.runner.kv_bytes_per_block(), host_memory=on_host)
+                            per_block=self.runner.kv_bytes_per_block(), host_memory=on_host,
+                            row_states=self.runner.has_row_states)
 
     def initialize_cache(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks, self.runner)
+
+    @property
+    def has_row_states(self) -> bool:
+        return self.runner.has_row_states
 
     def warmup(self, progress: Progress = no_progress) -> None:
         self.runner.warmup(self.cache.device, progress)
@@ -90,9 +96,8 @@ class Worker(LocalOrDistributedWorkerBase):
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
         if not (request.sampling_follows or moves_blocks(request)):
             return IDLE
-        return self._checked(WorkerInput(
-            sampling_follows=request.sampling_follows, blocks_to_copy=request.blocks_to_copy,
-            blocks_to_swap_in=request.blocks_to_swap_in, blocks_to_swap_out=request.blocks_to_swap_out))
+        return self._checked(WorkerInput(sampling_follows=request.sampling_follows,
+                                         **{name: request[name] for name in MOVES}))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
@@ -124,7 +129,7 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def execute_worker(self, worker_input: WorkerInput) -> None:
         if self.flight_recorder is not None:
-            self.flight_recorder.moved(worker_input, self.cache.device[0].shape[1] if self.cache.device else 0)
+            self.flight_recorder.moved(worker_input, self.num_blocks)
         self.cache.apply(worker_input)
 
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
