@@ -67,26 +67,25 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
 
     def load_model(self, progress: Progress = no_progress) -> None:
-        engine = self.config.engine
-        if not engine.random_weights:
-            check_weights(self.config.model, engine.model)
-        model = self.make_model()
-        if engine.random_weights:
-            random_weights(model, engine.seed)
-        else:
-            load_weights(model, engine.model, progress, checked=checked)
-        self.model = self.transform(model)
+        self.model = self.transform(self.make_model(progress))
         self.intermediate_type = self.model.intermediate_type
         self.attention = self.make_attention(self.model.attention_specs, device=self.device, dtype=self.dtype)
         self.has_row_states = any(isinstance(cache, RowState) for cache in self.model.caches)
         self.state.has_row_states = self.has_row_states
-        self.states = RowStates(self.model.state_specs, engine.max_num_seqs, self.device)
+        self.states = RowStates(self.model.state_specs, self.config.engine.max_num_seqs, self.device)
         self.row_states = self.states.tensors
 
-    def make_model(self) -> CausalLM:
-        """This rank's part of the model, whose weights are not filled yet."""
-        return build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
-                           self.device)
+    def make_model(self, progress: Progress = no_progress) -> CausalLM:
+        """This rank's part of the model, with its weights. Raises as load_model."""
+        engine = self.config.engine
+        checked = None if engine.random_weights else check_weights(self.config.model, engine.model)
+        model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
+                            self.device)
+        if engine.random_weights:
+            random_weights(model, engine.seed)
+        else:
+            load_weights(model, engine.model, progress, checked=checked)
+        return model
 
     def transform(self, model: CausalLM) -> CausalLM:
         """Compile or rewrite the loaded model. What it returns is called like the model."""

@@ -75,7 +75,6 @@ class DriverExecutor(ExecutorBase):
             if failure.rank == 0 and (isinstance(error, HalError) or not isinstance(error, Exception)):
                 raise
             raise failure.at_start() from error
-        self.has_row_states = self._worker.has_row_states
 
     def _start(self, configs: list[WorkerConfig], name: str, progress: Progress) -> int:
         worker, ranks, store = self._worker, self._ranks, None
@@ -87,6 +86,7 @@ class DriverExecutor(ExecutorBase):
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
         self.input_type, self.output_type = worker.input_type, worker.output_type
+        self.has_row_states = worker.has_row_states
         own, reports = worker.determine_num_blocks(), self._expect("sized")
         agree(worker.facts(), reports)
         blocks = fewest([own, *(report["blocks"] for report in reports)])

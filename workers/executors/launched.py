@@ -65,7 +65,6 @@ class LaunchedExecutor(ExecutorBase):
             if failure.rank == topology.rank and (isinstance(error, HalError) or not isinstance(error, Exception)):
                 raise
             raise failure.at_start() from error
-        self.has_row_states = self._worker.has_row_states
 
     def _start(self, config: WorkerConfig, progress: Progress) -> int:
         worker = self._worker
@@ -75,6 +74,7 @@ class LaunchedExecutor(ExecutorBase):
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
         self.input_type, self.output_type = worker.input_type, worker.output_type
+        self.has_row_states = worker.has_row_states
         reports = self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks())
         blocks = fewest([report["blocks"] for report in reports])
         worker.initialize_cache(blocks)
