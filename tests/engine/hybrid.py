@@ -4,6 +4,7 @@ layer without a cache. Its weights follow from their names, and each tensor-para
 from __future__ import annotations
 
 import zlib
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,7 +79,7 @@ class Layer(nn.Module):
         taps = self.part("taps", CHANNELS, TAPS)
         found = context.states.read(self.place)
         starts, out, convs, hs = context.model_input.query_start_loc.tolist(), torch.zeros_like(inputs), [], []
-        for seq, (first, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for seq, (first, end) in enumerate(pairwise(starts)):
             window = torch.cat((found["conv"][seq], inputs[first:end]))  # [TAPS - 1 + n, channels]
             h = found["h"][seq]
             for token in range(end - first):
