@@ -1,5 +1,5 @@
-"""An encoder as a runner of its own: no KV cache, its own input, embeddings as output. Run as a script by torchrun, each
-rank writes its embeddings to a folder."""
+"""An encoder as a runner of its own: no KV cache, its own input, embeddings as output. Run as a script by torchrun,
+each rank writes its embeddings to a folder."""
 
 from __future__ import annotations
 

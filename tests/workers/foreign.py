@@ -24,11 +24,13 @@ from typing import Any
 NOBODY = 65534
 # Where a start is slowed down: the function before which a rank sleeps, by control plane.
 POINTS = {
-    "shm": [("executor.RendezvousStore", 0), ("links.make_plane", 0), ("links.make_plane", 1), ("shm._create", 0),
-            ("shm._open", 1), ("shm._peers", 0), ("shm._peers", 1), ("links._data_plane", 0), ("links._data_plane", 1)],
-    "gloo": [("links.make_plane", 0), ("links.make_plane", 1), ("groups._stdout_to_stderr", 0),
-             ("groups._stdout_to_stderr", 1), ("groups._prove", 0), ("groups._prove", 1), ("links._data_plane", 0),
-             ("links._data_plane", 1)]}
+    "shm": [("driver.RendezvousStore", 0), ("connections.make_plane", 0), ("connections.make_plane", 1),
+            ("memory._create", 0), ("memory._open", 1), ("memory._peers", 0), ("memory._peers", 1),
+            ("connections._data_plane", 0), ("connections._data_plane", 1)],
+    "gloo": [("connections.make_plane", 0), ("connections.make_plane", 1), ("groups._stdout_to_stderr", 0),
+             ("groups._stdout_to_stderr", 1), ("groups._prove", 0), ("groups._prove", 1),
+             ("connections._data_plane", 0), ("connections._data_plane", 1)]}
+FOLDERS = {"driver": "executors", "connections": "executors", "memory": "links", "groups": "links"}
 
 
 def listening(pid: int) -> set[str]:
@@ -107,7 +109,7 @@ def intrude() -> None:
         elif kind == "unix":
             achieved["ports"] += 1
         else:
-            port = int(where.rpartition(":")[2], 16)
+            port = int(where.partition(":")[2], 16)
             for number in range(4):  # gloo's handshake is a number from 0
                 with contextlib.suppress(OSError):
                     kept.append(socket.create_connection(("127.0.0.1", port)))
@@ -125,7 +127,7 @@ def slow_down(rank: int) -> None:
     where, at, seconds = os.environ["TEST_PAUSE"].split()
     groups.CONNECT = timedelta(seconds=float(seconds) + 10)
     module_name, _, name = where.partition(".")
-    module = importlib.import_module(f"workers.{module_name}")
+    module = importlib.import_module(f"workers.{FOLDERS[module_name]}.{module_name}")
     plain: Callable[..., Any] = getattr(module, name)
 
     def paused(*args: Any, **options: Any) -> Any:
