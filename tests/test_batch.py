@@ -170,7 +170,7 @@ def test_a_new_epoch_starts_over() -> None:
 
 
 @pytest.mark.parametrize("tokens", [[VOCAB], [1] * 9])
-def test_what_the_model_cannot_hold_is_refused(tokens: list[int]) -> None:
+def test_tokens_that_the_model_cannot_hold_are_refused(tokens: list[int]) -> None:
     with pytest.raises(StateError):
         BatchState(2, 8, 4, VOCAB).apply(request(0, 0, new=[Seq(0, tokens, 1, GREEDY)]))
 

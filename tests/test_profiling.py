@@ -69,7 +69,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_off_nothing_is_opened(opened: list[str]) -> None:
+def test_spans_are_not_opened_when_profiling_is_off(opened: list[str]) -> None:
     with LLM(device="null", num_blocks=64) as llm:
         llm.generate(PROMPTS, SamplingParams(max_tokens=3))
     assert opened == [] and profiling.span("prepare") is profiling.span("execute")
@@ -88,7 +88,7 @@ def test_a_span_is_an_nvtx_range_where_cuda_is_in_use(opened: list[str], monkeyp
     assert ranges == ["execute", "sample", "...", "pop", "pop"] and opened[:3] == ["execute", "sample", "-sample"]
 
 
-def test_what_fails_in_a_trace_ends_it(tmp_path: Path) -> None:
+def test_an_error_in_a_trace_ends_it(tmp_path: Path) -> None:
     with pytest.raises(KeyError), profiling.trace(str(tmp_path / "trace.json")):
         raise KeyError
     assert not profiling._on and not list(tmp_path.iterdir())

@@ -188,7 +188,7 @@ def test_forged_messages_are_refused_without_allocating_what_they_claim(what: st
     assert peak < 100_000
 
 
-def test_a_message_ends_where_it_says_and_its_texts_are_covered() -> None:
+def test_a_message_has_its_stated_size_and_its_checksum_covers_texts() -> None:
     message = Sparse(rows=np.ones((2, 3), np.int32), names=("ä", "b")).to_buffer()
     for spoilt in (bytes(message) + b"\0", bytes(message)[:-1], bytes(message).replace(b"hello", b"jello")):
         with pytest.raises(WireError):
@@ -197,7 +197,7 @@ def test_a_message_ends_where_it_says_and_its_texts_are_covered() -> None:
         Sparse(rows=np.zeros((0, 0), np.int32), name="\ud800").to_buffer()
 
 
-def test_what_only_the_sender_has_does_not_travel() -> None:
+def test_fields_of_the_sender_alone_do_not_travel() -> None:
     """Neither the sizes of symbols that no array of the message has, nor the presence of local arrays."""
     packed = Sparse.schema.allocate({"n": 1, "width": 2, "num_pairs": 7, "num_own": 5}, ["own"])
     assert packed.dims == {"n": 1, "width": 2, "num_pairs": 0, "depth": 0, "num_own": 5}
@@ -205,7 +205,7 @@ def test_what_only_the_sender_has_does_not_travel() -> None:
     assert arrived.dims == {**packed.dims, "num_own": 0} and "own" not in arrived.arrays
 
 
-def test_checks_do_not_allocate_by_a_claimed_dimension_and_refuse_what_is_no_number() -> None:
+def test_checks_do_not_allocate_by_a_claimed_dimension_and_refuse_nan() -> None:
     ints = torch.zeros(0, dtype=torch.int32)
     empty = PagedModelInput(input_ids=ints, positions=ints, slot_mapping=ints, seq_lens=ints, logits_indices=ints,
                             query_start_loc=torch.zeros(1, dtype=torch.int32), block_size=4,

@@ -141,7 +141,7 @@ def test_the_file_of_expected_failures(tmp_path: Path, capsys: pytest.CaptureFix
     (["--seed", "-1"], 2, "-1 is not from 0"), (["--seed", str(2**63)], 2, "is not from 0 to 2**63 - 1"),
     (["--examples", "0"], 2, "0 is not above 0"), (["--tolerance", "model:float32=nan"], 1, "a finite number"),
     (["--tolerance", "model:float32=inf"], 1, "a finite number")])
-def test_numbers_that_no_case_can_use(options: list[str], status: int, word: str,
+def test_numbers_that_no_case_can_use_are_refused(options: list[str], status: int, word: str,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conformance", "--backend", "null", "--level", "0", *options]) == status
     out, err = capsys.readouterr()

@@ -44,7 +44,7 @@ def test_one_prompt_prints_its_answer_alone(generate: Run) -> None:
     assert generate("37+85=") == ["122"]
 
 
-def test_several_prompts_are_told_apart(generate: Run) -> None:
+def test_several_answers_are_printed_below_their_prompts(generate: Run) -> None:
     assert generate("37+85=", "123+456=") == ["> 37+85=", "122", "> 123+456=", "579"]
 
 

@@ -51,7 +51,7 @@ def test_the_answer_needs_stdout_alone(stdin: str, stderr: str, forks: Forks) ->
 
 
 @pytest.mark.parametrize("stderr", [CLOSED, "/dev/full", BROKEN])
-def test_an_error_that_cannot_be_told_has_its_exit_code(stderr: str, forks: Forks) -> None:
+def test_an_error_that_cannot_be_written_still_has_its_exit_code(stderr: str, forks: Forks) -> None:
     for status, args in ((1, ("generate", *NULL, "")), (1, ("replay", "/nowhere")), (2, ("sing",)), (2, ("generate",))):
         ended = forks.run(*args, stderr=stderr)
         assert (ended.status, ended.out) == (status, b"")
@@ -69,7 +69,7 @@ def test_stdout_opened_for_reading_is_named_before_the_work(forks: Forks) -> Non
     assert ended.status == 1 and ended.err.startswith("hal: error: the standard output is not open for writing\n")
 
 
-def test_what_is_printed_gets_into_no_file(forks: Forks, recording: Path) -> None:
+def test_printed_text_gets_into_no_file(forks: Forks, recording: Path) -> None:
     """A file that is opened where a stream was closed would get the stream's descriptor."""
     args = "record", *NULL, "--output", "closed.safetensors", "1+1="
     assert forks.run(*args, stdin=CLOSED, stderr=CLOSED).status == 0

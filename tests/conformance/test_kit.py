@@ -133,7 +133,7 @@ def test_a_failure_prints_the_command_that_repeats_it(capsys: pytest.CaptureFixt
     assert first.text in capsys.readouterr().out
 
 
-def test_reports_say_the_same(tmp_path: Path) -> None:
+def test_all_forms_of_a_report_agree(tmp_path: Path) -> None:
     some = made(result(0, "pass"), result(1, "fail", text="<b>\x07 & wrong"), result(2, "n/a", text="no part"))
     some.errors["linear", "float32"] = [np.array([0.0, 1e-7, 3e-6, 2.0])]
     report.write(some, tmp_path)
@@ -160,7 +160,7 @@ def test_every_case_says_what_it_shows() -> None:
     assert all(c.doc.endswith(".") for c in cases), [c.name for c in cases if not c.doc.endswith(".")]
 
 
-def test_null_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backend_without_checkpoints_is_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
     """A backend without arithmetic for checkpoints gets no verdict for operations, and a real one for the rest."""
     assert main(["conformance", "--backend", "null", "--level", "3", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out

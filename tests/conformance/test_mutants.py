@@ -48,9 +48,9 @@ def test_mutant_is_caught_at_its_level(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "null", "mutants:control"])
 @pytest.mark.parametrize("seed", range(1, 6))
-def test_what_is_not_broken_passes(device: str, seed: int) -> None:
+def test_a_backend_without_a_fault_passes(device: str, seed: int) -> None:
     assert not run(Options(device, level=4, seed=seed)).failed
 
 
-def test_there_are_enough() -> None:
+def test_there_are_enough_mutants() -> None:
     assert len(NAMES) >= 30

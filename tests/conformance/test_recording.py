@@ -46,7 +46,7 @@ def test_golden_recordings_replay_on_the_cpu(path: Path) -> None:
     assert sum(s.tokens for s in comparison.steps) >= 8
 
 
-def test_a_recording_is_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recording_holds_the_requests_inputs_and_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.safetensors"
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     assert main(["record", "--output", str(path), "--device", "cpu", *options, "37+85=", "37+5="]) == 0
@@ -62,7 +62,7 @@ def test_a_recording_is_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no token is another" in capsys.readouterr().out
 
 
-def test_what_differs_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_differences_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PLANT", "add_rms_norm 7")
     assert main(["replay", str(GREEDY), "--device", "planted:planted"]) == 1
     assert re.search(r"largest logprob error 0\.000[23]", capsys.readouterr().out)
@@ -90,7 +90,7 @@ def test_a_recording_of_an_fp8_cache_runs_where_there_is_none(monkeypatch: pytes
     assert bisect(path, "able", "cpu").divergence is None and kinds == ["auto"] * 3
 
 
-def test_what_is_no_recording_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recording_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         Recording.load(tmp_path / "nowhere")
     (tmp_path / "text").write_text("no tensors")
@@ -164,7 +164,7 @@ def test_values_that_are_out_of_range_are_refused_by_name(part: str, name: str, 
 
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "1" * 5000, "{", "[]", "null", '{"format": 1}',
                                   '{"format": 2}'])
-def test_metadata_that_is_no_recording_is_refused(text: str, tmp_path: Path) -> None:
+def test_metadata_that_is_not_a_recording_is_refused(text: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "bad", {"hal": text})
     with pytest.raises(WireError):
         Recording.load(tmp_path / "bad")

@@ -24,7 +24,7 @@ REASONS = {  # torch.version.cuda, torch.cuda.is_available(), whether Triton is 
 
 
 @pytest.mark.parametrize("reason", REASONS)
-def test_what_is_missing_is_named_and_the_process_goes_on(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_requirement_is_named_and_the_process_goes_on(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, available, triton, words = REASONS[reason]
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
@@ -36,7 +36,7 @@ def test_what_is_missing_is_named_and_the_process_goes_on(reason: str, monkeypat
         assert llm.generate(["37+85="])[0].text == "122"
 
 
-def test_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_with_all_packages_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runners.cuda, "find_spec", lambda name: object())

@@ -65,7 +65,8 @@ def assert_named(error: HalError, *words: str) -> None:
     (32, {}, "device memory cannot hold the model's weights"),
     (256, {"max_num_batched_tokens": 8192}, "device memory cannot hold this step"),  # that is tried at the start
     (1024, {}, "device memory cannot hold the KV cache")], ids=["weights", "step", "cache"])
-def test_at_the_start(limit: Limit, wide: Callable[..., LLM], room: int, options: dict[str, Any], what: str) -> None:
+def test_memory_runs_out_at_the_start(limit: Limit, wide: Callable[..., LLM], room: int, options: dict[str, Any],
+                                      what: str) -> None:
     before = torch.cuda.memory_allocated()
     limit(room * MIB)
     try:
@@ -92,7 +93,7 @@ def limited(limit: Limit, during: str, run: Callable[..., Any], *step: Any) -> A
 
 
 @pytest.mark.parametrize("during", ["the capture", "the run before it"])
-def test_while_capturing_graphs(limit: Limit, wide: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch,
+def test_memory_runs_out_while_capturing_graphs(limit: Limit, wide: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch,
                                 during: str) -> None:
     from runners.cuda import runner
 
@@ -117,7 +118,7 @@ def test_while_capturing_graphs(limit: Limit, wide: Callable[..., LLM], monkeypa
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_in_a_step(limit: Limit, wide: Callable[..., LLM], asynchronous: bool) -> None:
+def test_memory_runs_out_in_a_step(limit: Limit, wide: Callable[..., LLM], asynchronous: bool) -> None:
     before = torch.cuda.memory_allocated()
     with wide(max_num_batched_tokens=8192, num_blocks=65536, async_scheduling=asynchronous) as llm:  # a cache of 1 GiB
         params = SamplingParams(max_tokens=4, ignore_eos=True)

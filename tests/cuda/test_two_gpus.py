@@ -105,7 +105,7 @@ def test_a_stopped_rank_is_reported() -> None:
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp"])
-def test_what_a_rank_raises_in_a_step_reaches_the_driver(layout: str, tmp_path: Path,
+def test_an_exception_of_a_rank_in_a_step_reaches_the_driver(layout: str, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """The others wait for it, on the device, in collectives that never end."""
     monkeypatch.setenv(RAISED_AT, str(tmp_path / "at"))

@@ -64,7 +64,7 @@ def greedy(tokens: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_outputs_are_in_order_and_what_each_would_get_alone(make: Make, asynchronous: bool) -> None:
+def test_outputs_are_in_order_and_equal_those_of_each_prompt_alone(make: Make, asynchronous: bool) -> None:
     llm = make(async_scheduling=asynchronous, max_num_seqs=3, max_num_batched_tokens=16, prefix_caching=False)
     params = [SamplingParams(max_tokens=n, temperature=t, seed=n, ignore_eos=True)
               for n, t in ((1, 0.0), (9, 0.8), (20, 0.0), (14, 1.0))]
@@ -245,7 +245,7 @@ def test_a_request_that_the_cache_can_never_hold(make: Make) -> None:
         make(num_blocks=6, max_model_len=40)
 
 
-def test_calls_that_make_no_sense(make: Make) -> None:
+def test_invalid_calls_are_refused(make: Make) -> None:
     llm = make()
     with pytest.raises(RequestError, match="not as many params"):
         llm.generate(["a", "b"], [SamplingParams()])
@@ -301,8 +301,9 @@ class FailingBackend(NullBackend):
 
 @pytest.mark.parametrize(("failure", "raised", "later"), [
     (None, KeyboardInterrupt, StateError), (ValueError("no"), WorkerError, WorkerError)])
-def test_what_ends_an_engine_ends_its_requests(make: Make, monkeypatch: pytest.MonkeyPatch, failure: Exception | None,
-                                               raised: type[BaseException], later: Any) -> None:
+def test_a_failure_that_ends_an_engine_ends_its_requests(
+        make: Make, monkeypatch: pytest.MonkeyPatch, failure: Exception | None, raised: type[BaseException],
+        later: Any) -> None:
     monkeypatch.setattr(backends, "load", lambda name: FailingBackend(failure))
     llm = make()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

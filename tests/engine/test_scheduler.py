@@ -257,7 +257,7 @@ def test_a_long_prompt_does_not_hold_up_decodes() -> None:
     assert chunks == [7, 7, 7, 7, 2] and before + 5 <= len(early.token_ids)
 
 
-def test_what_can_never_run_is_refused() -> None:
+def test_a_request_that_can_never_run_is_refused() -> None:
     scheduler = Scheduler(EngineConfig(block_size=SIZE), 5)
     scheduler.check(16, 17)  # the last token's cache entry is never needed
     with pytest.raises(CapacityError, match="too small for one request"):

@@ -38,7 +38,7 @@ def llm() -> Iterator[LLM]:
 
 @settings(max_examples=100, deadline=None)
 @given(holder=st.sampled_from(sorted(HOLDERS)), ids=st.lists(st.integers(0, 15), min_size=1, max_size=63))
-def test_ids_are_the_same_in_whatever_holds_them(llm: LLM, holder: str, ids: list[int]) -> None:
+def test_token_ids_are_the_same_in_every_container(llm: LLM, holder: str, ids: list[int]) -> None:
     got = llm.check(HOLDERS[holder](ids))
     assert got == ids and {type(token) for token in got} == {int}
 
@@ -66,7 +66,7 @@ NO_IDS = {"None": None, "int": 5, "bytes": b"12", "bytearray": bytearray(b"12"),
 
 
 @pytest.mark.parametrize("kind", NO_IDS)
-def test_what_is_no_prompt_is_refused_by_name(llm: LLM, kind: str) -> None:
+def test_an_invalid_prompt_is_refused_by_name(llm: LLM, kind: str) -> None:
     prompt: Any = NO_IDS[kind]
     for call in (llm.check, llm.add_request, llm.stream, lambda p: llm.generate(["1+1=", p])):
         with pytest.raises(RequestError, match=r"got: "):
@@ -79,7 +79,7 @@ def test_what_is_no_prompt_is_refused_by_name(llm: LLM, kind: str) -> None:
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, "x", 5, [None], [SamplingParams(), None], [SamplingParams()] * 3,
                                     [{}, {}], (SamplingParams(), "x")], ids=str)
-def test_what_are_no_params_enqueue_nothing(llm: LLM, params: Any) -> None:
+def test_invalid_params_enqueue_nothing(llm: LLM, params: Any) -> None:
     with pytest.raises(RequestError):
         llm.generate(["1+1=", "2+2="], params)
     for call in (llm.add_request, llm.stream, llm.check):
@@ -98,7 +98,7 @@ def test_a_prompt_beyond_any_context_is_refused_before_its_ids_are_read(llm: LLM
 
 
 @pytest.mark.parametrize("number", [None, "5", 1.5, [], {}, np.array([5, 6])], ids=str)
-def test_abort_takes_numbers_alone(llm: LLM, number: Any) -> None:
+def test_abort_refuses_what_is_not_a_number(llm: LLM, number: Any) -> None:
     with pytest.raises(RequestError, match="number is not an integer"):
         llm.abort(number)
     llm.abort(10**9)

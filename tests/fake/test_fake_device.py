@@ -103,8 +103,9 @@ TRAPS: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "operation", "text"), TRAPS, ids=[t[0] for t in TRAPS])
-def test_traps(context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any],
-               operation: str, text: str) -> None:
+def test_faults_of_a_runner_are_found(
+        context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any],
+        operation: str, text: str) -> None:
     monkeypatch.delenv("HAL_STRICT", raising=False)  # its checks read every input back, and so wait for the device
     kind = getattr(fake_runners, name)
     steps(context(OnCpu(kind)))
@@ -291,7 +292,7 @@ def test_importing_it_changes_nothing_and_another_device_is_respected() -> None:
     assert first == "privateuseone" and "'npu'" in why and got == "npu"
 
 
-def test_it_must_be_made_first() -> None:
+def test_a_fake_device_must_be_made_before_it_is_used() -> None:
     FakeBackend().device(0)
     with pytest.raises(BackendError, match="no such fake device"):
         torch.zeros(2, device="fake:126")

@@ -132,7 +132,7 @@ MASK = {"mask_rows": [1], "token_masks": [[0, -1, 3, 7]]}
     (LogitBias(), {"bias_ids": [5, 99]}), (LogitBias(), {"bias_values": [1.0, float("nan")]}),
     (LogitBias(), {"bias_counts": [2**31 - 1]}), (TokenMasks(), {"mask_rows": [7]}),
     (TokenMasks(), {"mask_rows": None}), (TokenMasks(), {"token_masks": [[0, -1, 3]]})], ids=str)
-def test_arrays_that_nobody_vouches_for_are_checked(feature: Feature, change: dict[str, Any]) -> None:
+def test_arrays_of_an_untrusted_request_are_checked(feature: Feature, change: dict[str, Any]) -> None:
     def arrays(values: dict[str, Any]) -> dict[str, Any]:
         return {k: None if v is None else np.array(v, np.float32 if k == "bias_values" else np.int32)
                 for k, v in values.items()}

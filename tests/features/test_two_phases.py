@@ -124,7 +124,7 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
     ("cpu", {"tp": 2, "wire": "request", "async_scheduling": True}), ("null", {"pp": 2}),
     pytest.param("null", {"tp": 2, "pp": 2, "control_plane": "gloo"}, marks=pytest.mark.slow),
     pytest.param("null", {"pp": 3, "wire": "request"}, marks=pytest.mark.slow)], ids=str)
-def test_what_arrives_after_the_forward_pass_has_begun_counts(device: str, options: dict[str, Any], tmp_path: Path,
+def test_columns_that_arrive_during_the_forward_pass_are_used(device: str, options: dict[str, Any], tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch, expected: Any) -> None:
     (tmp_path / "late").mkdir()
     world = options.get("tp", 1) * options.get("pp", 1)

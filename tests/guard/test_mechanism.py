@@ -150,7 +150,7 @@ def test_a_thread_that_outlives_its_phase_is_free(env: Env) -> None:
     assert results == [(PREPARE, 1, False), None]
 
 
-def test_what_an_allow_region_starts_may_outlive_it() -> None:
+def test_a_thread_of_an_allow_region_may_outlive_it() -> None:
     """Such as the feeder thread of a queue, which writes after put() has returned."""
     install(strict=True)
     queue: Any = multiprocessing.Queue()

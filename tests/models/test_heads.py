@@ -121,7 +121,7 @@ def test_engine_uses_the_stored_head(make: Make, sharded: bool, tmp_path: Path) 
         assert found is not None and abs(found.logprob - float(theirs[i, prompt[i + 1]])) < 1e-4
 
 
-def test_a_configuration_that_did_not_look_is_refused(make: Make) -> None:
+def test_a_configuration_read_without_the_weights_is_refused(make: Make) -> None:
     """A configuration ties embeddings and head, and the stored head differs: one of the two would be lost."""
     path = make("qwen2-tied", "true", "two tables")
     blind = parse_config(json.loads((path / "config.json").read_text()))

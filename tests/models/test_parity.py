@@ -148,7 +148,7 @@ def test_bundled_model(layout: tuple[int, int]) -> None:
         assert_close(ours, theirs)
 
 
-def test_a_window_matters(checkpoint: Checkpoint) -> None:
+def test_a_sliding_window_changes_the_result(checkpoint: Checkpoint) -> None:
     """The parity above would not notice a window that nobody applies, if it made no difference."""
     model = load(checkpoint("mistral-window"), Topology(), LocalCommunicator())
     windowed = step(model, PROMPT)

@@ -21,7 +21,7 @@ from runners import tpu
     ({"torch": "2.8.0", "torch_xla": "2.8.1"}, "NEURON", False, "set it to TPU or CPU"),
     ({"torch": "2.8.0", "torch_xla": "2.8.1"}, "CPU", False, None),
     ({"torch": "2.8.0", "torch_xla": "2.8.1"}, None, True, None)])
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], pjrt: str | None,
+def test_a_missing_requirement_is_named(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], pjrt: str | None,
                                   chips: bool, told: str | None) -> None:
     def version(name: str) -> str:
         if name not in packages:
@@ -40,7 +40,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, packages: dic
         assert caught.value.got == reason
 
 
-def test_xla_on_the_cpu_is_never_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_never_selects_xla_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = backends.load("runners.cpu:backend")
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     assert tpu.backend.priority < cpu.priority

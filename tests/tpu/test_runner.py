@@ -91,7 +91,7 @@ def test_the_compile_budget_is_small_where_programs_are_not_kept(variables: dict
 
 
 @pytest.mark.parametrize("given", ["", "ten", "-1", "nan", "1,5"])
-def test_a_compile_budget_that_is_no_time_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compile_budget_that_is_not_seconds_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from runners.tpu.plan import budget
 
     monkeypatch.setenv("HAL_COMPILE_BUDGET", given)

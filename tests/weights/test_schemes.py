@@ -261,7 +261,7 @@ def test_ranks_share_scales_as_they_share_heads() -> None:
     lambda: WeightTensor("x", (Dim("in"),)), lambda: WeightTensor("x", (Dim("out"), Dim("part"))),
     lambda: WeightTensor("x", (Dim("part"), Dim("in")), transposed=True), lambda: Dim("out", replicated=True),
     lambda: Dim("in", per=0), lambda: Dim("part", per=2)])
-def test_declarations_that_say_nothing_are_refused(make: Callable[[], object]) -> None:
+def test_meaningless_declarations_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(SchemaError):
         make()
 

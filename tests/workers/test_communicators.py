@@ -179,7 +179,7 @@ class TestEveryCommunicator:
         (lambda c, r: (c.fingerprint.begin(3, 5), (c.all_gather if r else c.all_reduce)(torch.ones(2))), "operation"),
         (lambda c, r: (c.fingerprint.begin(3, 5), c.all_reduce(torch.ones(2 + r))), "bytes"),
         (lambda c, r: (c.fingerprint.begin(3, 5), c.all_reduce(torch.ones(400_000 * (1 + r)))), "bytes")])
-    def test_ranks_that_went_different_ways_are_named_before_they_hang(self, kind: str, calls: Any, field: str) -> None:
+    def test_ranks_that_diverge_are_named_before_they_hang(self, kind: str, calls: Any, field: str) -> None:
         def call(communicator: Communicator) -> None:
             rank = communicator.topology.rank
             for step in (1, 2):  # in these they agree
@@ -271,7 +271,7 @@ def test_stages_in_different_steps_are_named(kind: str) -> None:
     on(kind, 1, 2, call)
 
 
-def test_a_killed_peer_frees_who_waits_for_it(tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     store = dist.FileStore(path, 2)
     with subprocess.Popen([sys.executable, str(DYING), "data", path], stdout=subprocess.PIPE) as other:

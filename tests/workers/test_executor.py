@@ -259,7 +259,7 @@ def test_failure_in_prepare_is_named(monkeypatch: pytest.MonkeyPatch, options: d
     ("execute-last 0 3", "rank 1 .*collective", {"tp": 2}),
     ("execute-last 1 3", "rank [01] (went another way|ended step)", {"tp": 2}),
     ("execute-last 0 3", "rank 1 .*collective", {"tp": 2, "control_plane": "gloo"})], ids=str)
-def test_ranks_that_go_different_ways_are_named(monkeypatch: pytest.MonkeyPatch, fault: str, text: str,
+def test_ranks_that_diverge_are_named(monkeypatch: pytest.MonkeyPatch, fault: str, text: str,
                                                 options: dict[str, Any]) -> None:
     """With an input of its own, or a collective that the others do not call: it would hang, or give a wrong token."""
     monkeypatch.setenv("HAL_STRICT", "1")  # gloo ends the process otherwise

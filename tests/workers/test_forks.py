@@ -20,7 +20,7 @@ def forked(action: str, plane: str, tp: int) -> list[str]:
 
 @pytest.mark.parametrize(("action", "plane", "tp"), [
     ("exit", "shm", 2), ("exit", "gloo", 2), ("collect", "shm", 2), ("collect", "gloo", 2), ("exit", "auto", 1)])
-def test_a_child_that_ends_leaves_the_parents_ranks_alone(action: str, plane: str, tp: int) -> None:
+def test_a_forked_child_that_ends_does_not_end_the_parents_ranks(action: str, plane: str, tp: int) -> None:
     """By leaving the `with` block, by garbage collection and by exit handlers; and it does end, though it has none of
     the threads of its process groups."""
     assert forked(action, plane, tp) == ["status 0 parent True", "left []"]
@@ -28,7 +28,7 @@ def test_a_child_that_ends_leaves_the_parents_ranks_alone(action: str, plane: st
 
 @pytest.mark.parametrize(("action", "plane", "tp"), [
     ("use", "shm", 2), ("ahead", "shm", 2), ("ahead", "gloo", 2), ("use", "auto", 1)])
-def test_a_child_that_uses_the_engine_is_told_whose_it_is(action: str, plane: str, tp: int) -> None:
+def test_a_forked_child_that_uses_the_engine_gets_an_error_with_its_owner(action: str, plane: str, tp: int) -> None:
     assert forked(action, plane, tp) == ["told True"] * 4 + ["status 0 parent True", "left []"]
 
 

@@ -80,7 +80,7 @@ def test_other_failures_are_worker_errors() -> None:
     assert "signal 9" in str(Failure.death(1, -9).in_step())
 
 
-def test_finding_others_gone_is_no_cause_even_when_wrapped() -> None:
+def test_a_lost_connection_is_not_the_cause_of_a_failure_even_when_wrapped() -> None:
     try:
         try:
             raise lost("all_reduce", RuntimeError("Connection closed\nsecond line"))

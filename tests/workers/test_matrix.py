@@ -17,7 +17,7 @@ PLANES = ["shm", "gloo", "collectives"]  # and "ray": test_ray.py
 
 
 @pytest.mark.parametrize("wire", ["model-input", "request", "none"])
-def test_a_world_of_one_under_every_policy(wire: str) -> None:
+def test_one_rank_runs_with_every_wire_policy(wire: str) -> None:
     assert generate(wire=wire) == alone()
 
 

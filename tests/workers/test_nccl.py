@@ -139,7 +139,7 @@ def send_and_receive(communicator: TorchCommunicator) -> None:
 @pytest.mark.parametrize(("sizes", "wait"), [({"tp": 2}, lambda c: c.all_reduce(torch.ones(3))),
                                              ({"tp": 2}, lambda c: c.all_gather(torch.ones(3))),
                                              ({"pp": 2}, send_and_receive)], ids=["all_reduce", "all_gather", "send"])
-def test_a_killed_rank_frees_who_waits_and_nothing_of_the_step_is_trusted(made: list[Group], sizes: dict[str, int],
+def test_ranks_that_wait_for_a_killed_rank_get_an_error_and_no_output(made: list[Group], sizes: dict[str, int],
                                                                           wait: Callable[[Any], Any]) -> None:
     with pair(**sizes) as ranks:
         communicator = ranks.communicator
@@ -171,7 +171,7 @@ def test_an_output_that_another_rank_sampled_is_not_trusted_either(made: list[Gr
             take()
 
 
-def test_graphs_hold_up_an_abort_but_neither_who_waits_nor_the_end(made: list[Group]) -> None:
+def test_graphs_delay_an_abort_but_not_waiting_ranks_or_the_shutdown(made: list[Group]) -> None:
     with pair(tp=2) as ranks:
         ranks.groups[0].graphs.clear()
         ranks.kill_soon()
@@ -184,7 +184,7 @@ def test_graphs_hold_up_an_abort_but_neither_who_waits_nor_the_end(made: list[Gr
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_an_abort_waits_while_an_operation_is_issued_unless_that_waits_too(made: list[Group], full: bool) -> None:
+def test_an_abort_waits_for_an_issue_unless_the_issue_waits_too(made: list[Group], full: bool) -> None:
     """A full queue of the device holds the host in the call: it empties when the kernel in front ends."""
     with pair(tp=2) as ranks:
         group, aborted = ranks.groups[0], []
@@ -197,7 +197,7 @@ def test_an_abort_waits_while_an_operation_is_issued_unless_that_waits_too(made:
         assert group.aborted
 
 
-def test_an_error_that_nccl_finds_itself_is_an_end_too(made: list[Group]) -> None:
+def test_an_error_that_nccl_reports_ends_the_groups(made: list[Group]) -> None:
     links = joined(tp=2, pp=1)
     next(g for g in made if not g.small).error = ErrorType.COMM_ERROR
     communicators = [communicator for _, communicator in links]
@@ -207,7 +207,7 @@ def test_an_error_that_nccl_finds_itself_is_an_end_too(made: list[Group]) -> Non
     close(*(link for rank in links for link in rank))
 
 
-def test_all_that_steps_use_is_connected_before_the_first(made: list[Group]) -> None:
+def test_all_connections_are_made_before_the_first_step(made: list[Group]) -> None:
     links = joined(tp=2, pp=3)
     assert all(isinstance(p, CollectivePlane) and c.capturable for p, c in links)
     data = [group for group in made if not group.small]
@@ -247,7 +247,7 @@ def test_the_driver_leaves_last_if_the_others_do_soon(made: list[Group]) -> None
     close(*(plane for plane, _ in links))
 
 
-def test_who_goes_on_without_one_that_left_is_told(made: list[Group]) -> None:
+def test_a_rank_that_goes_on_after_another_has_left_gets_an_error(made: list[Group]) -> None:
     links = joined(tp=2, pp=1)
     (_, driver), (_, other) = links
     other.close()

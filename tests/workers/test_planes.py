@@ -148,7 +148,7 @@ class TestEveryPlane:
         with joined(name, Topology(pp=3)) as made:
             together(lambda: drive(made[0]), lambda: [made[1].receive() for _ in outputs], lambda: sample(made[2]))
 
-    def test_a_closed_plane_says_so(self, name: str) -> None:
+    def test_calls_of_a_closed_plane_raise(self, name: str) -> None:
         with joined(name, Topology(tp=2)) as made:
             for plane in reversed(made):
                 plane.close()
@@ -157,7 +157,7 @@ class TestEveryPlane:
                     call()
                 assert error.value.rank == -1
 
-    def test_a_killed_peer_frees_who_waits_for_it(self, name: str, tmp_path: Path) -> None:
+    def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(self, name: str, tmp_path: Path) -> None:
         path = str(tmp_path / "store")
         store = dist.FileStore(path, 2)
         # NCCL's stand-in joins threads: its other rank is a process that has the lifeline alone.
@@ -201,7 +201,7 @@ def guarded() -> Iterator[None]:
         guard.uninstall()
 
 
-def test_local_plane_has_nobody_to_tell() -> None:
+def test_local_plane_has_no_receiver() -> None:
     plane = make("auto", Topology(), None)
     assert isinstance(plane, LocalPlane) and plane.receive() == []
     plane.broadcast(data(3))
@@ -326,7 +326,7 @@ def test_several_messages_are_in_flight() -> None:
 
 
 @pytest.mark.parametrize("damage", ["foreign", "corrupt", "truncated", "another"])
-def test_what_is_no_message_is_refused(damage: str) -> None:
+def test_bytes_that_are_not_a_message_are_refused(damage: str) -> None:
     writer, reader = rings(4, 256)
     writer.send(data(500) if damage == "truncated" else data(100))
     slots = [head for head, _ in reader._slots]

@@ -84,7 +84,7 @@ def state() -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("when", ["before construction", "between calls"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_the_caller_changes_stays_the_callers(change: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_keeps_the_callers_torch_settings(change: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
     make = type(backends.load("cpu")).make_runner
 

@@ -214,7 +214,7 @@ def intruder(first: bytes = b"") -> Iterator[None]:
 
 
 @pytest.mark.parametrize("paused", [0, 1])
-def test_who_takes_a_ranks_place_in_gloo_is_refused(monkeypatch: pytest.MonkeyPatch, paused: int) -> None:
+def test_a_process_that_takes_a_ranks_place_in_gloo_is_refused(monkeypatch: pytest.MonkeyPatch, paused: int) -> None:
     """A rank is slow between listening and connecting, and another program is first at its port."""
     monkeypatch.setattr(groups, "CONNECT", groups.timedelta(seconds=3))
     monkeypatch.setattr(rendezvous, "CONNECT", 3.0)
@@ -257,7 +257,7 @@ def test_another_secret_than_the_ranks_is_refused() -> None:
 
 
 @pytest.mark.parametrize("first", [b"x", b"." * 16, b"?" * 5000])
-def test_lifelines_are_the_ranks_own(first: bytes) -> None:
+def test_only_ranks_can_join_lifelines(first: bytes) -> None:
     """Though others connect first, silent or not."""
     with intruder(first):
         def join(rank: int, store: Any) -> Lifelines:
