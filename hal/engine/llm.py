@@ -92,7 +92,8 @@ class LLM:
             self.executor.shutdown()
             raise ConfigError("LLM generates tokens, and this device's model runner does not",
                               got=f"a runner that yields {self.executor.output_type.__name__}",
-                              expected="one that yields a SamplerOutput", hint="drive its executor yourself: hal.contracts.executor.make_executor")
+                              expected="a runner that yields a SamplerOutput",
+                              hint="drive its executor yourself: hal.contracts.executor.make_executor")
         self.scheduler = self._make_scheduler()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
