@@ -34,9 +34,9 @@ from safetensors.torch import save_file
 from hal.config import Topology, WorkerConfig
 from hal.conformance.cases.guard import GOLDEN
 from hal.contracts import backend as backends
-from hal.contracts.inputs import IntermediateTensors, PagedModelInput, WorkerInput
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput, SamplingInput, WorkerInput
 from hal.contracts.outputs import SamplerOutput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.engine.llm import LLM
 from hal.errors import HalError, WireError
 from hal.features import COLUMNS
@@ -99,6 +99,8 @@ def instances(rng: np.random.Generator) -> list[Declared]:
         lens = np.arange(1, n + 1)
         bias: Any = {"bias_rows": ints(n), "bias_counts": np.ones(n, np.int32), "bias_ids": ints(n),
                      "bias_values": np.zeros(n, np.float32), "mask_rows": ints(1), "token_masks": ints(1, 7)}
+        made.append(SamplingRequest(step=n, **bias))
+        made.append(SamplingInput(bias_ids=tensor(n, 2), bias_values=torch.zeros(n, 2), token_mask=tensor(n, 7)))
         made.append(ExecuteModelRequest(
             step=n, finished_rows=ints(0), new_rows=np.arange(n, dtype=np.int32), new_lens=lens.astype(np.int32),
             new_prompt_lens=lens.astype(np.int32), new_tokens=ints(int(lens.sum())),

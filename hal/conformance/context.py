@@ -22,7 +22,7 @@ from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.executor import make_executor
 from hal.contracts.inputs import ModelInput
 from hal.contracts.outputs import SamplerOutput
-from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence as EngineSequence
@@ -109,6 +109,25 @@ class Session:
             raise Mismatch(f"execute_model returned {type(output).__name__}, not a SamplerOutput")
         output.validate()
         return output
+
+    def step_in_two_phases(self, request: ExecuteModelRequest, columns: dict[str, Any]) -> SamplerOutput:
+        """On the host; `columns` arrive when the forward pass has begun. Raises NotApplicable: the runner computes a
+        step in one part."""
+        runner, model_input = self.runner, self.prepare(request)
+        if not runner.two_phase:
+            raise NotApplicable(f"{type(runner).__name__} computes a step in one part (two_phase)")
+        with phase(Phase.EXECUTE):
+            forwarded = runner.execute_forward(model_input, self.caches)
+        with phase(Phase.PREPARE):
+            sampling = runner.prepare_sampling_input(SamplingRequest.of(request, columns, self.config.model.vocab_size))
+        model_input.join(sampling)
+        model_input.validate(self.device)
+        model_input.check()
+        with phase(Phase.EXECUTE):
+            output = runner.execute_sampling(forwarded, model_input)
+        if not isinstance(output, SamplerOutput):
+            raise Mismatch(f"execute_sampling returned {type(output).__name__}, not a SamplerOutput")
+        return SamplerOutput.from_buffer(output.to_buffer())
 
     def step(self, request: ExecuteModelRequest) -> SamplerOutput:
         """The output on the host."""

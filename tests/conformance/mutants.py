@@ -575,6 +575,13 @@ class forgets_the_copied_block(PagedModelRunner):
 
 
 @mutant("L3/sampling")
+class forgets_what_came_late(PagedModelRunner):
+    def execute_sampling(self, forwarded: Any, m: Any) -> Any:
+        m.token_mask = None
+        return super().execute_sampling(forwarded, m)
+
+
+@mutant("L3/sampling")
 class draws_by_step(PagedModelRunner):
     steps = 0
 

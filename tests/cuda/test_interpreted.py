@@ -9,10 +9,17 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from hal.checkpoints.hf_config import read_config
+from hal.config import EngineConfig
+from hal.contracts.backend import select
+from hal.contracts.executor import make_executor
 from hal.engine.llm import LLM
+from hal.engine.scheduler import Scheduler
+from hal.engine.sequence import Sequence
 from hal.errors import CapacityError
 from hal.sampling.params import SamplingParams
 
@@ -123,3 +130,32 @@ def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
     right = sum(text == answer for text, answer in zip(greedy, ANSWERS, strict=True))
     assert right >= (3 if "kv_dtype" in options else 5)
     assert "kv_dtype" in options or [o.text for o in drawn] == ANSWERS
+
+
+def test_masks_that_arrive_after_a_replay_hold_for_its_tokens() -> None:
+    """Greedy and drawn rows, of which one is restricted; then none is, and the graph's own tokens count."""
+    found = []
+    for late in (False, True):
+        config = EngineConfig(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24,
+                              max_model_len=24, async_scheduling=late)
+        model, backend = read_config(config.model), select("cuda")
+        executor = make_executor(config, model, backend)
+        scheduler = Scheduler(config, executor.num_blocks, ahead=late)
+        seqs = [Sequence(request_id=i, prompt_ids=[7, 11, 9 + i], seed=i, limit=8, params=SamplingParams(
+            ignore_eos=True, temperature=0.8 * (i == 2))) for i in range(3)]
+        for seq in seqs:
+            scheduler.add(seq)
+        for count in range(5):
+            step = scheduler.schedule()
+            assert step is not None
+            masks = {0: np.arange(model.vocab_size) % 3 == count % 3} if count < 3 else {}
+            if not late:
+                step.restrict(masks, model.vocab_size)
+            handle = executor.execute_model(step.request, sampling_follows=late)
+            if late:
+                step.restrict(masks, model.vocab_size, handle)
+            scheduler.update(step, handle.result().token_ids.numpy())
+        executor.shutdown()
+        assert all(token % 3 == i for i, token in enumerate(seqs[0].output_ids[:3]))
+        found.append([seq.output_ids for seq in seqs])
+    assert found[0] == found[1]

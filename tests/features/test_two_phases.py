@@ -3,8 +3,10 @@ there before, in every layout; and what an engine or a rank does wrong between t
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -138,6 +140,14 @@ def test_columns_that_arrive_during_the_forward_pass_are_used(device: str, optio
     assert signalling.begun(late.folder, world - 1) == late.steps  # and none ran twice
 
 
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_are_each_given_both_messages(tmp_path: Path, expected: Any) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads((tmp_path / f"tokens{rank}").read_text()) for rank in range(2)] == [expected("null")] * 2
+
+
 @pytest.mark.parametrize("options", [{}, {"tp": 2}], ids=str)
 def test_a_runner_in_one_part_waits_for_both_messages(options: dict[str, Any], tmp_path: Path, expected: Any,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,3 +259,8 @@ def test_a_step_that_fails_as_it_samples_is_recorded_whole(tmp_path: Path, monke
     monkeypatch.delenv("HAL_RECORD_ON_ERROR")
     again = replay(path, select("signalling:fails"), "signalling:fails")
     assert again.error is not None and "planted" in again.error and "planted" in (again.failure or "")
+
+
+if __name__ == "__main__":  # one of the ranks that torchrun starts
+    found = Engine(Path(sys.argv[1]), pytest.MonkeyPatch(), tp=2, wire="none").run()
+    (Path(sys.argv[1]) / f"tokens{os.environ['RANK']}").write_text(json.dumps(found))

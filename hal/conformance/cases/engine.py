@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from hal.conformance.case import case
-from hal.conformance.context import GREEDY, Context, Run
+from hal.conformance.context import GREEDY, Context, Run, drive
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.request import ExecuteModelRequest
+from hal.features import FOR_SAMPLING
+from hal.features.masks import mask_fields
 from hal.sampling.params import SamplingParams
 
 _SAMPLED = [SamplingParams(max_tokens=10, temperature=0.9, seed=5), SamplingParams(max_tokens=10),
@@ -72,6 +79,36 @@ def whatever_else_is_in_the_batch(ctx: Context) -> None:
         first = ctx.engine(prompts, seeded)
         ctx.equal("tokens of the same requests alone and beside others", [r.output for r in runs[2:]],
                   [first[i].output for i in order])
+
+
+@case(3, "sampling")
+def in_two_phases(ctx: Context) -> None:
+    """Token masks and biases that arrive when the forward pass has begun give the tokens of those that were there
+    before."""
+    prompts, vocab = ctx.prompts(12, 30, 5, 21, 9, 2), ctx.config().model.vocab_size
+    params = [replace(p, logit_bias=((i, 3.0),) if i % 2 else ()) for i, p in enumerate(_SAMPLED)]
+    found = []
+    for late in (False, True):
+        session = ctx.session()
+
+        def step(request: ExecuteModelRequest, late: bool = late, session: Any = session) -> SamplerOutput:
+            rng = np.random.default_rng([ctx.seed, request.step])
+            columns: dict[str, Any] = mask_fields(
+                {row: rng.random(vocab) < 0.2 for row in request.rows.tolist() if row % 3}, vocab)
+            if not late:
+                for name, array in columns.items():
+                    setattr(request, name, array)
+                output: SamplerOutput = session.step(request)
+                return output
+            for name in (name for feature in FOR_SAMPLING for name in feature.request):
+                if request[name] is not None:
+                    columns[name] = request[name]
+                    setattr(request, name, None)
+            output = session.step_in_two_phases(request, columns)
+            return output
+
+        found.append([r.output for r in drive(step, session.scheduler(), prompts, params, apart=1)])
+    ctx.equal("tokens in two phases", found[1], found[0])
 
 
 @case(3, "scheduling", "asynchronous")
