@@ -18,7 +18,7 @@ class Sequence:
         request_id: the number of the request; a smaller number arrived earlier and has precedence.
         prompt_ids, output_ids: its tokens. The scheduler appends to output_ids.
         needs_tokens: the sequence is scheduled only when its last token is known on the host. A mask that depends on
-            the token needs this.
+            the token needs this, unless the step is in two phases (`ScheduledStep.restrict` with a handle).
         owner: the engine's RequestState, until the sequence is complete.
         limit: the length at which it ends (prompt + max_tokens, at most the model's context).
         row: its row in the ranks' batch state while it runs, else -1.
