@@ -15,8 +15,10 @@ import torch
 from ranks import as_rank, on_ranks, quantiles
 
 from hal.config import Topology
+from hal.contracts.device import GLOO
 from hal.contracts.inputs import IntermediateTensors
 from hal.schema import Array
+from workers.data.axes import ByAxis
 from workers.data.process_groups import TorchCommunicator
 from workers.data.shared_memory import ShmCommunicator
 from workers.links.groups import Store, dist, make_group
@@ -29,7 +31,7 @@ Hidden = IntermediateTensors.declare("Hidden", x=Array("bfloat16", "num_tokens",
 def run(rank: int, world: int, store: Store) -> None:
     topology, device = Topology(tp=world, rank=rank), torch.device("cpu")
     comms = {"shm": ShmCommunicator(topology, device, store),
-             "gloo": TorchCommunicator(topology, device, make_group("gloo", store, "tp", rank, world), None, device)}
+             "gloo": over_gloo(topology, device, store)}
     cases: dict[tuple[str, int, str], Callable[[], object]] = {}
     for size in SIZES:
         for name, comm in comms.items():
@@ -39,9 +41,8 @@ def run(rank: int, world: int, store: Store) -> None:
             cases["all_gather", size, name] = lambda comm=comm, y=y: comm.all_gather(y)  # type: ignore[misc]
     if world == 2:
         topology, store = Topology(pp=2, rank=rank), dist.PrefixStore("pp", store)
-        world_group = make_group("gloo", store, "world", rank, world)
         pipes = {"shm": ShmCommunicator(topology, device, store),
-                 "gloo": TorchCommunicator(topology, device, None, world_group, device)}
+                 "gloo": over_gloo(topology, device, store)}
         for size in SIZES:
             for name, comm in pipes.items():
                 cases["send + recv", size, name] = stage(comm, size // 2048, rank)
@@ -61,6 +62,11 @@ def run(rank: int, world: int, store: Store) -> None:
                 shm, gloo = (quantiles(times[what, size, n]) for n in ("shm", "gloo"))
                 print(f"  {what:<14}{size:>9}{shm[0]:>13.1f} /{shm[1]:>8.1f}{gloo[0]:>13.1f} /{gloo[1]:>8.1f}")
     comms["gloo"].all_reduce(torch.zeros(1))
+
+
+def over_gloo(topology: Topology, device: torch.device, store: Store) -> TorchCommunicator:
+    return TorchCommunicator(topology, device, ByAxis(
+        topology, lambda axis: make_group(GLOO, store, axis.name, axis.rank, axis.size)))
 
 
 def stage(comm: ShmCommunicator | TorchCommunicator, tokens: int, rank: int) -> Callable[[], object]:

@@ -29,6 +29,7 @@ from hal.config import Topology
 from hal.contracts.inputs import PagedModelInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.features import COLUMNS
+from hal.testing.null import backend as null
 from workers.control.planes import make_plane
 from workers.links.groups import Store, dist
 from workers.links.memory import Segment
@@ -66,7 +67,7 @@ def diff() -> ExecuteModelRequest:
 
 def ours(rank: int, world: int, store: Store) -> dict[str, Mechanism]:
     topology, model_input, request = Topology(tp=world, rank=rank), step(), diff()
-    shm, gloo = (make_plane(name, topology, store, "gloo", CPU) for name in ("shm", "gloo"))
+    shm, gloo = (make_plane(name, topology, store, null, CPU) for name in ("shm", "gloo"))
     read = MessageReader(PagedModelInput, CPU)
 
     def receive(plane: Any) -> object:

@@ -19,6 +19,7 @@ import torch
 from ranks import as_rank, on_ranks, quantiles
 
 from hal.config import Topology
+from hal.testing.null import backend as null
 from workers.control.planes import make_plane
 from workers.links.groups import Store
 
@@ -37,7 +38,7 @@ class Receiver:
 
 
 def run(rank: int, world: int, store: Store, fifo: str) -> None:
-    plane = make_plane("ray", Topology(tp=world, rank=rank), store, "gloo", torch.device("cpu"))
+    plane = make_plane("ray", Topology(tp=world, rank=rank), store, null, torch.device("cpu"))
     if rank:
         ack = os.open(fifo, os.O_WRONLY)
         while plane.receive():

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named spans, in torch.profiler's traces and, on CUDA, as NVTX ranges (Nsight Systems).
+"""Where the time of a step goes: named spans, in torch.profiler's traces and in those of a device's own profiler.
 
 Off, and next to free, unless HAL_PROFILE=1 is in the environment when this is imported (worker processes inherit it) or
 `trace` runs. Importing this loads no torch.
@@ -7,8 +7,8 @@ Off, and next to free, unless HAL_PROFILE=1 is in the environment when this is i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 
@@ -20,13 +20,21 @@ class _Nothing:
 
 _on = os.environ.get("HAL_PROFILE") == "1"
 _NOTHING: Any = _Nothing()
+_marks: list[Callable[[str], AbstractContextManager[object]]] = []
+
+
+def mark_with(mark: Callable[[str], AbstractContextManager[object]]) -> None:
+    """Spans of this process open `mark(name)` as well: a range in the traces of the device's own profiler. A backend
+    calls this when it makes its device current; another call with the same function changes nothing."""
+    if mark not in _marks:
+        _marks.append(mark)
 
 
 def span(name: str) -> AbstractContextManager[object]:
     """Context manager: the block is `name` to a profiler. Spans nest; one belongs to the thread that opens it.
 
     A step's: prepare; broadcast, or receive on the ranks that are told; execute, and sample within it (not where a
-    program on the device samples too: greedy CUDA graphs); fetch, the driver's wait for the output.
+    graph of the device samples too); fetch, the driver's wait for the output.
     """
     return _open(name) if _on else _NOTHING
 
@@ -35,16 +43,10 @@ def span(name: str) -> AbstractContextManager[object]:
 def _open(name: str) -> Iterator[None]:
     import torch
 
-    cuda: Any = torch.cuda
-    nvtx = cuda.nvtx if cuda.is_initialized() else None
-    with torch.profiler.record_function(name):
-        if nvtx is not None:
-            nvtx.range_push(name)
-        try:
-            yield
-        finally:
-            if nvtx is not None:
-                nvtx.range_pop()
+    with torch.profiler.record_function(name), ExitStack() as ranges:
+        for mark in _marks:
+            ranges.enter_context(mark(name))
+        yield
 
 
 @contextmanager

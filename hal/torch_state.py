@@ -7,9 +7,10 @@ matrix products and number of threads. A step that depends on them is wrong, or 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, suppress
+from functools import cache, partial
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,6 @@ from torch.overrides import _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 _HIGHEST = "highest"  # the default precision of float32 matrix products
-_AUTOCAST = "cpu", "cuda", "xla", "xpu", "hpu", "mps", "mtia", "privateuseone"  # types of device that have it
 
 
 class TorchState:
@@ -76,7 +76,7 @@ class TorchState:
         if not torch.is_grad_enabled():
             _set(undo, torch._C._set_grad_enabled, True, False)
         if autocast:
-            for device in _AUTOCAST:
+            for device in _autocast_types():
                 if torch.is_autocast_enabled(device):
                     _set(undo, partial(torch.set_autocast_enabled, device), False, True)
         if deterministic:
@@ -94,6 +94,20 @@ class TorchState:
 def _set(undo: ExitStack, write: Callable[[Any], object], value: Any, before: Any) -> None:
     write(value)
     undo.callback(write, before)
+
+
+@cache
+def _autocast_types() -> tuple[str, ...]:
+    """The types of device that have autocast, of all that torch has a name for."""
+    types: Any = torch._C._autograd.DeviceType
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that no device has any more
+        for name in (*map(str.lower, types.__members__), "privateuseone"):
+            with suppress(RuntimeError):  # the enumeration's name is not the device's
+                if torch.amp.is_autocast_available(name):
+                    found.append(name)
+    return tuple(found)
 
 
 def _precision() -> str | None:

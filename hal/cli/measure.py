@@ -100,11 +100,11 @@ def read_bandwidth(backend: Backend) -> float:
     best = 0.0
     for call, moved in candidates:
         for repeats in (2, 8):  # the first run warms up
-            backend.synchronize(device)
+            backend.runtime.synchronize(device)
             start = time.perf_counter()
             for _ in range(repeats):
                 call()
-            backend.synchronize(device)
+            backend.runtime.synchronize(device)
             rate = repeats * moved / (time.perf_counter() - start)
         best = max(best, rate)
     return best

@@ -18,7 +18,7 @@ from hal.conformance import checkpoint
 from hal.conformance.case import Mismatch, NotApplicable
 from hal.conformance.reference import Reference, race
 from hal.contracts.backend import Backend
-from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.communicator import AxisName, LocalCommunicator
 from hal.contracts.executor import make_executor
 from hal.contracts.inputs import ModelInput
 from hal.contracts.outputs import SamplerOutput
@@ -65,12 +65,25 @@ class Run:
 class GuardedCommunicator(LocalCommunicator):
     """The communicator of a single rank that is as strict as one of several: it refuses calls in phase prepare."""
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         with data_plane("all_reduce"):
             return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         with data_plane("all_gather"):
+            return x
+
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        with data_plane("reduce_scatter"):
+            return x
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        with data_plane("all_to_all"):
+            return x
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
+        with data_plane("broadcast"):
             return x
 
 
@@ -91,7 +104,7 @@ class Session:
 
     def warm(self) -> Session:
         self.runner.warmup(self.caches)
-        self.backend.synchronize(self.device)
+        self.backend.runtime.synchronize(self.device)
         return self
 
     def prepare(self, request: ExecuteModelRequest) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.config import Topology
 from hal.contracts import VERSION
+from hal.contracts.device import GLOO, Collectives, DeviceRuntime
 from hal.errors import BackendError
 from hal.values import imported
 
@@ -39,6 +40,8 @@ class Capabilities:
             (hal.paged.pending).
         host_memory: the device's memory is the host's, shared with all else that runs there: a KV cache of automatic
             size is no larger than max_num_seqs sequences need. A device of type "cpu" need not declare it.
+        ray_resource: which resource of a Ray cluster a rank takes one of: "CPU", "GPU", or another name that the
+            cluster's nodes offer.
         checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.
     """
 
@@ -51,6 +54,7 @@ class Capabilities:
     spmd: bool = False
     asynchronous: bool = False
     host_memory: bool = False
+    ray_resource: str = "CPU"
     checkpoints: bool = True
 
 
@@ -61,7 +65,8 @@ class Backend(abc.ABC):
     name: str
     priority: int = 0  # "auto" takes the available backend with the highest
     capabilities: Capabilities
-    collectives: str = "gloo"  # torch.distributed backend of the default communicator: "gloo" or "nccl"
+    collectives: Collectives = GLOO  # process groups of the default communicator and of control_plane="collectives"
+    runtime: DeviceRuntime = DeviceRuntime()  # the device's streams, events and host memory
 
     @abc.abstractmethod
     def unavailable(self) -> str | None:
@@ -82,10 +87,6 @@ class Backend(abc.ABC):
     def versions(self) -> Mapping[str, str]:
         """Names and versions of what it stands on, for `hal env`."""
         return {}
-
-    def synchronize(self, device: torch.device) -> None:
-        """Wait for all work that was issued to the device."""
-        return None
 
 
 def names() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hal.contracts.device import DeviceRuntime
 from hal.contracts.inputs import NULL_BLOCK, WorkerInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import ModelRunnerBase
@@ -18,9 +19,10 @@ MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy", "rows_to_s
 Runner = ModelRunnerBase[Any] | type[ModelRunnerBase[Any]]
 
 
-def on_host(device: Sequence[torch.Tensor], count: int, *, pin: bool = False) -> list[torch.Tensor]:
-    """Zeroed memory on the host for `count` blocks, or rows, of each tensor of the device."""
-    return [torch.zeros((x.shape[0], count, *x.shape[2:]), dtype=x.dtype, pin_memory=pin) for x in device]
+def on_host(device: Sequence[torch.Tensor], count: int, runtime: DeviceRuntime | None = None) -> list[torch.Tensor]:
+    """Zeroed memory on the host for `count` blocks, or rows, of each tensor of the device; `runtime` is the device's."""
+    make = (runtime or DeviceRuntime()).host_memory
+    return [make(x.device, (x.shape[0], count, *x.shape[2:]), x.dtype) for x in device]
 
 
 def moves_blocks(step: WorkerInput | ExecuteModelRequest) -> bool:

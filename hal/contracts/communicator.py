@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from hal.config import Topology
 from hal.contracts.fingerprint import Fingerprint
@@ -13,15 +14,27 @@ if TYPE_CHECKING:
     from hal.contracts.inputs import IntermediateTensors
 
 I = TypeVar("I", bound="IntermediateTensors")  # noqa: E741
+AxisName = Literal["tp", "pp", "ep"]  # of hal.config.AXES
 
 
 class Communicator(Protocol):
-    """The methods behind `end_step` run inside `hal.guard.data_plane`, so that the guard lets them pass in `execute`.
+    """Collectives over the ranks of one axis of the mesh (hal.config.Topology.axis), and what pipeline stages send each
+    other. Along an axis of size 1 every collective is the identity.
+
+    All ranks of the axis call the same collective with tensors of the same dtype, and of the same shape where nothing
+    else is said. The methods behind `end_step` run inside `hal.guard.data_plane`, so that the guard lets them pass in
+    `execute`.
 
     Attributes:
         topology: of this rank.
         capturable: whether collectives may be captured into a graph of the device.
         fingerprint: of the step that runs; the worker begins it, collectives count in it, and compare it.
+
+    Raises (collectives):
+        ConfigError: the mesh has no such axis.
+        InputError: the tensor cannot be cut as asked for.
+        StateError: another rank is in another step, or at another place of it.
+        WorkerError: another rank is gone.
     """
 
     topology: Topology
@@ -33,27 +46,48 @@ class Communicator(Protocol):
         ended without having done their work."""
 
     def end_step(self) -> None:
-        """The worker: this rank has executed its part of the step. Raises StateError, as collectives may: another rank
-        is in another step, or another place of it."""
+        """The worker: this rank has executed its part of the step. Raises StateError, as collectives may."""
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sum over the tensor-parallel ranks, in place where possible; the result has x's shape and dtype."""
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
+        """The sum over the ranks, in place where possible; the result has x's shape and dtype."""
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The tensor-parallel ranks' tensors side by side along the last dimension, in rank order."""
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        """The ranks' tensors side by side along dimension `dim`, in the order of their coordinates."""
+
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        """This rank's part of the sum over the ranks, which is cut into equal parts along dimension `dim`. The axis's
+        size divides that dimension."""
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """Rows of x to each rank, and rows of each rank to this one.
+
+        Args:
+            x: [n, ...]; n and the sizes may differ between ranks.
+            send_sizes: how many rows go to each rank, in the order of x and of the coordinates; their sum is n. None:
+                equal parts.
+            recv_sizes: how many rows come from each rank; None: as many as go to it.
+
+        Returns:
+            [sum of recv_sizes, ...], in the order of the coordinates of the ranks that sent them.
+        """
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
+        """The tensor of the rank whose coordinate is `source`, in place where possible."""
 
     def send(self, tensors: IntermediateTensors) -> None:
-        """To the same tp_rank of the next pipeline stage. Called by the worker, between phases."""
+        """To the next rank along the axis "pp". Called by the worker, between phases."""
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
-        """From the previous stage: shapes follow from the declaration and this step's dims, so none travel."""
+        """From the rank before this one along "pp": shapes follow from the declaration and this step's dims, so none
+        travel."""
 
     def close(self) -> None:
         """Leave all groups. Idempotent."""
 
 
 class LocalCommunicator:
-    """A world of one: reductions are the identity, and there is no other stage."""
+    """A world of one: collectives are the identity, and there is no other stage."""
 
     topology, capturable = Topology(), True
     fingerprint = Fingerprint()  # there is nobody to differ from
@@ -64,10 +98,20 @@ class LocalCommunicator:
     def end_step(self) -> None:
         pass
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        return x
+
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        return x
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        return x
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
         return x
 
     def send(self, tensors: IntermediateTensors) -> None:

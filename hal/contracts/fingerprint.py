@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 
+from hal.config import AXES
 from hal.errors import StateError
 from hal.schema.packed import Buffer
 
-KINDS = "nothing yet", "all_reduce", "all_gather"
+OPERATIONS = "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
+KINDS = "nothing yet", *(f"{operation} over {axis}" for operation in OPERATIONS for axis in AXES)
+_NUMBERS = {pair: number for number, pair in enumerate(product(OPERATIONS, AXES), 1)}
 STEP = "step", "input digest"  # what all ranks have in common; the rest, those of a pipeline stage
 FIELDS = *STEP, "number of collectives", "operation", "bytes"
 _FORM = struct.Struct(f"<{len(FIELDS)}q")
@@ -25,7 +29,8 @@ _HINT = ("all ranks prepare the same input (fields that differ are declared with
 class Fingerprint:
     """Attributes:
         step: number of the step that runs, from 1; 0 before the first. digest: checksum of its ModelInput.
-        collectives: begun in it. kind, nbytes: the last one's, as an index of KINDS, and its tensor's size here.
+        collectives: begun in it. kind, nbytes: the last one's, as an index of KINDS, and a size that all of its ranks
+            have in common: that of the tensor, or of a row of it where ranks have different numbers of rows.
     """
 
     step: int = 0
@@ -41,8 +46,9 @@ class Fingerprint:
         """The step's SamplingInput has come, and has this checksum."""
         self.digest ^= digest
 
-    def count(self, kind: str, nbytes: int) -> None:
-        self.collectives, self.kind, self.nbytes = self.collectives + 1, KINDS.index(kind), nbytes
+    def count(self, operation: str, axis: str, nbytes: int) -> None:
+        """A collective begins: one of OPERATIONS over one of AXES."""
+        self.collectives, self.kind, self.nbytes = self.collectives + 1, _NUMBERS[operation, axis], nbytes
 
     def pack(self) -> bytes:
         """SEAL bytes."""

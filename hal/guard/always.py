@@ -21,7 +21,7 @@ _LOCAL: Final = frozenset({
     "has_extended_api",
 })  # fmt: skip
 _PRIVATE: Final = frozenset({"_allgather_base", "_reduce_scatter_base", "_start_coalescing", "_end_coalescing"})
-# Methods that only subclasses of a root class have (ProcessGroupNCCL). A group of NCCL calls is launched where it ends.
+# Methods that only subclasses of a root class have. A group of a library's calls is launched where it ends.
 _OF_SUBCLASSES: Final = ("perform_nocolor_split", "_group_start", "_group_end")
 # The constructor of a class below a root class connects: it exchanges addresses through a store, opens the store's
 # socket, or counts itself in the store's file. These constructors do not; the root classes' own neither.

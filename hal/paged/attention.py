@@ -69,7 +69,7 @@ class PagedAttention:
     def _layer_bytes(self, spec: AttentionSpec, tokens: int, num_seqs: int, context: int) -> int:
         each, item = context * self._token_bytes(spec), self.dtype.itemsize  # keys of a sequence
         at_once = min(num_seqs, max(self.gather_bytes // max(each, 1), 1))
-        if self.device.type in ("cpu", "cuda") and not _written_out(spec):  # where one kernel does the rest
+        if self.device.type == "cpu" and not _written_out(spec):  # where one kernel does the rest
             return 4 * at_once * each
         queries, single = max(min(tokens, context), at_once), each // item * 4
         scores = 3 * 4 * queries * context * spec.num_heads

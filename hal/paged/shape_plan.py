@@ -1,4 +1,4 @@
-"""The shapes that a device compiles (XLA programs) or captures (CUDA graphs), declared before the first step.
+"""The shapes of which a device compiles programs or captures graphs, declared before the first step.
 
 A kind of step (say "decode") has axes, each a symbol of the step input with a ladder of sizes. A step is padded to the
 smallest rungs that hold it: every legal step has exactly one bucket, and what a start costs is known beforehand.

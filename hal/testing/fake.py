@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, Capabilities
-from hal.contracts.communicator import Communicator
+from hal.contracts.communicator import AxisName, Communicator
+from hal.contracts.device import DeviceRuntime
 from hal.contracts.inputs import PagedModelInput, SamplingInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, OutputT
@@ -53,18 +54,38 @@ class DeviceCommunicator:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return self._over("all_reduce", x)
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
+        return self._over("all_reduce", x, axis)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return self._over("all_gather", x)
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        return self._over("all_gather", x, axis, dim)
 
-    def _over(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        return self._over("reduce_scatter", x, axis, dim)
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        return self._over("all_to_all", x, axis, send_sizes, recv_sizes)
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
+        return self._over("broadcast", x, axis, source)
+
+    def _over(self, name: str, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if not isinstance(x, DeviceTensor):
             refuse("a collective of the device was given host memory", f"Communicator.{name}",
                    got=f"{list(x.shape)} on {x.device}")
-        result = getattr(self._inner, name)(x.elem)
+        result = getattr(self._inner, name)(x.elem, *arguments)
         return x if result is x.elem else DeviceTensor(result, x.fake)
+
+
+class FakeRuntime(DeviceRuntime):
+    """Collectives reach the fake device's memory through the host, so nothing but waiting is asked of it."""
+
+    def __init__(self, fake: Device) -> None:
+        self.fake = fake
+
+    def synchronize(self, device: torch.device) -> None:
+        self.fake.synchronize()
 
 
 class FakeBackend(Backend):
@@ -89,6 +110,7 @@ class FakeBackend(Backend):
                  static_shapes: bool = False, forbid_syncs: bool = False, **parts: Any) -> None:
         self.runner, self.parts, self.fake = runner, parts, Device(memory_bytes)
         self.static_shapes, self.forbid_syncs = static_shapes, forbid_syncs
+        self.runtime = FakeRuntime(self.fake)
 
     def unavailable(self) -> str | None:
         other = taken()
@@ -105,9 +127,6 @@ class FakeBackend(Backend):
         kind = _watched(self.runner, self.fake, Watch(self.static_shapes, self.forbid_syncs))
         made: ModelRunnerBase[Any] = kind(config, device, DeviceCommunicator(communicator), **self.parts)
         return made
-
-    def synchronize(self, device: torch.device) -> None:
-        self.fake.synchronize()
 
 
 def _watched(kind: type[ModelRunnerBase[Any]], fake: Device, watch: Watch) -> type[ModelRunnerBase[Any]]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from hal import profiling
 from hal.contracts.backend import Backend, Capabilities
+from hal.contracts.device import GLOO, Collectives, DeviceRuntime
 from hal.errors import BackendError
+from runners.cuda.collectives import NcclCollectives
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +22,22 @@ if TYPE_CHECKING:
     from runners.cuda.runner import CudaModelRunner
 
 
+class CudaRuntime(DeviceRuntime):
+    """torch.cuda's streams and events, and page-locked memory."""
+
+    def host_memory(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        import torch
+
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
 class CudaBackend(Backend):
     name = "cuda"
     priority = 10
     capabilities = Capabilities(contracts="2.0", dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64,
-                                fp8_kv=True, asynchronous=True)
-    collectives = "nccl"
+                                fp8_kv=True, asynchronous=True, ray_resource="GPU")
+    collectives: Collectives = NcclCollectives()
+    runtime = CudaRuntime()
 
     def unavailable(self) -> str | None:
         import torch
@@ -44,12 +59,13 @@ class CudaBackend(Backend):
         import torch
 
         count = torch.cuda.device_count()
-        if local_rank >= count and self.collectives == "nccl":
+        if local_rank >= count and self.collectives.on_device:
             raise BackendError("there are more ranks on this host than GPUs", expected=f"at most {count}",
                                got=f"a rank {local_rank + 1}", hint="--device runners.cuda:shared_gpu lets ranks share "
                                "one, slowly; CUDA_VISIBLE_DEVICES may hide some")
         device = torch.device("cuda", local_rank % count)
         torch.cuda.set_device(device)
+        profiling.mark_with(torch.cuda.nvtx.range)
         return device
 
     def free_memory(self, device: torch.device) -> int:
@@ -74,19 +90,17 @@ class CudaBackend(Backend):
             found["triton"] = triton.__version__
         if torch.cuda.is_available():
             found["gpu"] = torch.cuda.get_device_name()
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            found["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
         return found
-
-    def synchronize(self, device: torch.device) -> None:
-        import torch
-
-        torch.cuda.synchronize(device)
 
 
 class SharedGpuBackend(CudaBackend):
     """A backend whose ranks share a GPU. NCCL does not allow this, so collectives use gloo, and steps run eagerly."""
 
     name = "runners.cuda:shared_gpu"
-    collectives = "gloo"
+    capabilities = replace(CudaBackend.capabilities, ray_resource="CPU")  # a rank takes no GPU for itself
+    collectives = GLOO
 
 
 backend = CudaBackend()

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from hal.contracts.backend import Backend, Capabilities
+from hal.contracts.device import DeviceRuntime
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,18 @@ _CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # device files of TPU v4 and 
 _CPU_SHARE = 8  # XLA's CPU client shares the host's memory with other programs: the cache gets at most this part
 
 
+class TpuRuntime(DeviceRuntime):
+    """XLA has no streams to choose from: it orders a device's work by itself."""
+
+    def synchronize(self, device: torch.device) -> None:
+        from runners.tpu import lowering
+
+        lowering.wait()
+
+
 class TpuBackend(Backend):
     name = "tpu"
+    runtime = TpuRuntime()
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
@@ -76,11 +87,6 @@ class TpuBackend(Backend):
 
             found["PJRT devices"] = lowering.devices_seen()
         return found
-
-    def synchronize(self, device: torch.device) -> None:
-        from runners.tpu import lowering
-
-        lowering.wait()
 
     @staticmethod
     def _packages() -> dict[str, str]:

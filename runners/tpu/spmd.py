@@ -17,8 +17,9 @@ from torch import nn
 
 from hal.checkpoints.loader import check_weights, load_weights, random_weights
 from hal.config import EngineConfig, Topology
-from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.communicator import AxisName, LocalCommunicator
 from hal.contracts.runner import Progress
+from hal.errors import BackendError, InputError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
@@ -64,14 +65,41 @@ class MeshCommunicator(LocalCommunicator):
     def __init__(self, topology: Topology, mesh: Any) -> None:
         self.topology, self.mesh = topology, mesh
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         """[R * n, size] -> [n, size], the same on every device."""
-        return lowering.shard(x.view(self.topology.tp, -1, x.shape[-1]).sum(0), self.mesh, None)
+        return lowering.shard(self._shares(x, axis).sum(0), self.mesh, None)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """[R * n, size] -> [n, R * size], the same on every device."""
-        parts = x.view(self.topology.tp, -1, x.shape[-1])
-        return lowering.shard(parts.transpose(0, 1).reshape(parts.shape[1], -1), self.mesh, None)
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        """[R * n, ...] -> [n, ...] with the shares side by side along `dim`, the same on every device."""
+        return lowering.shard(torch.cat(self._shares(x, axis).unbind(), dim), self.mesh, None)
+
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        """[R * n, ...] -> the parts of the sum along `dim`, one share after another."""
+        total = self._shares(x, axis).sum(0)
+        return lowering.shard(torch.cat(total.chunk(self.topology.tp, dim)), self.mesh, 0)
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """[R * n, ...] -> the same, where the i-th part of share j has become the j-th part of share i. A program has
+        one shape for all shares, so their parts are equal."""
+        if send_sizes is not None or recv_sizes is not None:
+            raise InputError("a compiled program cuts all shares alike", got="send_sizes or recv_sizes",
+                             expected="neither", fields=("send_sizes", "recv_sizes"),
+                             hint="pad the rows for each rank to one number")
+        ranks, shares = self.topology.tp, self._shares(x, axis)
+        parts = shares.view(ranks, ranks, -1, *x.shape[1:])
+        return lowering.shard(parts.transpose(0, 1).reshape(x.shape), self.mesh, 0)
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
+        """[R * n, ...] -> [n, ...]: that share, the same on every device."""
+        return lowering.shard(self._shares(x, axis)[source], self.mesh, None)
+
+    def _shares(self, x: torch.Tensor, axis: str) -> torch.Tensor:
+        """[R, n, ...]. Raises BackendError: the axis is not that of the shares."""
+        if self.topology.axis(axis).ranks != self.topology.axis("tp").ranks:
+            raise BackendError("the shares of one process are those of the tensor-parallel ranks", got=f"axis={axis!r}",
+                               expected="the axis 'tp', or 'ep' with ep=tp")
+        return x.view(self.topology.tp, -1, *x.shape[1:])
 
 
 class Embedding(nn.Module):

@@ -265,10 +265,10 @@ def test_copies_end_when_something_waits_for_them(actions: list[str]) -> None:
         elif action == "write" and sent and sent[-1][0] > done:
             sent[-1][1].add_(1)
             with pytest.raises(DeviceError, match="written before"):
-                backend.synchronize(device)
+                backend.runtime.synchronize(device)
             return
         elif action in ("wait", "synchronize", "read"):
-            {"wait": event.synchronize, "synchronize": lambda: backend.synchronize(device),
+            {"wait": event.synchronize, "synchronize": lambda: backend.runtime.synchronize(device),
              "read": lambda: source.sum().item()}[action]()
             done = max(done, mark) if action == "wait" else issued
         for at, host, value in out:

@@ -17,7 +17,7 @@ from hal.checkpoints.hf_config import read_config
 from hal.checkpoints.loader import load_weights
 from hal.config import BUNDLED_MODEL, Topology
 from hal.contracts.attention import AttentionSpec, ForwardContext, LayerAttention
-from hal.contracts.communicator import Communicator, LocalCommunicator
+from hal.contracts.communicator import AxisName, Communicator, LocalCommunicator
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models import build_model
@@ -62,10 +62,10 @@ class LockstepCommunicator(LocalCommunicator):
         self.barrier.wait(30)
         return found
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         return torch.stack(self._exchange(x)).sum(0)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         return torch.cat(self._exchange(x), -1)
 
 

@@ -8,6 +8,7 @@ import time
 import torch
 
 from hal.config import Topology
+from hal.testing.null import backend as null
 from workers.control.planes import make_plane
 from workers.data.shared_memory import ShmCommunicator
 from workers.executors.connections import connect  # noqa: F401  # what a worker process imports
@@ -22,6 +23,6 @@ if what == "data":
 elif what.startswith("lifelines of "):
     joined = Lifelines(Topology(tp=2, rank=1), store, what.removeprefix("lifelines of "))
 else:
-    joined = make_plane(what, Topology(pp=2, rank=1), store, "gloo", cpu)
+    joined = make_plane(what, Topology(pp=2, rank=1), store, null, cpu)
 print("joined", flush=True)
 time.sleep(60)

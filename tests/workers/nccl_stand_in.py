@@ -1,27 +1,25 @@
-"""Groups for ranks that are threads, which do what NCCL's do and gloo's do not: an operation ends once all its ranks
-have issued theirs, and after those before it; what is sent is read then; an abort ends what waits, and nobody is told
-that it did not do its work. The device is the host: who issues an operation on the current stream waits in it.
+"""A vendor's collectives, for ranks that are threads. Their groups do what NCCL's do and gloo's do not: an operation
+ends once all its ranks have issued theirs, and after those before it; what is sent is read then; an abort ends what
+waits, and nobody is told that it did not do its work. The device is the host: who issues an operation on the current
+stream waits in it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import itertools
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
-import pytest
 import torch
 from torch._C._distributed_c10d import ErrorType
 
-from hal.schema.layout import aligned_bytes
-from workers.control import collectives as collective_plane
-from workers.executors import connections as links
-
-make_gloo = links.make_group
+from hal.contracts.device import Collectives, DeviceRuntime
+from hal.testing.null import NullBackend
 
 
 class Work:
@@ -90,8 +88,11 @@ class Group:
 
         return self._issue(kind, tensor, finish)
 
-    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Work:
-        return self._copied("collective", tensors[0], options.rootRank, self.size - 1)
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Work | None:
+        if options.asyncOp:
+            return self._copied("collective", tensors[0], options.rootRank, self.size - 1)
+        self._together("broadcast", tensors[0], options, lambda parts: tensors[0].copy_(parts[options.rootRank]))
+        return None
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int) -> Work:
         assert to != self.rank and to < self.size
@@ -107,18 +108,34 @@ class Group:
     def _allgather_base(self, into: torch.Tensor, tensor: torch.Tensor, options: Any) -> None:
         self._together("allgather", tensor, options, lambda parts: into.copy_(torch.cat(parts)))
 
+    def _reduce_scatter_base(self, into: torch.Tensor, tensor: torch.Tensor, options: Any) -> None:
+        self._together("reduce_scatter", tensor, options, lambda parts: into.copy_(functools.reduce(
+            torch.add, parts)[self.rank]))
+
+    def alltoall_base(self, into: torch.Tensor, tensor: torch.Tensor, received: list[int], sent: list[int],
+                      options: Any) -> None:
+        """What each rank sends lies at its end: ranks may send different sizes."""
+        assert sum(sent) == len(tensor) and sum(received) == len(into)
+        cut = torch.split(tensor, sent)
+        self._issue_together("alltoall", list(cut), options, lambda parts: into.copy_(torch.cat(
+            [part[self.rank] for part in parts])))
+
     def _together(self, kind: str, tensor: torch.Tensor, options: Any, use: Callable[[list[Any]], Any]) -> None:
+        assert tensor.is_contiguous()
+        self._issue_together((kind, tensor.shape), tensor.clone(), options, use)
+
+    def _issue_together(self, kind: Any, given: Any, options: Any, use: Callable[[list[Any]], Any]) -> None:
         """On the current stream."""
-        assert not options.asyncOp and not self.small and tensor.is_contiguous()
+        assert not options.asyncOp and not self.small
 
         def finish(here: dict[int, Any], read: set[int]) -> bool:
             if len(here) == self.size and self.rank not in read:
-                assert len({(what, part.shape) for what, part in here.values()}) == 1, "ranks differ in their order"
+                assert len({what for what, _ in here.values()}) == 1, "ranks differ in their order"
                 use([here[rank][1] for rank in range(self.size)])
                 read.add(self.rank)
             return self.rank in read
 
-        self._issue("collective", (kind, tensor.clone()), finish).wait()  # type: ignore[arg-type]
+        self._issue("collective", (kind, given), finish).wait()  # type: ignore[arg-type]
 
     def get_error(self) -> Any:
         return self.error
@@ -129,28 +146,40 @@ class Group:
         self.graphs.wait()
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
-    """The groups, as they are made."""
-    boards: dict[Any, Any] = defaultdict(lambda: defaultdict(lambda: ({}, set())))
-    made: list[Group] = []
+class StandIn(Collectives):
+    """Attributes: made: all groups, as they are made."""
 
-    def make_group(kind: str, store: Any, name: str, rank: int, size: int, small: bool = False) -> Any:
-        if kind == "gloo":
-            return make_gloo(kind, store, name, rank, size)
+    def __init__(self) -> None:
+        super().__init__("stand-in", on_device=True)
+        self.made: list[Group] = []
+
+    def process_group(self, store: Any, rank: int, size: int, timeout: timedelta, control: bool = False) -> Any:
+        if rank == 0:
+            store.set("board", str(next(_numbers)))
+        board = bytes(store.get("board"))  # waits for rank 0, which may need the lock meanwhile
         with Group.lock:
-            made.append(Group(boards[id(store), name], rank, size, small))
-            return made[-1]
-
-    for module in (collective_plane, links):
-        monkeypatch.setattr(module, "make_group", make_group)
-    monkeypatch.setattr(collective_plane, "_pinned", aligned_bytes)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Idle())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return made
+            group = Group(_boards[board], rank, size, control)
+        self.made.append(group)
+        return group
 
 
-class Idle:
-    def query(self) -> bool:
-        return True
+class HostRuntime(DeviceRuntime):
+    """Attributes: capture: whether the current stream is being captured."""
+
+    capture = False
+
+    def capturing(self, device: torch.device) -> bool:
+        return self.capture
+
+
+class StandInBackend(NullBackend):
+    """A device with collectives of its own, which workers/ know by its Backend alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: StandIn = StandIn()
+        self.runtime: HostRuntime = HostRuntime()
+
+
+_numbers = itertools.count()
+_boards: dict[bytes, Any] = defaultdict(lambda: defaultdict(lambda: ({}, set())))

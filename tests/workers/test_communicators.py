@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nccl_stand_in
 import pytest
 import torch
+from nccl_stand_in import StandInBackend
 from rank_threads import on_ranks
 from worker_cases import MODEL, engine
 
@@ -27,10 +27,8 @@ from hal.schema import Array
 from hal.testing.null import backend as null
 from workers.data.process_groups import TorchCommunicator
 from workers.data.shared_memory import ShmCommunicator
-from workers.executors import connections as links
-from workers.executors.connections import connect
+from workers.executors.connections import connect, over_groups
 from workers.links.groups import dist
-from workers.links.liveness import Lifelines
 
 CPU = torch.device("cpu")
 DYING = Path(__file__).with_name("dying_rank.py")
@@ -44,12 +42,7 @@ on_each_torch = pytest.mark.torch_release
 def make(kind: str, topology: Topology, store: Any) -> Communicator:
     if kind == "shm":
         return ShmCommunicator(topology, CPU, store)
-    make_group, stage = links.make_group, (topology.tp_rank, topology.tp)
-    tp = topology.tp > 1 and make_group(kind, store, f"tp{topology.pp_rank}", *stage)
-    world = topology.pp > 1 and make_group(kind, store, "world", topology.rank, topology.world_size)
-    checks = topology.tp > 1 and make_group("gloo", store, f"check{topology.pp_rank}", *stage)
-    lifelines = Lifelines(topology, store, "the data plane") if kind == "nccl" else None
-    return TorchCommunicator(topology, CPU, tp or None, world or None, CPU, checks or None, True, lifelines)
+    return over_groups(topology, StandInBackend() if kind == "nccl" else null, CPU, store, strict=True)
 
 
 def on(kind: str, tp: int, pp: int, call: Any) -> list[Any]:
@@ -73,12 +66,6 @@ def random(rank: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.
 def stage(tokens: int, seed: int) -> Any:
     return Stage(hidden=random(seed, tokens, 48, dtype=torch.bfloat16),
                  sums=random(seed + 1, tokens, dtype=torch.int64), rest=random(seed + 2, tokens, 3))
-
-
-@pytest.fixture(autouse=True)
-def _what_a_communicator_needs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if hasattr(request.node, "callspec") and request.node.callspec.params.get("kind") == "nccl":
-        nccl_stand_in.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from hal import errors
 from hal.config import Topology
+from hal.contracts.device import Collectives
 from hal.errors import BackendError, CapacityError, ConfigError, GuardError, HalError, StateError, WorkerError
 from hal.schema import Array, Declared
+from hal.testing.null import backend as null
 from workers.control.channel import Channel
 from workers.control.collectives import CPU
 from workers.control.planes import make_plane
@@ -92,14 +94,14 @@ def test_a_lost_connection_is_not_the_cause_of_a_failure_even_when_wrapped() -> 
 
 
 def test_plane_is_chosen_by_name() -> None:
-    assert type(make_plane("auto", Topology(), None, "gloo", CPU)).__name__ == "LocalPlane"
+    assert type(make_plane("auto", Topology(), None, null, CPU)).__name__ == "LocalPlane"
     with pytest.raises(ConfigError, match="unknown control_plane") as error:
-        make_plane("pigeon", Topology(), None, "gloo", CPU)
+        make_plane("pigeon", Topology(), None, null, CPU)
     assert "gloo" in error.value.expected
     with pytest.raises(ConfigError, match="one rank only"):
-        make_plane("local", Topology(tp=2), None, "gloo", CPU)
+        make_plane("local", Topology(tp=2), None, null, CPU)
     with pytest.raises(BackendError, match="no such collectives"):
-        make_group("pigeon", torch.distributed.HashStore(), "x", 0, 1)
+        make_group(Collectives("pigeon"), torch.distributed.HashStore(), "x", 0, 1)
 
 
 class Words(Declared):

@@ -1,4 +1,5 @@
-"""NCCL's data plane over a stand-in: what ends a wait for a rank that is gone, and what an orderly end leaves alone."""
+"""The data plane of a device, over a stand-in for NCCL: what ends a wait for a rank that is gone, and what an orderly
+end leaves alone."""
 
 from __future__ import annotations
 
@@ -14,10 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nccl_stand_in
 import pytest
 import torch
-from nccl_stand_in import Group
+from nccl_stand_in import Group, StandInBackend
 from rank_threads import on_ranks
 from torch._C._distributed_c10d import ErrorType
 from worker_cases import MODEL, engine
@@ -25,12 +25,12 @@ from worker_cases import MODEL, engine
 from hal.config import Topology, WorkerConfig
 from hal.contracts.outputs import SamplerOutput
 from hal.errors import StateError, WorkerError
-from hal.testing.null import NullBackend
+from runners.cuda.collectives import SETTINGS, NcclCollectives
 from workers.control.collectives import CollectivePlane
+from workers.data.axes import ByAxis
 from workers.data.process_groups import TorchCommunicator
 from workers.executors.connections import connect
-from workers.links import groups
-from workers.links.groups import dist
+from workers.links.groups import dist, make_group
 from workers.links.liveness import Lifelines
 from workers.worker.generic import Worker
 
@@ -39,20 +39,16 @@ DYING = Path(__file__).with_name("dying_rank.py")
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Group]:
+def backend(monkeypatch: pytest.MonkeyPatch) -> StandInBackend:
     monkeypatch.delenv("HAL_STRICT", raising=False)  # strict ranks compare over gloo, which notices by itself
-    return nccl_stand_in.install(monkeypatch)
+    return StandInBackend()
 
 
-class NcclBackend(NullBackend):
-    collectives = "nccl"
-
-
-def joined(tp: int, pp: int) -> list[Any]:
+def joined(backend: StandInBackend, tp: int, pp: int) -> list[Any]:
     """Each rank's links, as a worker makes them."""
     def link(rank: int, store: Any) -> Any:
         config = WorkerConfig(engine(tp=tp, pp=pp, control_plane="collectives"), MODEL, Topology(tp, pp, rank))
-        return connect(config, NcclBackend(), CPU, store)
+        return connect(config, backend, CPU, store)
 
     return on_ranks(tp * pp, link)
 
@@ -77,20 +73,19 @@ def _no_thread_stays() -> Iterator[None]:
 class Pair:
     """Rank 0's communicator. Rank 1 lives in a process that can be killed; it has issued what it does at the start."""
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, backend: StandInBackend, topology: Topology) -> None:
         self.folder = tempfile.TemporaryDirectory()
         path = f"{self.folder.name}/store"
         store = dist.FileStore(path, 2)
         self.process = subprocess.Popen([sys.executable, str(DYING), "lifelines of the data plane", path],
                                         stdout=subprocess.PIPE)
         assert self.process.stdout is not None
-        names = ["tp0"] * (topology.tp > 1) + ["world"] * (topology.pp > 1)
-        make = nccl_stand_in.links.make_group
-        mine, theirs = ([make("nccl", store, name, rank, 2) for name in names] for rank in (0, 1))
-        threading.Thread(target=self.meet, args=(topology, *theirs), daemon=True).start()
-        self.groups: list[Group] = mine
-        tp, world = mine[0] if topology.tp > 1 else None, mine[-1] if topology.pp > 1 else None
-        self.communicator = TorchCommunicator(topology, CPU, tp, world, CPU,
+        kind = backend.collectives
+        groups, theirs = (ByAxis(topology, lambda axis, rank=rank: make_group(kind, store, axis.name, rank, 2))
+                          for rank in (0, 1))
+        threading.Thread(target=self.meet, args=(topology, *theirs.groups()), daemon=True).start()
+        self.groups: list[Group] = groups.groups()
+        self.communicator = TorchCommunicator(topology, CPU, groups, kind, backend.runtime,
                                               lifelines=Lifelines(topology, store, "the data plane"))
         assert self.process.stdout.readline() == b"joined\n"
 
@@ -111,8 +106,8 @@ class Pair:
 
 
 @contextlib.contextmanager
-def pair(**sizes: int) -> Iterator[Pair]:
-    made = Pair(Topology(**sizes))
+def pair(backend: StandInBackend, **sizes: int) -> Iterator[Pair]:
+    made = Pair(backend, Topology(**sizes))
     try:
         yield made
     finally:
@@ -139,9 +134,9 @@ def send_and_receive(communicator: TorchCommunicator) -> None:
 @pytest.mark.parametrize(("sizes", "wait"), [({"tp": 2}, lambda c: c.all_reduce(torch.ones(3))),
                                              ({"tp": 2}, lambda c: c.all_gather(torch.ones(3))),
                                              ({"pp": 2}, send_and_receive)], ids=["all_reduce", "all_gather", "send"])
-def test_ranks_that_wait_for_a_killed_rank_get_an_error_and_no_output(made: list[Group], sizes: dict[str, int],
-                                                                          wait: Callable[[Any], Any]) -> None:
-    with pair(**sizes) as ranks:
+def test_ranks_that_wait_for_a_killed_rank_get_an_error_and_no_output(
+        backend: StandInBackend, sizes: dict[str, int], wait: Callable[[Any], Any]) -> None:
+    with pair(backend, **sizes) as ranks:
         communicator = ranks.communicator
         fetch = taken(communicator)
         assert fetch() == "tokens"
@@ -157,8 +152,8 @@ def test_ranks_that_wait_for_a_killed_rank_get_an_error_and_no_output(made: list
             assert error.value.rank == -1 and 0 <= time.monotonic() - ranks.killed < 1
 
 
-def test_an_output_that_another_rank_sampled_is_not_trusted_either(made: list[Group]) -> None:
-    with pair(pp=2) as ranks:
+def test_an_output_that_another_rank_sampled_is_not_trusted_either(backend: StandInBackend) -> None:
+    with pair(backend, pp=2) as ranks:
         worker = Worker.__new__(Worker)
         worker.communicator = communicator = ranks.communicator
         sealed = communicator.fingerprint.seal(SamplerOutput(token_ids=torch.zeros(1, dtype=torch.int32)).to_buffer())
@@ -171,8 +166,8 @@ def test_an_output_that_another_rank_sampled_is_not_trusted_either(made: list[Gr
             take()
 
 
-def test_graphs_delay_an_abort_but_not_waiting_ranks_or_the_shutdown(made: list[Group]) -> None:
-    with pair(tp=2) as ranks:
+def test_graphs_delay_an_abort_but_not_waiting_ranks_or_the_shutdown(backend: StandInBackend) -> None:
+    with pair(backend, tp=2) as ranks:
         ranks.groups[0].graphs.clear()
         ranks.kill_soon()
         ranks.communicator.all_reduce(torch.ones(3))
@@ -184,9 +179,9 @@ def test_graphs_delay_an_abort_but_not_waiting_ranks_or_the_shutdown(made: list[
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_an_abort_waits_for_an_issue_unless_the_issue_waits_too(made: list[Group], full: bool) -> None:
+def test_an_abort_waits_for_an_issue_unless_the_issue_waits_too(backend: StandInBackend, full: bool) -> None:
     """A full queue of the device holds the host in the call: it empties when the kernel in front ends."""
-    with pair(tp=2) as ranks:
+    with pair(backend, tp=2) as ranks:
         group, aborted = ranks.groups[0], []
         group.queue.clear()
         if not full:
@@ -197,9 +192,9 @@ def test_an_abort_waits_for_an_issue_unless_the_issue_waits_too(made: list[Group
         assert group.aborted
 
 
-def test_an_error_that_nccl_reports_ends_the_groups(made: list[Group]) -> None:
-    links = joined(tp=2, pp=1)
-    next(g for g in made if not g.small).error = ErrorType.COMM_ERROR
+def test_an_error_that_nccl_reports_ends_the_groups(backend: StandInBackend) -> None:
+    links = joined(backend, tp=2, pp=1)
+    next(g for g in backend.collectives.made if not g.small).error = ErrorType.COMM_ERROR
     communicators = [communicator for _, communicator in links]
     lost = [c for c in communicators for _ in range(200) if time.sleep(0.01) or c._lifelines.lost][:1]
     with pytest.raises(WorkerError, match="one is gone"):
@@ -207,22 +202,22 @@ def test_an_error_that_nccl_reports_ends_the_groups(made: list[Group]) -> None:
     close(*(link for rank in links for link in rank))
 
 
-def test_all_connections_are_made_before_the_first_step(made: list[Group]) -> None:
-    links = joined(tp=2, pp=3)
+def test_all_connections_are_made_before_the_first_step(backend: StandInBackend) -> None:
+    links = joined(backend, tp=2, pp=3)
     assert all(isinstance(p, CollectivePlane) and c.capturable for p, c in links)
-    data = [group for group in made if not group.small]
-    assert sorted(group.size for group in data) == [2] * 6 + [6] * 6
+    data = [group for group in backend.collectives.made if not group.small]
+    assert sorted(group.size for group in data) == [2] * 6 + [3] * 6
     for group in data:
-        neighbours = [(group.rank + a, group.rank + b) for a, b in ((-2, 0), (0, 2))]
-        pairs = {p for p in neighbours if min(p) >= 0 and max(p) < 6}
+        neighbours = [(group.rank + a, group.rank + b) for a, b in ((-1, 0), (0, 1))]
+        pairs = {p for p in neighbours if min(p) >= 0 and max(p) < 3}
         assert set(group.counts) == ({"collective"} if group.size == 2 else pairs)
     close(*(link for rank in links for link in rank))
-    assert all(group.aborted for group in made)
+    assert all(group.aborted for group in backend.collectives.made)
 
 
-def test_ranks_that_leave_one_after_another_are_no_failure(made: list[Group]) -> None:
-    (_, driver), (_, second), (_, third) = links = joined(tp=3, pp=1)
-    mine = [group for group in made if group.rank == 0]
+def test_ranks_that_leave_one_after_another_are_no_failure(backend: StandInBackend) -> None:
+    (_, driver), (_, second), (_, third) = links = joined(backend, tp=3, pp=1)
+    mine = [group for group in backend.collectives.made if group.rank == 0]
     second.close()
     time.sleep(0.1)
     third.close()
@@ -234,11 +229,11 @@ def test_ranks_that_leave_one_after_another_are_no_failure(made: list[Group]) ->
     driver.close()
     assert time.monotonic() - start < 0.5 and not driver._lifelines
     close(*(plane for plane, _ in links))
-    assert all(group.aborted for group in made)
+    assert all(group.aborted for group in backend.collectives.made)
 
 
-def test_the_driver_leaves_last_if_the_others_do_soon(made: list[Group]) -> None:
-    links = joined(tp=2, pp=1)
+def test_the_driver_leaves_last_if_the_others_do_soon(backend: StandInBackend) -> None:
+    links = joined(backend, tp=2, pp=1)
     (_, driver), (_, other) = links
     threading.Timer(0.3, other.close).start()
     start = time.monotonic()
@@ -247,8 +242,8 @@ def test_the_driver_leaves_last_if_the_others_do_soon(made: list[Group]) -> None
     close(*(plane for plane, _ in links))
 
 
-def test_a_rank_that_goes_on_after_another_has_left_gets_an_error(made: list[Group]) -> None:
-    links = joined(tp=2, pp=1)
+def test_a_rank_that_goes_on_after_another_has_left_gets_an_error(backend: StandInBackend) -> None:
+    links = joined(backend, tp=2, pp=1)
     (_, driver), (_, other) = links
     other.close()
     start = time.monotonic()
@@ -259,21 +254,21 @@ def test_a_rank_that_goes_on_after_another_has_left_gets_an_error(made: list[Gro
     close(driver, *(plane for plane, _ in links))
 
 
-def test_a_capture_compares_nothing_and_the_step_does(made: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_compares_nothing_and_the_step_does(backend: StandInBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HAL_STRICT", "1")
-    links = joined(tp=2, pp=1)
+    links = joined(backend, tp=2, pp=1)
 
     def capture(rank: int) -> None:
         communicator = links[rank][1]
-        communicator._checks = SimpleNamespace()  # with which nothing can be compared
+        communicator._checks = {"tp": SimpleNamespace()}  # with which nothing can be compared
         assert communicator.all_reduce(torch.ones(2)).tolist() == [2.0, 2.0]
         assert communicator.all_gather(torch.ones(1)).tolist() == [1.0, 1.0]
 
     checks = [communicator._checks for _, communicator in links]
     assert all(checks)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    backend.runtime.capture = True
     on_ranks(2, lambda rank, _: capture(rank))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    backend.runtime.capture = False
 
     def step(rank: int) -> None:
         communicator = links[rank][1]
@@ -298,15 +293,15 @@ def test_no_thread_of_pytorch_may_end_the_process(monkeypatch: pytest.MonkeyPatc
             super().__init__(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
 
     def nccl(store: Any, rank: int, size: int, options: Any) -> Any:
-        seen.append({name: os.environ[name] for name in groups._NCCL})
+        seen.append({name: os.environ[name] for name in SETTINGS})
         return options
 
     nccl.Options = Options  # type: ignore[attr-defined]
     name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
     monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(groups.dist, "ProcessGroupNCCL", nccl, raising=False)
-    monkeypatch.setattr(groups.dist, "is_nccl_available", lambda: True)
-    large, small = (groups.make_group("nccl", torch.distributed.HashStore(), "x", 0, 1, small=s) for s in (False, True))
-    assert seen == [groups._NCCL] * 2 and os.environ.get(name) == before
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    large, small = (make_group(NcclCollectives(), dist.HashStore(), "x", 0, 1, control=c) for c in (False, True))
+    assert seen == [SETTINGS] * 2 and os.environ.get(name) == before
     assert large._timeout.days == small._timeout.days == 3650
     assert small.config.max_ctas == 1 and small.is_high_priority_stream and not large.is_high_priority_stream

@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nccl_stand_in
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nccl_stand_in import StandInBackend
 from rank_threads import on_ranks
 
 from hal.config import Topology
 from hal.contracts.control_plane import ControlPlane
 from hal.errors import BackendError, GuardError, WireError, WorkerError
 from hal.guard import Phase, phase
+from hal.testing.null import backend as null
 from workers.control.collectives import CPU, GlooPlane
 from workers.control.planes import LocalPlane, make_plane
 from workers.control.shared_memory import ShmPlane
@@ -47,10 +48,10 @@ def same(received: list[np.ndarray], sent: list[np.ndarray]) -> bool:
 
 
 def make(name: str, topology: Topology, store: Any) -> ControlPlane:
-    """"nccl" is the plane "collectives" where these are NCCL's."""
+    """"nccl" is the plane "collectives" where these are a device's, which do as NCCL's."""
     if name == "nccl":
-        return make_plane("collectives", topology, store, "nccl", CPU)
-    return make_plane(name, topology, store, "gloo", CPU)
+        return make_plane("collectives", topology, store, StandInBackend(), CPU)
+    return make_plane(name, topology, store, null, CPU)
 
 
 @contextlib.contextmanager
@@ -78,12 +79,10 @@ def ray() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _what_a_plane_needs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _what_a_plane_needs(request: pytest.FixtureRequest) -> None:
     name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else ""
     if name == "ray":
         request.getfixturevalue("ray")
-    elif name == "nccl":
-        nccl_stand_in.install(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -230,9 +229,8 @@ def test_auto_is_shared_memory_or_else_gloo_on_every_rank(monkeypatch: pytest.Mo
         assert [type(plane) for plane in made] == [GlooPlane] * 2
 
 
-def test_the_driver_of_nccl_ends_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_of_nccl_ends_after_the_others() -> None:
     """Its memory may hold what they are receiving."""
-    nccl_stand_in.install(monkeypatch)
     with joined("nccl", Topology(tp=3)) as made:
         ended: list[int] = []
 
@@ -248,8 +246,7 @@ def test_the_driver_of_nccl_ends_after_the_others(monkeypatch: pytest.MonkeyPatc
     assert ended == [1, 2, 0]
 
 
-def test_kernels_that_wait_are_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    nccl_stand_in.install(monkeypatch)
+def test_kernels_that_wait_are_aborted() -> None:
     with joined("nccl", Topology(pp=2)) as made:
         groups = [group for plane in made for group in (plane._all, plane._pair)]
     assert [group.aborted for group in groups] == [True] * 4

@@ -19,6 +19,7 @@ from worker_cases import Driver, executor
 
 from hal.config import Topology
 from hal.errors import BackendError, CapacityError, WorkerError
+from hal.testing.null import backend as null
 from workers.control.collectives import CPU
 from workers.control.planes import make_plane
 from workers.executors.ray_actors import RayRanks
@@ -150,7 +151,7 @@ def test_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plane(rank: int, store: Any) -> str:
         with pytest.raises(BackendError) as error:
-            make_plane("ray", Topology(tp=2, rank=rank), store, "gloo", CPU)
+            make_plane("ray", Topology(tp=2, rank=rank), store, null, CPU)
         return str(error.value)
 
     first, second = on_ranks(2, plane)

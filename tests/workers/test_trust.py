@@ -26,7 +26,9 @@ from rank_threads import on_ranks
 from worker_cases import Driver, executor
 
 from hal.config import Topology
+from hal.contracts.device import GLOO
 from hal.errors import BackendError, HalError, WireError, WorkerError
+from hal.testing.null import backend as null
 from workers.control.collectives import CPU
 from workers.control.planes import make_plane
 from workers.links import groups, rendezvous
@@ -68,7 +70,7 @@ def test_nothing_listens_where_ranks_share_memory() -> None:
 def test_groups_meet_through_the_pipes() -> None:
     """Gloo asks our store, which is Python, from its constructor."""
     stores = met(3)
-    made = on_ranks(3, lambda rank, _: make_group("gloo", stores[rank], "x", rank, 3))
+    made = on_ranks(3, lambda rank, _: make_group(GLOO, stores[rank], "x", rank, 3))
     sums = [torch.ones(2) * rank for rank in range(3)]
     on_ranks(3, lambda rank, _: made[rank].allreduce([sums[rank]]).wait())
     assert [s.tolist() for s in sums] == [[3.0, 3.0]] * 3
@@ -155,7 +157,7 @@ def test_a_forged_answer_is_an_error_and_never_another_plane(answer: str, plane:
 
     def make(rank: int, store: Any) -> None:
         with pytest.raises(WireError):
-            make_plane(plane, Topology(tp=2, rank=rank), Forged(store), "gloo", CPU)
+            make_plane(plane, Topology(tp=2, rank=rank), Forged(store), null, CPU)
 
     on_ranks(2, make)
 
@@ -228,7 +230,7 @@ def test_a_process_that_takes_a_ranks_place_in_gloo_is_refused(monkeypatch: pyte
     def join(rank: int, _: Any) -> str:
         slow.rank = rank
         try:
-            group = make_group("gloo", stores[rank], "x", rank, 2)
+            group = make_group(GLOO, stores[rank], "x", rank, 2)
         except HalError as error:
             return type(error).__name__
         x = torch.ones(1)
@@ -248,7 +250,7 @@ def test_another_secret_than_the_ranks_is_refused() -> None:
 
     def join(rank: int, _: Any) -> str:
         try:
-            make_group("gloo", stores[rank], "x", rank, 2)
+            make_group(GLOO, stores[rank], "x", rank, 2)
         except HalError as error:
             return str(error)
         return ""

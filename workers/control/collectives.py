@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from hal.config import Topology
+from hal.contracts.backend import Backend
 from hal.contracts.control_plane import ControlPlane
+from hal.contracts.device import GLOO, Collectives, DeviceRuntime
 from hal.guard import check
 from hal.schema.layout import aligned_bytes
 from hal.schema.packed import Buffer
@@ -32,36 +34,40 @@ class CollectivePlane(ControlPlane):
     them. The driver announces a step while the data plane still runs the step before, and before the driver asks for
     the output of that step.
 
-    Over NCCL a message goes from the host to the device, over the devices' links, and back to pinned memory, on a
-    stream of its own beside the step that runs. NCCL waits on the device without a limit. Therefore the host polls
-    whether the operation has ended, and whether the other ranks live.
+    With collectives of a device (Collectives.on_device) a message goes from the host to the device, over the devices'
+    links, and back to memory of the host, on a stream of its own beside the step that runs. Such an operation waits on
+    the device without a limit. Therefore the host polls whether it has ended, and whether the other ranks live.
 
     Args:
-        collectives, device: what carries messages (Backend.collectives), and the rank's device.
+        backend, device: whose collectives carry messages.
 
     Raises:
         BackendError: this PyTorch has no such collectives.
         WorkerError: not all ranks came.
     """
 
-    def __init__(self, topology: Topology, store: Store, collectives: str, device: torch.device) -> None:
-        on_device = collectives == "nccl"
+    def __init__(self, topology: Topology, store: Store, backend: Backend, device: torch.device) -> None:
+        self._connect(topology, store, backend.collectives, backend.runtime, device)
+
+    def _connect(self, topology: Topology, store: Store, collectives: Collectives, runtime: DeviceRuntime,
+                 device: torch.device) -> None:
+        on_device, self._runtime = collectives.on_device, runtime
         rank, source = topology.rank, topology.sampling_rank
         self._is_driver = topology.is_driver
         self._carrier = device if on_device else CPU
-        self._stream: Any = torch.cuda.Stream(device) if on_device else None  # type: ignore[no-untyped-call]
+        self._stream: Any = runtime.stream(device) if on_device else None
         self._lifelines = Lifelines(topology, store, "the control plane") if on_device else None
-        self._steps, self._outputs = (Channel(_pinned if on_device else aligned_bytes) for _ in range(2))
+        self._steps, self._outputs = (Channel(self._host_memory if on_device else aligned_bytes) for _ in range(2))
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
         self._closed = False
         self._all: Any = None
         self._pair: Any = None  # the driver and the source
         try:
-            self._all = make_group(collectives, store, "control", rank, topology.world_size, small=True)
+            self._all = make_group(collectives, store, "control", rank, topology.world_size, control=True)
             if source and rank in (0, source):
-                self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, small=True)
+                self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, control=True)
             if self._lifelines is not None:
-                self._lifelines.guard([group for group in (self._all, self._pair) if group is not None])
+                self._lifelines.guard([group for group in (self._all, self._pair) if group is not None], collectives)
                 self._meet()
         except BaseException:
             self.close()
@@ -95,8 +101,8 @@ class CollectivePlane(ControlPlane):
         self._sending.clear()
 
     def _meet(self) -> None:
-        """Make NCCL's communicators now, when all ranks are here. NCCL makes a communicator in its first operation, and
-        waits there for all ranks."""
+        """Connect a device's groups now, when all ranks are here. They connect in their first operation, and wait there
+        for all ranks."""
         tensor = torch.zeros(1, dtype=torch.uint8)
         if self._is_driver:
             self._announce(tensor, None)
@@ -161,7 +167,13 @@ class CollectivePlane(ControlPlane):
         return self._stream is not None and work.is_completed()  # gloo's work cannot be polled
 
     def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        if self._stream is None:
+            return contextlib.nullcontext()
+        return self._runtime.on_stream(self._carrier, self._stream)
+
+    def _host_memory(self, size: int) -> Buffer:
+        buffer: Buffer = self._runtime.host_memory(self._carrier, (size,), torch.uint8).numpy()
+        return buffer
 
     def _open(self) -> None:
         if self._closed:
@@ -171,10 +183,5 @@ class CollectivePlane(ControlPlane):
 class GlooPlane(CollectivePlane):
     """A CollectivePlane over gloo, whatever collectives the device has."""
 
-    def __init__(self, topology: Topology, store: Store, collectives: str, device: torch.device) -> None:
-        super().__init__(topology, store, "gloo", CPU)
-
-
-def _pinned(size: int) -> Buffer:
-    buffer: Buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()  # the buffer begins at a page
-    return buffer
+    def __init__(self, topology: Topology, store: Store, backend: Backend, device: torch.device) -> None:
+        self._connect(topology, store, GLOO, backend.runtime, CPU)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from hal.config import Topology
+from hal.contracts.backend import Backend
 from hal.contracts.control_plane import ControlPlane
 from hal.errors import BackendError, ConfigError
 from hal.schema.packed import Buffer
@@ -16,26 +17,26 @@ from hal.values import imported
 from workers.links.groups import Store
 
 _log = logging.getLogger("hal")
-# A factory takes a Topology, the store that all ranks have joined, the backend's collectives and the rank's device.
+# A factory takes a Topology, the store that all ranks have joined, the backend and the rank's device.
 PLANES = {"local": "workers.control.planes:LocalPlane", "shm": "workers.control.shared_memory:ShmPlane",
           "gloo": "workers.control.collectives:GlooPlane", "collectives": "workers.control.collectives:CollectivePlane",
           "ray": "workers.control.ray_mailbox:RayPlane"}
 
 
-def make_plane(name: str, topology: Topology, store: Store | None, collectives: str,
+def make_plane(name: str, topology: Topology, store: Store | None, backend: Backend,
                device: torch.device) -> ControlPlane:
     """Make a rank's control plane. Raises ConfigError: there is no such plane, or it cannot reach all ranks."""
     if topology.world_size == 1 and name in ("auto", *PLANES):
         name = "local"
     if name == "auto":
         try:
-            return make_plane("shm", topology, store, collectives, device)
+            return make_plane("shm", topology, store, backend, device)
         except BackendError as error:  # on all ranks
             log_without_memory(topology, "the control plane", error)
             name = "gloo"
     if name not in PLANES:
         raise ConfigError("unknown control_plane", got=repr(name), expected=", ".join(["auto", *PLANES]))
-    return cast(ControlPlane, imported(PLANES[name])(topology, store, collectives, device))
+    return cast(ControlPlane, imported(PLANES[name])(topology, store, backend, device))
 
 
 def log_without_memory(topology: Topology, what: str, error: BackendError) -> None:

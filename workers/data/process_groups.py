@@ -4,52 +4,73 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BroadcastOptions,
+    ReduceScatterOptions,
+)
 
-from hal.config import Topology
+from hal.config import Axis, Topology
+from hal.contracts.communicator import AxisName
+from hal.contracts.device import GLOO, Collectives, DeviceRuntime
 from hal.contracts.fingerprint import STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
 from hal.errors import InputError
 from hal.guard import data_plane
+from workers.data.axes import ByAxis, check_received, cut, row_bytes, rows
 from workers.links.groups import lost
 from workers.links.liveness import LINGER, Lifelines
 
 I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
+HOST = torch.device("cpu")
 
 
 class TorchCommunicator:
     """A hal.contracts.communicator.Communicator.
 
     Args:
-        tp_group: of this stage's ranks, by tp_rank; None when tp is 1. world_group: of all ranks; None when pp is 1.
-        carrier: the device whose memory the world group sends: of another one the host relays.
-        check_group: gloo's, of this stage's ranks, which compare fingerprints over it before each collective and at the
-            end of a step; None does without. On the data plane's own group a check would meet another's collective.
+        groups: the process group of each axis.
+        collectives: of the groups. Where they are not `on_device`, the host relays what lies in a device's memory.
+        runtime: of the device.
+        checks: for an axis a gloo group of the same ranks, which compare fingerprints over it before each collective
+            and, along "tp", at the end of a step. On the data plane's own group a check would meet another's
+            collective.
         strict: stages compare theirs too. Gloo ends a process that is sent another size than it expects.
-        lifelines: where the groups are NCCL's, which is then told at once that a rank is gone. Closed with the rest.
+        lifelines: where operations run on the device, which is then told at once that a rank is gone. Closed with the
+            rest.
 
     Raises (all methods):
         WorkerError: of rank -1, when another rank is gone.
-        StateError: another rank is at another place (see check_group).
+        StateError: another rank is at another place (see checks).
     """
 
-    def __init__(self, topology: Topology, device: torch.device, tp_group: Any, world_group: Any, carrier: torch.device,
-                 check_group: Any = None, strict: bool = False, lifelines: Lifelines | None = None) -> None:
+    def __init__(self, topology: Topology, device: torch.device, groups: ByAxis[Any], collectives: Collectives = GLOO,
+                 runtime: DeviceRuntime | None = None, *, checks: Mapping[str, Any] | None = None, strict: bool = False,
+                 lifelines: Lifelines | None = None) -> None:
         self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
-        self._tp, self._world, self._carrier = tp_group, world_group, carrier
-        self._checks, self._strict, self._lifelines = check_group, strict, lifelines
-        self.capturable = lifelines is not None
-        # NCCL's then run on the current stream, in order with all else there, captured or not; nothing is waited for.
-        self._sums, self._gathers = AllreduceOptions(), AllgatherOptions()
-        self._sums.asyncOp = self._gathers.asyncOp = False
+        self._groups, self._runtime = groups, runtime or DeviceRuntime()
+        self._pp: Any = groups["pp"]
+        self._axes = {name: topology.axis(name) for name in groups}
+        self._stages = self._axes["pp"]
+        on_device = collectives.on_device
+        self._carrier = device if on_device else HOST
+        self._checks, self._strict, self._lifelines = checks or {}, strict, lifelines
+        self.capturable = self._on_device = on_device
+        # On a device operations then run on the current stream, in order with all else there, captured or not; nothing
+        # is waited for.
+        self._sums, self._gathers, self._parts = AllreduceOptions(), AllgatherOptions(), ReduceScatterOptions()
+        self._exchanges, self._source = AllToAllOptions(), BroadcastOptions()
+        for options in (self._sums, self._gathers, self._parts, self._exchanges, self._source):
+            options.asyncOp = False
         if lifelines is not None:
             try:
-                # First what no graph captures: aborting the other may have to wait for graphs.
-                lifelines.guard([group for group in (world_group, tp_group) if group is not None])
+                lifelines.guard(groups.groups(), collectives)
                 self._meet()
             except BaseException:
                 self.close()
@@ -61,53 +82,106 @@ class TorchCommunicator:
 
     def end_step(self) -> None:
         self.check()
-        self._compare()
+        self._compare("tp")
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         with data_plane("all_reduce"):
-            if self.topology.tp > 1:
-                self._begin("all_reduce", x)
+            group = self._groups[axis]
+            if group is not None:
+                self._begin("all_reduce", axis, x.nbytes)
                 x = x.contiguous()
-                self._run("all_reduce", lambda: [self._tp.allreduce([x], self._sums)])
+                carried = self._carried(x)
+                self._run("all_reduce", lambda: [group.allreduce([carried], self._sums)])
+                if carried is not x:
+                    x.copy_(carried)
             return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         with data_plane("all_gather"):
-            tp = self.topology.tp
-            if tp == 1:
+            group = self._groups[axis]
+            if group is None:
                 return x
-            self._begin("all_gather", x)
-            flat = x.new_empty(tp * x.numel())
-            self._run("all_gather", lambda: [self._tp._allgather_base(flat, x.reshape(-1), self._gathers)])
-            return torch.cat(flat.view(tp, *x.shape).unbind(), -1)
+            self._begin("all_gather", axis, x.nbytes)
+            carried = self._carried(x.reshape(-1))
+            size = self._axes[axis].size
+            flat = carried.new_empty(size * x.numel())
+            self._run("all_gather", lambda: [group._allgather_base(flat, carried, self._gathers)])
+            return torch.cat(flat.view(size, *x.shape).unbind(), dim).to(x.device)
+
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        with data_plane("reduce_scatter"):
+            group = self._groups[axis]
+            if group is None:
+                return x
+            place = self._axes[axis]
+            parts = self._carried(cut(x, dim, place.size))
+            self._begin("reduce_scatter", axis, x.nbytes)
+            if self._on_device:
+                part = torch.empty_like(parts[0])
+                self._run("reduce_scatter", lambda: [group._reduce_scatter_base(part, parts, self._parts)])
+            else:  # gloo adds the whole up anyway
+                parts = parts.clone() if parts.data_ptr() == x.data_ptr() else parts
+                self._run("reduce_scatter", lambda: [group.allreduce([parts], self._sums)])
+                part = parts[place.rank]
+            return part.movedim(0, dim).to(x.device)
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        with data_plane("all_to_all"):
+            group = self._groups[axis]
+            if group is None:
+                return x
+            sends, receives = rows(x, self._axes[axis].size, send_sizes, recv_sizes)
+            each = row_bytes(x)
+            self._begin("all_to_all", axis, each)
+            sent, received = [n * each for n in sends], [n * each for n in receives]
+            self._compare_sizes(self._axes[axis], sent, received)
+            carried = self._carried(x.reshape(-1).view(torch.uint8))
+            came = carried.new_empty(sum(received))
+            self._run("all_to_all",
+                      lambda: [group.alltoall_base(came, carried, received, sent, self._exchanges)])
+            return came.view(x.dtype).view(sum(receives), *x.shape[1:]).to(x.device)
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
+        with data_plane("broadcast"):
+            group = self._groups[axis]
+            if group is not None:
+                self._begin("broadcast", axis, x.nbytes)
+                x = x.contiguous()
+                carried = self._carried(x.view(-1).view(torch.uint8))
+                self._source.rootRank = source
+                self._run("broadcast", lambda: [group.broadcast([carried], self._source)])
+                if carried.device != x.device:
+                    x.view(-1).view(torch.uint8).copy_(carried)
+            return x
 
     def send(self, tensors: IntermediateTensors) -> None:
         with data_plane("send"):
-            to = self.topology.rank + self.topology.tp
+            to = self._stages.rank + 1
             found = {f.name: tensors[f.name] for f in type(tensors).schema.fields}
             for name, tensor in found.items():
                 if tensor is None:
                     raise InputError(f"{type(tensors).__name__}.{name} is missing", fields=(name,),
                                      expected="all tensors, since the next stage waits for each")
             sent = [*([self._seal()] if self._strict else []), *found.values()]
-            # With NCCL the current stream waits until they have gone: a replay that writes them again comes after.
-            self._run("send", lambda: [self._world.send([t.to(self._carrier)], to, 0) for t in sent])
+            # On a device the current stream waits until they have gone: a replay that writes them again comes after.
+            self._run("send", lambda: [self._pp.send([t.to(self._carrier)], to, 0) for t in sent])
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
         with data_plane("recv"):
-            source = self.topology.rank - self.topology.tp
+            source = self._stages.rank - 1
             if self._strict:
                 theirs = torch.empty_like(self._seal(), device=self._carrier)
-                self._run("recv", lambda: [self._world.recv([theirs], source, 0)])
+                self._run("recv", lambda: [self._pp.recv([theirs], source, 0)])
                 arrived = theirs.cpu().numpy()
                 self.check()
-                self.fingerprint.compare(arrived, f"rank {source}", STEP)
+                self.fingerprint.compare(arrived, f"rank {self._stages.ranks[source]}", STEP)
             found: dict[str, torch.Tensor] = {}
             for field in kind.schema.fields:
                 assert field.array is not None  # `declare` takes arrays only
                 shape = tuple(d.size(dims) for d in field.array.dims)
                 found[field.name] = torch.empty(shape, dtype=getattr(torch, field.array.dtype), device=self._carrier)
-            self._run("recv", lambda: [self._world.recv([t], source, 0) for t in found.values()])
+            self._run("recv", lambda: [self._pp.recv([t], source, 0) for t in found.values()])
             return kind(**{name: tensor.to(self.device) for name, tensor in found.items()})
 
     def _seal(self) -> torch.Tensor:
@@ -117,38 +191,62 @@ class TorchCommunicator:
         lifelines, self._lifelines = self._lifelines, None
         if lifelines is not None:
             with contextlib.suppress(RuntimeError):  # the device has failed
-                stream, end = torch.cuda.current_stream(self.device), time.monotonic() + LINGER
-                while not (stream.query() or lifelines.lost or time.monotonic() > end):
+                issued, end = self._runtime.record(self.device), time.monotonic() + LINGER
+                while not (issued.query() or lifelines.lost or time.monotonic() > end):
                     time.sleep(1e-3)  # others need this rank's part; and their kernels must not find its memory freed
-        self._tp = self._world = self._checks = None
+        self._groups.clear()
+        self._pp, self._checks = None, {}
         if lifelines is not None:
             lifelines.close()
 
     def _meet(self) -> None:
-        """NCCL makes a communicator at the first operation, and waits there for its ranks: here, where all come, from
-        the first stage to the last, and not in a step or while a graph is captured."""
-        topology, tensor = self.topology, torch.zeros(1, device=self.device)
+        """Groups of a device connect at the first operation, and wait there for their ranks: here, where all come, from
+        the first stage to the last, and not in a step or while a graph is captured. Collectives along "pp", which no
+        step needs, connect when they are first called."""
+        tensor, stages = torch.zeros(1, device=self.device), self._stages
         self.all_reduce(tensor)
-        if not topology.is_first_stage:
-            self._run("connecting", lambda: [self._world.recv([tensor], topology.rank - topology.tp, 0)])
-        if not topology.is_last_stage:
-            self._run("connecting", lambda: [self._world.send([tensor], topology.rank + topology.tp, 0)])
+        if self._groups["ep"] is not self._groups["tp"]:
+            self.all_reduce(tensor, "ep")
+        if stages.rank > 0:
+            self._run("connecting", lambda: [self._pp.recv([tensor], stages.rank - 1, 0)])
+        if stages.rank < stages.size - 1:
+            self._run("connecting", lambda: [self._pp.send([tensor], stages.rank + 1, 0)])
 
-    def _begin(self, kind: str, x: torch.Tensor) -> None:
-        self.fingerprint.count(kind, x.nbytes)
-        self._compare()
+    def _carried(self, x: torch.Tensor) -> torch.Tensor:
+        """x where operations read and write it."""
+        return x if self._on_device else x.to(HOST)
 
-    def _compare(self) -> None:
+    def _begin(self, operation: str, axis: str, nbytes: int) -> None:
+        self.fingerprint.count(operation, axis, nbytes)
+        self._compare(axis)
+
+    def _compare(self, axis: str) -> None:
         """Where ranks check, find out whether all are at the same collective, or at the end of the step. Not of what a
         graph does, which no rank counts: a step ends with the same count on all that replay it."""
-        if self._checks is None or (self.capturable and torch.cuda.is_current_stream_capturing()):
-            return
-        own = self._seal()
-        found = own.new_empty(self.topology.tp * len(own))
-        self._run("check", lambda: [self._checks._allgather_base(found, own)])
-        first = self.topology.rank - self.topology.tp_rank
-        for i, theirs in enumerate(found.view(self.topology.tp, -1)):
-            self.fingerprint.compare(theirs.numpy(), f"rank {first + i}")
+        checks = self._checking(axis)
+        if checks is not None:
+            place = self._axes[axis]
+            for rank, theirs in zip(place.ranks, self._exchange(checks, place, self._seal()), strict=True):
+                self.fingerprint.compare(theirs.numpy(), f"rank {rank}")
+
+    def _compare_sizes(self, place: Axis, sent: list[int], received: list[int]) -> None:
+        """Likewise, whether the others send what this rank receives."""
+        checks = self._checking(place.name)
+        if checks is not None:
+            theirs = self._exchange(checks, place, torch.tensor(sent)).tolist()
+            for rank, sizes, expected in zip(place.ranks, theirs, received, strict=True):
+                check_received(rank, sizes[place.rank], expected)
+
+    def _checking(self, axis: str) -> Any:
+        """The group over which ranks compare now; None where they do not."""
+        checks = self._checks.get(axis)
+        return None if checks is None or (self._on_device and self._runtime.capturing(self.device)) else checks
+
+    def _exchange(self, checks: Any, place: Axis, own: torch.Tensor) -> torch.Tensor:
+        """[ranks of the axis, numbers in `own`]."""
+        found = own.new_empty(place.size * len(own))
+        self._run("check", lambda: [checks._allgather_base(found, own)])
+        return found.view(place.size, -1)
 
     def _run(self, what: str, launch: Callable[[], list[Any]]) -> None:
         try:

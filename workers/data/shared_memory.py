@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from hal.config import Topology
-from hal.contracts.fingerprint import SEAL, STEP, Fingerprint
+from hal.config import AXES, Axis, Topology
+from hal.contracts.communicator import AxisName
+from hal.contracts.fingerprint import FIELDS, STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
 from hal.errors import InputError, StateError, WireError
 from hal.guard import data_plane
+from workers.data.axes import ByAxis, cut, row_bytes, rows
+from workers.data.shared_group import BYTES_PER_RANK, SharedGroup
 from workers.links.groups import Store
-from workers.links.memory import START, Segment
+from workers.links.memory import Segment
 from workers.links.ring import Ring
 
-_PIECE = 1 << 20  # bytes that a rank shows the others at a time
-_TWO_STEPS = 1 << 18  # tensors of so many bytes are added by all ranks, a share each
 _STAGE = 16, 1 << 20  # slots, and bytes of each, between two pipeline stages
+# Stages of different numbers of layers differ in how many collectives they have begun.
+_BETWEEN_STAGES = tuple(field for field in FIELDS if field != "number of collectives")
 I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
 
 
 class ShmCommunicator:
     """A Communicator. Every sum is computed in the order of ranks, so its bits are the same on each rank.
-
-    A rank has two places for a tensor that it shows the others, and uses them in turn. When all ranks have shown their
-    next tensor, no rank still reads the last one.
 
     Raises:
         BackendError: the ranks cannot share memory; raised on all of them.
@@ -40,22 +40,22 @@ class ShmCommunicator:
 
     def __init__(self, topology: Topology, device: torch.device, store: Store) -> None:
         self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
-        tp, world = topology.tp, topology.world_size
-        links = [Topology(tp, topology.pp, rank) for rank in range(world - tp)]
-        size = world * (2 * _PIECE + 3 * 64) + len(links) * _STAGE[0] * _STAGE[1]
-        segment = Segment("data", topology.rank, world, store, size)
-        self._segment, self._count = segment, START
-        places = [[torch.from_numpy(segment.take(_PIECE)) for _ in range(2)] for _ in range(world)]
-        counters = [segment.counter() for _ in range(world)]
-        stage = range(topology.rank - topology.tp_rank, topology.rank - topology.tp_rank + tp)
-        self._places = {torch.uint8: [[places[rank][turn] for rank in stage] for turn in range(2)]}
-        self._counter = counters[topology.rank]
-        # Each rank's fingerprint, in two places like its tensors, and its fingerprint when its last step ended.
-        self._lines = [[segment.take(64).data for _ in range(2)] for _ in range(world)]
+        world = topology.world_size
+        links = {place.rank: place.axis("pp").ranks[place.pp_rank + 1] for place in topology.every_rank()
+                 if not place.is_last_stage}
+        size = world * (len(AXES) * BYTES_PER_RANK + 64) + len(links) * _STAGE[0] * _STAGE[1]
+        self._segment = segment = Segment("data", topology.rank, world, store, size)
+        # Each rank's step and number of collectives when its last step ended.
         self._ended = [segment.take(64).data.cast("q") for _ in range(world)]
-        self._peers = [(counters[rank], rank) for rank in stage if rank != topology.rank]
-        rings = {link.rank: Ring(segment, link.rank, [link.rank + tp], *_STAGE) for link in links}
-        self._to, self._source = rings.get(topology.rank), rings.get(topology.rank - tp)
+        self._groups: ByAxis[SharedGroup] = ByAxis(topology, self._group)
+        rings = {rank: Ring(segment, rank, [to], *_STAGE) for rank, to in links.items()}
+        self._to = rings.get(topology.rank)
+        self._source = None if topology.is_first_stage else rings[topology.axis("pp").ranks[topology.pp_rank - 1]]
+
+    def _group(self, axis: Axis) -> SharedGroup:
+        between = axis.name == "pp"
+        return SharedGroup(self._segment, axis, self.topology.world_size, self.fingerprint,
+                           _BETWEEN_STAGES if between else FIELDS, None if between else self._still_in_step)
 
     def check(self) -> None:
         pass  # a wait for a rank that is gone raises, so no result can be wrong
@@ -67,33 +67,53 @@ class ShmCommunicator:
             self._segment.order()
             ended[0] = own.step
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         with data_plane("all_reduce"):
-            if self.topology.tp > 1:
-                self.fingerprint.count("all_reduce", x.nbytes)
+            group = self._groups[axis]
+            if group is not None:
+                self.fingerprint.count("all_reduce", axis, x.nbytes)
                 x = x.contiguous()
-                for piece in self._pieces(x):
-                    if self.topology.tp > 2 and piece.nbytes >= _TWO_STEPS:
-                        self._reduce_shared(piece)
-                    else:
-                        _add(self._show(piece), piece)
+                group.all_reduce(x)
             return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         with data_plane("all_gather"):
-            tp = self.topology.tp
-            if tp == 1:
+            group = self._groups[axis]
+            if group is None:
                 return x
-            self.fingerprint.count("all_gather", x.nbytes)
-            pieces = list(self._pieces(x.contiguous()))
-            if len(pieces) == 1:
-                return torch.cat([shown.view(x.shape) for shown in self._show(pieces[0])], -1)
-            gathered, at = x.new_empty(tp, x.numel()), 0
-            for piece in pieces:
-                for row, shown in zip(gathered, self._show(piece), strict=True):
-                    row[at:at + len(piece)] = shown
-                at += len(piece)
-            return torch.cat(gathered.view(tp, *x.shape).unbind(), -1)
+            self.fingerprint.count("all_gather", axis, x.nbytes)
+            return group.all_gather(x.contiguous(), dim)
+
+    def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        with data_plane("reduce_scatter"):
+            group = self._groups[axis]
+            if group is None:
+                return x
+            parts = cut(x, dim, group.size)
+            self.fingerprint.count("reduce_scatter", axis, x.nbytes)
+            return group.reduce_scatter(parts).movedim(0, dim)
+
+    def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
+                   recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        with data_plane("all_to_all"):
+            group = self._groups[axis]
+            if group is None:
+                return x
+            sends, receives = rows(x, group.size, send_sizes, recv_sizes)
+            each = row_bytes(x)
+            self.fingerprint.count("all_to_all", axis, each)
+            came = group.all_to_all(x.reshape(-1).view(torch.uint8), [n * each for n in sends],
+                                    [n * each for n in receives])
+            return came.view(x.dtype).view(sum(receives), *x.shape[1:])
+
+    def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
+        with data_plane("broadcast"):
+            group = self._groups[axis]
+            if group is not None:
+                self.fingerprint.count("broadcast", axis, x.nbytes)
+                x = x.contiguous()
+                group.broadcast(x, source)
+            return x
 
     def send(self, tensors: IntermediateTensors) -> None:
         with data_plane("send"):
@@ -125,48 +145,8 @@ class ShmCommunicator:
 
     def close(self) -> None:
         self._segment.close()
-        self._places, self._lines, self._ended, self._to, self._source = {}, [], [], None, None
-
-    def _pieces(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        flat, step = x.view(-1), _PIECE // x.itemsize
-        return (flat[at:at + step] for at in range(0, len(flat), step))
-
-    def _show(self, piece: torch.Tensor) -> list[torch.Tensor]:
-        """[tp] tensors like the piece, one of each rank. They are valid until the next call but one."""
-        places = self._next(piece)
-        places[self.topology.tp_rank].copy_(piece)
-        self._publish()
-        return places
-
-    def _reduce_shared(self, piece: torch.Tensor) -> None:
-        """The sum of a piece, of which each rank adds up a share and shows it to the others."""
-        shown, sums = self._show(piece), self._next(piece)
-        share = -(-len(piece) // self.topology.tp)
-        mine = slice(share * self.topology.tp_rank, share * (self.topology.tp_rank + 1))
-        _add([s[mine] for s in shown], sums[self.topology.tp_rank][mine])
-        self._publish()
-        for rank, shared in enumerate(sums):
-            piece[share * rank:share * (rank + 1)] = shared[share * rank:share * (rank + 1)]
-
-    def _next(self, piece: torch.Tensor) -> list[torch.Tensor]:
-        """[tp] places of the piece's size and dtype. This rank may write its own place."""
-        places = self._places.get(piece.dtype)
-        if places is None:
-            places = [[p.view(piece.dtype) for p in turn] for turn in self._places[torch.uint8]]
-            self._places[piece.dtype] = places
-        return [place[:len(piece)] for place in places[self._count & 1]]
-
-    def _publish(self) -> None:
-        """Show the other ranks what this rank wrote. Returns when all ranks have done so in the same collective."""
-        turn, own = self._count & 1, self.fingerprint.pack()
-        self._lines[self.topology.rank][turn][:SEAL] = own
-        self._count += 1
-        self._segment.post(self._counter, self._count)
-        for counter, rank in self._peers:
-            self._segment.wait(counter, self._count, rank, waiting=self._still_in_step)
-            theirs = self._lines[rank][turn][:SEAL]
-            if theirs != own:
-                self.fingerprint.compare(theirs, f"rank {rank}")
+        self._groups.clear()
+        self._ended, self._to, self._source = [], None, None
 
     def _still_in_step(self, rank: int) -> None:
         """Check a rank that this one waits for. Raises StateError: it has ended this step with fewer collectives."""
@@ -177,15 +157,3 @@ class ShmCommunicator:
                 raise StateError(f"rank {rank} ended step {own.step} while rank {self.topology.rank} is in one more "
                                  "collective", got=f"{ended[1]} collectives", expected=f"{own.collectives}",
                                  hint="which collectives a runner calls must not depend on the rank")
-
-
-def _add(shown: list[torch.Tensor], into: torch.Tensor) -> None:
-    if len(shown) > 2 and into.dtype in (torch.bfloat16, torch.float16):  # rounded once
-        total = shown[0].float()
-        for tensor in shown[1:]:
-            total += tensor
-        into.copy_(total)
-    else:
-        torch.add(shown[0], shown[1], out=into)
-        for tensor in shown[2:]:
-            into += tensor

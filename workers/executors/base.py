@@ -153,7 +153,7 @@ class ExecutorBase(abc.ABC):
         self._closed = True
         self._pending.clear()
         self._unsampled = None
-        for each in chain(error):  # whose frames hold what the next engine needs room for, and graphs NCCL waits for
+        for each in chain(error):  # its frames hold memory that the next engine needs, and graphs that delay an abort
             traceback.clear_frames(each.__traceback__)
         self._end(patience)
 

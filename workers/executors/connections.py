@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from typing import Any
 
 import torch
 
-from hal.config import WorkerConfig
+from hal.config import Axis, Topology, WorkerConfig
 from hal.contracts.backend import Backend
 from hal.contracts.communicator import Communicator, LocalCommunicator
 from hal.contracts.control_plane import ControlPlane
+from hal.contracts.device import GLOO, Collectives
 from hal.errors import BackendError
 from workers.control.collectives import CollectivePlane
 from workers.control.planes import log_without_memory, make_plane
+from workers.data.axes import ByAxis
 from workers.data.process_groups import TorchCommunicator
 from workers.data.shared_memory import ShmCommunicator
 from workers.links.groups import Store, make_group
@@ -23,7 +27,7 @@ def connect(config: WorkerConfig, backend: Backend, device: torch.device,
             store: Store | None) -> tuple[ControlPlane, Communicator]:
     """A rank's links. All ranks call it at the same time; `store` is where they meet."""
     topology = config.topology
-    plane = make_plane(config.engine.control_plane, topology, store, backend.collectives, device)
+    plane = make_plane(config.engine.control_plane, topology, store, backend, device)
     try:
         return plane, _data_plane(config, backend, device, store, isinstance(plane, CollectivePlane))
     except BaseException:
@@ -42,16 +46,20 @@ def _data_plane(config: WorkerConfig, backend: Backend, device: torch.device, st
             return ShmCommunicator(topology, device, store)
         except BackendError as error:  # on all ranks
             log_without_memory(topology, "the data plane", error)
-    tp_group = world_group = check_group = None
-    strict = os.environ.get("HAL_STRICT") == "1"
-    if topology.tp > 1:
-        if strict:
-            check_group = make_group("gloo", store, f"check{topology.pp_rank}", topology.tp_rank, topology.tp)
-        tp_group = make_group(backend.collectives, store, f"tp{topology.pp_rank}", topology.tp_rank, topology.tp)
-    if topology.pp > 1:
-        world_group = make_group(backend.collectives, store, "world", topology.rank, topology.world_size)
-    # Gloo reduces tensors of a GPU, but sends the host's memory alone: given another's, it ends the process.
-    on_device = backend.collectives == "nccl"
-    carrier = device if on_device else torch.device("cpu")
-    lifelines = Lifelines(topology, store, "the data plane") if on_device else None
-    return TorchCommunicator(topology, device, tp_group, world_group, carrier, check_group, strict, lifelines)
+    return over_groups(topology, backend, device, store, os.environ.get("HAL_STRICT") == "1")
+
+
+def over_groups(topology: Topology, backend: Backend, device: torch.device, store: Store,
+                strict: bool) -> TorchCommunicator:
+    """The data plane over process groups of the backend's collectives; `strict` ranks compare fingerprints."""
+    collectives = backend.collectives
+
+    def make(what: str, kind: Collectives, axis: Axis) -> Any:
+        return make_group(kind, store, f"{what} {axis.name}{axis.ranks[0]}", axis.rank, axis.size)
+
+    # Stages compare with each message that they send, and need no group for that.
+    checks = ByAxis(topology, lambda axis: make("checks", GLOO, axis) if strict and axis.name != "pp" else None)
+    groups = ByAxis(topology, partial(make, "data", collectives))
+    lifelines = Lifelines(topology, store, "the data plane") if collectives.on_device else None
+    return TorchCommunicator(topology, device, groups, collectives, backend.runtime,
+                             checks=checks, strict=strict, lifelines=lifelines)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hal.config import WorkerConfig
+from hal.contracts.backend import load
 from hal.errors import CapacityError
 from workers.executors.processes import RankProcess, Ranks
 from workers.links.ray_cluster import join_cluster, runtime_env
@@ -105,7 +106,8 @@ class RayRanks(Ranks):
         return address
 
     def launch(self, configs: Sequence[WorkerConfig], worker: str, host: str, environment: dict[str, str]) -> None:
-        ray, device = self._ray, "GPU" if configs[0].engine.device == "cuda" else "CPU"
+        ray, device = self._ray, load(configs[0].engine.device).capabilities.ray_resource
+        taken = {f"num_{device.lower()}s": 1} if device in ("CPU", "GPU") else {"num_cpus": 0, "resources": {device: 1}}
         self._group = ray.util.placement_group([{device: 1}] * len(configs), strategy="SPREAD")
         if not self._group.wait(_PLACED):
             raise CapacityError("the Ray cluster has no room for the ranks", got=str(ray.available_resources()),
@@ -115,7 +117,7 @@ class RayRanks(Ranks):
             place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, i)
             # Four threads: one waits in read() while the others send, hang up and ask.
             actor = ray.remote(Keeper).options(
-                **{f"num_{device.lower()}s": 1}, max_concurrency=4, max_restarts=0, scheduling_strategy=place,
+                **taken, max_concurrency=4, max_restarts=0, scheduling_strategy=place,
                 runtime_env=runtime_env(),
             ).remote(config.to_json(), worker, host, carried)
             self.processes.append(RayRank(ray, actor, config))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed
 
-from hal.errors import BackendError, WireError, WorkerError
+from hal.contracts.device import Collectives
+from hal.errors import WireError, WorkerError
 from workers.links import rendezvous
 from workers.links.rendezvous import Rendezvous
 
@@ -27,10 +28,6 @@ _ANY_PORT = 9
 _SECRET = 16  # bytes
 # No limit: an engine may be idle for days. The closed connection shows that a rank has died.
 _FOREVER = timedelta(days=3650)
-# NCCL's groups read this when they are made. By default PyTorch's threads end the process, which may be the user's, if
-# an operation fails or takes long, and if the device fails or is slow to answer them. Lifelines see to all that.
-_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0", "TORCH_NCCL_BLOCKING_WAIT": "0",
-         "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
 
 
 class RendezvousStore(dist.Store):  # type: ignore[misc]
@@ -72,11 +69,12 @@ def local_address(store: Store) -> str:
     return address
 
 
-def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: bool = False) -> Any:
-    """A backend object of torch.distributed ("gloo", "nccl") over ranks 0 to size - 1, which all call this.
+def make_group(collectives: Collectives, store: Store, name: str, rank: int, size: int, control: bool = False) -> Any:
+    """A process group of a backend's collectives over ranks 0 to size - 1, which all call this.
 
     Args:
-        small: for NCCL: the group carries small messages beside a step, which use less of the device and have priority.
+        name: of the group; each once for a store.
+        control: see Collectives.process_group.
 
     Raises:
         BackendError: this PyTorch has no such collectives.
@@ -85,26 +83,18 @@ def make_group(kind: str, store: Store, name: str, rank: int, size: int, small: 
     """
     prefixed = dist.PrefixStore(name, store)
     try:
-        if kind == "gloo":
-            gloo = dist.ProcessGroupGloo
-            options = gloo._Options()
-            options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], CONNECT
-            with _stdout_to_stderr():
-                group = gloo(prefixed, rank, size, options)
-            _prove(group, prefixed, rank, size)
-            group._set_default_timeout(_FOREVER)
-            return group
-        if kind == "nccl" and dist.is_nccl_available():
-            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=small)
-            options._timeout = _FOREVER
-            if small:
-                options.config.max_ctas = 1
-            with _environment(_NCCL):
-                return dist.ProcessGroupNCCL(prefixed, rank, size, options)
+        if collectives.kind != "gloo":
+            return collectives.process_group(prefixed, rank, size, _FOREVER, control)
+        gloo = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices, options._timeout = [gloo.create_device(hostname=local_address(store))], CONNECT
+        with _stdout_to_stderr():
+            group = gloo(prefixed, rank, size, options)
+        _prove(group, prefixed, rank, size)
+        group._set_default_timeout(_FOREVER)
+        return group
     except RuntimeError as error:
         raise lost("connecting", error) from error
-    raise BackendError("this PyTorch has no such collectives", got=kind, expected="gloo or nccl",
-                       hint="set the backend's `collectives`, or install another PyTorch")
 
 
 def _prove(group: Any, store: Store, rank: int, size: int) -> None:
@@ -131,19 +121,6 @@ def lost(what: str, error: Exception) -> WorkerError:
     """The error of a rank that finds another rank gone. It does not know which one, so the error has rank -1."""
     return WorkerError(f"{what} with the other ranks failed: {str(error).splitlines()[0]}", rank=-1,
                        cause=type(error).__name__)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    saved = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
 
 
 @contextmanager

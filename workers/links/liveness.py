@@ -1,4 +1,5 @@
-"""Whether other ranks live, where nothing else would tell: a kernel of NCCL waits for ever for a rank that is gone."""
+"""Whether other ranks live, where nothing else would tell: an operation on a device waits for ever for a rank that is
+gone."""
 
 from __future__ import annotations
 
@@ -13,9 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch._C._distributed_c10d import ErrorType
-
 from hal.config import Topology
+from hal.contracts.device import Collectives
 from hal.errors import WorkerError
 from workers.links.groups import CONNECT, Store, local_address, lost
 
@@ -25,7 +25,7 @@ _SECRET = 16  # bytes
 _LEAVES = b"."
 _LEFT = 0.5  # seconds after which a rank that goes on without one that has left is told so
 _ISSUE = 0.2  # seconds that it takes at most to issue an operation, unless the device's queue is full
-_LOOK = 1.0  # seconds between looks for errors that NCCL has found itself
+_LOOK = 1.0  # seconds between looks for errors that the collectives' library has found itself
 
 
 class Lifelines:
@@ -65,10 +65,11 @@ class Lifelines:
             self.close()
             raise lost("connecting", error) from error
 
-    def guard(self, groups: list[Any]) -> None:
+    def guard(self, groups: list[Any], collectives: Collectives) -> None:
         """Abort these, in this order, as soon as a rank is gone, which ends the kernels that wait for it and frees who
         waits for them; or else in `close`. The list is emptied. Not within a phase, since it starts a thread."""
-        self._thread = threading.Thread(target=self._watch, args=(groups,), name="hal-lifelines", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(groups, collectives), name="hal-lifelines",
+                                        daemon=True)
         self._thread.start()
 
     def issue(self, launch: Callable[[], R]) -> R:
@@ -99,7 +100,7 @@ class Lifelines:
         for connection in (*self._sockets, self._wake, self._woken):
             connection.close()
 
-    def _watch(self, groups: list[Any]) -> None:
+    def _watch(self, groups: list[Any], collectives: Collectives) -> None:
         poll, there, left, closing = select.poll(), {c.fileno(): c for c in self._sockets}, float("inf"), False
         for fd in (*there, self._woken.fileno()):
             poll.register(fd, select.POLLIN)
@@ -112,14 +113,15 @@ class Lifelines:
                 left = time.monotonic()
                 self.lost |= not _leaves(there.pop(fd))
             overdue = not self._closed and time.monotonic() > left + _LEFT
-            self.lost |= overdue or any(group.get_error() != ErrorType.SUCCESS for group in groups)
+            self.lost |= overdue or any(map(collectives.failed, groups))
             if self.lost or not there:
                 self._alone.set()
         if self._issuing.acquire(timeout=_ISSUE):
             self._issuing.release()
         while groups:
             with contextlib.suppress(RuntimeError):
-                groups.pop(0).abort()  # ends kernels at once, and then waits for graphs that have captured any
+                # This ends kernels at once, and then waits for graphs that have captured any.
+                collectives.abort(groups.pop(0))
 
 
 def _admit(server: socket.socket, secret: bytes, count: int, admitted: list[socket.socket]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.block_moves import move_blocks, move_rows, on_host
+from hal.contracts.device import DeviceRuntime
 from hal.contracts.inputs import WorkerInput
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import CapacityError
@@ -64,15 +65,18 @@ class CacheEngine:
         host: the same on the host, with num_cpu_blocks.
         host_rows: the runner's row_states on the host; none where there are no host blocks.
         runner: reads and writes the device's blocks and rows.
+
+    Args:
+        runtime: of the device; it gives the host's memory.
     """
 
     def __init__(self, device: Sequence[torch.Tensor], num_cpu_blocks: int,
-                 runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase) -> None:
+                 runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase,
+                 runtime: DeviceRuntime | None = None) -> None:
         self.device, self.runner = device, runner
         states = runner.row_states if num_cpu_blocks else ()
-        pin = num_cpu_blocks > 0 and any(tensor.is_cuda for tensor in (*device, *states))
-        self.host = on_host(device, num_cpu_blocks, pin=pin)
-        self.host_rows = on_host(states, states[0].shape[1] if states else 0, pin=pin)
+        self.host = on_host(device, num_cpu_blocks, runtime)
+        self.host_rows = on_host(states, states[0].shape[1] if states else 0, runtime)
 
     def apply(self, step: WorkerInput) -> None:
         """See hal.contracts.block_moves. Raises InputError."""

@@ -83,7 +83,8 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def initialize_cache(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks, self.runner)
+        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks, self.runner,
+                                 self.backend.runtime)
 
     @property
     def has_row_states(self) -> bool:
@@ -91,7 +92,7 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def warmup(self, progress: Progress = no_progress) -> None:
         self.runner.warmup(self.cache.device, progress)
-        self.backend.synchronize(self.device)
+        self.backend.runtime.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
         if not (request.sampling_follows or moves_blocks(request)):
@@ -181,7 +182,7 @@ class Worker(LocalOrDistributedWorkerBase):
     def shutdown(self) -> None:
         self.forwarded = None
         self.cache = CacheEngine([], 0)  # its memory goes, even while somebody still holds this worker,
-        self.__dict__.pop("runner", None)  # and so do that of the weights, and graphs, for whose end NCCL waits
+        self.__dict__.pop("runner", None)  # and so do the weights, and graphs, for whose end an abort of groups waits
         for link in self._links:
             link.close()
         self._links = []

@@ -68,7 +68,7 @@ def is_there(ctx: Context) -> None:
     device = ctx.backend.device(0)
     ctx.check(isinstance(device, torch.device), f"device(0) is {device!r}")
     x = torch.arange(5, device=device)
-    ctx.backend.synchronize(device)
+    ctx.backend.runtime.synchronize(device)
     ctx.equal("a tensor's values", x.tolist(), [0, 1, 2, 3, 4])
     free = ctx.backend.free_memory(device)
     ctx.check(isinstance(free, int) and free > 1 << 20, f"free_memory is {free!r} bytes")

@@ -55,7 +55,7 @@ def travels_unchanged(ctx: Context) -> None:
         value.validate()
         value.check()
         there = type(value).from_buffer(value.to_buffer(), device)
-        ctx.backend.synchronize(device)
+        ctx.backend.runtime.synchronize(device)
         there.validate(device)
         _same(ctx, there, value)
 

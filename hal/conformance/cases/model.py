@@ -87,7 +87,7 @@ def outlives_the_next_step(ctx: Context) -> None:
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         output = session.execute(session.prepare(request))
-        ctx.backend.synchronize(session.device)
+        ctx.backend.runtime.synchronize(session.device)
         kept.append((output, output.token_ids.tolist()))
         return SamplerOutput.from_buffer(output.to_buffer())
 
@@ -103,7 +103,7 @@ def is_there_after_synchronize(ctx: Context) -> None:
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         output = session.execute(session.prepare(request))
-        ctx.backend.synchronize(session.device)
+        ctx.backend.runtime.synchronize(session.device)
         early = SamplerOutput.from_buffer(output.to_buffer())
         late = SamplerOutput.from_buffer(output.to_buffer())
         ctx.equal(f"step {request.step}: tokens", early.token_ids.tolist(), late.token_ids.tolist())

@@ -65,7 +65,7 @@ def _sample(ctx: Context, rows: list[tuple[SamplingParams, int, list[int]]], log
     made.num_logprobs = num_logprobs
     there = PagedModelInput.from_buffer(made.to_buffer(), session.device)
     output: SamplerOutput = ctx.part(session, "sampler")(logits.to(session.device), there)
-    ctx.backend.synchronize(session.device)
+    ctx.backend.runtime.synchronize(session.device)
     return SamplerOutput.from_buffer(output.to_buffer())
 
 

@@ -1,0 +1,121 @@
+"""What a backend supplies beside its runner, so that no device's library is named in workers/: streams, events and host
+memory (DeviceRuntime), and the process groups of its collectives (Collectives). Importing this loads no torch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hal.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Event(Protocol):
+    """A place in the order of a device's work."""
+
+    def query(self) -> bool:
+        """Whether the device has come here."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has come here."""
+
+
+class DeviceRuntime:
+    """Streams, events and host memory of a device. The default asks torch's module of the device's type
+    (torch.get_device_module: torch.cpu, torch.xpu, or what a vendor registered)."""
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait for all work that was issued to the device."""
+        self._module(device).synchronize()
+
+    def stream(self, device: torch.device) -> Any:
+        """A new stream, whose work runs beside that of the current one."""
+        return self._module(device).Stream(device)
+
+    def on_stream(self, device: torch.device, stream: Any) -> AbstractContextManager[Any]:
+        """In the block `stream` is the current stream."""
+        context: AbstractContextManager[Any] = self._module(device).stream(stream)
+        return context
+
+    def record(self, device: torch.device) -> Event:
+        """An event behind the work that was issued to the current stream."""
+        event: Any = self._module(device).Event()
+        event.record(self._module(device).current_stream(device))
+        return event  # type: ignore[no-any-return]
+
+    def capturing(self, device: torch.device) -> bool:
+        """Whether the current stream is being captured into a graph."""
+        asked = getattr(self._module(device), "is_current_stream_capturing", None)
+        return asked is not None and bool(asked())
+
+    def host_memory(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A zeroed tensor on the host, in memory (page-locked, say) that the device copies from and to while the host
+        goes on. The default is memory like any other."""
+        import torch
+
+        return torch.zeros(shape, dtype=dtype)
+
+    @staticmethod
+    def _module(device: torch.device) -> Any:
+        import torch
+
+        return torch.get_device_module(device)
+
+
+class Collectives:
+    """How the ranks of a device reach each other: process groups of one kind.
+
+    Args:
+        kind: "gloo", which workers/ make themselves, or the name of a backend of torch.distributed that was registered
+            with torch.distributed.Backend.register_backend. A subclass may make groups of any other kind.
+        on_device: operations read and write the device's memory, in the order of its current stream, and may be
+            captured into its graphs. They never end when a rank is gone, so workers/ watch connections to the other
+            ranks, and abort the groups. False: operations read and write the host's memory, and fail by themselves.
+    """
+
+    def __init__(self, kind: str = "gloo", on_device: bool = False) -> None:
+        self.kind, self.on_device = kind, on_device
+
+    def process_group(self, store: Any, rank: int, size: int, timeout: timedelta, control: bool = False) -> Any:
+        """A backend object of torch.distributed over ranks 0 to size - 1, which all call this.
+
+        Args:
+            store: where the ranks of this group meet, for this group alone.
+            control: the group carries small messages of the control plane beside a step: they come before the step's
+                own, and take little of the device.
+
+        Raises:
+            BackendError: this PyTorch has no such collectives.
+            RuntimeError: not all ranks came.
+        """
+        import torch.distributed
+
+        dist: Any = torch.distributed  # its stubs leave out what its documentation has
+        plugin = dist.Backend._plugins.get(self.kind.upper())
+        if plugin is None:
+            raise BackendError("this PyTorch has no such collectives", got=self.kind,
+                               expected=" or ".join(["gloo", *map(str.lower, dist.Backend._plugins)]),
+                               hint="set the backend's `collectives`, import the package that registers them, or "
+                                    "install another PyTorch")
+        if not plugin.extended_api:
+            return plugin.creator_fn(store, rank, size, timeout)
+        options = torch._C._distributed_c10d._DistributedBackendOptions()
+        options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, timeout
+        options.group_id, options.global_ranks_in_group = "", []
+        return plugin.creator_fn(options, None)
+
+    def failed(self, group: Any) -> bool:
+        """Whether a group's library has found an error by itself. Asked once a second where `on_device`."""
+        from torch._C._distributed_c10d import ErrorType
+
+        return bool(group.get_error() != ErrorType.SUCCESS)
+
+    def abort(self, group: Any) -> None:
+        """End the operations of a group, on the device too, and free whoever waits for them."""
+        group.abort()
+
+
+GLOO = Collectives()

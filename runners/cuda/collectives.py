@@ -1,0 +1,53 @@
+"""NCCL's process groups, as the backend supplies them to workers/. A runner has no use for this module. Importing it
+loads no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from hal.contracts.device import Collectives
+from hal.errors import BackendError
+
+# Groups read these variables when they are made. By default PyTorch's threads end the process, which may be the user's,
+# if an operation fails or takes long, or if the device fails or is slow to answer. hal watches the ranks by itself.
+SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+            "TORCH_NCCL_BLOCKING_WAIT": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+
+
+class NcclCollectives(Collectives):
+    """An NCCL kernel waits for ever for a rank that is gone, until its group is aborted."""
+
+    def __init__(self) -> None:
+        super().__init__("nccl", on_device=True)
+
+    def process_group(self, store: Any, rank: int, size: int, timeout: timedelta, control: bool = False) -> Any:
+        """A group of the control plane has one thread block a kernel, on a stream of high priority."""
+        import torch.distributed
+
+        dist: Any = torch.distributed  # its stubs leave out what its documentation has
+        if not dist.is_nccl_available():
+            raise BackendError("this PyTorch has no such collectives", got=self.kind, expected="a CUDA build of torch",
+                               hint="install a CUDA build of torch, or use --device runners.cuda:shared_gpu")
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=control)
+        options._timeout = timeout
+        if control:
+            options.config.max_ctas = 1
+        with _environment(SETTINGS):
+            return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    saved = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
