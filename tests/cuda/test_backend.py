@@ -72,3 +72,17 @@ def test_a_head_dim_that_the_kernels_do_not_have(dim: int, runs: bool) -> None:
     else:
         with pytest.raises(ConfigError, match=rf"(?s)head_dim.*got: {dim}.*even, at most 256.*--device cpu"):
             CudaAttention([spec], device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_its_ranks_mark_spans_for_nsight_and_page_lock_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hal import profiling
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(profiling, "_marks", [])
+    device = runners.cuda.backend.device(0)
+    assert profiling._marks == [torch.cuda.nvtx.range]
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "zeros", lambda shape, **options: asked.append(options))
+    runners.cuda.backend.runtime.host_memory(device, (3,), torch.uint8)
+    assert asked == [{"dtype": torch.uint8, "pin_memory": True}]
