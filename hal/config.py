@@ -1,4 +1,4 @@
-"""What an engine is asked for: plain values, no torch, valid once constructed."""
+"""The configuration of an engine: plain values without torch, which are checked at construction."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class EngineConfig:
         prefix_caching: reuse the KV blocks of equal prefixes.
         async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
             backend runs steps while the host goes on. Not with pp > 1.
-        executor: who starts the other ranks: processes of this host, or a Ray cluster's nodes.
-        wire: what crosses the control plane (see docs/distributed.md). With "none" nothing does: torchrun starts every
-            rank, each runs this same program, and their schedulers decide alike.
+        executor: what starts the other ranks: this process on this host, or Ray on the nodes of a cluster.
+        wire: what a step's message holds (see docs/distributed.md). With "none" there is no message: torchrun starts
+            every rank, each runs this same program, and their schedulers decide alike.
         control_plane: the mechanism: "local", "shm", "gloo", "collectives" (the backend's) or "ray"; "auto" picks of
             the first three. With "gloo" and "collectives" ranks share no memory: the CPU's data plane is gloo too.
         heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
-        trust_remote_code: run the checkpoint's own Python where its tokenizer is made of that. Nothing else in a
-            checkpoint is ever run.
+        trust_remote_code: run the checkpoint's own Python code if its tokenizer needs it. No other code of a checkpoint
+            is ever run.
         seed: of requests that give none.
     """
 
@@ -223,14 +223,14 @@ class Topology:
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """All that one rank needs to build its worker; crosses process boundaries as JSON."""
+    """Everything that a rank needs to build its worker. It is sent to other processes as JSON."""
 
     engine: EngineConfig
     model: ModelConfig
     topology: Topology
 
     def __post_init__(self) -> None:
-        """Raises ConfigError: the engine asks for what the model does not have."""
+        """Raises ConfigError: the engine needs something that the model does not have."""
         self.engine.longest_sequence(self.model)
 
     @property

@@ -103,11 +103,11 @@ class DeviceError(HalError, RuntimeError):
 
 
 class WorkerError(HalError):
-    """A rank failed. Carries what the driver needs to say which one, where and why.
+    """A rank failed.
 
     Attributes:
-        rank: the rank that failed first, or -1 when unknown.
-        cause: type name of the original exception, "died" when the process ended without a word, or "silent" when it
+        rank: the rank that failed first, or -1 if it is not known.
+        cause: the type name of the original exception; "died" if the process ended without a report; "silent" if it
             gave no sign of life for EngineConfig.heartbeat seconds.
         remote_traceback: the failing rank's traceback as text, or "".
     """
@@ -136,7 +136,7 @@ class StateError(HalError, RuntimeError):
 
 
 def in_forked_child(owner: int) -> StateError:
-    """What a call of an engine is told in a process that was forked from its owner, the process of this id."""
+    """The error of an engine's calls in a process that was forked from the engine's owner, the process of this id."""
     return StateError("the engine belongs to the process that made it, and this is a forked child",
                       got=f"process {os.getpid()}", expected=f"process {owner}",
                       hint="make an engine in the child, or send its requests to the parent")

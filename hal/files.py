@@ -1,4 +1,4 @@
-"""Output files that are replaced as a whole, so that a failure leaves the older file as it was."""
+"""Output files that are replaced as a whole, so that a failure does not change the older file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hal.errors import ConfigError
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Try what `replacing` will do, before the work is done whose result it writes. Missing folders are made.
+    """Check that `replacing` will succeed, before the work whose result it writes. Missing folders are made.
 
     Args:
-        option: what names the file on the command line, for the error.
+        option: the option that names the file on the command line, for the error.
 
     Raises:
-        ConfigError: `path` cannot be written, or is there and is no regular file.
+        ConfigError: `path` cannot be written, or exists and is not a regular file.
     """
     try:
         temporary = _temporary(path)

@@ -33,11 +33,11 @@ _HIGHEST = "highest"  # the default precision of float32 matrix products
 
 
 class TorchState:
-    """A context in which torch's settings are those of a fresh process; at its end they are the caller's again. May be
-    entered within itself.
+    """A context in which torch has the settings of a new process. At its end torch has the caller's settings again. It
+    may be entered within itself.
 
     Args:
-        threads: that torch uses for one operation; None leaves their number as it is.
+        threads: the number of threads that torch uses for one operation; None does not change it.
     """
 
     def __init__(self, threads: int | None = None) -> None:

@@ -1,5 +1,5 @@
-"""Plain Python values from what callers hold them in: numpy and torch scalars and arrays are taken, and both libraries
-stay unloaded here."""
+"""Conversion of callers' values to plain Python values: scalars and arrays of numpy and torch. This module loads
+neither library."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def is_array(value: object) -> TypeGuard[ArrayLike]:
 
 
 def described(value: object) -> str:
-    """A value for an error message: its type, unless that can be seen, and its beginning."""
+    """A value for an error message: its beginning, and its type unless the value shows it."""
     try:
         text = _SHORT.repr(value)
     except Exception:  # an integer of more digits than Python converts, or an object's own __repr__

@@ -1,4 +1,4 @@
-"""The attention component: a model calls it once a layer, a backend supplies it."""
+"""The attention component: a backend supplies it, and a model calls it once for each layer."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class StepStates(Protocol):
         with this step, whatever its row held before."""
 
     def write(self, layer: int, **values: torch.Tensor) -> None:
-        """Keep each tensor [num_seqs, *shape] until the sequences' next step. A sequence of no token in this step must
-        be given the value that `read` gave; that of padding is dropped."""
+        """Keep each tensor [num_seqs, *shape] until the sequences' next step. A sequence without a token in this step
+        must get the value that `read` gave. The value of a sequence of padding is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What a model is called with beside tokens and positions: all that its layers may read of a step.
+    """The argument of a model beside tokens and positions: everything that its layers may read of a step.
 
     Attributes:
         attention: of this step. model_input: its input; a layer reads the fields of step features from it.
@@ -88,15 +88,15 @@ class ForwardContext:
 
 
 class Attention(Protocol):
-    """What a backend supplies, made for the layers of this rank's stage that declare an AttentionSpec. What it cannot
-    do it refuses when it is made (see refuse_unsupported)."""
+    """A backend's attention, made for the layers of this rank's stage that declare an AttentionSpec. It refuses layers
+    that it cannot compute when it is made (see refuse_unsupported)."""
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        """Of a layer's cache. Dimension 1 counts blocks, so that blocks can be copied and swapped without knowing the
-        rest."""
+        """The shape of a layer's cache. Dimension 1 counts blocks, so that the worker can copy and swap blocks without
+        knowing the other dimensions."""
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> LayerAttention:
-        """Work that all layers of a step share (masks, gathered indices), done once."""
+        """Do the work that all layers of a step share, such as masks and indices. Called once for each step."""
 
 
 class MakeAttention(Protocol):
@@ -105,7 +105,7 @@ class MakeAttention(Protocol):
 
 
 def refuse_unsupported(specs: Sequence[AttentionSpec], who: str, supported: Collection[str] = ()) -> None:
-    """What a backend's attention calls when it is made, unless it can do all that a layer may declare.
+    """Refuse layers that an attention cannot compute. A backend's attention calls this when it is made.
 
     Args:
         who: the attention's name. supported: which of "value_dim", "softcap" and "sinks" it can do.

@@ -1,5 +1,5 @@
-"""The order in which one step copies and swaps KV blocks and swaps states of rows: said once, for every cache that
-follows a step."""
+"""The order in which a step copies and swaps KV blocks, and swaps the states of rows. Every cache that follows a step
+uses these functions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def move_blocks(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.
 
 def move_rows(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.Tensor], host: Sequence[torch.Tensor],
               runner: Runner = ModelRunnerBase) -> None:
-    """Swap the states of rows before a step, as `move_blocks` does with blocks; dimension 1 counts rows."""
+    """Swap the states of rows before a step, as `move_blocks` swaps blocks. Dimension 1 counts rows."""
     if device and moves_blocks(step):
         _swap(step, "rows", device, host, runner)
 

@@ -12,8 +12,8 @@ from hal.schema import Array
 
 @dataclass(frozen=True, slots=True)
 class RowState:
-    """What a recurrent or convolutional layer keeps of a sequence, on one rank: tensors of a fixed shape, however long
-    the sequence is. A prefix of a sequence cannot be shared with another one, since its state is not kept.
+    """The state that a recurrent or convolutional layer keeps for a sequence, on one rank: tensors whose shapes do not
+    depend on the length of the sequence. Sequences cannot share a prefix, since the state after the prefix is not kept.
 
     Attributes:
         tensors: by name the shape and dtype that one row has, such as {"state": Array("float32", heads, head_dim)}.

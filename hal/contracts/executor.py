@@ -1,4 +1,4 @@
-"""How an engine drives the workers. The implementation lives in workers/ and is found by name."""
+"""The interface by which an engine drives the workers. Its implementation is in workers/, and is found by name."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class StepHandle(Protocol):
     """A step that was submitted; the next may be submitted before this one is done."""
 
     def sample(self, columns: Mapping[str, Any] | None = None) -> None:
-        """The second message of a step that was submitted with sampling_follows: its sampling may begin. The step's
-        request has these arrays from then on, as if they had been there before.
+        """Send the second message of a step that was submitted with sampling_follows, so that its sampling begins. From
+        then on the step's request has these arrays, as in a step of one phase.
 
         Args:
             columns: arrays by the names of SamplingRequest's fields, as `hal.features.masks.mask_fields` makes them.
 
         Raises:
             InputError: the arrays are not what the features declare; the step still waits.
-            StateError: the step waits for no sampling. WorkerError: as `result`.
+            StateError: the step does not wait for its sampling. WorkerError: as `result`.
         """
 
     def result(self) -> Any:
-        """Wait for the step; the output, of the executor's `output_type`, is on the host.
+        """Wait for the step. Returns its output on the host, of the executor's `output_type`.
 
         Raises:
             WorkerError: a rank failed or died; the executor is shut down.
@@ -45,12 +45,11 @@ class Executor(Protocol):
     """All ranks of one engine.
 
     Attributes:
-        num_blocks: KV blocks of the smallest rank, the null block included; 0 where no rank has a KV cache.
+        num_blocks: KV blocks of the smallest rank, the null block included; 0 if no rank has a KV cache.
         num_cpu_blocks: host blocks for swapping.
-        has_row_states: layers of the model keep a state per row. So sequences cannot share a prefix, and a sequence
-            that is swapped takes its row's state along.
-        input_type, output_type: what a step's input is on each rank, and what it yields, as the model runner declares
-            them.
+        has_row_states: layers of the model keep a state per row. So sequences cannot share a prefix, and a swap of a
+            sequence swaps its row's state too.
+        input_type, output_type: the classes of a step's input and of its output, as the model runner declares them.
     """
 
     num_blocks: int
@@ -60,19 +59,20 @@ class Executor(Protocol):
     output_type: type[Declared]
 
     def check(self) -> None:
-        """Raises what ended this executor, if something did: a WorkerError, or a StateError after shutdown and in a
-        forked child of the process that made it."""
+        """Raise the error that ended this executor, if it has ended: a WorkerError, or a StateError after shutdown and
+        in a forked child of the process that made it."""
 
     def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> StepHandle:
         """Run one step on all ranks.
 
         Args:
-            sampling_follows: the step is in two phases. Its forward pass begins now, and its sampling when
-                `StepHandle.sample` has been called. The caller computes meanwhile what only sampling needs (token
-                masks). Where the runner cannot divide a step (ModelRunnerBase.two_phase), the whole step begins then.
+            sampling_follows: the step has two phases. Its forward pass begins now, and its sampling begins when
+                `StepHandle.sample` is called. In the meantime the caller computes what only sampling needs, such as
+                token masks. If the runner cannot divide a step (ModelRunnerBase.two_phase), the whole step begins with
+                `StepHandle.sample`.
 
         Raises:
-            StateError: the step before waits for `StepHandle.sample`; or as `check`. WorkerError.
+            StateError: the step before still waits for `StepHandle.sample`; or as `check`. WorkerError.
         """
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""The typed inputs of a step: what a model runner receives, and what the worker does before it runs."""
+"""The typed inputs of a step: the input of the model runner, and the block moves that the worker does before it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from hal.features import FEATURES, FOR_SAMPLING, input_annotations
 from hal.schema import Array, Declared, Doc
 from hal.schema.layout import MOST
 
-NULL_BLOCK = 0  # reserved: padding writes its slots, and no sequence ever owns it
+NULL_BLOCK = 0  # reserved: padding writes its slots, and it never belongs to a sequence
 
 
 class SamplingInput(Declared, fields=input_annotations(FOR_SAMPLING)):
-    """What a step in two phases gets once its forward pass has begun: the fields of the features that declare
-    `for_sampling`, absent where no sequence needs them."""
+    """The second input of a step in two phases, which comes after its forward pass has begun: the fields of the
+    features that declare `for_sampling`. A field that no sequence needs is absent."""
 
 
 class ModelInput(Declared):
     """Base of every runner's input: tensors on the rank's device, declared once."""
 
     def join(self, sampling: SamplingInput) -> None:
-        """Take over what arrived after the forward pass had begun. Then this is the input of a step in one phase.
+        """Take the fields that arrived after the forward pass had begun. Then this equals the input of a step in one
+        phase.
 
         Raises:
             InputError: this input has no such field.
@@ -41,7 +42,8 @@ class ModelInput(Declared):
 
 
 class IntermediateTensors(Declared):
-    """What one pipeline stage hands to the next; each model makes its own with `IntermediateTensors.declare`."""
+    """The tensors that a pipeline stage sends to the next one. Each model declares its own class with
+    `IntermediateTensors.declare`."""
 
 
 class WorkerInput(Declared):
@@ -62,8 +64,8 @@ class WorkerInput(Declared):
 
 class PagedModelInput(ModelInput, fields=input_annotations()):
     """A mixed prefill and decode batch over a paged KV cache. Tokens of a sequence are adjacent; sequences that decode
-    (one query token) come first, so that a backend may split the batch at `num_decode_seqs`. What the sampled sequences
-    ask for beside that are the fields of hal.features, absent where no sequence needs them."""
+    (one query token) come first, so that a backend may split the batch at `num_decode_seqs`. The features of
+    hal.features add fields for the sampled sequences. A field that no sequence needs is absent."""
 
     input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="token ids")]
     positions: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="place of each token in its sequence")]
@@ -96,7 +98,7 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
                 block_tables, a live slot is written twice or by padding, or an index points outside the batch.
         """
         super().check()
-        # In int64, so that no difference or product of values from a message wraps around.
+        # In int64, where no difference or product of a message's values can overflow.
         starts, lens = (x.cpu().numpy().astype(np.int64) for x in (self.query_start_loc, self.seq_lens))
         queries = np.diff(starts)
         if starts[0] != 0 or (queries < 0).any():
@@ -145,7 +147,7 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
         if (slots[:real] != expected).any():
             self._refuse("slot_mapping", slots[:real], expected)
         if len(np.unique(slots[:real])) != real:
-            # Right for each sequence by itself, so two sequences' tables name the same block where they write.
+            # Each sequence by itself is right, so two sequences' tables name the same block where they write.
             self._refuse("block_tables", "two tokens of this step write the same slot", "each slot written once")
         self._check_padding(real)
 

@@ -1,4 +1,4 @@
-"""What a step of a model that samples tokens yields. A runner of another kind declares its own `output_type`."""
+"""The output of a step whose model samples tokens. A runner of another kind declares its own `output_type`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from hal.schema import Array, Declared
 
 
 class SamplerOutput(Declared):
-    """The tokens that a step's sampled sequences gained, in the order of the step's sequences, and logprobs where any
-    of them asked. Logprobs are of the raw logits, before temperature and penalties.
+    """The new tokens of a step's sampled sequences, in the order of the step's sequences, and their logprobs if a
+    sequence asked for them. Logprobs are those of the raw logits, before temperature and penalties.
 
-    A sequence gains one token, or up to `width`: then it has `width` places in `token_ids` and in each array beside it,
-    `counts` says how many of its places hold a token, and the others hold anything. So the arrays of a device have the
-    same shapes whatever the counts are, and one token a sequence is the case without `counts`, of width 1.
+    A sequence gains one token, or several, up to `width`. With several, it has `width` places in `token_ids` and in
+    each array beside it. `counts` says how many of its places hold a token; the others hold arbitrary values. So the
+    shapes of a device's arrays do not depend on the counts. One token for each sequence is the case without `counts`,
+    with width 1.
     """
 
     token_ids: Annotated[torch.Tensor, Array("int32", "num_places", low=-1, doc="the new tokens, place after place; -1 "

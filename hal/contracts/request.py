@@ -1,4 +1,4 @@
-"""What the scheduler tells the workers in one step: CPU-only, torch-free, and only what changed."""
+"""The request of a step: the changes that the scheduler tells the workers. It is on the host, and loads no torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _FLOATS, _INTS = len(COLUMNS["float"]), len(COLUMNS["int"])
 
 
 class ExecuteModelRequest(Declared, fields=request_annotations()):
-    """One step as a diff. A sequence lives in a *row* of every preparing rank's `hal.paged.batch.BatchState` from the
-    step that brings it in (`new_*`) to the one that lists it in `finished_rows`; the row may be given to another
-    sequence in the step after.
+    """One step, as the differences to the step before. Every rank that prepares keeps a *row* for each running
+    sequence, in `hal.paged.batch.BatchState`. A sequence has its row from the step that brings it in (`new_*`) to the
+    step that lists the row in `finished_rows`. That step or a later one may give the row to another sequence.
 
-    A rank applies: finished rows, new rows, appended tokens, block tables; then prepares the rows scheduled.
+    A rank applies, in this order: finished rows, new rows, appended tokens, block tables. Then it prepares the
+    scheduled rows.
     """
 
     step: Annotated[int, Doc("number of this step in the epoch, from 0")]
@@ -59,7 +60,7 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                                                          )] = None
 
     def join(self, sampling: SamplingRequest) -> None:
-        """Take over what the second message brought: then this is the request of a step that came in one."""
+        """Take the arrays of the second message. Then this equals the request of a step in one phase."""
         self.sampling_follows = False
         for feature in FOR_SAMPLING:
             for name in feature.request:
@@ -77,9 +78,9 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
 
 
 class SamplingRequest(Declared, fields=request_annotations(FOR_SAMPLING)):
-    """The second message of a step in two phases: what only sampling needs, so that an engine may compute it while the
-    device runs the forward pass. Its arrays are those that ExecuteModelRequest has of the features that declare
-    `for_sampling`, and mean the same there."""
+    """The second message of a step in two phases: the arrays that only sampling needs, so that an engine may compute
+    them while the device runs the forward pass. They are the arrays of the features that declare `for_sampling`, with
+    the same meaning as in ExecuteModelRequest."""
 
     step: Annotated[int, Doc("number of the step that it completes")]
 

@@ -1,4 +1,4 @@
-"""ModelRunnerBase: what a device implements. A runner is purely local: it prepares, and it executes."""
+"""ModelRunnerBase, the interface that a device implements. A runner prepares steps and executes them on one rank."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ def no_progress(what: str, done: int, total: int) -> None:
 
 
 class ModelRunnerBase(abc.ABC, Generic[InputT]):
-    """Made by `Backend.make_runner`, then called by the worker in this order: load_model, kv_bytes_per_block and
-    reserve_bytes, make_kv_caches, warmup; then prepare_model_input and execute_model, step after step.
+    """`Backend.make_runner` makes a runner. The worker calls, in this order: load_model, kv_bytes_per_block and
+    reserve_bytes, make_kv_caches, warmup; then prepare_model_input and execute_model in every step.
 
     Attributes:
         input_type: the declared input of a step. output_type: its declared output, on the rank that samples.
-        two_phase: execute_forward, prepare_sampling_input and execute_sampling are there, so that what only sampling
-            needs may arrive while the device runs the forward pass. Else such a step is executed when all has arrived.
-            A subclass that overrides execute_model says anew whether it has them.
-        has_row_states: some layer of the model, of whatever pipeline stage, keeps a state per row; set by load_model.
-            Then the step's input names each sequence's row.
-        row_states: the tensors of such states on this rank; dimension 1 counts rows.
-        intermediate_type: what passes between pipeline stages; set by load_model when pp > 1.
-        compiled: programs compiled or graphs captured so far. `warmup` makes the last of them, unless the user limits
-            its time. late: how many of them a step had to make therefore. uncompiled: how many no step has needed yet.
+        two_phase: the runner has execute_forward, prepare_sampling_input and execute_sampling, so the input of sampling
+            may arrive while the device runs the forward pass. If False, a step in two phases is executed when both
+            messages have arrived. A subclass that overrides execute_model must set this again.
+        has_row_states: a layer of the model, of any pipeline stage, keeps a state per row; set by load_model. Then the
+            step's input names each sequence's row.
+        row_states: the tensors of these states on this rank; dimension 1 counts rows.
+        intermediate_type: the class of the tensors between pipeline stages; set by load_model when pp > 1.
+        compiled: the number of programs compiled or graphs captured so far. `warmup` makes the last of them, unless the
+            user limits its time. late: how many of them steps have made later. uncompiled: how many no step has needed
+            yet.
     """
 
     input_type: ClassVar[type[ModelInput]]
@@ -55,7 +56,7 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "execute_model" in cls.__dict__ and "two_phase" not in cls.__dict__:
-            cls.two_phase = False  # the inherited parts know nothing of this execute_model
+            cls.two_phase = False  # the inherited parts do not belong to this execute_model
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.config, self.device, self.communicator = config, device, communicator
@@ -66,12 +67,12 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     @abc.abstractmethod
     def kv_bytes_per_block(self) -> int:
-        """Bytes of one KV block over this rank's layers; 0 where they keep no blocks. Where no rank keeps any, as with
-        an encoder, the executor has no blocks, and requests come without block tables."""
+        """Bytes of one KV block over this rank's layers; 0 if they keep no blocks. If no rank keeps blocks, as with an
+        encoder, the executor has no blocks, and requests come without block tables."""
 
     @abc.abstractmethod
     def reserve_bytes(self) -> int:
-        """Bytes beside weights and KV cache that the largest step may need."""
+        """Bytes that the largest step may need beside weights and KV cache."""
 
     @abc.abstractmethod
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
@@ -80,20 +81,20 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     @staticmethod
     def read_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[torch.Tensor]:
-        """Of each cache a copy of these blocks ([n] int64, on the host), wherever the runner likes; called between
-        steps, to copy blocks and to swap them to the host."""
+        """A copy of these blocks ([n] int64, on the host) of each cache, in any memory that the runner chooses. The
+        worker calls it between steps, to copy blocks and to swap them to the host."""
         return [cache[:, blocks.to(cache.device)] for cache in kv_caches]
 
     @staticmethod
     def write_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
-        """Put `values`, which `read_blocks` gave, or the same on the host, into these blocks."""
+        """Write `values` into these blocks. `read_blocks` gave them; they may have been moved to the host since."""
         for cache, value in zip(kv_caches, values, strict=True):
             cache[:, blocks.to(cache.device)] = value.to(cache.device)
 
     @abc.abstractmethod
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards, unless the user
-        limited the time of the warm-up; what comes later is counted in `late`."""
+        limited the time of the warm-up. Programs that steps compile later count in `late`."""
 
     @abc.abstractmethod
     def prepare_model_input(self, request: ExecuteModelRequest) -> InputT:
@@ -115,10 +116,10 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     def execute_forward(self, model_input: InputT, kv_caches: Sequence[torch.Tensor],
                         intermediate: IntermediateTensors | None = None) -> Any:
-        """The part of `execute_model` that needs nothing of a SamplingInput. Phase execute.
+        """The part of `execute_model` that does not need the SamplingInput. Phase execute.
 
         Returns:
-            IntermediateTensors on every rank of an earlier stage; on the last stage what `execute_sampling` takes.
+            IntermediateTensors on every rank of an earlier stage; on the last stage the argument of `execute_sampling`.
         """
         raise self._undivided("execute_forward")
 
@@ -142,8 +143,8 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         return StateError(f"{type(self).__name__} declares two_phase, and does not implement {method}")
 
     def fetch(self, output: OutputT) -> Callable[[], OutputT]:
-        """Begin to bring an output to the host; the result waits for it. A device that runs steps while the host goes
-        on must not wait there for steps that were submitted later."""
+        """Begin to copy an output to the host. The returned function waits for the copy. On a device that runs steps
+        while the host goes on, it must not wait for steps that were submitted later."""
         values = output.__dict__
         if all((tensor := values[f.name]) is None or tensor.is_cpu for f in type(output).schema.replicated):
             return lambda: output

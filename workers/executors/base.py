@@ -49,10 +49,10 @@ class SubmittedStep:
 
 
 class ExecutorBase(abc.ABC):
-    """One process's part of an engine. A subclass submits a step, says what a failure was, and ends the ranks.
+    """The executor of one process. A subclass submits a step, finds the cause of a failure, and ends the ranks.
 
     Args:
-        world_size: ranks that share this host's cores.
+        world_size: the number of ranks that share this host's cores.
     """
 
     input_type: type[ModelInput]
@@ -75,11 +75,11 @@ class ExecutorBase(abc.ABC):
 
     @abc.abstractmethod
     def _blame(self, error: BaseException) -> Failure:
-        """What failed first, given what failed here in a step."""
+        """The first failure, given the error that a step raised here."""
 
     @abc.abstractmethod
     def _end(self, patience: float) -> None:
-        """End the ranks that this executor has, which are given `patience` seconds to end by themselves."""
+        """End this executor's ranks. They have `patience` seconds to end by themselves."""
 
     def check(self) -> None:
         if self._closed:
@@ -123,7 +123,7 @@ class ExecutorBase(abc.ABC):
                            else self._guarded(self._submit, request))
 
     def finish(self, handle: SubmittedStep) -> None:
-        """Take over the outputs up to this handle's, in the order of the steps."""
+        """Take the outputs of all steps up to this handle's step, in the order of the steps."""
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="fetch results before shutdown")
         if handle is self._unsampled:
@@ -132,10 +132,10 @@ class ExecutorBase(abc.ABC):
         first = None
         while first is not handle:
             first = self._pending.popleft()
-            self._guarded(first.fetch, None)  # whatever the caller's settings: it computes nothing
+            self._guarded(first.fetch, None)  # with the caller's torch settings, since it computes nothing
 
     def _guarded(self, call: Callable[[A], R], argument: A) -> R:
-        """Run a part of a step; when it fails, nothing of the engine remains."""
+        """Run a part of a step. When it fails, the whole engine is ended."""
         try:
             return call(argument)
         except BaseException as error:

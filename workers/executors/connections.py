@@ -1,4 +1,4 @@
-"""A rank's links to the others, made by all ranks together."""
+"""The control plane and the communicator of a rank, which all ranks make together."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from workers.links.liveness import Lifelines
 
 def connect(config: WorkerConfig, backend: Backend, device: torch.device,
             store: Store | None) -> tuple[ControlPlane, Communicator]:
-    """A rank's links. All ranks call it at the same time; `store` is where they meet."""
+    """Make a rank's control plane and communicator. All ranks call it at the same time, and meet at `store`."""
     topology = config.topology
     plane = make_plane(config.engine.control_plane, topology, store, backend, device)
     try:
         return plane, _data_plane(config, backend, device, store, isinstance(plane, CollectivePlane))
     except BaseException:
-        plane.close()  # nobody else has it yet
+        plane.close()  # nobody else will close it
         raise
 
 

@@ -32,7 +32,7 @@ from workers.worker.consistency import agree, facts_of
 GENERIC_WORKER = "workers.worker.generic:Worker"
 R = TypeVar("R")
 _BLAME = 2.0  # seconds that the cause may take to arrive after a connection broke
-# Who starts the ranks but the driver, by EngineConfig.executor: a class like workers.executors.processes.Ranks.
+# By EngineConfig.executor, the class that starts all ranks but the driver; see workers.executors.processes.Ranks.
 EXECUTORS = {"multiprocess": "workers.executors.processes:Ranks", "ray": "workers.executors.ray_actors:RayRanks"}
 
 
@@ -51,7 +51,7 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
 
 
 class DriverExecutor(ExecutorBase):
-    """All ranks of one engine (see hal.contracts.executor.Executor), the driver among them."""
+    """All ranks of one engine, with the driver (see hal.contracts.executor.Executor)."""
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
                  worker: str) -> None:
@@ -97,8 +97,8 @@ class DriverExecutor(ExecutorBase):
         return blocks
 
     def _unless_one_fails(self, call: Callable[[], R]) -> R:
-        """Run what waits for the other ranks, and would not be told that one is gone: then it is left to its own
-        deadline, which is minutes."""
+        """Run a call that waits for the other ranks, and return early when a rank is gone. The call itself would notice
+        this only at its own deadline, after minutes."""
         future: Future[R] = Future()
 
         def run() -> None:
@@ -146,7 +146,7 @@ class DriverExecutor(ExecutorBase):
                 with self._torch:
                     self._plane.broadcast([])
             except WorkerError:
-                pass  # a rank is gone or hangs; end() sees to it
+                pass  # a rank is gone or hangs, and end() ends it
             self._close(PATIENCE)
 
     def _blame(self, error: BaseException) -> Failure:

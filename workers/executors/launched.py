@@ -1,5 +1,5 @@
-"""One rank of an engine whose ranks torchrun started: each runs the same program with a scheduler of its own, and makes
-the same requests (wire="none"). Outputs alone travel, so that all schedulers see the same tokens."""
+"""One rank of an engine whose ranks torchrun started (wire="none"). Each rank runs the same program with a scheduler of
+its own, and makes the same requests. Only outputs travel, so that all schedulers see the same tokens."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ from workers.links.reports import Failure
 from workers.worker.base import make_worker
 from workers.worker.consistency import agree, facts_of
 
-_START = timedelta(hours=1)  # that another rank may take longer to load; a rank that fails says so
+_START = timedelta(hours=1)  # another rank may take so much longer to load; a rank that fails says so
 _BLAME = timedelta(seconds=2)  # that the cause may take to arrive after a connection broke
 _STAGES = "up", "sized", "ready", "stepping"
 _engines = itertools.count()  # the same on all ranks, since they run the same program
 
 
 class LaunchedExecutor(ExecutorBase):
-    """This process's rank (see hal.contracts.executor.Executor); rank 0 tells the others what was sampled.
+    """This process's rank (see hal.contracts.executor.Executor). Rank 0 sends the sampled tokens to the other ranks.
 
     Raises:
-        ConfigError: the environment is not a launcher's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or of other size.
+        ConfigError: the environment is not a launcher's (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or the launcher
+            has started another number of ranks.
     """
 
     def __init__(self, engine: EngineConfig, model: ModelConfig, backend: Backend, progress: Progress,
@@ -84,7 +85,8 @@ class LaunchedExecutor(ExecutorBase):
         return blocks
 
     def _agree(self, **content: Any) -> list[dict[str, Any]]:
-        """All ranks' content for this stage of the start, in their order. Raises the first failure of one."""
+        """Publish this rank's content for a stage of the start, and return that of all ranks, in their order. Raises
+        the first failure of a rank."""
         stage, rank = next(self._stage), self._topology.rank
         self._store.set(f"{stage}{rank}", json.dumps({"rank": rank, **content}))
         reports = []
@@ -133,7 +135,7 @@ class LaunchedExecutor(ExecutorBase):
             for stage in [*self._stage, key]:
                 self._store.set(stage if stage == key else f"{stage}{own.rank}", told)
         except RuntimeError:
-            pass  # nobody said why, or the launcher has gone too
+            pass  # no rank has said why, or the launcher is gone too
         return own
 
     def shutdown(self) -> None:
@@ -145,7 +147,7 @@ class LaunchedExecutor(ExecutorBase):
 
 
 def launched_rank(world: int) -> int:
-    """This process's rank of `world`, as its launcher says."""
+    """The rank of this process among `world`, from the launcher's variables."""
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     missing = [name for name in names if name not in os.environ]
     hint = f"start the program with: torchrun --nproc-per-node {world} ... (or choose another wire)"
@@ -159,7 +161,8 @@ def launched_rank(world: int) -> int:
 
 
 def meet(topology: Topology) -> Store:
-    """The launcher's store, or one that rank 0 serves; a part of it that belongs to this engine alone."""
+    """The store where the ranks meet: the launcher's, or one that rank 0 serves. Its keys belong to this engine alone.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = topology.is_driver and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:

@@ -1,4 +1,4 @@
-"""The worker processes of one engine, as the driver sees them: started, listened to, ended."""
+"""The worker processes of one engine: the driver starts them, listens to them and ends them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from workers.links.reports import Failure
 
 LOOPBACK = "127.0.0.1"
 _SCRIPT = Path(__file__).with_name("rank_process.py")
-_GRACE = 0.5  # seconds that a rank's own report may come later than another's that only finds it gone
+_GRACE = 0.5  # a rank's own report may come so many seconds after the report of a rank that lost it
 _BEATS = 4  # signs of life within EngineConfig.heartbeat
 PATIENCE = 3.0  # seconds that a process is given to end by itself
-_ROOM = 1 << 20  # bytes of a pipe to a rank, so that one that is stopped blocks nobody who passes entries on
+_ROOM = 1 << 20  # bytes of a pipe to a rank, so that a stopped rank does not block the driver
 
 
 class RankProcess:
@@ -34,20 +34,20 @@ class RankProcess:
         self.rank, self.heartbeat = config.topology.rank, config.engine.heartbeat
         self.reports, theirs = os.pipe()
         try:
-            # The script's path, not -m: a folder named workers where the user works must not be taken for ours. What it
-            # prints goes to the standard error, since the standard output may be a program's result.
+            # The script's path and not -m, since the working directory may have a folder named workers. What the
+            # process prints goes to the standard error, since the standard output may be a program's result.
             self.process = subprocess.Popen([sys.executable, str(_SCRIPT), str(os.getpid())], stdin=subprocess.PIPE,
                                             stdout=2, pass_fds=[theirs], env=environment)
         finally:
             os.close(theirs)
         assert self.process.stdin is not None
-        with contextlib.suppress(OSError):  # the system allows no more
+        with contextlib.suppress(OSError):  # the system allows no larger pipe
             fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, _ROOM)
         path = [os.path.abspath(p) for p in sys.path if isinstance(p, str)]
         self.send(config=config.to_json(), worker=worker, host=host, path=path, reports=theirs,
                   beat=config.engine.heartbeat / _BEATS)
         self.buffer = b""
-        self.missed = 0  # signs of life, one after another
+        self.missed = 0  # the number of missing signs of life, one after another
 
     def send(self, **content: Any) -> None:
         assert self.process.stdin is not None
@@ -55,7 +55,7 @@ class RankProcess:
             self.process.stdin.write(json.dumps(content).encode() + b"\n")
             self.process.stdin.flush()
         except (BrokenPipeError, ValueError):
-            pass  # it ended, and its reports say why; or it was hung up, while another thread passed an entry on
+            pass  # it has ended, and its reports say why; or another thread has closed the pipe
 
     def read(self) -> list[dict[str, Any]] | None:
         """Reports that have arrived, or None when there will be no more."""
@@ -65,7 +65,7 @@ class RankProcess:
         return [json.loads(line) for line in lines if line] if data else None
 
     def status(self) -> int | str | None:
-        """Of the process that has closed its reports: it ends, or None if it does not."""
+        """The exit status of a process that has closed its reports, or None if it does not end."""
         try:
             return self.process.wait(_GRACE)
         except subprocess.TimeoutExpired:
@@ -75,7 +75,7 @@ class RankProcess:
         self.process.kill()
 
     def hang_up(self) -> None:
-        """Let it know that the driver has no more to say, which ends it."""
+        """Tell the process that the driver has no more messages, which ends it."""
         assert self.process.stdin is not None
         self.send(end=True)  # a forked child of this process may keep the pipe open
         try:
@@ -84,7 +84,7 @@ class RankProcess:
             pass
 
     def wait(self, seconds: float) -> None:
-        """Until it has ended; after `seconds` it is killed."""
+        """Wait until it has ended, and kill it after `seconds`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -93,8 +93,8 @@ class RankProcess:
 
 
 class Ranks:
-    """All ranks but the driver. A thread listens to them; when one fails, it ends the others, which closes their
-    connections and so frees a driver that waits in a collective."""
+    """All ranks but the driver. A thread listens to them. When a rank fails, the thread ends all others. This closes
+    their connections, so a driver that waits in a collective gets an error."""
 
     def __init__(self) -> None:
         self.processes: list[RankProcess] = []
@@ -105,11 +105,11 @@ class Ranks:
         self._listener: threading.Thread | None = None
 
     def host(self) -> str:
-        """This host's address, as the ranks reach it."""
+        """The address at which the ranks reach this host."""
         return LOOPBACK
 
     def start(self, configs: Sequence[WorkerConfig], worker: str) -> Rendezvous:
-        """Where the ranks meet."""
+        """Start the ranks. Returns the rendezvous where they meet."""
         environment = dict(os.environ)
         environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(configs) + 1)))
         environment.setdefault("OMP_WAIT_POLICY", "passive")
@@ -125,7 +125,7 @@ class Ranks:
             self.processes.append(RankProcess(config, worker, host, environment))
 
     def expect(self, event: str) -> list[dict[str, Any]] | Failure:
-        """Wait until every rank has reported `event`; or the first failure."""
+        """Wait until every rank has reported `event`. Returns the reports, or the first failure."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure or len(self._reported.get(event, {})) == len(self.processes))
             return self._failure or list(self._reported.get(event, {}).values())
@@ -142,7 +142,7 @@ class Ranks:
         return self._failure
 
     def end(self, patience: float = PATIENCE) -> None:
-        """End all processes; those that do not by themselves within `patience` seconds are killed. Idempotent."""
+        """End all processes. A process that has not ended by itself within `patience` seconds is killed. Idempotent."""
         self._ending = True
         deadline = time.monotonic() + patience
         for process in self.processes:
@@ -193,7 +193,8 @@ class Ranks:
                             failures.append(Failure.silence(key.data.rank, key.data.heartbeat))
                 with self._changed:
                     if failures and self._failure is None:
-                        # Where it began: a rank's own error before a death, and both before finding others gone.
+                        # The cause: a rank's own error comes before a death, and both before an error of a lost
+                        # connection.
                         first = min(failures, key=lambda f: (f.lost, f.cause == "died"))
                         if not first.lost or time.monotonic() >= since + _GRACE:
                             self._failure = first
@@ -208,7 +209,7 @@ def threads_per_rank(world_size: int) -> int:
 
 
 def threads_of_driver(world_size: int) -> int:
-    """Threads of the driver's rank: what torch takes in a fresh process where it is the only one."""
+    """The number of threads of the driver's rank. If it is the only rank, it is torch's own number in a new process."""
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdecimal() and int(asked):
         return int(asked)

@@ -25,15 +25,15 @@ class Report(Protocol):
     def __call__(self, event: str, **content: Any) -> None: ...
 
 
-_LOOK = 0.5  # seconds between looks at whether the parent lives, where the system does not tell
+_LOOK = 0.5  # seconds between checks that the parent lives, if the system cannot signal it
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what an interrupt ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver handles interrupts
     messages = _messages(int(sys.argv[1]))
     start = next(messages)
     sys.path[:] = start["path"]  # the driver's, before anything is imported that may be found there
-    os.set_inheritable(start["reports"], False)  # else a child of this process would hide its death
+    os.set_inheritable(start["reports"], False)  # otherwise a child of this process could hold it open
     reports, writing = os.fdopen(start["reports"], "w", buffering=1), threading.Lock()
 
     def report(event: str, **content: Any) -> None:
@@ -65,7 +65,7 @@ def run(start: dict[str, Any], orders: SimpleQueue[dict[str, Any]], rendezvous: 
         worker = make_worker(start["worker"], config)
         device = worker.init_device()
         report("up", rank=config.topology.rank, facts=facts_of(config))
-        store = RendezvousStore(rendezvous)  # kept: PyTorch asks the Python object, but does not keep it
+        store = RendezvousStore(rendezvous)  # kept here, since PyTorch uses the Python object but does not keep it
         worker.connect(*connect(config, worker.backend, device, store))
         worker.load_model()
         report("sized", rank=config.topology.rank, facts=worker.facts(), blocks=worker.determine_num_blocks())
@@ -93,7 +93,7 @@ def _messages(parent: int) -> Iterator[dict[str, Any]]:
     """Ends this process when its parent ends or says so. The end of the standard input alone would not tell: a process
     that the parent forked keeps it open."""
     buffer, watched = b"", [0]
-    with contextlib.suppress(OSError, AttributeError):  # an older system: then it is asked for now and then
+    with contextlib.suppress(OSError, AttributeError):  # an older system: poll now and then
         watched.append(os.pidfd_open(parent))
     while os.getppid() == parent:
         if 0 in select.select(watched, [], [], _LOOK)[0]:

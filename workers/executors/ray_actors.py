@@ -1,7 +1,8 @@
-"""Ranks on the nodes of a Ray cluster: an actor each, placed by a placement group, that keeps the rank's process.
+"""Ranks on the nodes of a Ray cluster. Each rank has an actor that keeps the rank's process; a placement group places
+the actors.
 
-Ray places, starts and ends; it carries configuration and reports as JSON, and nothing of a step: steps go through the
-control plane that was chosen.
+Ray places, starts and ends ranks. It carries configuration and reports as JSON, but nothing of a step: the control
+plane carries steps.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _CARRIED = ("HAL_", "OMP_")  # environment variables that go from the driver to 
 
 
 class Keeper:
-    """The actor. It holds no model: the rank is a process of its own, which ends when the actor does."""
+    """The actor of a rank. It holds no model: the rank is a process of its own, which ends when the actor ends."""
 
     def __init__(self, config: str, worker: str, host: str, environment: str) -> None:
         self._rank = RankProcess(WorkerConfig.from_json(config), worker, host,
@@ -37,7 +38,7 @@ class Keeper:
         self._rank.send(**json.loads(content))
 
     def read(self) -> bytes:
-        """Reports as they come, b"" at their end."""
+        """The reports that have arrived, or b"" at their end."""
         return os.read(self._rank.reports, 1 << 16)
 
     def status(self) -> int | str | None:
@@ -48,7 +49,7 @@ class Keeper:
 
 
 class RayRank(RankProcess):
-    """A rank kept by an actor. A thread brings its reports into a pipe, so that it is listened to like a process."""
+    """A rank kept by an actor. A thread writes its reports to a pipe, so the driver listens to it like to a process."""
 
     def __init__(self, ray: Any, actor: Any, config: WorkerConfig) -> None:
         self.rank, self.heartbeat = config.topology.rank, config.engine.heartbeat
@@ -89,7 +90,8 @@ class RayRank(RankProcess):
 
 
 class RayRanks(Ranks):
-    """Uses the Ray that runs (initialised, or at RAY_ADDRESS), else starts one here, which ends with this process.
+    """Ranks kept by Ray: a Ray that runs (initialised, or at RAY_ADDRESS), or one that this starts and that ends with
+    this process.
 
     Raises:
         BackendError: Ray is not installed.

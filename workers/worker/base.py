@@ -1,4 +1,4 @@
-"""What an executor asks of a worker, and the step that all workers share."""
+"""The interface of a worker for the executor, and the step that all workers share."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from workers.worker.wire_policy import WIRES, NoWire, StepInputs, Wire
 
 
 class WorkerBase(abc.ABC):
-    """One rank. The escape hatch: a subclass of this, named to `make_executor`, shares nothing else with other workers.
+    """One rank. To replace the whole worker, name a direct subclass to `make_executor`.
 
-    Called in this order: init_device, connect, load_model, determine_num_blocks, initialize_cache, warmup; then
-    execute_model step after step on the driver (and fetch, or receive_output where it gave none) and serve on the other
-    ranks; at the end shutdown.
+    The executor calls, in this order: init_device, connect, load_model, determine_num_blocks, initialize_cache, warmup.
+    Then the driver calls execute_model in every step, and fetch, or receive_output if execute_model gave no output. The
+    other ranks call serve. At the end all call shutdown.
 
     Attributes:
-        input_type, output_type: a step's input, and what it yields; known from load_model on.
-        two_phase: `sample` is there, so that execute_model may be given a request whose sampling follows.
+        input_type, output_type: the classes of a step's input and output; known after load_model.
+        two_phase: the worker has `sample`, so execute_model takes a request whose sampling follows.
     """
 
     input_type: type[ModelInput]
@@ -45,7 +45,7 @@ class WorkerBase(abc.ABC):
 
     @abc.abstractmethod
     def init_device(self) -> torch.device:
-        """Choose this rank's device and make it current. No other rank is there yet."""
+        """Choose this rank's device and make it current. The other ranks cannot be reached yet."""
 
     @abc.abstractmethod
     def connect(self, plane: ControlPlane, communicator: Communicator) -> None:
@@ -70,25 +70,24 @@ class WorkerBase(abc.ABC):
 
     @abc.abstractmethod
     def warmup(self, progress: Progress = no_progress) -> None:
-        """Compile or capture all that steps will need; ranks do so together."""
+        """Compile or capture everything that steps need. All ranks do so at the same time."""
 
     @abc.abstractmethod
     def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
-        """Run a step that the scheduler asked for. The output, where this rank samples; None where its sampling
-        follows."""
+        """Run a step of the scheduler. Returns the output if this rank samples, and None if the sampling follows."""
 
     def sample(self, sampling: SamplingRequest) -> Declared | None:
-        """The driver: complete the step that was executed last, whose sampling follows. The output, where this rank
+        """The driver: complete the step that was executed last, whose sampling follows. Returns the output if this rank
         samples."""
         raise StateError(f"{type(self).__name__} has no step in two phases", expected="two_phase = False")
 
     def fetch(self, output: Declared) -> Callable[[], Declared]:
-        """Begin to bring an output of this rank to the host; the result waits for it."""
+        """Begin to copy an output of this rank to the host. The returned function waits for the copy."""
         return lambda: output
 
     def receive_output(self) -> Callable[[], Buffer]:
-        """The driver: what waits for the packed output of the step that was executed last, where another rank
-        samples."""
+        """The driver, if another rank samples: a function that waits for the packed output of the step that was
+        executed last."""
         raise StateError(f"{type(self).__name__} does not say how another rank's output arrives",
                          expected="receive_output, or an output from execute_model on the driver")
 
@@ -101,7 +100,7 @@ class WorkerBase(abc.ABC):
         """Release what the rank holds. Idempotent."""
 
     def facts(self) -> dict[str, str]:
-        """What all ranks must have in common once their models are loaded, by name."""
+        """Facts, by name, that must be the same on all ranks after their models are loaded."""
         return {}
 
     def describe_step(self) -> str:
@@ -110,12 +109,14 @@ class WorkerBase(abc.ABC):
 
 
 class LocalOrDistributedWorkerBase(WorkerBase):
-    """The worker of vLLM's RFC #5552: preparing, telling the other ranks and executing are written once here, for every
-    topology and wire policy; a subclass says what preparing and executing are.
+    """The worker of vLLM's RFC #5552. It prepares a step, tells the other ranks, and executes, in the same way for
+    every topology and wire policy. A subclass implements preparing and executing.
 
     Attributes:
-        wire: what the driver tells the others. plane: how. communicator: the data plane.
-        steps: how many were begun. model_input: that of the last. forwarded: what its forward pass left to sampling.
+        wire: the wire policy, which decides what the driver's message holds. plane: the control plane.
+        communicator: the data plane.
+        steps: the number of steps begun. model_input: the input of the last one. forwarded: the result of its forward
+            pass, for its sampling.
     """
 
     plane: ControlPlane
@@ -130,11 +131,11 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
     @abc.abstractmethod
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
-        """What this worker does before the step. Phase prepare."""
+        """The input of `execute_worker`: the block moves before the step. Phase prepare."""
 
     @abc.abstractmethod
     def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
-        """What the runner needs for the step, checked, on this rank's device. Phase prepare."""
+        """The runner's input of the step, checked, on this rank's device. Phase prepare."""
 
     @abc.abstractmethod
     def unpack(self, parts: list[Buffer]) -> StepInputs:
@@ -159,8 +160,9 @@ class LocalOrDistributedWorkerBase(WorkerBase):
     @abc.abstractmethod
     def execute_runner(self, model_input: ModelInput, intermediate: IntermediateTensors | None,
                        sampling_follows: bool) -> Any:
-        """Compute this rank's part of the step: its output, IntermediateTensors or None. If sampling follows, the
-        last stage computes the forward pass alone, and returns what `execute_sampling` takes. Phase execute."""
+        """Compute this rank's part of the step. Returns its output, IntermediateTensors or None. If sampling follows,
+        the last stage computes the forward pass alone, and returns the argument of `execute_sampling`. Phase execute.
+        """
 
     @abc.abstractmethod
     def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Declared | None:
@@ -168,7 +170,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
     @abc.abstractmethod
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
-        """What the previous pipeline stage hands over. Not called on the first stage."""
+        """Receive the tensors of the previous pipeline stage. Not called on the first stage."""
 
     def prepare(self, request: ExecuteModelRequest) -> StepInputs:
         self.steps, self.model_input = self.steps + 1, None
@@ -208,7 +210,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         return result
 
     def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> Declared | None:
-        """What every rank does with a step, whoever prepared it."""
+        """Execute a step. Every rank does this, whichever rank has prepared the step."""
         topology, self.model_input = self.topology, model_input
         if topology.world_size > 1:
             self.communicator.fingerprint.begin(self.steps, model_input.checksum())

@@ -1,4 +1,4 @@
-"""The KV cache of one rank: how many blocks it may have, and moving blocks within it and to the host and back."""
+"""The KV cache of one rank: the number of its blocks, and moves of blocks within it, to the host and back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hal.contracts.inputs import WorkerInput
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import CapacityError
 
-IDLE = WorkerInput()  # of every step that asks for nothing: most. Never to be changed
+IDLE = WorkerInput()  # shared by all steps without moves, which are most; never change it
 
 
 def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool,

@@ -1,5 +1,5 @@
-"""What ranks must agree about before they work together: a difference is named at the start, and would otherwise be a
-hang or a wrong token."""
+"""Facts that must be the same on all ranks. A difference is named at the start; later it would be a hang or a wrong
+token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hal.schema import Declared
 
 
 def facts_of(config: WorkerConfig) -> dict[str, str]:
-    """Of a rank that knows its configuration: field by field, so that a difference has a name."""
+    """The facts of a rank that knows its configuration, field by field, so that a difference has a name."""
     try:
         found = {"version": version("hal-runtime")}
     except PackageNotFoundError:  # a source tree
@@ -35,7 +35,8 @@ def schemas_of(*kinds: type[Declared]) -> dict[str, str]:
 
 
 def agree(own: Mapping[str, str], reports: list[dict[str, Any]]) -> None:
-    """Compare the driver's facts with each rank's ("rank", "facts"). Raises StateError: names rank and field."""
+    """Compare the driver's facts with those of each rank ("rank", "facts"). Raises StateError, which names rank and
+    field."""
     for report in reports:
         theirs = report["facts"]
         for field in sorted(own.keys() | theirs.keys()):

@@ -1,4 +1,4 @@
-"""What crosses the control plane in a step: three policies that end in the same typed input on every rank."""
+"""Wire policies: what a step's message holds. All three policies give every rank the same typed input."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ class MessageReader(Generic[D]):
 
 
 class Preparing(Protocol):
-    """What a policy needs of a worker."""
+    """The methods of a worker that a policy calls."""
 
     plane: ControlPlane
 
     def prepare(self, request: ExecuteModelRequest) -> StepInputs:
-        """Phase prepare: this rank's step, made from the request and from what this rank keeps."""
+        """Phase prepare: make this rank's inputs from the request and from the rank's own state."""
 
     def unpack(self, parts: list[Buffer]) -> StepInputs:
-        """A step that the driver prepared, moved to this rank's device."""
+        """The inputs of a step that the driver prepared, on this rank's device."""
 
     def prepare_sampling(self, sampling: SamplingRequest) -> SamplingInput:
         """The same of the second message of the step that was prepared last."""
@@ -67,10 +67,10 @@ class Preparing(Protocol):
 
 class Wire(Protocol):
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
-        """On the rank that has the request: this rank's step, the other ranks having been told."""
+        """On the rank that has the request: tell the other ranks, and return this rank's inputs."""
 
     def receive(self, worker: Preparing) -> StepInputs | None:
-        """On the other ranks: their step, or None when there are no more."""
+        """On the other ranks: receive their inputs, or None when there are no more steps."""
 
     def share_sampling(self, worker: Preparing, sampling: SamplingRequest) -> SamplingInput:
         """On the rank that has it: what completes this rank's step, the other ranks having been told."""
@@ -80,8 +80,8 @@ class Wire(Protocol):
 
 
 class ModelInputWire:
-    """The driver prepares; the others receive the step's typed inputs (vLLM's RFC #5552): the model's, and the worker's
-    where it asks for something."""
+    """The driver prepares. The other ranks receive the step's typed inputs (vLLM's RFC #5552): the model's input, and
+    the worker's input if the step moves blocks."""
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         worker_input, model_input = step = worker.prepare(request)
@@ -110,7 +110,8 @@ class ModelInputWire:
 
 
 class RequestWire:
-    """The request travels, and every rank prepares for itself: fewer bytes, and ranks prepare at the same time."""
+    """The request travels, and every rank prepares for itself. Messages are small, and ranks prepare at the same time.
+    """
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         with span("broadcast"):
@@ -139,7 +140,8 @@ class RequestWire:
 
 
 class NoWire:
-    """Every rank is called with the request by a scheduler of its own. A world of one is the simplest case."""
+    """Nothing travels: every rank has a scheduler of its own that gives it the request. A single rank is the simplest
+    case."""
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         return worker.prepare(request)
