@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal.contracts.attention import AttentionSpec
+from hal.contracts.attention import AttentionSpec, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
+from hal.errors import ConfigError
 from hal.paged.attention import PagedAttention
 from hal.testing.strategies import instances
 from runners.cpu.attention import CpuAttention
@@ -129,6 +130,16 @@ def check_layers(cls: type[PagedAttention], specs: Sequence[AttentionSpec], dtyp
         for plane, new in zip(planes(after, spec), (k, v), strict=True):
             plane[slots // size, :, slots % size] = new
         assert torch.equal(caches[layer][:, 1:], after[:, 1:])
+
+
+@pytest.mark.parametrize(("spec", "name"), [(UNLIKE[1], "softcap"), (UNLIKE[2], "value_dim"), (UNLIKE[5], "value_dim"),
+                                            (AttentionSpec(2, 2, 8, 0.4, sinks=torch.zeros(2)), "sinks")], ids=str)
+def test_what_an_attention_cannot_do_is_refused_with_an_alternative(spec: AttentionSpec, name: str) -> None:
+    from runners.tpu.attention import TpuAttention
+
+    with pytest.raises(ConfigError, match=rf"(?s)does not support {name}.*attention layer 1.*--device cpu.*PagedAtt"):
+        TpuAttention([UNLIKE[0], spec])
+    refuse_unsupported([spec], "mine", ("softcap", "value_dim", "sinks"))
 
 
 @pytest.mark.parametrize("cls", CLASSES)

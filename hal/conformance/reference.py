@@ -15,7 +15,8 @@ from hal.sampling.noise import exponential, row_keys
 from hal.sampling.params import SamplingParams
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None,
+           softcap: float | None = None, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """Causal attention of the last tokens of one sequence, in q's dtype.
 
     Args:
@@ -26,7 +27,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, wind
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     behind = torch.arange(context - q.shape[0], context)[:, None] - torch.arange(context)
     hidden = (behind < 0) | (behind >= (window or context))
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(-1, len(q), 1)), -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :context], v)
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -317,6 +317,27 @@ class window_off_by_one(_Attention):
 
 
 @mutant("L2/attention")
+class ignores_the_softcap(_Attention):
+    def __init__(self, specs: Any, **kwargs: Any) -> None:
+        from dataclasses import replace
+        super().__init__([replace(s, softcap=None) for s in specs], **kwargs)
+
+
+@mutant("L2/attention")
+class ignores_the_sinks(_Attention):
+    def __init__(self, specs: Any, **kwargs: Any) -> None:
+        from dataclasses import replace
+        super().__init__([replace(s, sinks=None) for s in specs], **kwargs)
+
+
+@mutant("L2/attention")
+class attends_as_the_first_layer(_Attention):
+    def decode(self, q: Any, cache: Any, batch: Any, spec: Any) -> Any:
+        from dataclasses import replace
+        return super().decode(q, cache, batch, replace(spec, scale=self.specs[0].scale))
+
+
+@mutant("L2/attention")
 class scales_by_habit(_Attention):
     def __init__(self, specs: Any, **kwargs: Any) -> None:
         from dataclasses import replace

@@ -54,19 +54,24 @@ def make(number: int, prompt: list[int], **params: Any) -> Sequence:
 class Rig:
     """An engine's loop in a few lines, which looks at the scheduler after every call.
 
-    Attributes: failures: by request id, the output token for which its logits have no finite maximum.
+    Attributes:
+        failures: by request id, the output token for which its logits have no finite maximum.
+        states, host_states: by row what layers with a state per row would keep: (request id, tokens computed).
     """
 
     config: EngineConfig
     num_blocks: int
     depth: int
     failures: dict[int, int] = field(default_factory=dict)
+    has_row_states: bool = False
+    states: dict[int, tuple[int, int]] = field(default_factory=dict)
+    host_states: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ahead = bool(self.config.async_scheduling)
         self.executor = make_executor(self.config, MODEL, backends.load("hal.testing.null:backend"))
         self.scheduler = Scheduler(self.config, self.num_blocks, self.config.num_cpu_blocks, eos_token_ids=(EOS,),
-                                   depth=self.depth, ahead=self.ahead)
+                                   depth=self.depth, ahead=self.ahead, has_row_states=self.has_row_states)
         self.pending: deque[tuple[ScheduledStep, StepHandle]] = deque()
         self.steps = 0
 
@@ -77,6 +82,7 @@ class Rig:
         if step is not None:
             self.steps += 1
             assert 0 < step.num_tokens <= self.config.max_num_batched_tokens and len(step.rows) <= ROWS
+            self.keep_states(step)
             self.pending.append((step, self.executor.execute_model(step.request)))
         if step is None or len(self.pending) >= (2 if self.ahead else self.depth):
             done, handle = self.pending.popleft()
@@ -87,6 +93,21 @@ class Rig:
             self.scheduler.update(done, tokens)
             self.look()
         return step
+
+    def keep_states(self, step: ScheduledStep) -> None:
+        """Each sequence finds the state that its own last step left, or begins with its first token."""
+        r = step.request
+        leaving = [] if r.rows_to_swap_out is None else [(to, self.states[row]) for row, to in r.rows_to_swap_out]
+        for source, row in () if r.rows_to_swap_in is None else r.rows_to_swap_in.tolist():
+            self.states[row] = self.host_states.pop(source)
+        self.host_states |= leaving
+        assert self.has_row_states or not (self.states or leaving)
+        numbers = zip(r.rows.tolist(), r.num_computed.tolist(), r.num_scheduled.tolist(), strict=True)
+        for row, computed, count in numbers:
+            seq = self.scheduler._at[row]
+            if self.has_row_states and seq is not None:
+                assert computed == 0 or self.states[row] == (seq.request_id, computed)
+                self.states[row] = seq.request_id, computed + count
 
     def drain(self) -> None:
         while self.scheduler.unfinished or self.pending:
@@ -100,6 +121,9 @@ class Rig:
         assert s.blocks.num_free == self.num_blocks - 1 - len(blocks)
         host = [b for seq in s.waiting for b in seq.host_blocks]
         assert len(set(host)) == len(host) == self.config.num_cpu_blocks - s.blocks.num_free_host
+        host_rows = [seq.host_row for seq in s.waiting if seq.host_row >= 0]
+        assert sorted([*host_rows, *s._free_host_rows]) == list(range(ROWS))
+        assert len(host_rows) == (sum(bool(seq.host_blocks) for seq in s.waiting) if self.has_row_states else 0)
         rows = [seq.row for seq in s.running]
         assert sorted([*rows, *s._free_rows]) == list(range(ROWS)) and all(s._at[q.row] is q for q in s.running)
         for group in (s.running, s.waiting):
@@ -117,10 +141,10 @@ class Rig:
             and s.blocks.num_free_host == self.config.num_cpu_blocks
 
 
-def rig(num_blocks: int, depth: int = 1, **options: Any) -> Rig:
+def rig(num_blocks: int, depth: int = 1, has_row_states: bool = False, **options: Any) -> Rig:
     options = {"block_size": SIZE, "max_num_seqs": ROWS, "max_num_batched_tokens": 64, "num_blocks": 64,
                "max_model_len": 64, "device": "hal.testing.null:backend", "async_scheduling": False, **options}
-    return Rig(EngineConfig(**options), num_blocks, depth)
+    return Rig(EngineConfig(**options), num_blocks, depth, has_row_states=has_row_states)
 
 
 # (steps after the one before, which common prefix, its length, own tokens, new tokens, kind of params)
@@ -132,12 +156,12 @@ ARRIVAL = st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 20), st
 @given(st.lists(ARRIVAL, min_size=1, max_size=9), st.integers(14, 40), st.sampled_from((0, 5, 30)),
        st.sampled_from((1, 3, 7, 64)), st.sampled_from((1, 2, "ahead")), st.booleans(),
        st.dictionaries(st.integers(1, 30), st.integers(0, 8), max_size=4),
-       st.dictionaries(st.integers(0, 8), st.integers(0, 19), max_size=4))
+       st.dictionaries(st.integers(0, 8), st.integers(0, 19), max_size=4), st.booleans())
 def test_every_sequence_gets_its_tokens(
         arrivals: list[tuple[int, int, int, int, int, int]], num_blocks: int, host: int, budget: int,
-        depth: int | str, caching: bool, aborts: dict[int, int], failures: dict[int, int]) -> None:
+        depth: int | str, caching: bool, aborts: dict[int, int], failures: dict[int, int], states: bool) -> None:
     r = rig(num_blocks, 2 if depth == 2 else 1, num_cpu_blocks=host, max_num_batched_tokens=budget,
-            prefix_caching=caching, async_scheduling=depth == "ahead")
+            prefix_caching=caching, async_scheduling=depth == "ahead", has_row_states=states)
     r.failures = failures
     common = np.random.default_rng(7).integers(4, 97, (2, 20)).tolist()
     coming: deque[tuple[int, Sequence]] = deque()

@@ -15,6 +15,7 @@ from worker_cases import MODEL, SIZE, engine
 from hal.config import Topology, WorkerConfig
 from hal.contracts.inputs import WorkerInput
 from hal.errors import CapacityError, InputError
+from hal.testing.null import NullRunner
 from workers.worker.cache import CacheEngine, count_blocks
 
 BLOCKS, HOST = 9, 7
@@ -77,6 +78,33 @@ def test_refuses_blocks_that_do_not_exist_or_are_written_twice(field: str, rows:
         cache.apply(WorkerInput(**{field: np.array(rows, np.int32)}))
     assert error.value.field == field
     assert all(torch.equal(a, b) for a, b in zip(cache.device, caches(), strict=True))
+
+
+class Stateful(NullRunner):
+    def __init__(self, rows: int) -> None:  # nothing but its states is asked for
+        self.row_states = [torch.arange(rows * n, dtype=torch.float32).view(1, rows, n) for n in (3, 2)]
+
+
+def test_states_of_rows_leave_and_come_in_one_step() -> None:
+    """In a stage without a paged cache, too: its blocks are those of other stages."""
+    runner = Stateful(4)
+    cache, before = CacheEngine([], HOST, runner), [x.clone() for x in runner.row_states]
+    blocks = np.array([(1, 0)], np.int32)
+    cache.apply(WorkerInput(blocks_to_swap_out=blocks, rows_to_swap_out=np.array([(0, 2)], np.int32)))
+    cache.apply(WorkerInput(rows_to_swap_out=np.array([(3, 2)], np.int32),
+                            rows_to_swap_in=np.array([(2, 3)], np.int32)))
+    for now, old, host in zip(runner.row_states, before, cache.host_rows, strict=True):
+        assert torch.equal(now[:, 3], old[:, 0]) and torch.equal(now[:, :3], old[:, :3])
+        assert torch.equal(host[:, 2], old[:, 3]) and not host[:, [0, 1, 3]].any()
+    with pytest.raises(InputError, match="rows_to_swap_in names a row that does not exist"):
+        cache.apply(WorkerInput(rows_to_swap_in=np.array([(0, 4)], np.int32)))
+    assert CacheEngine([], 0, runner).host_rows == []  # nothing is ever swapped
+
+
+def test_a_rank_that_keeps_states_alone_has_the_blocks_that_sequences_need() -> None:
+    c, free = config(max_num_seqs=2), {"free": 300, "reserve": 100, "per_block": 0, "host_memory": False}
+    assert count_blocks(c, row_states=True, **free) == 2 * 16 + 1
+    assert count_blocks(c, **free) == 0
 
 
 def test_size_follows_from_memory() -> None:

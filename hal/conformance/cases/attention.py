@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hal.conformance.context import Context
 from hal.conformance.reference import attend
 from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
+from hal.errors import ConfigError
 from hal.schema.packed import as_tensor
 
 # Heads, key-value heads, head size: one key head for all, groups, and none shared.
@@ -33,16 +35,16 @@ class Batch:
         self.attention = ctx.part(session, "make_attention")(specs, device=session.device, dtype=ctx.torch_dtype)
         self.caches = [torch.zeros(self.attention.cache_shape(spec, _BLOCKS, block_size), dtype=ctx.torch_dtype,
                                    device=session.device) for spec in specs]
+        self.sinks = [None if spec.sinks is None else spec.sinks.cpu() for spec in specs]
         self.pool = ctx.rng.permutation(np.arange(1, _BLOCKS)).tolist()
         self.tables: list[list[int]] = [[] for _ in range(sequences)]
-        spec = specs[0]
-        empty = torch.zeros(0, spec.num_kv_heads, spec.head_dim, dtype=ctx.torch_dtype)
-        self.k = [[empty] * len(specs) for _ in range(sequences)]
-        self.v = [[empty] * len(specs) for _ in range(sequences)]
+        self.k, self.v = ([[torch.zeros(0, s.num_kv_heads, dim, dtype=ctx.torch_dtype) for s, dim in zip(
+            specs, dims, strict=True)] for _ in range(sequences)]
+            for dims in ([s.head_dim for s in specs], [s.value_dim for s in specs]))
 
     def step(self, queries: dict[int, int], what: str, pad: int = 0) -> None:
         """Compute `queries` new tokens of each sequence, in every layer, and compare. Raises Mismatch."""
-        ctx, spec, order = self.ctx, self.specs[0], sorted(queries, key=lambda s: queries[s] != 1)
+        ctx, order = self.ctx, sorted(queries, key=lambda s: queries[s] != 1)
         totals = [len(self.k[s][0]) + queries[s] for s in order]
         for s, total in zip(order, totals, strict=True):
             while len(self.tables[s]) * self.size < total:
@@ -52,23 +54,23 @@ class Batch:
         step = self.attention.begin(model_input, self.caches)
         mine = sorted({NULL_BLOCK, *(b for s in order for b in self.tables[s])})
         others = torch.tensor([b for b in range(_BLOCKS) if b not in mine], device=self.device)
-        for layer, one in enumerate(self.specs):
+        for layer, spec in enumerate(self.specs):
             q = ctx.normal(real + pad, spec.num_heads, spec.head_dim)
-            k, v = (ctx.normal(real + pad, spec.num_kv_heads, spec.head_dim) for _ in range(2))
+            k, v = (ctx.normal(real + pad, spec.num_kv_heads, dim) for dim in (spec.head_dim, spec.value_dim))
             before = self.caches[layer][:, others].clone()
             out = step(layer, *(x.to(self.device) for x in (q, k, v)))
-            ctx.equal(f"{what}: shape", list(out.shape), [real + pad, spec.num_heads * spec.head_dim])
+            ctx.equal(f"{what}: shape", list(out.shape), [real + pad, spec.num_heads * spec.value_dim])
             ctx.check(out.dtype == ctx.torch_dtype, f"{what}: {out.dtype} comes out")
             ctx.check(bool(out.isfinite().all()), f"{what}: not finite, padding or not")
             ctx.check(before.equal(self.caches[layer][:, others]), f"{what}: blocks of other sequences were written")
-            at, found = 0, out.cpu().view(-1, spec.num_heads, spec.head_dim)
+            at, found = 0, out.cpu().view(-1, spec.num_heads, spec.value_dim)
             for s, count in zip(order, counts, strict=True):
                 self.k[s][layer] = torch.cat((self.k[s][layer], k[at:at + count]))
                 self.v[s][layer] = torch.cat((self.v[s][layer], v[at:at + count]))
                 expected = attend(q[at:at + count].double(), self.k[s][layer].double(), self.v[s][layer].double(),
-                                  one.scale, one.window)
+                                  spec.scale, spec.window, spec.softcap, self.sinks[layer])
                 ctx.close("attention", found[at:at + count], expected, f"{what}: sequence {s}, {count} queries over "
-                          f"{len(self.k[s][layer])}, layer {layer}, window {one.window}")
+                          f"{len(self.k[s][layer])}, layer {layer}, window {spec.window}")
                 at += count
 
     def _input(self, order: list[int], counts: list[int], totals: list[int], pad: int) -> PagedModelInput:
@@ -148,3 +150,21 @@ def padding(ctx: Context) -> None:
     batch = Batch(ctx, _specs(*_GEOMETRIES[1], None), 16, 3)
     for queries in ({0: 5, 1: 20, 2: 16}, {0: 1, 1: 1, 2: 1}, {0: 1, 1: 4}, {0: 1, 1: 1, 2: 1}):
         batch.step(queries, "padded", pad=5)
+
+
+@case(2, "attention", "checkpoints")
+def what_a_layer_may_declare(ctx: Context) -> None:
+    """Layers of unequal heads and sizes, values of another size than keys, softcap, sinks: each is right, or refused
+    when the attention is made, by a ConfigError that says what to do."""
+    sinks, (a, b) = ctx.normal(4, scale=2.0), (AttentionSpec(4, 2, 16, 0.3), AttentionSpec(6, 6, 32, 0.2, 9))
+    device = ctx.session(warm=False).device
+    for name, specs in {"unequal layers": [a, b, a], "value_dim": [replace(a, value_dim=32), replace(b, value_dim=16)],
+                        "softcap": [replace(a, softcap=1.5), replace(b, softcap=3.0)],
+                        "sinks": [replace(a, sinks=sinks.to(device))]}.items():
+        try:
+            batch = Batch(ctx, specs, 16, 3)
+        except ConfigError as error:
+            ctx.check(error.hint is not None, f"{name}: the error names no alternative")
+            continue
+        for queries in ({0: 30, 1: 8, 2: 17}, {0: 1, 1: 1, 2: 1}, {0: 14, 1: 1}, {0: 1, 1: 1, 2: 1}):
+            batch.step(queries, name)
