@@ -73,7 +73,7 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
         for array in (self.finished_rows, self.new_tokens, self.append_tokens, self.new_blocks, self.rows,
                       self.num_scheduled, self.num_computed):
             if len(array):
-                crc = zlib.crc32(array, crc)
+                crc = zlib.crc32(array.data, crc)
         return crc
 
 
