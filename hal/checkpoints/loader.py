@@ -128,10 +128,11 @@ def random_weights(model: CausalLM, seed: int = 0) -> None:
 
 def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[StoredSlice, int]]:
     """A parameter's sources, and where along the filled dimension each begins in it."""
-    at = 0
-    for source in spec_of(parameter).sources:
+    at, spec = 0, spec_of(parameter)
+    axis = topology.axis(spec.mesh_axis)
+    for source in spec.sources:
         yield source, at
-        first, last = source.local(topology)
+        first, last = source.local(axis)
         at += last - first
 
 
@@ -186,7 +187,7 @@ def _at(stored: Stored) -> str:
 def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored, file: safe_open,
           topology: Topology) -> None:
     spec, into = spec_of(parameter), parameter.data
-    first, last = source.local(topology)
+    first, last = source.local(topology.axis(spec.mesh_axis))
     tensor = open_tensor(file, stored)
     index = () if source.dim is None else (*(slice(None),) * source.dim, slice(first, last))
     try:

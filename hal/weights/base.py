@@ -41,14 +41,16 @@ class LinearSpec:
 
     Attributes:
         in_size: inputs. projections: their outputs lie side by side.
-        sharded: the axis that is sharded over tp: "out" in a column-parallel layer, "in" in a row-parallel one.
+        sharded: the axis that is sharded: "out" in a column-parallel layer, "in" in a row-parallel one.
         transposed: the checkpoint stores a dense weight as [in, out].
+        mesh_axis: of the topology; the ranks along it have a part each.
     """
 
     in_size: int
     projections: tuple[Projection, ...]
     sharded: Literal["out", "in"]
     transposed: bool = False
+    mesh_axis: str = "tp"
 
     @property
     def name(self) -> str:
@@ -84,8 +86,8 @@ class Dim:
                                        "them of the axis 'part'")
 
     def entries(self, units: int) -> int:
-        """Of so many outputs or inputs."""
-        return -(-units // self.per) * self.holds
+        """That one projection of so many outputs or inputs takes."""
+        return 1 if self.axis == "part" else -(-units // self.per) * self.holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +121,14 @@ class WeightTensor:
                               expected="two dimensions, none of them of the axis 'part'")
 
     @property
-    def merged(self) -> int:
-        """The dimension along which the tensors of merged projections lie one after another."""
-        return next(i for i, d in enumerate(self.dims) if isinstance(d, Dim) and d.axis != "in")
+    def merged(self) -> tuple[int, Dim]:
+        """The dimension along which the tensors of merged projections lie one after another, with its number."""
+        return next((i, d) for i, d in enumerate(self.dims) if isinstance(d, Dim) and d.axis != "in")
+
+    @property
+    def inner(self) -> tuple[int, Dim] | None:
+        """The dimension that counts inputs, if there is one, with its number."""
+        return next(((i, d) for i, d in enumerate(self.dims) if isinstance(d, Dim) and d.axis == "in"), None)
 
 
 class Scheme(abc.ABC):

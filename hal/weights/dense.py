@@ -18,7 +18,7 @@ class Dense(Scheme):
     name = "dense"
 
     def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
-        return (WeightTensor("weight", (Dim("out"), Dim("in")), transposed=spec.transposed),)
+        return _TRANSPOSED if spec.transposed else _WEIGHT
 
     def dequantize(self, layer: Linear) -> torch.Tensor:
         return layer.weight
@@ -27,5 +27,7 @@ class Dense(Scheme):
         return F.linear(x, layer.weight, layer.bias)
 
 
+_WEIGHT = (WeightTensor("weight", (Dim("out"), Dim("in"))),)
+_TRANSPOSED = (WeightTensor("weight", (Dim("out"), Dim("in")), transposed=True),)
 DENSE = Dense()
 BIAS = WeightTensor("bias", (Dim("out"),))  # of a linear layer of any scheme

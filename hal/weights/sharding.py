@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from hal.config import Topology
+from hal.config import Axis, Topology
 from hal.errors import ConfigError
 from hal.weights.base import Dim, LinearSpec, Projection, WeightTensor
 
@@ -36,10 +36,11 @@ class StoredSlice:
     shards: int = 1
     transposed: bool = False
 
-    def local(self, topology: Topology) -> tuple[int, int]:
-        """The rank's range along `dim`: the first entry, and the one behind the last."""
+    def local(self, axis: Axis) -> tuple[int, int]:
+        """The rank's range along `dim`: the first entry, and the one behind the last. `axis` is the mesh axis that the
+        parameter is sharded over."""
         each = -(-self.size // self.shards)
-        first = min(topology.tp_rank * self.shards // topology.tp * each, self.size)
+        first = min(axis.rank * self.shards // axis.size * each, self.size)
         return self.start + first, self.start + min(first + each, self.size)
 
 
@@ -50,7 +51,7 @@ class ParameterSpec:
         filled: the dimension along which `sources` fill the parameter one after another. Entries behind the last are
             padding, and zero.
         below: as in WeightTensor.
-        mesh_axis: the axis of the topology.
+        mesh_axis: of the topology.
     """
 
     sharded: int | None
@@ -67,12 +68,8 @@ def spec_of(parameter: nn.Parameter) -> ParameterSpec:
 
 def local_outputs(spec: LinearSpec, topology: Topology) -> tuple[int, ...]:
     """Outputs of each projection that a rank computes."""
-    return tuple(-(-p.size // (_shards(p, topology) if spec.sharded == "out" else 1)) for p in spec.projections)
-
-
-def _shards(projection: Projection, topology: Topology) -> int:
-    """Of a column-parallel layer."""
-    return min(topology.tp, projection.heads or topology.tp)
+    size = topology.axis(spec.mesh_axis).size if spec.sharded == "out" else 1
+    return tuple(-(-p.size // _shards(p, size)) for p in spec.projections)
 
 
 def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topology,
@@ -80,54 +77,52 @@ def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topolog
     """The shape of a rank's part of a layer's tensor, and its declaration.
 
     Raises:
-        ConfigError: tp, or the merging of projections, cuts outputs or inputs that share an entry of the tensor.
+        ConfigError: a boundary of ranks or of merged projections cuts outputs or inputs that share an entry.
     """
-    merged = tensor.merged
-    inner = next((i for i, d in enumerate(tensor.dims) if isinstance(d, Dim) and d.axis == "in"), None)
-    column = spec.sharded == "out"
-    sharded: int | None
-    if column:
-        sharded = merged if _axis(tensor.dims[merged]) == "out" else None
-    else:
-        sharded = inner if inner is not None and not cast(Dim, tensor.dims[inner]).replicated else None
-    filled = merged if column or sharded is None else sharded
-    shape, sources = [0] * len(tensor.dims), []
-    for i, p in enumerate(spec.projections):
-        shards = 1 if sharded is None else _shards(p, topology) if column else topology.tp
-        dim = tensor.dims[filled]
-        assert isinstance(dim, Dim)
-        units = p.size if filled == merged else spec.in_size
-        if dim.axis != "part":
-            _check_cuts(spec, p, tensor, dim, scheme, units, shards, i == len(spec.projections) - 1)
-        for at, (d, whole) in enumerate(zip(tensor.dims, _whole(spec, p.size, tensor), strict=True)):
-            if at == sharded:
-                whole = cast(Dim, d).entries(-(-units // shards))
-            shape[at] = shape[at] + whole if at == merged else whole
-        stored = [(at, n) for at, n in enumerate(_whole(spec, p.of or p.size, tensor)) if
-                  _axis(tensor.dims[at]) != "part"]
-        along = None if dim.axis == "part" else [at for at, _ in stored].index(filled)
-        sizes = tuple(n for _, n in stored)
+    merged, outer = tensor.merged
+    inner = tensor.inner
+    sharded: int | None = None
+    if spec.sharded == "out":
+        sharded = merged if outer.axis == "out" else None
+    elif inner is not None and not inner[1].replicated:
+        sharded = inner[0]
+    filled = merged if sharded is None else sharded
+    ranks = topology.axis(spec.mesh_axis).size
+    whole = [d if isinstance(d, int) else d.entries(spec.in_size) for d in tensor.dims]  # but for the merged dimension
+    shape, rows, sources = whole.copy(), 0, []
+    for p in spec.projections:
+        shards = 1 if sharded is None else _shards(p, ranks) if sharded == merged else ranks
+        whole[merged] = outer.entries(p.of or p.size)
+        if filled == merged:
+            _check_cuts(p, tensor, outer, scheme, p.size, shards, p is spec.projections[-1])
+            start, size = outer.entries(p.start) if p.start else 0, outer.entries(p.size)
+        else:
+            assert inner is not None
+            _check_cuts(p, tensor, inner[1], scheme, spec.in_size, shards, True)
+            start, size = 0, whole[filled]
+            shape[filled] = inner[1].entries(-(-spec.in_size // shards))
+        rows += outer.entries(-(-p.size // shards) if filled == merged else p.size)
+        stored, along = tuple(whole), filled
+        if outer.axis == "part":
+            stored, along = stored[:merged] + stored[merged + 1:], filled - (filled > merged)
         if tensor.transposed:
-            sizes, along = sizes[::-1], None if along is None else 1 - along
-        start = dim.entries(p.start) if dim.axis == "out" else 0
-        size = 1 if along is None else dim.entries(units)
-        sources.append(StoredSlice(f"{p.name}.{tensor.name}", sizes, along, size, start, shards, tensor.transposed))
-    return tuple(shape), ParameterSpec(sharded, filled, tuple(sources), tensor.below)
+            stored, along = stored[::-1], 1 - along
+        read = None if filled == merged and outer.axis == "part" else along
+        sources.append(StoredSlice(f"{p.name}.{tensor.name}", stored, read, size, start, shards, tensor.transposed))
+    shape[merged] = rows
+    return tuple(shape), ParameterSpec(sharded, filled, tuple(sources), tensor.below, spec.mesh_axis)
 
 
-def _axis(dim: Dim | int) -> str | None:
-    return dim.axis if isinstance(dim, Dim) else None
+def _shards(projection: Projection, ranks: int) -> int:
+    """Of a column-parallel layer: ranks share heads that are fewer than they."""
+    return min(ranks, projection.heads or ranks)
 
 
-def _whole(spec: LinearSpec, outputs: int, tensor: WeightTensor) -> list[int]:
-    """The shape of the tensor of one projection, over all ranks."""
-    units = {"out": outputs, "in": spec.in_size, "part": 1}
-    return [d.entries(units[d.axis]) if isinstance(d, Dim) else d for d in tensor.dims]
-
-
-def _check_cuts(spec: LinearSpec, projection: Projection, tensor: WeightTensor, dim: Dim, scheme: str, units: int,
-                shards: int, last: bool) -> None:
+def _check_cuts(projection: Projection, tensor: WeightTensor, dim: Dim, scheme: str, units: int, shards: int,
+                last: bool) -> None:
     """Outputs or inputs that share an entry stay together: they belong to one rank and to one projection."""
+    if dim.per == 1:
+        return
     each, what = -(-units // shards), "outputs" if dim.axis == "out" else "inputs"
     if shards > 1 and each % dim.per:
         legal = max(n for n in range(1, shards) if units % n == 0 and (n == 1 or units // n % dim.per == 0))

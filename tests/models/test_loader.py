@@ -163,7 +163,7 @@ def test_ranks_together_hold_the_whole(checkpoint: Checkpoint, name: str, tp: in
         for s in sources:
             pieces, ends = [], 0
             for r, part in enumerate(parts):
-                first, last = s.local(Topology(tp, 1, r))
+                first, last = s.local(Topology(tp, 1, r).axis("tp"))
                 piece = part.narrow(dim, offsets[r], last - first)
                 offsets[r] += last - first
                 if first - s.start >= ends:

@@ -27,12 +27,14 @@ from hal.checkpoints.loader import load_weights, random_weights
 from hal.checkpoints.stored import Stored
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.contracts.communicator import LocalCommunicator
-from hal.errors import ConfigError, ModelLoadError, SchemaError
+from hal.errors import ConfigError, ModelLoadError, SchemaError, WireError
+from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.paged.runner import PagedModelRunner
+from hal.recording.typed import typed
 from hal.weights import Dim, LinearSpec, Projection, Scheme, WeightTensor
 from hal.weights.formats import names, schemes
 from hal.weights.sharding import shard
@@ -236,7 +238,7 @@ def test_other_layouts(sharded: str, tensor: WeightTensor, tp: int, shape: tuple
     topology = Topology(tp, 1, tp - 1)
     found, declared = shard(spec, tensor, "blocks", topology)
     assert found == shape and declared.sources[0].shape == stored
-    assert tuple(source.local(topology) for source in declared.sources) == ranges
+    assert tuple(source.local(topology.axis("tp")) for source in declared.sources) == ranges
 
 
 @pytest.mark.parametrize(("spec", "tp", "named"), [
@@ -254,7 +256,8 @@ def test_a_group_is_never_cut(spec: LinearSpec, tp: int, named: str) -> None:
 def test_ranks_share_scales_as_they_share_heads() -> None:
     spec = linear("out", 32, heads=2)
     _, declared = shard(spec, Rows8().tensors(spec)[1], "rows8", Topology(4))
-    assert [declared.sources[0].local(Topology(4, 1, r)) for r in range(4)] == [(0, 16), (0, 16), (16, 32), (16, 32)]
+    ranges = [declared.sources[0].local(Topology(4, 1, r).axis("tp")) for r in range(4)]
+    assert ranges == [(0, 16), (0, 16), (16, 32), (16, 32)]
 
 
 @pytest.mark.parametrize("make", [
@@ -302,3 +305,14 @@ def test_a_load_checks_each_tensor_once(quantised: tuple[Path, Path], monkeypatc
     config = WorkerConfig(EngineConfig(model=str(path), device="cpu"), read_config(path), Topology())
     PagedModelRunner(config, torch.device("cpu"), LocalCommunicator()).load_model()
     assert sorted(seen) == sorted(name for name in load_file(path / "model.safetensors") if "weight_shape" not in name)
+
+
+def test_a_configuration_of_quantised_weights_travels_as_json(quantised: tuple[Path, Path]) -> None:
+    """To other ranks, and in the head of a recording."""
+    model = read_config(quantised[0])
+    config = WorkerConfig(EngineConfig(model=str(quantised[0]), device="cpu"), model, Topology())
+    assert WorkerConfig.from_json(config.to_json()).model == model
+    head = json.loads(json.dumps(dataclasses.asdict(model)))
+    assert typed(ModelConfig, head, "model").quantization == model.quantization
+    with pytest.raises(WireError, match="quantization"):
+        typed(ModelConfig, {**head, "quantization": ["rows8"]}, "model")
