@@ -1,7 +1,7 @@
-"""Read a Hugging Face checkpoint's config.json, as old and new transformers write it. Torch-free.
+"""Reading of a Hugging Face checkpoint's config.json, as old and new transformers write it. This loads no torch.
 
-A key that is missing takes the default that transformers has for that architecture. What would change results and is
-not implemented is refused, never ignored; keys that transformers itself ignores for an architecture are ignored here.
+A missing key takes the default that transformers has for that architecture. An option that would change results and is
+not implemented is refused. Keys that transformers itself ignores for an architecture are ignored here too.
 Every number has a range, so that a damaged or hostile file ends as an error before anything is allocated.
 """
 
@@ -60,8 +60,8 @@ def read_config(directory: str | Path, *, weights: bool = True) -> ModelConfig:
 
 
 def _as_stored(config: ModelConfig, dtype: str, directory: Path) -> ModelConfig:
-    """`config` with what the stored tensors decide. A single name for embeddings and head, whichever it is, is left to
-    the loader."""
+    """`config` with the choices that the stored tensors decide. If embeddings and head are stored under a single name,
+    the loader decides."""
     if dtype != "auto" and not config.tie_embeddings:
         return config
     tensors = locate(directory)
@@ -188,7 +188,7 @@ def _decoder(read: _Reader, architecture: str, *, vocab: int, inner: int, kv_hea
              bos: int | None = None, eos: int | None = None, head_dim: int | None = None,
              windows: Callable[[int], tuple[int | None, ...]] = lambda layers: (None,) * layers,
              **features: Any) -> ModelConfig:
-    """What the Llama family shares; the arguments are the architecture's own defaults and features."""
+    """The configuration of a Llama-like model; the arguments are the architecture's own defaults and features."""
     if read.get(str, "silu", "hidden_act") not in ("silu", "swish"):
         read.refuse("hidden_act", "another activation than silu", "silu")
     read.refuse("partial_rotary_factor", "rotary embedding over part of the head", 1.0)

@@ -29,7 +29,7 @@ _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|^h\.\d+\.attn\.(bias|masked_bia
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # converted
 _OTHERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
            torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # stored as declared
-_POOL = 4_194_301  # a prime, so that rows of equal values don't line up
+_POOL = 4_194_301  # a prime number, so that equal values do not fall into the same column
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A checkpoint directory's files: where each tensor lies, and what is stored. Importing this loads no torch.
+"""A checkpoint directory's files, and the place of each stored tensor. Importing this loads no torch.
 
 A directory may come from anywhere, so nothing in it is trusted: a JSON file has a largest size, a shard lies inside the
 directory, and every fault is a ModelLoadError that names the file.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from os.path import isdir, isfile  # those of pathlib raise for some names
+from os.path import isdir, isfile  # pathlib's methods raise for some names
 from pathlib import Path, PurePosixPath
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,7 +25,7 @@ HEAD = "lm_head.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PREFIX = re.compile(r"^(model|transformer)\.(?!lm_head\.)")
 _MAX_JSON = 64 << 20  # bytes; the index of the largest published checkpoints takes about 10 MiB
-_ROWS = 4096  # compared at once
+_ROWS = 4096  # rows compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _indexed(directory: Path) -> list[Stored]:
 
 
 def _shard(directory: Path, name: object) -> Path:
-    """The name alone decides: download caches keep each shard as a link to a file elsewhere."""
+    """Check a shard's name. Links are followed, since download caches keep each shard as a link to another folder."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if not isinstance(name, str) or not parts or parts[0].startswith("/") or ".." in parts:
         raise ModelLoadError(f"{_INDEX} names a shard that is not a file of the checkpoint", got=shown(name),

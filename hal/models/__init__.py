@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # hal.config imports this package
 
 
 def check_topology(config: ModelConfig, topology: Topology) -> None:
-    """Whether the model can be cut this way.
+    """Check that the model can be sharded in this way.
 
     Raises:
         ConfigError: tp does not divide the heads or the MLP, or neither divides nor is a multiple of the key-value

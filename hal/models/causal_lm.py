@@ -1,4 +1,4 @@
-"""What all model definitions share: embeddings on the first stage, the head on the last, what lies between stages."""
+"""The base of all decoders: embeddings on the first stage, the head on the last, and the tensors between stages."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class CausalLM(nn.Module, abc.ABC):
         return make(**dict(zip(self.intermediates, tensors, strict=True)))
 
     def pack(self) -> None:
-        """Let the device rearrange the weights, once they are filled (see Ops.pack_linear)."""
+        """Let the device rearrange the weights after they are filled (see Ops.pack_linear)."""
         for module in self.modules():
             if isinstance(module, Linear):
                 self.ops.pack_linear(module)

@@ -1,4 +1,4 @@
-"""The elementwise operations of a model as one replaceable table. A device overrides the methods it does better."""
+"""The operations of a model as one table. A device overrides the methods that it does better."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class Ops:
         return layer.scheme.linear(x, layer)
 
     def pack_linear(self, layer: Linear) -> None:
-        """Called once for each linear layer, the head included, when its weights are filled. It may replace the tensors
-        of the layer's weight by whatever this table's own `linear` takes; a tied embedding keeps the tensor it had."""
+        """Rearrange a linear layer's weight. It is called once for each linear layer and the head, after the weights
+        are filled. It may replace the tensors of the layer's weight by any that this table's own `linear` takes. A tied
+        embedding keeps its own tensor."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / rms(x) over the last dimension in fp32, rounded, times weight (arXiv 1910.07467). x has any shape."""
@@ -58,7 +59,7 @@ class Ops:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
-        """What all layers of a step share; the model only hands it on to `rotary`.
+        """Values for rotary embedding that all layers of a step share; the model passes them to `rotary`.
 
         Args:
             positions: [num_tokens] int32.

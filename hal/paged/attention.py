@@ -47,7 +47,7 @@ class PagedAttention:
         self.windows = {spec.window for spec in specs}
         self.kv_heads = {spec.num_kv_heads for spec in specs}
         self.token_bytes = max((self._token_bytes(spec) for spec in specs), default=0)
-        # Bytes of keys gathered at once for decoding: on a CPU what stays in its cache, else a bound on memory.
+        # Bytes of keys gathered at once for decoding: on a CPU they stay in its cache, elsewhere they bound the memory.
         self.gather_bytes = 1 << (20 if device.type == "cpu" else 28)
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
@@ -60,8 +60,8 @@ class PagedAttention:
         return spec.num_kv_heads * max(spec.head_dim, spec.value_dim) * self.dtype.itemsize
 
     def step_bytes(self, tokens: int, num_seqs: int, context: int) -> int:
-        """Bytes beside the cache that the largest step may need, of so many tokens in so many sequences of up to
-        `context` tokens. An estimate from above."""
+        """Bytes beside the cache that a step of so many tokens needs, in so many sequences of up to `context` tokens.
+        An upper estimate."""
         masks = len(self.windows) * max(tokens, num_seqs) * context * (self.dtype.itemsize + 2)
         indices = 8 * num_seqs * context * sum(self.kv_heads)
         return masks + indices + max((self._layer_bytes(s, tokens, num_seqs, context) for s in self.specs), default=0)
@@ -99,7 +99,7 @@ class PagedAttention:
 
 
 class PagedStep:
-    """One step's attention: what its layers share, and the call that a model makes in each."""
+    """One step's attention: the tensors that its layers share, and the call that a model makes in each layer."""
 
     def __init__(self, attention: PagedAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
         self.attention, self.kv_caches, self.block_size = attention, kv_caches, m.block_size
@@ -116,8 +116,8 @@ class PagedStep:
                 self.batches.append(self._prefill_batch(m.block_tables[seq], starts[seq], starts[seq + 1], lens[seq]))
 
     def _begun(self, m: PagedModelInput) -> torch.Tensor:
-        """The blocks whose first slot this step writes and whose last it may not, and the null block. What lies in
-        their other slots is masked, but NaN passes through a mask, as 0 * NaN. So they are cleared."""
+        """The blocks whose first slot this step writes, and the null block. The values in their other slots are masked,
+        but NaN passes through a mask, as 0 * NaN. So these blocks are cleared."""
         ends = m.query_start_loc[1:]
         if not len(m.positions):
             return torch.full((1,), NULL_BLOCK, device=ends.device)

@@ -1,4 +1,4 @@
-"""The sequences in flight, as every rank that prepares holds them: one row each, changed by a request's diffs."""
+"""The state of the running sequences on a rank that prepares. Each sequence has a row, which requests change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ChooseShape = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[dict[str, i
 
 
 def exact_shape(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
-    """A step as large as it is."""
+    """The step's own size, without padding."""
     return {}, ()
 
 
@@ -90,12 +90,12 @@ class BatchState:
         self.floats = np.zeros((max_rows, len(COLUMNS["float"])), np.float32)
         self.ints = np.zeros((max_rows, len(COLUMNS["int"])), np.int64)
         self._states = [f.make_state(max_rows, vocab_size) for f in FEATURES]
-        self._special = np.zeros(max_rows, np.bool_)  # a feature has something to do
+        self._special = np.zeros(max_rows, np.bool_)  # rows for which a feature has something to do
         self._last: tuple[StepRows, int] | None = None  # of `prepare`, and how many sampled rows its input has
         self.epoch = self.step = self.digest = 0
 
     def apply(self, request: ExecuteModelRequest) -> None:
-        """Take over what changed since the step before.
+        """Apply the changes since the step before.
 
         Raises:
             StateError: the request is not the next one (epoch, step, digest), or it brings a token or a length that
@@ -244,7 +244,7 @@ class BatchState:
         self.block_tables[rows, starts] = blocks
 
     def _gather(self, step: StepRows) -> None:
-        """Columns of the sampled rows, and which of them are asked for."""
+        """Set the columns of the sampled rows, and the names of the columns that a sampled row asks for."""
         floats, ints = self.floats[step.sampled], self.ints[step.sampled]
         unusual = floats != _DEFAULTS["float"], (ints != _DEFAULTS["int"]) & _NOT_SEED
         step.column = partial(_column, floats, ints)

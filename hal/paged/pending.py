@@ -1,4 +1,4 @@
-"""Where pending tokens are kept on the device (see hal.features.pending)."""
+"""The pending tokens on the device (see hal.features.pending)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PendingTokens:
         self.communicator = communicator
 
     def input_ids(self, m: PagedModelInput) -> torch.Tensor:
-        """[num_tokens] int32, complete."""
+        """The step's token ids, [num_tokens] int32, with the pending ones filled in."""
         rows = m.pending_rows
         return m.input_ids if rows is None else torch.where(rows < 0, m.input_ids, self.last[rows])
 

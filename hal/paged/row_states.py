@@ -1,4 +1,4 @@
-"""Where the default runner keeps the states of rows (see hal.contracts.cache.RowState)."""
+"""The states of rows in the default runner (see hal.contracts.cache.RowState)."""
 
 from __future__ import annotations
 

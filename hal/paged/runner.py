@@ -1,4 +1,4 @@
-"""The default model runner: plain PyTorch, composed of parts that a device replaces one by one."""
+"""The default model runner: plain PyTorch, composed of parts that a device may replace one by one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
 
 
 class Forwarded(NamedTuple):
-    """What the forward pass of the last stage leaves to sampling.
+    """The result of the last stage's forward pass, from which sampling starts.
 
     Attributes:
         logits: [num_samples, vocab_size]. hidden: [num_logits, hidden_size] of the tokens in logits_indices, or None
@@ -43,7 +43,7 @@ class Forwarded(NamedTuple):
 
 
 class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
-    """Any device that PyTorch runs on. A backend passes its own parts, overrides `transform`, or overrides a method.
+    """A runner for any device that PyTorch runs on. A backend passes parts of its own, or overrides methods.
 
     Args:
         attention: makes the attention of this rank's layers. ops, sampler: the models' operations, and the sampler.
@@ -60,7 +60,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         engine = config.engine
         self.make_attention, self.ops, self.sampler = attention, ops or Ops(), sampler or Sampler()
         self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
-        # As bytes: all that moves blocks takes those, and attention knows what they are.
+        # fp8 as bytes: code that moves blocks takes bytes, and the attention knows their meaning.
         self.kv_dtype = torch.uint8 if engine.kv_dtype == "fp8" else self.dtype
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
                                 self.input_type, asynchronous=bool(engine.async_scheduling))
@@ -88,7 +88,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         return model
 
     def transform(self, model: CausalLM) -> CausalLM:
-        """Compile or rewrite the loaded model. What it returns is called like the model."""
+        """Compile or rewrite the loaded model. The result is called like the model."""
         return model
 
     def cache_shapes(self, num_blocks: int) -> list[tuple[int, ...]]:
@@ -202,7 +202,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.pending.keep(m, None if output is None else output.token_ids)
         if m.prompt_targets is None or rows is None:
             return output
-        parts, step = [], self.config.engine.max_num_seqs  # as many at once as `reserve_bytes` counts
+        parts, step = [], self.config.engine.max_num_seqs  # `reserve_bytes` counts so many at a time
         for at in range(0, len(m.prompt_targets), step):
             targets = m.prompt_targets[at:at + step]
             logits = self.model.compute_logits(rows[n + at:n + at + len(targets)])

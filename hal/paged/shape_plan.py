@@ -1,7 +1,7 @@
-"""The shapes of which a device compiles programs or captures graphs, declared before the first step.
+"""The shapes for which a device compiles programs or captures graphs, declared before the first step.
 
-A kind of step (say "decode") has axes, each a symbol of the step input with a ladder of sizes. A step is padded to the
-smallest rungs that hold it: every legal step has exactly one bucket, and what a start costs is known beforehand.
+A kind of step (say "decode") has axes. Each axis is a symbol of the step's input with a ladder of sizes. A step is
+padded to the smallest rungs that hold it. So every legal step has exactly one bucket, and the cost of a start is known.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ShapePlan:
                                    for symbol, rungs in self.kinds[kind].items()]))
 
     def seconds(self, each: float) -> float:
-        """What compiling everything costs when one program takes `each` seconds."""
+        """The seconds to compile all programs when one takes `each` seconds."""
         return len(self) * each
 
 

@@ -1,4 +1,4 @@
-"""How the weight of a linear layer is stored: which tensors it is made of, and how a rank's part of each is cut.
+"""Weight schemes: the tensors that a linear layer's weight is made of, and a rank's part of each.
 
 Importing this loads no torch.
 """

@@ -1,4 +1,4 @@
-"""The vocabulary of weight schemes: a linear layer's sizes, and the tensors that its weight is made of."""
+"""The declaration of weight schemes: a linear layer's sizes, and the tensors that its weight is made of."""
 
 from __future__ import annotations
 
