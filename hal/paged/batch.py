@@ -30,10 +30,10 @@ _FOR_SAMPLING = tuple(i for i, f in enumerate(FEATURES) if f.for_sampling)
 _PER_STEP = tuple(next(iter(f.request)) for f in FEATURES if f.per_step)  # an array of each feature that a step brings
 
 # (dims, scalars of a step) -> (larger dims, optional arrays that must be present)
-ChooseShape = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[dict[str, int], Iterable[str]]]
+ChooseShape = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[Mapping[str, int], Iterable[str]]]
 
 
-def exact_shape(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
+def exact_shape(dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Iterable[str]]:
     """The step's own size, without padding."""
     return {}, ()
 
@@ -155,7 +155,7 @@ class BatchState:
         larger, also = choose_shape(dims, values)
         self._last = step, larger.get("num_sampled", len(sampled))
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
-            dims | larger, {*fields, *also}, **values)
+            {**dims, **larger}, {*fields, *also}, **values)
         columns = positions // size  # the slot is block * size + position % size
         ids = starts[sampled + 1] - 1
         fields |= {"input_ids": step.input_ids, "positions": positions, "query_start_loc": starts, "seq_lens": ends,

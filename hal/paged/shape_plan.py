@@ -6,6 +6,7 @@ padded to the smallest rungs that hold it. So every legal step has exactly one b
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -58,9 +59,8 @@ class ShapePlan:
 
 
 def _rung(kind: str, symbol: str, rungs: tuple[int, ...], size: int) -> int:
-    for rung in rungs:
-        if size <= rung:
-            return rung
+    if size <= rungs[-1]:
+        return rungs[bisect_left(rungs, size)]
     raise CapacityError(f"a {kind} step is larger than every shape that was prepared", got=f"{symbol}={size}",
                         expected=f"at most {rungs[-1]}", hint="schedule within the engine's max_num_seqs, "
                         "max_num_batched_tokens and max_model_len")

@@ -29,14 +29,16 @@ class Packed(Generic[T]):
         buffer: uint8; `wire` is the part that travels.
         arrays: numpy views by field (bfloat16 as uint16 bits).
         dims: the size of each symbol; not to be changed, other instances have the same dict.
+        moved: the copy of the buffer on another device, which the instance's tensors are views of; None on the host.
     """
 
-    __slots__ = ("arrays", "buffer", "layout", "schema", "size", "values")
+    __slots__ = ("arrays", "buffer", "layout", "moved", "schema", "size", "values")
 
     def __init__(self, schema: Schema[T], buffer: Buffer, size: int, layout: Layout,
                  arrays: dict[str, np.ndarray[Any, Any]], values: dict[str, Any]) -> None:
         self.schema, self.buffer, self.size, self.layout = schema, buffer, size, layout
         self.arrays, self.values = arrays, values
+        self.moved: torch.Tensor | None = None
 
     @property
     def wire(self) -> Buffer:
@@ -69,7 +71,13 @@ class Packed(Generic[T]):
         if device is None or torch.device(device).type == "cpu":
             return self.bind({name: as_tensor(array, schema.by_name[name].array.dtype)  # type: ignore[union-attr]
                               for name, array in self.arrays.items()})
-        return self.bind(self._stage(device, non_blocking))
+        return self.over(torch.from_numpy(self.buffer).to(device, non_blocking=non_blocking))
+
+    def over(self, moved: torch.Tensor, views: Mapping[str, Any] | None = None) -> T:
+        """The typed instance over a copy of the buffer on another device. `views`: those of an earlier call with this
+        `moved` and this layout, so that they are not made anew."""
+        self.moved = moved
+        return self.bind(self.views(moved) if views is None else views)
 
     def bind(self, arrays: Mapping[str, Any]) -> T:
         """The typed instance over arrays that hold what `self.arrays` holds, wherever they are."""
@@ -79,19 +87,18 @@ class Packed(Generic[T]):
         state.update(arrays)
         instance = schema.cls.__new__(schema.cls)
         instance.__dict__.update(state)
-        instance.__dict__["_packed"] = self, tuple(state.values())
+        instance.__dict__["_packed"] = self, schema.values_of(state)
         return instance
 
-    def _stage(self, device: Any, non_blocking: bool) -> dict[str, Any]:
+    def views(self, moved: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The arrays as tensors over a copy of the buffer, which may be longer (uint8)."""
         import torch
 
-        base = self.buffer.__array_interface__["data"][0]
-        staged = torch.from_numpy(self.buffer).to(device, non_blocking=non_blocking)
-        found = {}
+        base, found = self.buffer.__array_interface__["data"][0], {}
         for name, array in self.arrays.items():
             at = array.__array_interface__["data"][0] - base
             dtype = getattr(torch, self.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
-            found[name] = staged[at:at + array.nbytes].view(dtype).view(array.shape)
+            found[name] = moved[at:at + array.nbytes].view(dtype).view(array.shape)
         return found
 
     def padded(self, also: Iterable[str] = (), /, **bucket: int) -> Packed[T]:
@@ -166,7 +173,8 @@ def packed_source(instance: Declared) -> Packed[Any] | None:
     """The Packed that an instance was made from, as long as no field of it was replaced. A tensor that was written in
     place is seen on the host, where it is a view of the buffer, and is not seen on another device."""
     state = instance.__dict__
-    source: tuple[Packed[Any], tuple[Any, ...]] | None = state.get("_packed")
-    if source is not None and all(map(is_, state.values(), source[1])):
-        return source[0]
-    return None
+    if "_packed" not in state:
+        return None
+    packed: Packed[Any]
+    packed, values = state["_packed"]
+    return packed if all(map(is_, packed.schema.values_of(state), values)) else None

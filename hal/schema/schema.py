@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping
-from operator import mul
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter, mul
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -40,6 +40,7 @@ class Schema(Generic[T]):
         self.cls, self.name, self.fields = cls, cls.__name__, fields
         self.defaults = {f.name: defaults[f.name] for f in fields if not f.array and f.name in defaults}
         self.by_name = {f.name: f for f in fields}
+        self.values_of = _values_of(tuple(self.by_name))
         arrays = [f for f in fields if f.array]
         self.kind = arrays[0].kind if arrays else "ndarray"
         if any(f.kind != self.kind for f in arrays):
@@ -276,6 +277,13 @@ class Schema(Generic[T]):
             shape, pad = (a.shape_text, a.pad) if a else ("", "")
             rows.append(f"| `{f.name}` | {kind} | {shape} | {pad} | {f.scope} | {f.doc} |")
         return "\n".join(rows) + "\n"
+
+
+def _values_of(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """Takes the values of all fields out of an instance's dictionary, in the order of the declaration."""
+    if len(names) > 1:
+        return itemgetter(*names)  # which returns no tuple where there is one name
+    return lambda state: tuple([state[name] for name in names])
 
 
 def _pack_text(field: Field, value: Any) -> bytes:

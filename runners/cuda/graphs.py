@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from hal.contracts.inputs import IntermediateTensors, PagedModelInput
+from hal.paged.shape_plan import ShapePlan
 from hal.schema.packed import Packed
-from runners.cuda.staging import end_of, views
+from runners.cuda.staging import end_of
 
 _SEGMENT = 24 << 20  # bytes that the allocator may take beyond a request
 PENDING = ("pending_rows", "sampled_rows")  # optional fields that every graph's input has
@@ -23,6 +24,7 @@ Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 @dataclass(frozen=True, slots=True)
 class DecodeGraph:
     """Attributes:
+        dims: the sizes of a step that it runs, by symbol.
         staged: uint8 on the device, what the graph reads: a packed input up to `size` bytes, and room behind it for
             the sampling fields of a step, which the graph does not read.
         received: of the previous pipeline stage, which the graph reads; None on the first.
@@ -32,6 +34,7 @@ class DecodeGraph:
     """
 
     num_seqs: int
+    dims: Mapping[str, int]
     staged: torch.Tensor
     size: int
     graph: Any
@@ -47,14 +50,25 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < max_num_seqs), max_num_seqs)
 
 
-def capture(empty: Packed[Any], received: IntermediateTensors | None, run: Run, pool: Any, room: int,
-            device: torch.device) -> DecodeGraph:
-    """`empty`: a decode input of the graph's sizes in which every sequence is padding. `run`: what is captured."""
+def graph_plan(max_num_seqs: int) -> ShapePlan:
+    """A graph for each batch size of decode steps; steps of no other kind are captured."""
+    return ShapePlan({"decode": {"num_seqs": batch_sizes(max_num_seqs)}})
+
+
+def graph_dims(num_seqs: int, max_blocks: int) -> dict[str, int]:
+    """The sizes of a decode step of which every sequence is sampled."""
+    return {"num_tokens": num_seqs, "num_seqs": num_seqs, "num_logits": num_seqs, "num_sampled": num_seqs,
+            "max_blocks": max_blocks}
+
+
+def capture(empty: Packed[Any], dims: Mapping[str, int], received: IntermediateTensors | None, run: Run, pool: Any,
+            room: int, device: torch.device) -> DecodeGraph:
+    """`empty`: a decode input of the sizes `dims` in which every sequence is padding. `run`: what is captured."""
     begin, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
     with torch.inference_mode(False):  # it is written in every step, without entering that mode
         staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
     staged[:empty.buffer.size].copy_(torch.from_numpy(empty.buffer))
-    m: PagedModelInput = empty.bind(views(empty, staged))
+    m: PagedModelInput = empty.over(staged)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run(m, received)  # kernels are compiled and libraries set up before anything is captured
@@ -66,5 +80,5 @@ def capture(empty: Packed[Any], received: IntermediateTensors | None, run: Run, 
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = run(m, received)
     torch.cuda.synchronize(device)
-    return DecodeGraph(len(m.seq_lens), staged, end_of(empty, PENDING[-1]), graph, received, results,
+    return DecodeGraph(dims["num_seqs"], dims, staged, end_of(empty, PENDING[-1]), graph, received, results,
                        time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -18,14 +17,15 @@ from hal.contracts.runner import OutputT, Progress, no_progress
 from hal.errors import BackendError, CapacityError
 from hal.features import adjusting
 from hal.paged.runner import Forwarded, PagedModelRunner
-from hal.schema.packed import Packed
+from hal.paged.shape_plan import ShapePlan
+from hal.schema.packed import Packed, packed_source
 from runners.cuda.attention import CudaAttention
-from runners.cuda.graphs import PENDING, DecodeGraph, Results, batch_sizes, capture
+from runners.cuda.graphs import PENDING, DecodeGraph, Results, capture, graph_dims, graph_plan
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.sampling import greedy
 from runners.cuda.ops import CudaOps
 from runners.cuda.sampler import CudaSampler
-from runners.cuda.staging import Fetcher, PinnedRing, views
+from runners.cuda.staging import Fetcher, PinnedRing
 
 _ROOM = 64 << 10  # bytes behind a graph's input for the sampling fields of a step
 _GRAPH_BYTES = 1 << 30  # that graphs are expected to take beside their pool's activations
@@ -36,7 +36,10 @@ class CudaModelInput(PagedModelInput):
 
 
 class CudaModelRunner(PagedModelRunner):
-    """Attributes: graphs: by batch size. sizes: these batch sizes, ascending; empty if steps run eagerly."""
+    """Attributes:
+        plan: the batch sizes that have a graph; none when every step is eager.
+        graphs: by batch size.
+    """
 
     input_type = CudaModelInput
 
@@ -48,8 +51,9 @@ class CudaModelRunner(PagedModelRunner):
         if engine.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise BackendError(f"{torch.cuda.get_device_name(device)} has no fp8", got="kv_dtype=fp8",
                                expected="kv_dtype=auto", hint="fp8 needs compute capability 8.9 or more")
-        self.sizes = batch_sizes(engine.max_num_seqs) if communicator.capturable and engine.graphs else ()
+        self.plan = graph_plan(engine.max_num_seqs) if communicator.capturable and engine.graphs else ShapePlan({})
         self.graphs: dict[int, DecodeGraph] = {}
+        self._graph_at: list[DecodeGraph] = []  # for each number of sequences the graph that holds them
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
@@ -79,7 +83,7 @@ class CudaModelRunner(PagedModelRunner):
         del caches
         torch.cuda.empty_cache()
         logits = engine.max_num_seqs * self.config.model.vocab_size * 16  # sampling in fp32, several copies
-        return steps + logits + (_GRAPH_BYTES if self.sizes else 0)
+        return steps + logits + (_GRAPH_BYTES if self.plan.kinds else 0)
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         with _memory("the KV cache", "a smaller num_blocks or memory_fraction"):
@@ -94,18 +98,22 @@ class CudaModelRunner(PagedModelRunner):
         self.attention.warmup(kv_caches)
         if self.config.topology.samples:
             self._warm_sampler()
-        pool = torch.cuda.graph_pool_handle() if self.sizes else None
+        pool = torch.cuda.graph_pool_handle() if self.plan.kinds else None
         # No closure here: after an out-of-memory error the traceback would keep the closure alive, and with it the
         # device memory.
         run = functools.partial(self._decode, kv_caches)
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
-            for done, num_seqs in enumerate(reversed(self.sizes)):  # the others fit into its memory
-                progress("capturing graphs", done, len(self.sizes))
-                self.graphs[num_seqs] = capture(self._empty(num_seqs), self.dummy_intermediate(num_seqs), run, pool,
+            for done, bucket in enumerate(self.plan.buckets()):  # the largest first: the others fit into its memory
+                progress("capturing graphs", done, len(self.plan))
+                num_seqs = bucket.dims["num_seqs"]
+                dims = graph_dims(num_seqs, self.width)
+                self.graphs[num_seqs] = capture(self._empty(dims), dims, self.dummy_intermediate(num_seqs), run, pool,
                                                 _ROOM, self.device)
                 self.compiled += 1
-        if self.sizes:
-            progress("capturing graphs", len(self.sizes), len(self.sizes))
+        if self.graphs:
+            progress("capturing graphs", len(self.plan), len(self.plan))
+            holding = (self.plan.bucket_for("decode", {"num_seqs": n}) for n in range(max(self.graphs) + 1))
+            self._graph_at = [self.graphs[bucket.dims["num_seqs"]] for bucket in holding]
 
     def _decode(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
                 ) -> Results:
@@ -131,57 +139,59 @@ class CudaModelRunner(PagedModelRunner):
             for m.top_k, m.top_p in ((None, None), (None, one), (row.int(), None)):
                 self.sampler(logits, m)
 
-    def _empty(self, num_seqs: int) -> Packed[Any]:
+    def _empty(self, dims: Mapping[str, int]) -> Packed[Any]:
         """A decode input in which every sequence is padding: it writes the null block."""
         packed = self.input_type.schema.allocate(
-            {"num_tokens": num_seqs, "num_seqs": num_seqs, "max_blocks": self.width, "num_logits": num_seqs,
-             "num_sampled": num_seqs}, PENDING, block_size=self.config.engine.block_size, max_query_len=1,
-            num_samples=num_seqs)
+            dims, PENDING, block_size=self.config.engine.block_size, max_query_len=1, num_samples=dims["num_seqs"])
         for name, array in packed.arrays.items():
             array[...] = -1 if name in PENDING else NULL_BLOCK
         return packed
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
-        packed = self.state.prepare(request, self._bucket)
-        dims = packed.dims
-        graph = self.graphs.get(dims["num_seqs"]) if decodes(packed.values["max_query_len"], dims) else None
+        packed = self.state.prepare(request, self._padding)
+        graph = self._graph_for(packed.values["max_query_len"], packed.dims)
         if graph is not None and packed.buffer.size <= graph.staged.numel():
             staged = graph.staged
         else:
             staged = torch.empty(packed.buffer.size, dtype=torch.uint8, device=self.device)
         self.pinned.copy(packed.buffer, staged)
         if graph is None or staged is not graph.staged:
-            return packed.bind(views(packed, staged))
+            return packed.over(staged)
         kept = self._views.get(graph.num_seqs)
         if kept is None or kept[0] is not packed.layout:  # otherwise it is as in the step before
-            kept = self._views[graph.num_seqs] = packed.layout, views(packed, staged)
-        return packed.bind(kept[1])
+            kept = self._views[graph.num_seqs] = packed.layout, packed.views(staged)
+        return packed.over(staged, kept[1])
 
     def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
         packed = self.state.prepare_sampling(sampling)
         staged = torch.empty(packed.buffer.size, dtype=torch.uint8, device=self.device)
         self.pinned.copy(packed.buffer, staged)
-        return packed.bind(views(packed, staged))
+        return packed.over(staged)
 
-    def _bucket(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[dict[str, int], Sequence[str]]:
-        """That of the graph that a step can run as, if there is one."""
-        if not self.graphs or not decodes(values["max_query_len"], dims):
-            return {}, ()
-        n = self.sizes[bisect.bisect_left(self.sizes, dims["num_seqs"])]
-        return {"num_tokens": n, "num_seqs": n, "num_logits": n, "num_sampled": n, "max_blocks": self.width}, PENDING
+    def _graph_for(self, max_query_len: int, dims: Mapping[str, int]) -> DecodeGraph | None:
+        """The graph that a step of these sizes runs as, once it is padded; None where the step runs eagerly. Graphs
+        run the steps in which every sequence decodes and is sampled, and of which nothing else is wanted."""
+        n, at = dims["num_seqs"], self._graph_at
+        if max_query_len == 1 and dims["num_logits"] == n < len(at) and not dims["num_targets"]:
+            return at[n]
+        return None
+
+    def _padding(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Sequence[str]]:
+        """The sizes, and the optional fields, of the graph that a step runs as."""
+        graph = self._graph_for(values["max_query_len"], dims)
+        return ({}, ()) if graph is None else (graph.dims, PENDING)
 
     def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                 intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
-        dims = m.dims
-        graph = self.graphs.get(dims["num_seqs"]) if decodes(m.max_query_len, dims) else None
-        if graph is None or m.pending_rows is None or dims["max_blocks"] != self.width:
+        packed = packed_source(m)
+        graph = None if packed is None else self._graph_for(m.max_query_len, packed.dims)
+        if packed is None or packed.moved is None or graph is None or m.pending_rows is None or not (
+                graph.dims.items() <= packed.dims.items()):
             with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
                 return super().forward(m, kv_caches, intermediate)
-        storage = m.input_ids.untyped_storage()
-        if storage.data_ptr() != graph.staged.untyped_storage().data_ptr():
-            source = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
-            graph.staged[:graph.size].copy_(source[:graph.size])
+        if packed.moved is not graph.staged:
+            graph.staged[:graph.size].copy_(packed.moved[:graph.size])
         if graph.received is not None and intermediate is not None:
             for name in self.model.intermediates:
                 graph.received[name].copy_(intermediate[name])
@@ -212,11 +222,6 @@ class CudaModelRunner(PagedModelRunner):
         rows += [f"{n:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}" for n, g in sorted(self.graphs.items())]
         total = sum(g.seconds for g in self.graphs.values()), sum(g.bytes for g in self.graphs.values()) / 2**20
         return "\n".join([*rows, f"{'all':>6} {total[0]:8.2f} {total[1]:7.1f}"])
-
-
-def decodes(max_query_len: int, dims: Mapping[str, int]) -> bool:
-    """Whether a step is what graphs do, at its size or padded: every sequence decodes and is sampled, no more."""
-    return max_query_len == 1 and dims["num_logits"] == dims["num_seqs"] and not dims["num_targets"]
 
 
 class _memory:

@@ -52,17 +52,6 @@ def _pinned(size: int) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
     return tensor, tensor.numpy()
 
 
-def views(packed: Packed[Any], staged: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The arrays of `packed` as tensors over a device buffer of the same bytes."""
-    base, found = packed.buffer.__array_interface__["data"][0], {}
-    for name, array in packed.arrays.items():
-        at = array.__array_interface__["data"][0] - base
-        spec = packed.schema.by_name[name].array
-        assert spec is not None
-        found[name] = staged[at:at + array.nbytes].view(getattr(torch, spec.dtype)).view(array.shape)
-    return found
-
-
 def end_of(packed: Packed[Any], name: str) -> int:
     """The offset behind an array."""
     array = packed.arrays[name]

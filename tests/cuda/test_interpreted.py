@@ -62,9 +62,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "TILES", (gemv.Tile(64, 256, 4),))
     monkeypatch.setattr(ops, "_milliseconds", lambda graph: -next(choice))
 
-    def captured(blank: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
+    def captured(blank: Any, dims: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
         steps: list[Any] = []
-        graph = capture(blank, received, lambda *step: (steps.append(step), run(*step))[1], *more)
+        graph = capture(blank, dims, received, lambda *step: (steps.append(step), run(*step))[1], *more)
 
         def replay() -> None:
             for into, result in zip(graph.results, run(*steps[-1]), strict=True):

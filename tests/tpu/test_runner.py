@@ -11,45 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.engine.llm import LLM
 from hal.errors import ConfigError, WorkerError
-from hal.paged.shape_plan import ShapePlan
 from hal.sampling.params import SamplingParams
 
 Checkpoint = Callable[[str], Path]
 TPU = "runners.tpu:backend"
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_the_plan_holds_every_legal_step(data: st.DataObject) -> None:
-    """Any configuration and any batch within its limits: one bucket, the smallest that holds it, of those declared."""
-    from runners.tpu.plan import budget, make_plan, seconds_each
-
-    engine = EngineConfig(max_num_seqs=data.draw(st.integers(1, 300)), block_size=data.draw(st.sampled_from((1, 16))),
-                          max_num_batched_tokens=data.draw(st.integers(1, 5000)),
-                          max_model_len=data.draw(st.integers(1, 3000)))
-    model = read_config(EngineConfig().model)
-    plan = make_plan(WorkerConfig(engine, model, Topology()))
-    buckets = plan.buckets()
-    assert len(set(buckets)) == len(buckets) == len(plan)
-    assert plan.seconds(seconds_each(model.num_layers)) <= budget() or len(plan) == 2
-    seqs = data.draw(st.integers(1, min(engine.max_num_seqs, engine.max_num_batched_tokens)))
-    kind = data.draw(st.sampled_from(("decode", "mixed")))
-    tokens = seqs if kind == "decode" else data.draw(st.integers(seqs, engine.max_num_batched_tokens))
-    assert engine.max_model_len is not None
-    blocks = data.draw(st.integers(1, -(-engine.max_model_len // engine.block_size)))
-    dims = {"num_tokens": tokens, "num_seqs": seqs, "max_blocks": blocks, "num_logits": seqs}
-    bucket = plan.bucket_for(kind, dims)
-    holding = [b for b in buckets if b.kind == kind and all(size >= dims[s] for s, size in b.sizes)]
-    assert bucket in holding
-    assert all(size <= dict(other.sizes)[symbol] for other in holding for symbol, size in bucket.sizes)
 
 
 @pytest.mark.parametrize("largest_first", [False, True])
@@ -280,14 +251,6 @@ def test_all_stages_have_one_plan(monkeypatch: pytest.MonkeyPatch, budget: float
         plans = [make_plan(WorkerConfig(engine, model, Topology(pp=2, rank=rank))) for rank in (0, 1)]
         assert plans[0].buckets() == plans[1].buckets()
 
-
-def test_plan_limits_and_text() -> None:
-    from hal.errors import CapacityError
-
-    plan = ShapePlan({"decode": {"num_seqs": (1, 4)}})
-    assert [str(b) for b in plan.buckets()] == ["decode(num_seqs=4)", "decode(num_seqs=1)"]
-    with pytest.raises(CapacityError, match="max_num_seqs"):
-        plan.bucket_for("decode", {"num_seqs": 5})
 
 
 @pytest.mark.usefixtures("xla")
