@@ -101,27 +101,38 @@ class Lifelines:
             connection.close()
 
     def _watch(self, groups: list[Any], collectives: Collectives) -> None:
-        poll, there, left, closing = select.poll(), {c.fileno(): c for c in self._sockets}, float("inf"), False
-        for fd in (*there, self._woken.fileno()):
-            poll.register(fd, select.POLLIN)
-        while not closing and not self.lost:
-            for fd, _ in poll.poll(1000 * (_LOOK if left == float("inf") else _LEFT / 5)):
-                if fd not in there:
-                    closing = True
-                    continue
-                poll.unregister(fd)
-                left = time.monotonic()
-                self.lost |= not _leaves(there.pop(fd))
-            overdue = not self._closed and time.monotonic() > left + _LEFT
-            self.lost |= overdue or any(map(collectives.failed, groups))
-            if self.lost or not there:
-                self._alone.set()
+        """The thread: until a rank is gone or this one leaves, then the groups are aborted."""
+        self._until_lost_or_closing(groups, collectives)
         if self._issuing.acquire(timeout=_ISSUE):
             self._issuing.release()
         while groups:
             with contextlib.suppress(RuntimeError):
                 # This ends kernels at once, and then waits for graphs that have captured any.
                 collectives.abort(groups.pop(0))
+
+    def _until_lost_or_closing(self, groups: list[Any], collectives: Collectives) -> None:
+        """Return when `close` wakes this thread, or with `lost` set: a connection ended without a word, a rank left
+        while this one goes on, or a group reports an error."""
+        poll, there = select.poll(), {c.fileno(): c for c in self._sockets}
+        for fd in (*there, self._woken.fileno()):
+            poll.register(fd, select.POLLIN)
+        left_at: float | None = None  # when the last of those that left in order did so
+        closing = False
+        while not closing and not self.lost:
+            for fd, _ in poll.poll(1000 * (_LOOK if left_at is None else _LEFT / 5)):
+                if fd == self._woken.fileno():
+                    closing = True
+                    continue
+                poll.unregister(fd)
+                left_at = time.monotonic()
+                if not _leaves(there.pop(fd)):
+                    self.lost = True
+            if left_at is not None and time.monotonic() > left_at + _LEFT and not self._closed:
+                self.lost = True
+            if any(map(collectives.failed, groups)):
+                self.lost = True
+            if self.lost or not there:
+                self._alone.set()
 
 
 def _admit(server: socket.socket, secret: bytes, count: int, admitted: list[socket.socket]) -> None:

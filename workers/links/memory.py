@@ -139,12 +139,12 @@ class Segment:
             raise _closed()
         self.order()
         self._words[counter] = value & _MASK
-        _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
+        self._wake(counter)
 
     def call(self, counter: int) -> None:
         """Wake those that wait for a counter which is about to be posted, so that they are awake when it is."""
         if self._spin_most and self._words is not None:
-            _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
+            self._wake(counter)
 
     def wait(self, counter: int, value: int, peer: int, limit: float | None = LIMIT,
              waiting: Callable[[int], None] | None = None) -> None:
@@ -163,22 +163,31 @@ class Segment:
 
     def _wait(self, words: memoryview, counter: int, value: int, peer: int, limit: float | None,
               waiting: Callable[[int], None] | None) -> None:
-        start = now = perf_counter()
-        spin = start + self._spin
-        while _behind(seen := words[counter], value):
-            now = perf_counter()
-            if now < spin:
-                os.sched_yield()
-                continue
-            if not self.lives(peer) and words[counter] == seen:  # what it posted before counts
-                raise _lost(f"rank {peer} is gone")
-            if limit is not None and now > start + limit:
-                raise _lost(f"rank {peer} was waited for {limit:.0f} s")
-            if waiting is not None and now > start + _SLICE and _behind(words[counter], value):
+        start, spin = perf_counter(), self._spin
+        while not _spin_until(words, counter, value, spin):
+            seen = words[counter]
+            self._check_peer(words, counter, seen, peer, start, limit)
+            if waiting is not None and perf_counter() > start + _SLICE and _behind(words[counter], value):
                 waiting(peer)
-            if _syscall(_FUTEX, self._address + 4 * counter, _WAIT, seen, _slice_at) == 0:
-                spin = perf_counter() + self._spin_most  # it may be a `call`
-        self._spin = self._spin_most if now < start + _SPIN else self._spin / 2
+            woken = self._sleep(counter, seen)
+            spin = self._spin_most if woken else 0.0  # a `call` wakes before the post
+        self._spin = self._spin_most if perf_counter() < start + _SPIN else self._spin / 2
+
+    def _check_peer(self, words: memoryview, counter: int, seen: int, peer: int, start: float, limit: float | None,
+                    ) -> None:
+        """Raises WorkerError: the awaited rank is gone, or has been waited for too long since `start`."""
+        if not self.lives(peer) and words[counter] == seen:  # what it posted before counts
+            raise _lost(f"rank {peer} is gone")
+        if limit is not None and perf_counter() > start + limit:
+            raise _lost(f"rank {peer} was waited for {limit:.0f} s")
+
+    def _sleep(self, counter: int, seen: int) -> bool:
+        """Sleep until another rank wakes those that wait for the counter, unless its value is no longer `seen`; at most
+        for _SLICE. Whether this rank was woken."""
+        return bool(_syscall(_FUTEX, self._address + 4 * counter, _WAIT, seen, _slice_at) == 0)
+
+    def _wake(self, counter: int) -> None:
+        _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
 
     def lives(self, peer: int) -> bool:
         return not self._peers[peer].poll(0)
@@ -196,6 +205,15 @@ class Segment:
         self._memory = self._words = None
         self._peers = {}
         self._close_pidfds()
+
+
+def _spin_until(words: memoryview, counter: int, value: int, seconds: float) -> bool:
+    """Look at a counter for some time, giving the core to any process that wants it. Whether the value was posted."""
+    if seconds > 0:
+        end = perf_counter() + seconds
+        while _behind(words[counter], value) and perf_counter() < end:
+            os.sched_yield()
+    return not _behind(words[counter], value)
 
 
 def _create(name: str, size: int) -> tuple[int, str]:
