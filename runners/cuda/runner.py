@@ -63,7 +63,7 @@ class CudaModelRunner(PagedModelRunner):
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
         if self.has_row_states:
-            self.sizes = ()  # a graph's input has no state_rows, and the model's layers need not be capturable
+            self.plan = ShapePlan({})  # graph inputs have no state_rows, and layers with states need not be capturable
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
