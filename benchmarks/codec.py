@@ -47,7 +47,7 @@ def main() -> None:
         packed = PagedModelInput.schema.allocate(dims, block_size=16, num_decode_seqs=SEQS, num_samples=SEQS)
         for name, array in source.items():
             packed.arrays[name][...] = array
-        return packed.wire
+        return packed.message
 
     us = interleaved_us({
         "fill a buffer": fill,

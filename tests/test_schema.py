@@ -201,7 +201,7 @@ def test_fields_of_the_sender_alone_do_not_travel() -> None:
     """Neither the sizes of symbols that no array of the message has, nor the presence of local arrays."""
     packed = Sparse.schema.allocate({"n": 1, "width": 2, "num_pairs": 7, "num_own": 5}, ["own"])
     assert packed.dims == {"n": 1, "width": 2, "num_pairs": 0, "depth": 0, "num_own": 5}
-    arrived = Sparse.schema.unpack(packed.wire.copy())
+    arrived = Sparse.schema.unpack(packed.message.copy())
     assert arrived.dims == {**packed.dims, "num_own": 0} and "own" not in arrived.arrays
 
 
@@ -233,7 +233,7 @@ def test_alignment_and_views(instance: Step) -> None:
     base = packed.buffer.__array_interface__["data"][0]
     end = base + packed.buffer.nbytes
     assert base % 64 == 0
-    arrived = packed.wire.copy()
+    arrived = packed.message.copy()
     decoded = Step.from_buffer(arrived)
     at = arrived.__array_interface__["data"][0]
     for name, array in packed.arrays.items():

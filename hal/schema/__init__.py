@@ -1,4 +1,4 @@
-"""Declare a step's inputs once; validation, wire codec, staging, padding and documentation follow."""
+"""Declare a step's inputs once; validation, messages, staging, padding and documentation follow."""
 
 from hal.schema.declared import Declared
 from hal.schema.fields import DTYPES, Array, Doc, Field, Scope

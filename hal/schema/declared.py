@@ -60,10 +60,10 @@ class Declared:
         return type(name, (cls,), {"__annotations__": hints, "__module__": cls.__module__})
 
     def to_buffer(self) -> Buffer:
-        """The instance as one wire message (uint8). One made from a packed buffer is that buffer; any other is copied
+        """The instance as one message (uint8). One made from a packed buffer is that buffer; any other is copied
         once. The shapes must be valid (see `validate`)."""
         packed = packed_source(self) or type(self).schema.pack(self)
-        return packed.wire
+        return packed.message
 
     def checksum(self) -> int:
         """CRC-32 of the replicated fields, the ones that travel. Equal fields have equal checksums. The shapes must be

@@ -2,7 +2,7 @@
 
     [ header | symbol values | scalars | pad ][ replicated arrays, each 64-byte aligned ][ texts ][ local arrays ]
 
-Everything up to and including the texts is the wire message; local arrays (scope "driver" or "rank") lie behind it.
+Everything up to and including the texts is the message; local arrays (scope "driver" or "rank") lie behind it.
 Offsets follow from the symbol values and the presence bits alone, so no per-field metadata travels.
 """
 

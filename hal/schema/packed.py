@@ -26,7 +26,7 @@ class Packed(Generic[T]):
     """One instance in one buffer.
 
     Attributes:
-        buffer: uint8; `wire` is the part that travels.
+        buffer: uint8; `message` is the part of it that travels.
         arrays: numpy views by field (bfloat16 as uint16 bits).
         dims: the size of each symbol; not to be changed, other instances have the same dict.
         moved: the copy of the buffer on another device, which the instance's tensors are views of; None on the host.
@@ -41,7 +41,7 @@ class Packed(Generic[T]):
         self.moved: torch.Tensor | None = None
 
     @property
-    def wire(self) -> Buffer:
+    def message(self) -> Buffer:
         return self.buffer[:self.size]
 
     @property

@@ -57,7 +57,7 @@ class Schema(Generic[T]):
         self.bits = {f.name: 1 << i for i, f in enumerate(f for f in (*travelling, *self.local) if f.optional)}
         if len(self.bits) > 64:
             raise SchemaError(f"{self.name} has {len(self.bits)} optional fields", expected="at most 64")
-        self.wire_bits = sum(self.bits.get(f.name, 0) for f in travelling)
+        self.message_bits = sum(self.bits.get(f.name, 0) for f in travelling)
         self.value_names = tuple(f.name for f in (*self.scalars, *self.texts))
         index = {s: i for i, s in enumerate(self.symbols)}
         # What packing looks up for each array: name, presence bit, dtype, and which symbol each axis gives.
@@ -101,7 +101,7 @@ class Schema(Generic[T]):
         dims = dict(zip(self.symbols, map(mul, sizes, known_ones), strict=True))
         views, end = place(here, self.arrays_at, dims)
         local_views, local_end = place(local, 0, dims) if local else ((), 0)
-        wire_key = present & self.wire_bits, *map(mul, sizes, travelling)
+        wire_key = present & self.message_bits, *map(mul, sizes, travelling)
         return Layout(views, local_views, wire_key, dims, end, local_end)
 
     def _keep(self, key: tuple[int, ...], layout: Layout) -> Layout:
