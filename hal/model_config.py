@@ -11,8 +11,10 @@ class RopeConfig:
     """Rotary embedding, half-split (NeoX) layout over the whole head. Source: RoFormer, arXiv 2104.09864.
 
     Attributes:
-        scaling: "none"; "linear" (positions / factor); "llama3" (Llama 3.1's frequency bands); "dynamic" (NTK).
-        low_freq_factor, high_freq_factor, original_max_position: of "llama3".
+        theta: the base of the frequencies.
+        scaling: how the frequencies are changed for long contexts: "none"; "linear" divides positions by `factor`;
+            "llama3" has the frequency bands of Llama 3.1; "dynamic" is NTK.
+        low_freq_factor, high_freq_factor, original_max_position: parameters of "llama3".
     """
 
     theta: float = 10000.0
@@ -26,9 +28,9 @@ class RopeConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Attributes:
-        family: which definition in hal.models runs it.
-        tie_embeddings: the output head is the embedding table.
-        architecture: the checkpoint's own name for it.
+        family: the definition in hal.models that runs the model.
+        architecture: the name that config.json gives.
+        tie_embeddings: the output head and the embeddings are one table.
         windows: sliding window of each layer in tokens (the query's own included), None where attention is full.
         activation: of the MLP; "silu" means gated (SwiGLU).
         qkv_bias, out_bias, mlp_bias: biases of q/k/v, of the attention output, and of the MLP projections.
@@ -64,12 +66,13 @@ class ModelConfig:
 
     @property
     def embedding_name(self) -> str:
-        """Of the embedding table in a checkpoint, without ".weight" and the prefix "model." or "transformer."."""
+        """The name of the embedding table in a checkpoint, without ".weight" and without the prefix "model." or
+        "transformer."."""
         return {"llama": "embed_tokens", "gpt2": "wte"}[self.family]
 
     @property
     def num_params(self) -> int:
-        """Weights of the decoder, embeddings and head (norms and biases left out)."""
+        """The number of weights in decoder layers, embeddings and head. Norms and biases are not counted."""
         qkvo = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.activation == "silu" else 2) * self.hidden_size * self.intermediate_size
         embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)

@@ -33,13 +33,13 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def read_config(directory: str | Path, *, weights: bool = True) -> ModelConfig:
-    """The shape of the model in a checkpoint directory. The end-of-sequence ids of generation_config.json, where it has
-    any, replace those of config.json, as in transformers' `generate`.
+    """The shape of the model in a checkpoint directory. As in transformers' `generate`, end-of-sequence ids in
+    generation_config.json replace those of config.json.
 
     Args:
-        weights: let the stored tensors decide two things, as transformers 5 does. A head of its own that differs from
-            the embeddings is used although config.json says tie_word_embeddings. Where config.json gives no dtype or
-            "auto", it is the dtype of the stored embeddings. False for a model that will not load its weights.
+        weights: let the stored tensors decide two things, as transformers 5 does. A stored head that differs from the
+            embeddings is used even if config.json sets tie_word_embeddings. If config.json gives no dtype, or "auto",
+            the dtype is that of the stored embeddings. False is for a model whose weights will not be loaded.
 
     Raises:
         ModelLoadError: the directory or config.json is missing, is not JSON, or describes something unsupported; the
@@ -75,7 +75,7 @@ def _as_stored(config: ModelConfig, dtype: str, directory: Path) -> ModelConfig:
 
 
 def parse_config(data: dict[str, Any]) -> ModelConfig:
-    """The same from the content of config.json alone.
+    """The shape of the model from the content of config.json alone.
 
     Raises:
         ModelLoadError: an unsupported architecture or feature, or a value of the wrong type or out of range.
@@ -108,7 +108,8 @@ class _Reader:
         self.data, self.file = data, file
 
     def get(self, kinds: type | tuple[type, ...], default: Any, *names: str, null: Any = _MISSING) -> Any:
-        """The first of `names` that is present (the others are its aliases); `null` is what a JSON null means."""
+        """The value of the first of `names` that is present; the other names are aliases. `null` stands for JSON's
+        null."""
         for name in names:
             value = self.data.get(name, _MISSING)
             if value is None and null is not _MISSING:
@@ -240,12 +241,13 @@ SUPPORTED_ARCHITECTURES = tuple(_ARCHITECTURES)
 
 
 def _eps(read: _Reader, default: float, name: str) -> float:
-    """Above 0 in fp32: with 0, a row of zeros (the embedding of a padding token) is normalised to NaN."""
+    """The epsilon of a norm. It must be above 0 in fp32, since with 0 a row of zeros (the embedding of a padding token)
+    is normalised to NaN."""
     return read.number(default, 1e-30, 1.0, name)
 
 
 def _rope(read: _Reader, max_position: int) -> RopeConfig:
-    """`rope_scaling` beside `rope_theta` (transformers 4), or `rope_parameters` with both (transformers 5)."""
+    """Transformers 4 writes `rope_scaling` and `rope_theta`; transformers 5 writes both into `rope_parameters`."""
     params = read.get(dict, {}, "rope_scaling", null={}) or read.get(dict, {}, "rope_parameters", null={})
     rope = _Reader(params)
     rope.refuse("partial_rotary_factor", "rotary embedding over part of the head", 1.0)
@@ -286,7 +288,7 @@ def _token_ids(read: _Reader, default: int | None) -> tuple[int, ...]:
 
 
 def _token(read: _Reader, name: str, value: object) -> int:
-    """-1, which some checkpoints have for "none", equals no token."""
+    """A token id. Some checkpoints have -1 for "none"; it is accepted, since no token has it."""
     if type(value) is not int or not -1 <= value <= _INT32:
         raise read.unusable(name, value, f"an integer from -1 to {_INT32}, or null; for eos_token_id also a list")
     return value

@@ -1,4 +1,4 @@
-"""Fill a model from safetensors files, each rank reading only its slices; or with random values."""
+"""Fill a model from safetensors files, of which each rank reads only its slices, or with random values."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_weights(config: ModelConfig, directory: str | Path) -> dict[str, Store
     that a config.json which does not belong to the weights is refused before memory for the model is allocated.
 
     Returns:
-        Tensor name -> where it is stored. Where `config` ties embeddings and head, the checkpoint may have the table
-        under either name or both; here it has that of the embeddings.
+        Tensor name -> where it is stored. Where `config` ties embeddings and head, the checkpoint may store the table
+        under either name or under both. The result has it under the name of the embeddings.
 
     Raises:
         ModelLoadError: a file is missing, truncated or corrupt; a tensor is missing, unknown, of the wrong shape or of
@@ -86,7 +86,7 @@ def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no
     """
     directory = Path(directory)
     tensors = check_weights(model.config, directory) if checked is None else checked
-    if model.config.tie_embeddings and model.topology.is_driver:  # ranks read the same files: one of them compares
+    if model.config.tie_embeddings and model.topology.is_driver:  # all ranks read the same files, so one compares
         _refuse_other_head(tensors[f"{model.config.embedding_name}.weight"], locate(directory).get(HEAD))
     work = [(p, s, at) for p in model.parameters() for s, at in _parts(p, model.topology)]
     with ExitStack() as stack:
@@ -145,13 +145,13 @@ def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
 
 
 def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: set[str]) -> None:
-    """A tensor that no part of the whole model reads would change its results if it were used: refuse it."""
+    """Refuse a tensor that no part of the model reads: whoever stored it expects it to change the results."""
     unknown = [name for name in tensors if name not in known and not _HARMLESS.search(name)]
     if unknown:
         first, others = tensors[unknown[0]], len(unknown) - 1
         raise ModelLoadError(f"the checkpoint has a tensor that {config.architecture} as configured does not use",
                              got=f"{shown(first.name)} in {first.path}" + (f" and {others} more" if others else ""),
-                             hint="config.json does not belong to these weights, or asks for too little")
+                             hint="config.json does not belong to these weights, or describes only some of them")
 
 
 def _missing(name: str, directory: Path) -> ModelLoadError:

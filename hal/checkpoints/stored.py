@@ -1,7 +1,7 @@
 """A checkpoint directory's files, and the place of each stored tensor. Importing this loads no torch.
 
-A directory may come from anywhere, so nothing in it is trusted: a JSON file has a largest size, a shard lies inside the
-directory, and every fault is a ModelLoadError that names the file.
+A directory may come from anywhere, so nothing in it is trusted. The size of a JSON file is limited, a shard must lie
+inside the directory, and every fault is a ModelLoadError that names the file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Stored:
 
 
 class LazyTensor(Protocol):
-    """A tensor of an open safetensors file; indexing reads that part."""
+    """A tensor of an open safetensors file. Indexing reads the indexed part."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -49,9 +49,10 @@ class LazyTensor(Protocol):
 
 
 def locate(directory: Path) -> dict[str, Stored]:
-    """Tensor name, without the prefix "model." or "transformer.", -> where it is stored: in model.safetensors, or
-    where that is absent, in the shard that the weight_map of model.safetensors.index.json names. A tensor of a shard
-    that the index does not map to this shard is not part of the checkpoint. The index's shards are not opened.
+    """Where each tensor is stored, by its name without the prefix "model." or "transformer.".
+
+    The file is model.safetensors. Without that file, the weight_map of model.safetensors.index.json names the shard of
+    each tensor, and a tensor in another shard than the named one is not part of the checkpoint. Shards are not opened.
 
     Raises:
         ModelLoadError: there are no weights; the index is damaged, or names a shard that is missing or lies outside the
@@ -168,7 +169,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelLoadError: the file is absent, is larger than 64 MiB, is not JSON, nests too deeply, or holds no object.
     """
     try:
-        # A named pipe in place of the file would block for ever.
+        # Opening a named pipe in place of the file would block for ever.
         if not isfile(path):
             raise ModelLoadError(f"the model directory has no {path.name}", got=path.parent,
                                  expected="a checkpoint in Hugging Face format")
@@ -186,7 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """A foreign value for an error text: its repr, cut to a readable length and depth."""
+    """The repr of an untrusted value for an error text, cut to a readable length and depth."""
     short = Repr()
     short.maxlevel, short.maxlist, short.maxdict = 3, 8, 8
     short.maxstring = short.maxother = short.maxlong = 80

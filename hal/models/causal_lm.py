@@ -22,7 +22,7 @@ class CausalLM(nn.Module, abc.ABC):
     Attributes:
         caches: of all layers of the model, on this rank.
         attention_specs, state_specs: of this stage's layers that have such a cache, in order.
-        intermediate_type: what passes between stages; the names are `intermediates` below.
+        intermediate_type: the class of the tensors that a stage passes to the next. Its fields are `intermediates`.
     """
 
     intermediates: tuple[str, ...]  # names of the tensors between stages, each [num_tokens, hidden_size]
@@ -48,8 +48,9 @@ class CausalLM(nn.Module, abc.ABC):
             self.head = Head(build, name, config.vocab_size, config.hidden_size, shared)
 
     def declare_caches(self, build: Build) -> list[LayerCache]:
-        """The cache of each layer of the whole model: all ranks prepare the same input, whatever their stage. Called
-        before the layers are made. By default they have the configuration's attention, and differ in windows alone."""
+        """The cache of each layer of the whole model, since the ranks of every stage prepare the same input. It is
+        called before the layers are made. By default every layer has the configuration's attention, and only the
+        windows differ."""
         c = self.config
         heads, kv_heads = local_heads(c, self.topology.tp)
         return [AttentionSpec(heads, kv_heads, c.head_dim, c.head_dim ** -0.5, window)
@@ -61,16 +62,19 @@ class CausalLM(nn.Module, abc.ABC):
         """One step of this stage.
 
         Args:
-            input_ids: [num_tokens] int32, of the first stage. positions: [num_tokens] int32, below max_position.
+            input_ids: [num_tokens] int32; only the first stage reads them.
+            positions: [num_tokens] int32, below max_position.
             context: of the step.
-            intermediate: the previous stage's result, of a later stage.
+            intermediate: the result of the previous stage; None on the first stage.
 
         Returns:
-            [num_tokens, hidden_size] after the final norm on the last stage, else an `intermediate_type`.
+            On the last stage, the hidden states [num_tokens, hidden_size] after the final norm; on every other stage,
+            an `intermediate_type`.
         """
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, hidden_size] -> [n, vocab_size] in the model's dtype, complete on every tp rank; last stage only."""
+        """[n, hidden_size] -> [n, vocab_size] in the model's dtype, complete on every tp rank. Only the last stage has
+        logits."""
         logits: torch.Tensor = self.head(hidden)
         return logits
 

@@ -26,7 +26,11 @@ def dense_only(name: str) -> Scheme:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What every layer is built with. Attributes: schemes: gives the weight scheme of a projection."""
+    """What every layer of a model is built with.
+
+    Attributes:
+        dtype, device: of the parameters. schemes: gives the weight scheme of a projection.
+    """
 
     topology: Topology
     communicator: Communicator
@@ -115,7 +119,8 @@ def row(build: Build, name: str, in_size: int, out_size: int, *, bias: bool, tra
 
 
 class VocabEmbedding(nn.Module):
-    """Rows of a vocabulary that is sharded over tp; a rank contributes zeros for tokens of the others."""
+    """The embedding table, whose rows are sharded over tp. For a token whose row another rank holds, a rank adds zeros
+    to the sum."""
 
     def __init__(self, build: Build, name: str, vocab_size: int, hidden: int) -> None:
         super().__init__()
@@ -135,7 +140,7 @@ class VocabEmbedding(nn.Module):
 
 
 class Head(Linear):
-    """Logits over a vocabulary that is sharded over tp.
+    """The output layer. Its rows, and so the logits that a rank computes, are sharded over tp.
 
     Args:
         name: of the checkpoint's tensor, without ".weight".
@@ -148,7 +153,8 @@ class Head(Linear):
         self.tp, self.vocab_size = build.topology.tp, vocab_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocab_size], complete on every rank (a view where the vocabulary is padded)."""
+        """[n, hidden] -> logits [n, vocab_size], complete on every rank. They are a view where the vocabulary is
+        padded."""
         logits = super().forward(x)
         return self.communicator.all_gather(logits)[:, :self.vocab_size] if self.tp > 1 else logits
 

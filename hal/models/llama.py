@@ -42,7 +42,8 @@ class LlamaLayer(nn.Module):
 
     def forward(self, index: int, x: torch.Tensor, residual: torch.Tensor | None, rotary: Any,
                 context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) -> (x, residual), whose sum is the layer's output; the very first layer has no residual yet."""
+        """(x, residual) -> (x, residual). In both, the sum is the hidden state. The model's first layer gets no
+        residual."""
         ops, kv = self.ops, self.kv_heads
         qkv, residual = ops.norm_linear(self.qkv, x, residual, self.attn_norm, self.eps)
         qkv = qkv.view(-1, self.heads + 2 * kv, self.head_dim)

@@ -15,13 +15,12 @@ if TYPE_CHECKING:
 
 
 class Ops:
-    """Plain PyTorch, rounding where transformers rounds. No result shares memory with an argument.
-
-    Shapes: x is [num_tokens, hidden] in the model's dtype unless said otherwise.
+    """The operations in plain PyTorch. They round where transformers rounds, and no result shares memory with an
+    argument. Unless a method says otherwise, x is [num_tokens, hidden] in the model's dtype.
 
     Attributes:
-        schemes: names of the weight schemes that `linear` multiplies by; None: all of them. A model that has another is
-            refused when it is built. A subclass with a `linear` of its own takes dense weights alone unless it
+        schemes: names of the weight schemes that `linear` multiplies by; None: all of them. A model with another scheme
+            is refused when it is built. A subclass with a `linear` of its own takes dense weights alone unless it
             declares its schemes.
     """
 
@@ -56,6 +55,7 @@ class Ops:
         return self.rms_norm(residual, weight, eps), residual
 
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+        """(x - mean(x)) / deviation(x) over the last dimension, times weight, plus bias (arXiv 1607.06450)."""
         return F.layer_norm(x, weight.shape, weight, bias, eps)
 
     def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -64,27 +64,28 @@ class Ops:
         Args:
             positions: [num_tokens] int32.
             table: [max_position, head_dim] fp32, cosines of the head_dim / 2 angles and then their sines.
-            dtype: of the model.
+            dtype: the model's.
         """
         cos, sin = table.index_select(0, positions).to(dtype).unsqueeze(1).chunk(2, -1)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     def rotary(self, heads: torch.Tensor, begun: Any) -> torch.Tensor:
-        """Rotate [num_tokens, num_heads + num_kv_heads, head_dim], the heads of q and then of k, in the half-split
-        layout (arXiv 2104.09864). `heads` may be a view with gaps between the tokens."""
+        """The rotary embedding of `heads` in the half-split layout (arXiv 2104.09864). `heads` is [num_tokens,
+        num_heads + num_kv_heads, head_dim]: the heads of q, then those of k. It may be a view with gaps between the
+        tokens. `begun` is the result of `begin_rotary`."""
         cos, sin = begun
         return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, -1), sin)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[n, 2 * m], the gate and then the other factor -> silu(gate) * up, [n, m]."""
+        """silu(gate) * up -> [n, m]. `gate_up` is [n, 2 * m]: the gate, then up."""
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
     def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
                     eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer of the norm of x + residual, and x + residual (x itself where there is no residual yet). `gated`:
-        the layer's outputs are a gate and the other factor, and the result is their `silu_mul`. For a device that does
-        it in one go."""
+        """`layer` applied to the RMS norm of x + residual, and the sum x + residual itself. Without a residual, x
+        stands for the sum. With `gated` the layer's outputs are a gate and up, and the first result is their
+        `silu_mul`. A device overrides this method where one kernel does all of it."""
         if residual is None:
             x, residual = self.rms_norm(x, weight, eps), x
         else:
@@ -94,14 +95,15 @@ class Ops:
 
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
                          begun: Any) -> torch.Tensor:
-        """Attention of a layer, given qkv [num_tokens, num_heads + 2 * num_kv_heads, head_dim] whose q and k are not
-        rotated yet -> [num_tokens, num_heads * head_dim]. For a device whose attention can rotate."""
+        """The rotary embedding of q and k, then the attention of a layer -> [num_tokens, num_heads * head_dim]. `qkv`
+        is [num_tokens, num_heads + 2 * num_kv_heads, head_dim]. A device overrides this method where its attention also
+        computes the rotary embedding."""
         qk, v = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]
         qk = self.rotary(qk, begun)
         return attention(layer, qk[:, :-num_kv_heads], qk[:, -num_kv_heads:], v)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """`kind` as in ModelConfig.activation, except the gated one."""
+        """Elementwise. `kind` is a value of ModelConfig.activation other than "silu", which is gated."""
         if kind == "relu":
             return F.relu(x)
         return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")

@@ -1,4 +1,4 @@
-"""The table of rotary angles, made once at load."""
+"""The table of rotary angles. It is computed once, when a model is built."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from hal.model_config import RopeConfig
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
     """[head_dim / 2] fp32, radians per position.
 
-    "dynamic" (NTK) changes the frequencies only of contexts beyond the model's max_position, which a model here never
-    sees: up to there it equals "none". Sources: arXiv 2104.09864 (rotary); 2306.15595 (linear); Llama 3.1's release.
+    "dynamic" (NTK) changes frequencies only in contexts longer than the model's max_position. No context here is
+    longer, so "dynamic" equals "none". Sources: arXiv 2104.09864 (rotary); 2306.15595 (linear); Llama 3.1's release.
     """
     freqs = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.scaling == "linear":
         return freqs / rope.factor
     if rope.scaling == "llama3":
-        # Wavelengths below the high-frequency bound stay, those above the low-frequency bound stretch by the factor,
-        # and in between the share of the unstretched frequency falls linearly.
+        # A wavelength below the high-frequency bound stays as it is. A wavelength above the low-frequency bound is
+        # multiplied by the factor. Between the bounds the two frequencies are mixed, and `share`, the part of the
+        # unchanged one, falls linearly.
         turns = rope.original_max_position * freqs / (2 * math.pi)
         share = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0.0, 1.0)
         return share * freqs + (1.0 - share) * freqs / rope.factor
@@ -30,7 +31,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
 def cos_sin_table(rope: RopeConfig, head_dim: int, max_position: int, device: torch.device) -> torch.Tensor:
     """[max_position, head_dim] fp32: the cosines of the head_dim / 2 angles of a position, then their sines.
 
-    Computed on the host, so that devices agree.
+    The host computes the table, so that it has the same values on every device.
     """
     if device.type == "meta":
         return torch.empty(max_position, head_dim, device=device)

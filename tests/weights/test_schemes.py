@@ -38,6 +38,7 @@ from hal.recording.typed import typed
 from hal.weights import Dim, LinearSpec, Projection, Scheme, WeightTensor
 from hal.weights.formats import names, schemes
 from hal.weights.sharding import shard
+from runners.cpu.ops import CpuOps
 
 HERE = Path(__file__).parent
 Tensors = dict[str, torch.Tensor]
@@ -163,6 +164,17 @@ def test_a_device_that_cannot_multiply_refuses_before_memory_is_taken(quantised:
         build(path, ops=OwnLinear())
     build(dense, ops=OwnLinear())
     build(path, ops=Declared())
+
+
+@pytest.mark.parametrize("quantised", ["rows8"], indirect=True)
+def test_the_shares_of_an_xla_mesh_are_dense(quantised: tuple[Path, Path]) -> None:
+    """There one layer holds the tensors of all ranks, for which a scheme's arithmetic is not written."""
+    from runners.tpu.spmd import TpuOps
+
+    with pytest.raises(ConfigError, match=r"(?s)rows8.*TpuOps: dense"):
+        build(quantised[0], Topology(2), TpuOps(2))
+    build(quantised[0], ops=TpuOps(1))
+    build(quantised[0], ops=CpuOps(torch.float32))
 
 
 @pytest.fixture
