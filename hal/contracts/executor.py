@@ -49,12 +49,14 @@ class Executor(Protocol):
         num_cpu_blocks: host blocks for swapping.
         has_row_states: layers of the model keep a state per row. So sequences cannot share a prefix, and a swap of a
             sequence swaps its row's state too.
+        tokens_per_row: the most new tokens that a step gives a sequence.
         input_type, output_type: the classes of a step's input and of its output, as the model runner declares them.
     """
 
     num_blocks: int
     num_cpu_blocks: int
     has_row_states: bool
+    tokens_per_row: int
     input_type: type[ModelInput]
     output_type: type[Declared]
 

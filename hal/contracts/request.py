@@ -39,8 +39,11 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     new_tokens: Annotated[np.ndarray, Array("int32", "num_new_tokens", low=0, doc="those tokens, one after another")]
     new_floats: Annotated[np.ndarray, Array("float32", "num_new", _FLOATS, doc="hal.features.COLUMNS['float']")]
     new_ints: Annotated[np.ndarray, Array("int64", "num_new", _INTS, doc="hal.features.COLUMNS['int']")]
-    append_rows: Annotated[np.ndarray, Array("int32", "num_appended", low=0, doc="rows that gained one token")]
-    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended", low=-1, doc="the token, or PENDING_TOKEN")]
+    append_rows: Annotated[np.ndarray, Array("int32", "num_appended", low=0, doc="rows that gained tokens")]
+    append_tokens: Annotated[np.ndarray, Array("int32", "num_appended_tokens", low=-1,
+                                               doc="these tokens, row after row; PENDING_TOKEN where the rank has it")]
+    append_counts: Annotated[np.ndarray | None, Array("int32", "num_appended", low=1,
+                                                      doc="how many each row gained; absent: one each")] = None
     block_rows: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="rows whose block table changes")]
     block_starts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="first column that changes")]
     block_counts: Annotated[np.ndarray, Array("int32", "num_block_rows", low=0, doc="how many; the rest is cleared")]
@@ -74,7 +77,17 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                       self.num_scheduled, self.num_computed):
             if len(array):
                 crc = zlib.crc32(array.data, crc)
-        return crc
+        return crc if self.append_counts is None else zlib.crc32(self.append_counts.data, crc)
+
+    def check(self) -> None:
+        """Semantic check (HAL_STRICT=1, recordings): there is a token for each row that gained one. Raises InputError.
+        """
+        super().check()
+        counts = self.append_counts
+        total = len(self.append_rows) if counts is None else int(counts.sum(dtype=np.int64))
+        if total != len(self.append_tokens):
+            raise InputError("ExecuteModelRequest.append_tokens is inconsistent", fields=("append_tokens",),
+                             got=f"{len(self.append_tokens)} tokens", expected=f"{total} for the rows")
 
 
 class SamplingRequest(Declared, fields=request_annotations(FOR_SAMPLING)):

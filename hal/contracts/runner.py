@@ -30,6 +30,8 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     reserve_bytes, make_kv_caches, warmup; then prepare_model_input and execute_model in every step.
 
     Attributes:
+        tokens_per_row: a class attribute, the most new tokens that a step gives a sequence. Above 1, the engine
+            schedules synchronously, since only this step's output says how many tokens the next step begins with.
         input_type: the declared input of a step. output_type: its declared output, on the rank that samples.
         two_phase: the runner has execute_forward, prepare_sampling_input and execute_sampling, so the input of sampling
             may arrive while the device runs the forward pass. If False, a step in two phases is executed when both
@@ -46,6 +48,7 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     input_type: ClassVar[type[ModelInput]]
     output_type: ClassVar[type[Declared]]
     two_phase: ClassVar[bool] = False
+    tokens_per_row: int = 1
     intermediate_type: type[IntermediateTensors] | None = None
     has_row_states: bool = False
     row_states: Sequence[torch.Tensor] = ()

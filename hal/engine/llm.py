@@ -94,6 +94,11 @@ class LLM:
                               got=f"a runner that yields {self.executor.output_type.__name__}",
                               expected="a runner that yields a SamplerOutput",
                               hint="drive its executor yourself: hal.contracts.executor.make_executor")
+        if config.async_scheduling and self.executor.tokens_per_row > 1:
+            self.executor.shutdown()
+            raise ConfigError("async_scheduling prepares a step before it is known how many tokens a sequence gained",
+                              got=f"a model runner that gives up to {self.executor.tokens_per_row} tokens a step",
+                              expected="async_scheduling=None or False: then steps are scheduled one after another")
         self.scheduler = self._make_scheduler()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
@@ -107,7 +112,8 @@ class LLM:
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
     def _make_scheduler(self) -> Scheduler:
-        ahead = backends.resolve_async(self.backend, self.config.async_scheduling, self.config.pp)
+        ahead = self.executor.tokens_per_row == 1 and backends.resolve_async(
+            self.backend, self.config.async_scheduling, self.config.pp)
         return Scheduler(self.config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=self.config.pp,
                          eos_token_ids=self.model_config.eos_token_ids, ahead=ahead,
                          has_row_states=self.executor.has_row_states)
@@ -398,21 +404,21 @@ class LLM:
         """The requests that grew, and those of them that are complete."""
         result = handle.result()
         tokens = result.token_ids.numpy()
+        counts, computed = (None if x is None else x.numpy() for x in (result.counts, result.num_computed))
         self._counts["prefill_tokens"] += step.num_prefill
-        self._counts["decode_tokens"] += len(tokens)
+        self._counts["decode_tokens"] += len(tokens) if counts is None else int(counts.sum())
         if step.prompt_targets:
             self._take_prompt_logprobs(step, Logprobs.prompt(result))
         grown: list[RequestState] = [seq.owner for seq in step.sampled if seq.finish_reason is None]
         logprobs = Logprobs.sampled(result)
-        asked = [] if logprobs is None else [row for row, seq in enumerate(step.sampled) if seq.finish_reason is None
-                                             and seq.params.logprobs is not None]
-        complete: list[RequestState] = [seq.owner for seq in self.scheduler.update(step, tokens)]
-        for row in asked:
-            seq = step.sampled[row]
+        asked = [] if logprobs is None else [(row, len(seq.output_ids)) for row, seq in enumerate(step.sampled)
+                                             if seq.finish_reason is None and seq.params.logprobs is not None]
+        complete: list[RequestState] = [seq.owner for seq in self.scheduler.update(step, tokens, counts, computed)]
+        for row, before in asked:
+            seq, width = step.sampled[row], len(tokens) // len(step.sampled)
             assert logprobs is not None
-            if seq.finish_reason == "error":
-                continue  # the request got no token
-            seq.owner.output.logprobs.append(logprobs.of(row, int(tokens[row]), seq.params.logprobs or 0))
+            for place, token in enumerate(seq.output_ids[before:], row * width):
+                seq.owner.output.logprobs.append(logprobs.of(place, token, seq.params.logprobs or 0))
         if text or self._stop_texts:
             for request in grown:
                 if request.text is not None and (text or request.seq.params.stop):

@@ -36,14 +36,30 @@ class RequestState:
         output, done = self.output, self.seq.finish_reason is not None
         if self.text is None:
             return
-        tokens = output.token_ids[self.shown:]
-        self.shown = len(output.token_ids)
+        start, self.shown = self.shown, len(output.token_ids)
+        tokens = output.token_ids[start:]
         if done and tokens and self.seq.finish_reason == "stop" and not self.text.stopped:
             tokens = tokens[:-1]  # the token that ended the output is not shown
-        if tokens or done:
+        if len(tokens) > 1 and self.seq.params.stop:
+            self._append_until_stopped(tokens, start, done)
+        elif tokens or done:
             self.text.append(tokens, last=done)
         if show or done:
             output.text = self.text.text if done else self.text.safe
+
+    def _append_until_stopped(self, tokens: list[int], start: int, done: bool) -> None:
+        """Append several tokens, the output's from `start` on, to the text. Where a stop text ends within them, the
+        later tokens are removed: the output is then the same as if each step had given one token."""
+        output, text = self.output, self.text
+        assert text is not None
+        for end, token in enumerate(tokens, start + 1):
+            text.append([token], last=done and end == start + len(tokens))
+            if text.stopped:
+                self.shown = end
+                del output.token_ids[end:]
+                if output.logprobs is not None:
+                    del output.logprobs[end:]
+                break
 
     def numerics_error(self, dtype: str) -> NumericsError:
         """Why the sequence ended with "error", of a model that computes in `dtype`."""

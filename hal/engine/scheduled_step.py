@@ -90,8 +90,10 @@ class Changes:
     grown: list[tuple[int, int, int]] = field(default_factory=list)
 
     def request(self, rows: np.ndarray, counts: np.ndarray, computed: np.ndarray, append_rows: np.ndarray,
-                append_tokens: np.ndarray, **values: Any) -> ExecuteModelRequest:
-        """Args: rows, counts, computed: int [num_seqs]. append_rows, append_tokens: int [num_appended]."""
+                append_tokens: np.ndarray, append_counts: np.ndarray | None = None,
+                **values: Any) -> ExecuteModelRequest:
+        """Args: rows, counts, computed: int [num_seqs]. append_rows: int [num_appended].
+            append_tokens, append_counts: see ExecuteModelRequest."""
         new, grown = self.entered, self.grown
         of_features: dict[str, Any] = {}
         for feature in _WITH_ARRAYS if new else ():
@@ -103,6 +105,7 @@ class Changes:
             new_floats=np.array([s.numbers(COLUMNS["float"]) for s in new], np.float32) if new else _NO_FLOATS,
             new_ints=np.array([s.numbers(COLUMNS["int"]) for s in new], np.int64) if new else _NO_INTS,
             append_rows=append_rows.astype(np.int32), append_tokens=append_tokens.astype(np.int32),
+            append_counts=None if append_counts is None else append_counts.astype(np.int32),
             block_rows=_ints([s.row for s in new] + [row for row, _, _ in grown]),
             block_starts=_ints([0] * len(new) + [column for _, column, _ in grown]),
             block_counts=_ints([len(s.blocks) for s in new] + [1] * len(grown)),

@@ -70,6 +70,7 @@ class Scheduler:
         self._asks_prompt = self._per_row(np.bool_)
         self._needs_tokens = self._per_row(np.bool_)
         self._num_in_flight = 0
+        self._several = False  # a sequence has gained several tokens in one step
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
         # As many as rows: a sequence starts only when all that were swapped out before are back.
         self._free_host_rows = list(range(self.max_rows - 1, -1, -1))
@@ -135,16 +136,17 @@ class Scheduler:
         left = self.length[rows] - self.computed[rows]
         share = min(-(-len(self.running) // self.depth), self.max_num_batched_tokens)
         wanted = rows[left == 1][:share]
-        decodes = self._grow(wanted)
+        more = rows[left > 1] if len(wanted) < len(rows) else wanted[:0]
+        decodes, grown = self._grow_all(rows, wanted, more) if self._several else (self._grow(wanted), more)
         budget = self.max_num_batched_tokens - len(decodes)
         chunks: list[tuple[int, int]] = []
-        if len(wanted) < len(rows):
-            for row in rows[left > 1].tolist():
+        if len(grown):
+            for row in grown.tolist():
                 if budget > 0 and self._at[row] is not None:  # else preempted just now
                     chunks.append((row, min(int(self.length[row] - self.computed[row]), budget)))
                     budget -= chunks[-1][1]
         pinned: list[int] = []
-        if len(decodes) == len(wanted) and len(self.running) == running:  # nobody lacks blocks
+        if len(decodes) + len(grown) == len(wanted) + len(more) and len(self.running) == running:  # nobody lacks blocks
             while self.waiting and self._free_rows and budget > 0 and not self._changes.swap_out:
                 seq = self.waiting[0]
                 if not self._enter(seq, pinned):
@@ -157,21 +159,39 @@ class Scheduler:
         self.blocks.release(pinned)
         return step
 
-    def update(self, step: ScheduledStep, token_ids: np.ndarray) -> list[Sequence]:
+    def update(self, step: ScheduledStep, token_ids: np.ndarray, counts: np.ndarray | None = None,
+               num_computed: np.ndarray | None = None) -> list[Sequence]:
         """Take a step's sampled tokens, in the order of `step.sampled`, and end the sequences that are complete. These
-        are returned, with their finish_reason set and their blocks freed. A token of -1 (see SamplerOutput) ends its
-        sequence with "error", and is not one of its tokens.
+        are returned, with their finish_reason set and their blocks freed. A token of -1 ends its sequence with "error",
+        and is not one of its tokens. A sequence that ends within several tokens never has the later ones.
+
+        Args:
+            token_ids, counts, num_computed: the arrays of a SamplerOutput.
 
         Raises:
-            StateError: the number of tokens is not that of the sampled sequences.
+            StateError: the number of tokens is not that of the sampled sequences, or a sequence gained several tokens
+                while it may already run again (`ahead`).
         """
         rows, tokens = step.sampled_rows, token_ids.astype(np.int64)
-        if tokens.shape != rows.shape:
-            raise StateError("a step's output does not fit it", got=f"{tokens.shape} sampled tokens",
-                             expected=len(rows))
+        if tokens.shape != rows.shape if counts is None else (counts.shape != rows.shape or self.ahead):
+            raise StateError("a step's output does not fit it", got=f"{tokens.shape} sampled tokens" + (
+                             "" if counts is None else f" of {len(counts)} sequences, ahead={self.ahead}"),
+                             expected=f"one token of each of {len(rows)} sequences, or without `ahead` several",
+                             hint="a runner that gives several tokens declares it by tokens_per_row")
         self._in_flight[step.rows] -= 1
         self._num_in_flight -= len(step.rows)
         self.unknown[rows] -= 1
+        ended = self._take_one(step, tokens) if counts is None else self._take_several(
+            step, tokens.reshape(len(rows), -1) if len(rows) else tokens[:, None], counts, num_computed)
+        if self._leaving:
+            for seq in [s for s in self._leaving if not self._in_flight[s.row]]:
+                self._leaving.remove(seq)
+                self._leave(seq)
+        return ended
+
+    def _take_one(self, step: ScheduledStep, tokens: np.ndarray) -> list[Sequence]:
+        """tokens: [num_rows]. Returns the sequences that have ended."""
+        rows = step.sampled_rows
         ended = self._end_failed(step, tokens) if np.count_nonzero(tokens < 0) else []
         self._last[rows] = tokens
         for seq, token in zip(step.sampled, tokens.tolist(), strict=True):
@@ -187,11 +207,35 @@ class Scheduler:
             if reason is not None:
                 self.finish(seq, reason)
                 ended.append(seq)
-        if self._leaving:
-            for seq in [s for s in self._leaving if not self._in_flight[s.row]]:
-                self._leaving.remove(seq)
-                self._leave(seq)
         return ended
+
+    def _take_several(self, step: ScheduledStep, tokens: np.ndarray, counts: np.ndarray,
+                      num_computed: np.ndarray | None) -> list[Sequence]:
+        """tokens: [num_rows, width]; counts, num_computed: [num_rows]. Returns the sequences that have ended."""
+        self._several = True
+        failed, ended = np.zeros(len(tokens), np.int64), list[Sequence]()
+        for i, (seq, count) in enumerate(zip(step.sampled, counts.tolist(), strict=True)):
+            if seq.finish_reason is not None:
+                continue
+            row, before, reason = seq.row, len(seq.output_ids), None
+            for token in tokens[i, :count].tolist():
+                if token < 0:
+                    failed[i] = -1
+                    break
+                seq.output_ids.append(token)
+                reason = self.ending(seq)
+                if reason is not None:
+                    break
+            gained = len(seq.output_ids) - before
+            self.length[row] += gained - 1  # the step was issued as if each sequence gained one token
+            if gained:
+                self._last[row] = seq.output_ids[-1]
+            if reason is not None:
+                self.finish(seq, reason)
+                ended.append(seq)
+            elif num_computed is not None:
+                self.computed[row] += min(int(num_computed[i]), gained - 1)
+        return (self._end_failed(step, failed) if failed.any() else []) + ended
 
     def _end_failed(self, step: ScheduledStep, tokens: np.ndarray) -> list[Sequence]:
         """End the sequences that got no token, and set their tokens to 0, since a later request may still append them.
@@ -224,13 +268,17 @@ class Scheduler:
         return self._order
 
     def _grow(self, decodes: np.ndarray) -> np.ndarray:
-        """Give each decode the block that it may need. Returns the decodes that can run."""
+        """Give each decode the block that it may need, and a sequence that gained several tokens all that it needs.
+        Returns the decodes that can run."""
         short = self.length[decodes] > self.capacity[decodes]
-        count = np.count_nonzero(short)
+        count = int(np.count_nonzero(short))
+        if count and self._several:
+            missing = (self.length - self.capacity)[decodes[short]]
+            count = int((-(-missing // self.block_size)).sum())
         if count > self.blocks.num_free:
             decodes = self._make_room(decodes)
             short = self.length[decodes] > self.capacity[decodes]
-        if count:
+        while count:
             for row in decodes[short].tolist():
                 seq = self._at[row]
                 assert seq is not None
@@ -238,7 +286,17 @@ class Scheduler:
                 self._changes.grown.append((row, len(seq.blocks), block))
                 seq.blocks.append(block)
             self.capacity[decodes[short]] += self.block_size
+            if not self._several:
+                break
+            short = self.length[decodes] > self.capacity[decodes]
+            count = int(np.count_nonzero(short))
         return decodes
+
+    def _grow_all(self, rows: np.ndarray, decodes: np.ndarray, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`_grow` for decodes and for the other rows together, the oldest first. Returns those of both that can run."""
+        asking = rows[np.isin(rows, np.concatenate((decodes, more)))]
+        kept = self._grow(asking)
+        return decodes[np.isin(decodes, kept)], more[np.isin(more, kept)]
 
     def _make_room(self, decodes: np.ndarray) -> np.ndarray:
         """Preempt the youngest sequences until the older decodes have their blocks. Returns the decodes that can run.
@@ -249,14 +307,15 @@ class Scheduler:
             if seq is None:  # preempted for an older one
                 continue
             if self.length[row] > self.capacity[row]:
-                while self.blocks.num_free <= promised:
+                missing = -(int(self.capacity[row] - self.length[row]) // self.block_size)
+                while self.blocks.num_free < promised + missing:
                     victim = next((s for s in reversed(self.running) if not self._in_flight[s.row]), seq)
                     if victim.request_id <= seq.request_id:
                         break
                     self._preempt(victim)
-                if self.blocks.num_free <= promised:
+                if self.blocks.num_free < promised + missing:
                     continue
-                promised += 1
+                promised += missing
             kept.append(row)
         return np.array(kept, np.intp)
 
@@ -371,15 +430,30 @@ class Scheduler:
         sequences: list[Any] = [at[row] for row in sampled.tolist()]
         return ScheduledStep(request, rows, sampled, sequences, targets, total, total - len(decodes))
 
-    def _tell_appended(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that gained a token of which the ranks are told with the step of `rows`, and these tokens. A token that
-        is still on the device is told only where the step needs it."""
+    def _tell_appended(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Rows that gained tokens of which the ranks are told with the step of `rows`, these tokens, and how many each
+        row has (None: one each). A token that is still on the device is told only where the step needs it."""
         running, unknown = self._running_rows(), self.unknown
         tellable = unknown == 0
         tellable[rows] = True
         appended = running[(self.length[running] > self._told[running]) & tellable[running]]
-        self._told[appended] += 1
-        return appended, np.where(unknown[appended] > 0, PENDING_TOKEN, self._last[appended])
+        tokens, counts = np.where(unknown[appended] > 0, PENDING_TOKEN, self._last[appended]), None
+        if self._several:
+            tokens, counts = self._gained(appended, tokens)
+        self._told[appended] = self.length[appended]
+        return appended, tokens, counts
+
+    def _gained(self, rows: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The tokens that ranks have not been told of, row after row, and how many each row has; None: one each."""
+        counts = self.length[rows] - self._told[rows]
+        if (counts == 1).all():
+            return last, None
+        tokens = list[int]()
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            seq = self._at[row]
+            assert seq is not None
+            tokens += seq.output_ids[-count:]
+        return np.array(tokens, np.int64), counts
 
     def _count_as_computed(self, rows: np.ndarray, ends: np.ndarray, sampled: np.ndarray) -> None:
         self.computed[rows] = ends

@@ -108,9 +108,15 @@ class BatchState:
             self._enter(request)
         if len(request.append_rows):
             rows = request.append_rows.astype(np.intp)  # indexing with another integer type converts every time
-            lens = self.num_tokens[rows]
-            self.token_ids[rows, lens] = request.append_tokens
-            self.num_tokens[rows] = lens + 1
+            lens, counts = self.num_tokens[rows], request.append_counts
+            if counts is None:
+                self.token_ids[rows, lens] = request.append_tokens
+                self.num_tokens[rows] = lens + 1
+            else:
+                firsts = np.cumsum(counts) - counts  # of each row's tokens among all
+                places = np.arange(len(request.append_tokens)) + np.repeat(lens - firsts, counts)
+                self.token_ids[np.repeat(rows, counts), places] = request.append_tokens
+                self.num_tokens[rows] = lens + counts
         if len(request.block_rows):
             self._set_blocks(request.block_rows.astype(np.intp), request.block_starts, request.block_counts,
                              request.new_blocks)

@@ -63,7 +63,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         # fp8 as bytes: code that moves blocks takes bytes, and the attention knows their meaning.
         self.kv_dtype = torch.uint8 if engine.kv_dtype == "fp8" else self.dtype
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
-                                self.input_type, asynchronous=bool(engine.async_scheduling))
+                                self.input_type,
+                                asynchronous=bool(engine.async_scheduling) and self.tokens_per_row == 1)
         self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
 
     def load_model(self, progress: Progress = no_progress) -> None:

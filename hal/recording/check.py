@@ -64,7 +64,7 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
         feature.check_request(r, state.vocab_size)
     _rows("append_rows", r.append_rows, lens)
     _within("append_tokens", r.append_tokens, 0, state.vocab_size - 1)
-    lens[r.append_rows] += 1
+    lens[r.append_rows] += 1 if r.append_counts is None else r.append_counts
     _within("append_rows", lens[r.append_rows], 1, state.token_ids.shape[1])
     _rows("block_rows", r.block_rows, lens)
     _sum("block_counts", r.block_counts, len(r.new_blocks))

@@ -41,7 +41,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         engine = config.engine
         self.layers = config.topology.layers(config.model.num_layers)
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
-                                asynchronous=bool(engine.async_scheduling))
+                                asynchronous=bool(engine.async_scheduling) and self.tokens_per_row == 1)
         self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
         self.sampler = Sampler()
 

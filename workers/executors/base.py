@@ -57,6 +57,7 @@ class ExecutorBase(abc.ABC):
 
     input_type: type[ModelInput]
     output_type: type[Declared]
+    tokens_per_row: int
 
     def __init__(self, world_size: int) -> None:
         self._torch = TorchState(threads_of_driver(world_size))
@@ -80,6 +81,11 @@ class ExecutorBase(abc.ABC):
     @abc.abstractmethod
     def _end(self, patience: float) -> None:
         """End this executor's ranks. They have `patience` seconds to end by themselves."""
+
+    def take_types(self, worker: WorkerBase) -> None:
+        """Say of this executor what its rank's worker says of the model runner, once the model is loaded."""
+        self.input_type, self.output_type = worker.input_type, worker.output_type
+        self.tokens_per_row, self.has_row_states = worker.tokens_per_row, worker.has_row_states
 
     def check(self) -> None:
         if self._closed:

@@ -85,8 +85,7 @@ class DriverExecutor(ExecutorBase):
         self._plane, communicator = self._unless_one_fails(lambda: connect(configs[0], worker.backend, device, store))
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
-        self.input_type, self.output_type = worker.input_type, worker.output_type
-        self.has_row_states = worker.has_row_states
+        self.take_types(worker)
         own, reports = worker.determine_num_blocks(), self._expect("sized")
         agree(worker.facts(), reports)
         blocks = fewest([own, *(report["blocks"] for report in reports)])

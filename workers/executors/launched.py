@@ -74,8 +74,7 @@ class LaunchedExecutor(ExecutorBase):
         self._plane, communicator = connect(config, worker.backend, device, self._store)
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
-        self.input_type, self.output_type = worker.input_type, worker.output_type
-        self.has_row_states = worker.has_row_states
+        self.take_types(worker)
         reports = self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks())
         blocks = fewest([report["blocks"] for report in reports])
         worker.initialize_cache(blocks)

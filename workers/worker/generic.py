@@ -68,11 +68,13 @@ class Worker(LocalOrDistributedWorkerBase):
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
         self.input_type, self.output_type = self.runner.input_type, self.runner.output_type
+        self.tokens_per_row = self.runner.tokens_per_row
         self._read = MessageReader(self.input_type, self.device)
 
     def facts(self) -> dict[str, str]:
         handed_on = self.runner.intermediate_type
-        return schemas_of(self.input_type, self.output_type, *([] if handed_on is None else [handed_on]))
+        kinds = self.input_type, self.output_type, *([] if handed_on is None else [handed_on])
+        return {"tokens_per_row": str(self.tokens_per_row)} | schemas_of(*kinds)
 
     def determine_num_blocks(self) -> int:
         on_host = self.device.type == "cpu" or self.backend.capabilities.host_memory
