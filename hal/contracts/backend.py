@@ -34,15 +34,15 @@ class Capabilities:
         dtypes: of weights and KV cache, preferred first.
         max_tp, max_pp: largest parallel sizes it runs.
         swap: KV blocks can be swapped to host memory. fp8_kv: they can be kept as fp8.
-        spmd: one process drives the devices of all tensor-parallel ranks (a compiler cuts the tensors), so a worker's
-            topology has tp=1 and EngineConfig.tp is left to its runner.
+        spmd: one process drives the devices of all tensor-parallel ranks (a compiler shards the tensors), so a worker's
+            topology has tp=1, and the runner reads EngineConfig.tp.
         asynchronous: execute_model returns before the device is done, and the runner keeps pending tokens on the device
             (hal.paged.pending).
-        host_memory: the device's memory is the host's, shared with all else that runs there: a KV cache of automatic
-            size is no larger than max_num_seqs sequences need. A device of type "cpu" need not declare it.
-        ray_resource: which resource of a Ray cluster a rank takes one of: "CPU", "GPU", or another name that the
+        host_memory: the device's memory is the host's, shared with other programs. So a KV cache of automatic size is
+            no larger than max_num_seqs sequences need. A device of type "cpu" need not declare it.
+        ray_resource: a rank takes one of this resource of a Ray cluster: "CPU", "GPU", or another name that the
             cluster's nodes offer.
-        checkpoints: it computes the checkpoint that it is given; else its tokens follow from arithmetic of its own.
+        checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
     """
 
     contracts: str = ""
@@ -59,7 +59,7 @@ class Capabilities:
 
 
 class Backend(abc.ABC):
-    """One device. Subclass it, expose an instance, and name that as an entry point in the group `hal.backends`:
+    """One device. Subclass it, make an instance, and name the instance as an entry point in the group `hal.backends`:
     `mydevice = "mypackage:backend"`. Importing the module must be cheap and must not need the device."""
 
     name: str
@@ -85,7 +85,7 @@ class Backend(abc.ABC):
                     ) -> ModelRunnerBase[Any]: ...
 
     def versions(self) -> Mapping[str, str]:
-        """Names and versions of what it stands on, for `hal env`."""
+        """Names and versions of the libraries that it needs, for `hal env`."""
         return {}
 
 
@@ -169,14 +169,14 @@ def survey(*more: str) -> dict[str, tuple[Backend | None, str | None]]:
 
 
 def resolve_dtype(backend: Backend, wanted: str, checkpoint: str) -> str:
-    """What "auto" means: the checkpoint's dtype where the backend has it, else float32."""
+    """The dtype for "auto": the checkpoint's dtype if the backend has it, else float32."""
     if wanted != "auto":
         return wanted
     return checkpoint if checkpoint in backend.capabilities.dtypes else "float32"
 
 
 def resolve_async(backend: Backend, wanted: bool | None, pp: int) -> bool:
-    """What async_scheduling=None means."""
+    """The value for async_scheduling=None."""
     return backend.capabilities.asynchronous and pp == 1 if wanted is None else wanted
 
 

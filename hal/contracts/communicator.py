@@ -1,4 +1,4 @@
-"""The data plane: what a runner may use of other ranks while it executes. The worker makes it and injects it."""
+"""The data plane: the only communication of a runner while it executes. The worker makes it and injects it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ AxisName = Literal["tp", "pp", "ep"]  # of hal.config.AXES
 
 
 class Communicator(Protocol):
-    """Collectives over the ranks of one axis of the mesh (hal.config.Topology.axis), and what pipeline stages send each
-    other. Along an axis of size 1 every collective is the identity.
+    """Collectives over the ranks of one axis of the mesh (hal.config.Topology.axis), and transfers between pipeline
+    stages. Along an axis of size 1 every collective is the identity.
 
-    All ranks of the axis call the same collective with tensors of the same dtype, and of the same shape where nothing
-    else is said. The methods behind `end_step` run inside `hal.guard.data_plane`, so that the guard lets them pass in
+    All ranks of the axis call the same collective, with tensors of the same dtype and, unless a method says otherwise,
+    of the same shape. The methods after `end_step` run inside `hal.guard.data_plane`, so the guard lets them pass in
     `execute`.
 
     Attributes:
-        topology: of this rank.
+        topology: this rank's place in the mesh.
         capturable: whether collectives may be captured into a graph of the device.
-        fingerprint: of the step that runs; the worker begins it, collectives count in it, and compare it.
+        fingerprint: the fingerprint of the running step. The worker begins it; collectives count in it and compare it.
 
     Raises (collectives):
         ConfigError: the mesh has no such axis.
-        InputError: the tensor cannot be cut as asked for.
+        InputError: the tensor cannot be cut in this way.
         StateError: another rank is in another step, or at another place of it.
         WorkerError: another rank is gone.
     """
@@ -42,11 +42,12 @@ class Communicator(Protocol):
     fingerprint: Fingerprint
 
     def check(self) -> None:
-        """The worker, when it has fetched a result. Raises WorkerError: another rank is gone, and collectives may have
-        ended without having done their work."""
+        """Called by the worker when it has fetched a result. Raises WorkerError: another rank is gone, so collectives
+        may have ended with a wrong result."""
 
     def end_step(self) -> None:
-        """The worker: this rank has executed its part of the step. Raises StateError, as collectives may."""
+        """Called by the worker when this rank has executed its part of the step. Raises StateError, as collectives do.
+        """
 
     def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         """The sum over the ranks, in place where possible; the result has x's shape and dtype."""
@@ -55,12 +56,12 @@ class Communicator(Protocol):
         """The ranks' tensors side by side along dimension `dim`, in the order of their coordinates."""
 
     def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
-        """This rank's part of the sum over the ranks, which is cut into equal parts along dimension `dim`. The axis's
-        size divides that dimension."""
+        """This rank's part of the sum over the ranks. The sum is cut into equal parts along dimension `dim`, which the
+        axis's size must divide."""
 
     def all_to_all(self, x: torch.Tensor, axis: AxisName = "tp", send_sizes: Sequence[int] | None = None,
                    recv_sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """Rows of x to each rank, and rows of each rank to this one.
+        """Send rows of x to each rank, and receive rows from each.
 
         Args:
             x: [n, ...]; n and the sizes may differ between ranks.
@@ -76,18 +77,18 @@ class Communicator(Protocol):
         """The tensor of the rank whose coordinate is `source`, in place where possible."""
 
     def send(self, tensors: IntermediateTensors) -> None:
-        """To the next rank along the axis "pp". Called by the worker, between phases."""
+        """Send to the next rank along the axis "pp". Called by the worker, between phases."""
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
-        """From the rank before this one along "pp": shapes follow from the declaration and this step's dims, so none
-        travel."""
+        """Receive from the rank before this one along "pp". The shapes do not travel: they follow from the declaration
+        and this step's dims."""
 
     def close(self) -> None:
         """Leave all groups. Idempotent."""
 
 
 class LocalCommunicator:
-    """A world of one: collectives are the identity, and there is no other stage."""
+    """The communicator of a single rank: collectives are the identity, and there is no other stage."""
 
     topology, capturable = Topology(), True
     fingerprint = Fingerprint()  # there is nobody to differ from

@@ -1,5 +1,5 @@
-"""What a backend supplies beside its runner, so that no device's library is named in workers/: streams, events and host
-memory (DeviceRuntime), and the process groups of its collectives (Collectives). Importing this loads no torch."""
+"""The parts of a backend that workers/ use: streams, events and host memory (DeviceRuntime), and the process groups of
+its collectives (Collectives). So workers/ name no device's library. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Event(Protocol):
     """A place in the order of a device's work."""
 
     def query(self) -> bool:
-        """Whether the device has come here."""
+        """Whether the device has reached this place."""
 
     def synchronize(self) -> None:
-        """Wait until the device has come here."""
+        """Wait until the device has reached this place."""
 
 
 class DeviceRuntime:
@@ -52,8 +52,8 @@ class DeviceRuntime:
         return asked is not None and bool(asked())
 
     def host_memory(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A zeroed tensor on the host, in memory (page-locked, say) that the device copies from and to while the host
-        goes on. The default is memory like any other."""
+        """A zeroed tensor on the host. The device copies from and to its memory while the host goes on, so the memory
+        is page-locked, for instance. The default is ordinary memory."""
         import torch
 
         return torch.zeros(shape, dtype=dtype)
@@ -66,14 +66,14 @@ class DeviceRuntime:
 
 
 class Collectives:
-    """How the ranks of a device reach each other: process groups of one kind.
+    """The process groups by which the ranks of a device reach each other.
 
     Args:
         kind: "gloo", which workers/ make themselves, or the name of a backend of torch.distributed that was registered
             with torch.distributed.Backend.register_backend. A subclass may make groups of any other kind.
         on_device: operations read and write the device's memory, in the order of its current stream, and may be
-            captured into its graphs. They never end when a rank is gone, so workers/ watch connections to the other
-            ranks, and abort the groups. False: operations read and write the host's memory, and fail by themselves.
+            captured into its graphs. They never end when a rank is gone. So workers/ watch connections to the other
+            ranks, and abort the groups. If False, operations read and write the host's memory, and fail by themselves.
     """
 
     def __init__(self, kind: str = "gloo", on_device: bool = False) -> None:
@@ -83,13 +83,13 @@ class Collectives:
         """A backend object of torch.distributed over ranks 0 to size - 1, which all call this.
 
         Args:
-            store: where the ranks of this group meet, for this group alone.
-            control: the group carries small messages of the control plane beside a step: they come before the step's
-                own, and take little of the device.
+            store: the store where the ranks of this group meet; no other group uses it.
+            control: the group carries small messages of the control plane beside a step. They have priority, and use
+                little of the device.
 
         Raises:
             BackendError: this PyTorch has no such collectives.
-            RuntimeError: not all ranks came.
+            RuntimeError: not all ranks joined.
         """
         import torch.distributed
 
@@ -108,13 +108,13 @@ class Collectives:
         return plugin.creator_fn(options, None)
 
     def failed(self, group: Any) -> bool:
-        """Whether a group's library has found an error by itself. Asked once a second where `on_device`."""
+        """Whether a group's library has found an error by itself. Called once a second if `on_device`."""
         from torch._C._distributed_c10d import ErrorType
 
         return bool(group.get_error() != ErrorType.SUCCESS)
 
     def abort(self, group: Any) -> None:
-        """End the operations of a group, on the device too, and free whoever waits for them."""
+        """End the operations of a group, also those on the device. Calls that wait for them return."""
         group.abort()
 
 

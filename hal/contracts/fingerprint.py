@@ -1,5 +1,5 @@
-"""What ranks compare while a step runs: its number, what it computes on, and how far each has come. Ranks that went
-different ways would otherwise wait for each other in different collectives, or give a wrong token."""
+"""The fingerprint of a running step, which ranks compare: its number, its input, and the collectives that a rank has
+begun. Without the comparison, ranks that differ would wait in different collectives, or give a wrong token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hal.schema.packed import Buffer
 OPERATIONS = "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"
 KINDS = "nothing yet", *(f"{operation} over {axis}" for operation in OPERATIONS for axis in AXES)
 _NUMBERS = {pair: number for number, pair in enumerate(product(OPERATIONS, AXES), 1)}
-STEP = "step", "input digest"  # what all ranks have in common; the rest, those of a pipeline stage
+STEP = "step", "input digest"  # equal on all ranks; the rest is equal on the ranks of a pipeline stage
 FIELDS = *STEP, "number of collectives", "operation", "bytes"
 _FORM = struct.Struct(f"<{len(FIELDS)}q")
 SEAL = _FORM.size
@@ -43,15 +43,15 @@ class Fingerprint:
         self.step, self.digest, self.collectives, self.kind, self.nbytes = step, digest, 0, 0, 0
 
     def join(self, digest: int) -> None:
-        """The step's SamplingInput has come, and has this checksum."""
+        """Add the step's SamplingInput, which has this checksum."""
         self.digest ^= digest
 
     def count(self, operation: str, axis: str, nbytes: int) -> None:
-        """A collective begins: one of OPERATIONS over one of AXES."""
+        """Count a collective that begins: one of OPERATIONS over one of AXES."""
         self.collectives, self.kind, self.nbytes = self.collectives + 1, _NUMBERS[operation, axis], nbytes
 
     def pack(self) -> bytes:
-        """SEAL bytes."""
+        """The fingerprint as SEAL bytes."""
         return _FORM.pack(*self._values())
 
     def compare(self, theirs: Any, peer: str, fields: tuple[str, ...] = FIELDS) -> None:

@@ -1,5 +1,5 @@
-"""NCCL's process groups, as the backend supplies them to workers/. A runner has no use for this module. Importing it
-loads no torch."""
+"""NCCL's process groups, which the backend supplies to workers/. Runners do not use this module. Importing it loads no
+torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERR
 
 
 class NcclCollectives(Collectives):
-    """An NCCL kernel waits for ever for a rank that is gone, until its group is aborted."""
+    """NCCL's groups. A kernel of NCCL waits for a rank that is gone until the group is aborted."""
 
     def __init__(self) -> None:
         super().__init__("nccl", on_device=True)

@@ -25,12 +25,12 @@ Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 class DecodeGraph:
     """Attributes:
         dims: the sizes of a step that it runs, by symbol.
-        staged: uint8 on the device, what the graph reads: a packed input up to `size` bytes, and room behind it for
-            the sampling fields of a step, which the graph does not read.
-        received: of the previous pipeline stage, which the graph reads; None on the first.
-        results: what a replay writes. Of the last stage the logits [num_seqs, vocab_size], and int32 [num_seqs] the
-            most likely tokens; of others what they hand on.
-        seconds, bytes: what capturing it cost.
+        staged: uint8 on the device. The graph reads its first `size` bytes, a packed input. Behind them is room for the
+            sampling fields of a step, which the graph does not read.
+        received: the tensors of the previous pipeline stage, which the graph reads; None on the first stage.
+        results: the tensors that a replay writes: on the last stage the logits [num_seqs, vocab_size] and the most
+            likely tokens, int32 [num_seqs]; on other stages the tensors for the next stage.
+        seconds, bytes: the time and memory that the capture took.
     """
 
     num_seqs: int

@@ -1,4 +1,4 @@
-"""What every data plane does alike: a group for each axis of the mesh, and the checks of what is cut."""
+"""Parts that all data planes share: a group for each axis of the mesh, and checks of shapes and sizes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def cut(x: torch.Tensor, dim: int, ranks: int) -> torch.Tensor:
 
 def rows(x: torch.Tensor, ranks: int, send_sizes: Sequence[int] | None,
          recv_sizes: Sequence[int] | None) -> tuple[Sequence[int], Sequence[int]]:
-    """How many rows of x go to each rank, and come from each. Raises InputError: the sizes do not fit x or the axis."""
+    """The numbers of rows that go to each rank, and that come from each. Raises InputError: they do not fit x or the
+    axis."""
     if send_sizes is None:
         if not x.ndim or len(x) % ranks:
             raise InputError("all_to_all without sizes cuts the rows into equal parts", got=list(x.shape),

@@ -36,8 +36,9 @@ class TorchCommunicator:
 
     Args:
         groups: the process group of each axis.
-        collectives: of the groups. Where they are not `on_device`, the host relays what lies in a device's memory.
-        runtime: of the device.
+        collectives: the collectives of the groups. If they are not `on_device`, tensors of a device go through the
+            host.
+        runtime: the runtime of the device.
         checks: for an axis a gloo group of the same ranks, which compare fingerprints over it before each collective
             and, along "tp", at the end of a step. On the data plane's own group a check would meet another's
             collective.
@@ -46,8 +47,8 @@ class TorchCommunicator:
             rest.
 
     Raises (all methods):
-        WorkerError: of rank -1, when another rank is gone.
-        StateError: another rank is at another place (see checks).
+        WorkerError: with rank -1, when another rank is gone.
+        StateError: another rank is at another place of the step (see checks).
     """
 
     def __init__(self, topology: Topology, device: torch.device, groups: ByAxis[Any], collectives: Collectives = GLOO,
@@ -193,7 +194,7 @@ class TorchCommunicator:
             with contextlib.suppress(RuntimeError):  # the device has failed
                 issued, end = self._runtime.record(self.device), time.monotonic() + LINGER
                 while not (issued.query() or lifelines.lost or time.monotonic() > end):
-                    time.sleep(1e-3)  # others need this rank's part; and their kernels must not find its memory freed
+                    time.sleep(1e-3)  # others need this rank's part, and their kernels may still use its memory
         self._groups.clear()
         self._pp, self._checks = None, {}
         if lifelines is not None:
@@ -221,8 +222,8 @@ class TorchCommunicator:
         self._compare(axis)
 
     def _compare(self, axis: str) -> None:
-        """Where ranks check, find out whether all are at the same collective, or at the end of the step. Not of what a
-        graph does, which no rank counts: a step ends with the same count on all that replay it."""
+        """If ranks check, find out whether all are at the same collective, or at the end of the step. The collectives
+        of a graph are not checked, and no rank counts them."""
         checks = self._checking(axis)
         if checks is not None:
             place = self._axes[axis]

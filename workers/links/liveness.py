@@ -1,5 +1,5 @@
-"""Whether other ranks live, where nothing else would tell: an operation on a device waits for ever for a rank that is
-gone."""
+"""Notices that a rank is gone, if nothing else would: an operation on a device waits for such a rank without a
+limit."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from hal.errors import WorkerError
 from workers.links.groups import CONNECT, Store, local_address, lost
 
 R = TypeVar("R")
-LINGER = 1.0  # seconds that the driver waits until the others have left, and a rank until its own operations have ended
+LINGER = 1.0  # seconds that the driver waits for the others to leave, and a rank for its own operations to end
 _SECRET = 16  # bytes
 _LEAVES = b"."
-_LEFT = 0.5  # seconds after which a rank that goes on without one that has left is told so
-_ISSUE = 0.2  # seconds that it takes at most to issue an operation, unless the device's queue is full
-_LOOK = 1.0  # seconds between looks for errors that the collectives' library has found itself
+_LEFT = 0.5  # seconds after which a rank gets an error if it goes on when another has left
+_ISSUE = 0.2  # seconds within which an operation is issued, unless the device's queue is full
+_LOOK = 1.0  # seconds between checks for errors that the collectives' library has found
 
 
 class Lifelines:
-    """A connection between the driver and each other rank. The system closes it when one of them ends, however that
-    happens; a rank that leaves in order says so before. All ranks make it at the same time.
+    """A connection between the driver and each other rank. The system closes it when one of them ends in any way. A
+    rank that leaves in order says so before. All ranks make it at the same time.
 
     Args:
-        name: what fails when a rank is gone, for the error; each name once for a store.
+        name: the name of the part that fails when a rank is gone, for the error; each name once for a store.
 
     Attributes:
-        lost: whether a rank is gone. Operations have then ended without having done their work.
+        lost: whether a rank is gone. Then operations have ended without a right result.
 
     Raises:
-        WorkerError: not all ranks came.
+        WorkerError: not all ranks joined.
     """
 
     def __init__(self, topology: Topology, store: Store, name: str) -> None:
@@ -66,14 +66,16 @@ class Lifelines:
             raise lost("connecting", error) from error
 
     def guard(self, groups: list[Any], collectives: Collectives) -> None:
-        """Abort these, in this order, as soon as a rank is gone, which ends the kernels that wait for it and frees who
-        waits for them; or else in `close`. The list is emptied. Not within a phase, since it starts a thread."""
+        """Abort these groups, in this order, as soon as a rank is gone, or else in `close`. This ends the kernels that
+        wait for the rank, and the calls that wait for the kernels. The list is emptied. Do not call this within a
+        phase, since it starts a thread."""
         self._thread = threading.Thread(target=self._watch, args=(groups, collectives), name="hal-lifelines",
                                         daemon=True)
         self._thread.start()
 
     def issue(self, launch: Callable[[], R]) -> R:
-        """Run what issues operations of the groups, but not beside their abort, which frees what it uses."""
+        """Run a function that issues operations of the groups. It never runs beside their abort, which frees memory
+        that it uses."""
         with self._issuing:
             self.check()
             return launch()
@@ -84,8 +86,8 @@ class Lifelines:
             raise WorkerError(f"{self._name} with the other ranks failed: one is gone", rank=-1, cause="lost")
 
     def close(self) -> None:
-        """Leave, the driver last, and abort the groups; while a graph lives that has captured one of their operations,
-        that goes on after LINGER. Idempotent."""
+        """Leave, the driver last, and abort the groups. If a graph lives that has captured one of their operations, the
+        abort goes on after LINGER seconds. Idempotent."""
         if self._closed:
             return
         self._closed = True

@@ -1,8 +1,8 @@
-"""Memory shared by the ranks of one host: private to the user, without a name, waited on by futex.
+"""Memory shared by the ranks of one host. It is private to the user and has no name; ranks wait on it by futex.
 
-It is a memfd, which other ranks open through the driver's /proc entry: no file to leave behind, no limit of /dev/shm,
-and the kernel frees it when the last rank is gone, however it went. A launcher's store, where ranks may meet, takes
-entries from anybody who reaches it: so a rank checks whose memory it maps, and of which kind it is.
+It is a memfd, which other ranks open through the driver's /proc entry. So no file is left behind, /dev/shm sets no
+limit, and the kernel frees it when the last rank has ended in any way. A launcher's store, where ranks may meet, takes
+entries from everybody who reaches it. Therefore a rank checks the owner and the kind of the memory that it maps.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from workers.links.groups import Store, lost
 
 _FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}.get(platform.machine())
 _WAIT, _WAKE, _ALL = 0, 1, 2**31 - 1
-_LINE = 64  # bytes: a cache line, so that counters of two ranks don't share one
+_LINE = 64  # bytes: a cache line, so that no two ranks' counters share one
 _COUNTERS = 512
 _MASK = 2**32 - 1
-START = 2**32 - 3  # where counters begin: they wrap, and so they do in every test
+START = 2**32 - 3  # the first value of counters: so near the end that they wrap in every test
 LIMIT = 1800.0  # seconds; longer than any step
-_SLICE = 0.1  # seconds between looks at whether the awaited rank lives
+_SLICE = 0.1  # seconds between checks that the awaited rank lives
 _SPIN = 300e-6  # seconds: the usual pause between the steps of a small model, or within a collective
 
 
-# What ranks answer each other: the driver its process, descriptor, secret and host; another rank its process, when it
-# has mapped the memory; and any of them why it cannot take part, or what is wrong with the driver's answer.
+# The answers of ranks. The driver tells its process, descriptor, secret and host. Another rank tells its process when
+# it has mapped the memory. A rank that cannot take part tells the reason, or the fault of the driver's answer.
 _MADE = re.compile(r"([1-9][0-9]{0,8}) ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f-]{36} pid:\[[0-9]{1,20}\])")
 _MAPPED = re.compile(r"([1-9][0-9]{0,8})")
 _REFUSED, _FOREIGN = "refused: ", "foreign: "
@@ -59,16 +59,16 @@ _syscall.restype = ctypes.c_long
 
 
 class Segment:
-    """One piece of shared memory and the processes that share it. All ranks make it at the same time, then take the
-    same parts of it in the same order.
+    """One segment of shared memory and the processes that share it. All ranks make it at the same time, and then take
+    the same parts of it in the same order.
 
-    A part is written by one rank at a time. What it wrote becomes visible with a counter: `post` by the writer, `wait`
-    by the readers. A counter is 32 bits that wrap; ranks count with plain integers from START.
+    One rank at a time writes a part. Its bytes become visible with a counter: the writer calls `post`, and the readers
+    call `wait`. A counter has 32 bits and wraps; ranks count with plain integers from START.
 
     Raises:
         BackendError: on every rank, when one of them cannot take part (another host, another system).
-        WireError: on every rank, when an answer is not a rank's, or the memory not the driver's.
-        WorkerError: not all ranks came.
+        WireError: on every rank, when an answer is not a rank's, or the memory is not the driver's.
+        WorkerError: not all ranks joined.
     """
 
     def __init__(self, name: str, rank: int, world_size: int, store: Store, size: int) -> None:
@@ -134,7 +134,7 @@ class Segment:
         return self._counters * _LINE // 4
 
     def post(self, counter: int, value: int) -> None:
-        """Show the others what this rank wrote, and wake those that wait for it."""
+        """Make the bytes that this rank wrote visible to the others, and wake the ranks that wait for them."""
         if self._words is None:
             raise _closed()
         self.order()
@@ -142,17 +142,17 @@ class Segment:
         self._wake(counter)
 
     def call(self, counter: int) -> None:
-        """Wake those that wait for a counter which is about to be posted, so that they are awake when it is."""
+        """Wake the ranks that wait for a counter shortly before it is posted, so that they are awake then."""
         if self._spin_most and self._words is not None:
             self._wake(counter)
 
     def wait(self, counter: int, value: int, peer: int, limit: float | None = LIMIT,
              waiting: Callable[[int], None] | None = None) -> None:
-        """Until `peer` has posted `value` or more: asleep, unless waits have lately been short, there is a core for
-        each rank, and no other process wants this one. `waiting(peer)` is called now and then.
+        """Wait until `peer` has posted `value` or more. The wait sleeps, unless recent waits were short, there is a
+        core for each rank, and no other process wants this core. `waiting(peer)` is called now and then.
 
         Raises:
-            WorkerError: of rank -1, when the peer is gone, or after `limit` seconds.
+            WorkerError: with rank -1, when the peer is gone, or after `limit` seconds.
         """
         words = self._words
         if words is None:
@@ -193,15 +193,15 @@ class Segment:
         return not self._peers[peer].poll(0)
 
     def order(self) -> None:
-        """What this thread read and wrote before comes before what it will. To release a lock and then to acquire it
-        is a barrier on every processor."""
+        """A memory barrier between this thread's earlier and later reads and writes. Releasing a lock and then
+        acquiring it is a barrier on every processor."""
         with self._fence:
             pass
         with self._fence:
             pass
 
     def close(self) -> None:
-        """The memory goes when no views of it are left. Idempotent."""
+        """Release the memory. It is freed when no views of it are left. Idempotent."""
         self._memory = self._words = None
         self._peers = {}
         self._close_pidfds()
@@ -217,7 +217,7 @@ def _spin_until(words: memoryview, counter: int, value: int, seconds: float) -> 
 
 
 def _create(name: str, size: int) -> tuple[int, str]:
-    """A new segment, and where it is: process, descriptor, a secret that tells it from another's, and the host."""
+    """A new segment and its place: process, descriptor, a secret that identifies it, and the host."""
     if _FUTEX is None:
         raise OSError(f"no futex known on {platform.machine()}")
     os.close(os.pidfd_open(os.getpid()))  # of Linux 5.3
@@ -255,7 +255,7 @@ def _open(where: str, size: int) -> tuple[int, str]:
 
 
 def _foreign(fd: int, size: int, secret: str) -> str | None:
-    """In which way an open file is not the memory that `_create` made with this secret."""
+    """The reason why an open file is not the memory that `_create` made with this secret, if there is one."""
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"

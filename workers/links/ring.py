@@ -1,4 +1,4 @@
-"""A ring of slots in shared memory: messages from one rank to others, written once and read where they lie."""
+"""A ring of slots in shared memory. One rank writes a message once, and the others read it in place."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Ring:
         """The next message's parts: views that are valid until the next call, or, if `own`, for ever.
 
         Raises:
-            WireError: what lies in the slot is no message, or not this one.
+            WireError: the slot does not hold a message, or holds another one.
             WorkerError: as Segment.wait.
         """
         if self._held:

@@ -28,11 +28,10 @@ D = TypeVar("D", bound=Declared)
 
 
 class Worker(LocalOrDistributedWorkerBase):
-    """Everything that is particular to a device is in its Backend and its ModelRunnerBase.
+    """The worker of every device. All code of a device is in its Backend and its ModelRunnerBase.
 
     Attributes:
-        runner, device: of the backend. cache: the KV cache on the device, and its blocks on the host. Block ids are the
-            scheduler's, so all virtual engines share it.
+        runner, device: the runner and device of the backend. cache: the KV cache on the device, and its host blocks.
     """
 
     device: torch.device
@@ -200,7 +199,7 @@ class Worker(LocalOrDistributedWorkerBase):
         return text + (self.flight_recorder.note if self.flight_recorder is not None else "")
 
     def _checked(self, value: D) -> D:
-        """Structure always; meaning under HAL_STRICT=1. Raises InputError."""
+        """Check the structure, and under HAL_STRICT=1 the meaning too. Raises InputError."""
         value.validate(None if isinstance(value, WorkerInput) else self.device)
         if self.strict:
             value.check()
