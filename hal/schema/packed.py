@@ -163,10 +163,12 @@ def host_view(tensor: Any, dtype: str) -> np.ndarray[Any, Any]:
 
 def on_host(instance: Declared, name: str) -> np.ndarray[Any, Any]:
     """The values of an array field, as host_view gives them. Of an instance that was moved to a device they are those
-    that were moved, so that nobody waits for the device."""
-    packed = None if instance[name].is_cpu else packed_source(instance)
-    field = type(instance).schema.by_name[name]
-    return host_view(instance[name], field.array.dtype) if packed is None else packed.arrays[name]  # type: ignore[union-attr]
+    that were moved, so that nobody waits for the device; other fields may have been replaced since."""
+    tensor, fields = instance[name], type(instance).schema.by_name
+    source: tuple[Packed[Any], tuple[Any, ...]] | None = instance.__dict__.get("_packed")
+    if source is not None and not tensor.is_cpu and source[1][list(fields).index(name)] is tensor:
+        return source[0].arrays[name]
+    return host_view(tensor, fields[name].array.dtype)  # type: ignore[union-attr]
 
 
 def packed_source(instance: Declared) -> Packed[Any] | None:

@@ -21,6 +21,7 @@ import fake_runners
 from fake_runners import OnCpu, StaticRunner
 
 from hal import LLM, SamplingParams
+from hal.conformance.cases.engine import in_two_phases
 from hal.conformance.context import Context, Session
 from hal.conformance.run import Options, run
 from hal.engine.scheduler import Scheduler
@@ -85,6 +86,11 @@ def test_no_step_waits(context: Callable[..., Context]) -> None:
     runs = ctx.engine(ctx.prompts(5, 9, 30), [drawn, GREEDY, replace(GREEDY, logprobs=2)], apart=1,
                       async_scheduling=True, max_num_batched_tokens=24)
     ctx.verify(runs)
+
+
+def test_no_part_of_a_step_in_two_phases_waits(context: Callable[..., Context]) -> None:
+    """Rows are drawn with top-k, whose largest value the sampler reads from the host's copy."""
+    in_two_phases(context(FakeBackend(forbid_syncs=True)))
 
 
 # What is wrong, and passes on the CPU.

@@ -24,11 +24,14 @@ from hal.contracts.request import SamplingRequest
 from hal.engine.scheduled_step import ScheduledStep
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
-from hal.errors import InputError, StateError, WorkerError
-from hal.features.masks import mask_fields
+from hal.errors import InputError, SchemaError, StateError, WorkerError
+from hal.features.declare import Feature
+from hal.features.masks import TokenMasks, allowed, mask_fields
+from hal.paged.batch import BatchState
 from hal.recording.record import RecordingExecutor
 from hal.recording.replay import replay
 from hal.sampling.params import SamplingParams
+from hal.schema import Doc
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import signalling`, here and in worker processes
 
@@ -259,6 +262,28 @@ def test_a_step_that_fails_as_it_samples_is_recorded_whole(tmp_path: Path, monke
     monkeypatch.delenv("HAL_RECORD_ON_ERROR")
     again = replay(path, select("signalling:fails"), "signalling:fails")
     assert again.error is not None and "planted" in again.error and "planted" in (again.failure or "")
+
+
+def test_what_sampling_needs_is_taken_for_the_step_prepared_last_alone() -> None:
+    state = BatchState(4, 64, 4, VOCAB)
+    with pytest.raises(StateError, match="not of the step that was prepared last"):
+        state.prepare_sampling(SamplingRequest(step=0))
+    scheduler = Scheduler(EngineConfig(num_blocks=40, block_size=4, max_model_len=64), 40)
+    scheduler.add(Sequence(request_id=0, prompt_ids=[5, 6], params=SamplingParams(), seed=0, limit=9))
+    request = (scheduler.schedule() or pytest.fail()).request
+    state.apply(request)
+    state.prepare(request)
+    with pytest.raises(StateError, match="not of the step that was prepared last"):
+        state.prepare_sampling(SamplingRequest(step=1))
+    made = state.prepare_sampling(SamplingRequest(step=0, **mask_fields({0: rule([1])}, VOCAB))).to()
+    assert (allowed(made.token_mask, VOCAB)[0].numpy() == rule([1])).all() and made.bias_ids is None
+
+
+def test_only_arrays_of_the_request_may_arrive_late() -> None:
+    with pytest.raises(SchemaError, match="Late cannot be for_sampling"):
+        type("Late", (Feature,), {"for_sampling": True})
+    with pytest.raises(SchemaError, match="Counted cannot be for_sampling"):
+        type("Counted", (TokenMasks,), {"scalars": {"count": (0, Doc("of masks"))}})
 
 
 if __name__ == "__main__":  # one of the ranks that torchrun starts
