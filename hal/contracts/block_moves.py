@@ -21,7 +21,8 @@ Runner = ModelRunnerBase[Any] | type[ModelRunnerBase[Any]]
 
 def on_host(device: Sequence[torch.Tensor], count: int, runtime: DeviceRuntime | None = None) -> list[torch.Tensor]:
     """Zeroed memory on the host for `count` blocks, or rows, of each tensor of the device that has `runtime`."""
-    make = (runtime or DeviceRuntime()).host_memory
+    # Page-locked memory needs a driver, which Triton's interpreter lacks: it is asked for only where something swaps.
+    make = (runtime if runtime is not None and count else DeviceRuntime()).host_memory
     return [make(x.device, (x.shape[0], count, *x.shape[2:]), x.dtype) for x in device]
 
 
