@@ -137,7 +137,7 @@ class Worker(LocalOrDistributedWorkerBase):
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
         kind = self.runner.intermediate_type
         if kind is None:
-            raise StateError(f"{type(self.runner).__name__} declares nothing that pipeline stages hand on",
+            raise StateError(f"{type(self.runner).__name__} declares no tensors between pipeline stages",
                              expected="intermediate_type, set by load_model")
         return self._checked(self.communicator.recv(kind, model_input.dims))
 
