@@ -21,7 +21,7 @@ from hal.contracts.executor import make_executor
 from hal.contracts.request import ExecuteModelRequest
 from hal.engine.llm import LLM
 from hal.engine.scheduler import Scheduler
-from hal.errors import SchemaError, StateError
+from hal.errors import ConfigError, SchemaError, StateError
 from hal.recording.bisect import bisect
 from hal.recording.record import RecordingExecutor
 from hal.recording.replay import replay
@@ -158,3 +158,14 @@ def test_a_shared_prefix_is_refused() -> None:
 def test_a_state_has_one_size() -> None:
     with pytest.raises(SchemaError, match=r"(?s)'kv' has a size that is not a constant.*num_tokens"):
         RowState({"kv": Array("float32", "num_tokens", 8)})
+
+
+def test_xla_refuses_states_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    from runners.tpu import runner as tpu
+
+    config = WorkerConfig(EngineConfig(device="tpu", dtype="float32", **TIGHT), hybrid.MODEL, Topology())
+    model = hybrid.Hybrid(hybrid.MODEL, Topology(), LocalCommunicator(), torch.device("cpu"))
+    monkeypatch.setattr(tpu, "load", lambda *_: model)
+    runner = tpu.TpuModelRunner(config, torch.device("cpu"), LocalCommunicator())
+    with pytest.raises(ConfigError, match=r"(?s)keeps no state per row.*got: Hybrid.*--device cpu"):
+        runner.load_model()
