@@ -26,11 +26,14 @@ class CpuOps(Ops):
             layer.weight = _pack(weight.data)
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        if not (layer.is_dense and layer.weight.is_mkldnn):
+        if not layer.is_dense:
+            return super().linear(x, layer)
+        weight = layer.weight
+        if not weight.is_mkldnn:
             return super().linear(x, layer)
         if not x.shape[0]:
-            return x.new_empty(0, layer.weight.shape[0])
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+            return x.new_empty(0, weight.shape[0])
+        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:
