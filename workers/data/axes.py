@@ -68,6 +68,12 @@ def rows(x: torch.Tensor, ranks: int, send_sizes: Sequence[int] | None,
     return send_sizes, recv_sizes
 
 
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of x as one row; the same memory where x is contiguous."""
+    # Not view(-1): a tensor of one element, or of none, may have any stride, and then cannot be viewed as bytes.
+    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
+
+
 def row_bytes(x: torch.Tensor) -> int:
     """Bytes of one row, which all ranks have in common."""
     return x.itemsize * x.shape[1:].numel()

@@ -23,7 +23,7 @@ from hal.contracts.fingerprint import STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
 from hal.errors import InputError
 from hal.guard import data_plane
-from workers.data.axes import ByAxis, check_received, cut, row_bytes, rows
+from workers.data.axes import ByAxis, as_bytes, check_received, cut, row_bytes, rows
 from workers.links.groups import lost
 from workers.links.liveness import LINGER, Lifelines
 
@@ -103,11 +103,11 @@ class TorchCommunicator:
             if group is None:
                 return x
             self._begin("all_gather", axis, x.nbytes)
-            carried = self._carried(x.reshape(-1))
+            carried = x.reshape(-1) if self._on_device else self._carried(as_bytes(x))  # gloo lacks some dtypes
             size = self._axes[axis].size
-            flat = carried.new_empty(size * x.numel())
+            flat = carried.new_empty(size * len(carried))
             self._run("all_gather", lambda: [group._allgather_base(flat, carried, self._gathers)])
-            return torch.cat(flat.view(size, *x.shape).unbind(), dim).to(x.device)
+            return torch.cat(flat.view(x.dtype).view(size, *x.shape).unbind(), dim).to(x.device)
 
     def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         with data_plane("reduce_scatter"):
@@ -137,7 +137,7 @@ class TorchCommunicator:
             self._begin("all_to_all", axis, each)
             sent, received = [n * each for n in sends], [n * each for n in receives]
             self._compare_sizes(self._axes[axis], sent, received)
-            carried = self._carried(x.reshape(-1).view(torch.uint8))
+            carried = self._carried(as_bytes(x))
             came = carried.new_empty(sum(received))
             self._run("all_to_all",
                       lambda: [group.alltoall_base(came, carried, received, sent, self._exchanges)])
@@ -149,11 +149,11 @@ class TorchCommunicator:
             if group is not None:
                 self._begin("broadcast", axis, x.nbytes)
                 x = x.contiguous()
-                carried = self._carried(x.view(-1).view(torch.uint8))
+                carried = self._carried(as_bytes(x))
                 self._source.rootRank = source
                 self._run("broadcast", lambda: [group.broadcast([carried], self._source)])
                 if carried.device != x.device:
-                    x.view(-1).view(torch.uint8).copy_(carried)
+                    as_bytes(x).copy_(carried)
             return x
 
     def send(self, tensors: IntermediateTensors) -> None:

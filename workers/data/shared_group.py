@@ -8,7 +8,7 @@ import torch
 
 from hal.config import Axis
 from hal.contracts.fingerprint import FIELDS, SEAL, Fingerprint
-from workers.data.axes import check_received
+from workers.data.axes import as_bytes, check_received
 from workers.links.memory import START, Segment
 
 _PIECE = 1 << 20  # bytes that a rank shows the others at a time
@@ -79,7 +79,7 @@ class SharedGroup:
 
     def broadcast(self, x: torch.Tensor, source: int) -> None:
         """x is contiguous, and becomes that of `source`."""
-        for piece in _pieces(x.view(-1).view(torch.uint8)):
+        for piece in _pieces(as_bytes(x)):
             places = self._next(piece)
             if self.rank == source:
                 places[source].copy_(piece)

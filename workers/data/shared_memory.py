@@ -14,7 +14,7 @@ from hal.contracts.fingerprint import FIELDS, STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
 from hal.errors import InputError, StateError, WireError
 from hal.guard import data_plane
-from workers.data.axes import ByAxis, cut, row_bytes, rows
+from workers.data.axes import ByAxis, as_bytes, cut, row_bytes, rows
 from workers.data.shared_group import BYTES_PER_RANK, SharedGroup
 from workers.links.groups import Store
 from workers.links.memory import Segment
@@ -102,7 +102,7 @@ class ShmCommunicator:
             sends, receives = rows(x, group.size, send_sizes, recv_sizes)
             each = row_bytes(x)
             self.fingerprint.count("all_to_all", axis, each)
-            came = group.all_to_all(x.reshape(-1).view(torch.uint8), [n * each for n in sends],
+            came = group.all_to_all(as_bytes(x), [n * each for n in sends],
                                     [n * each for n in receives])
             return came.view(x.dtype).view(sum(receives), *x.shape[1:])
 
