@@ -43,7 +43,7 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
     attention = CudaAttention(specs, device=DEVICE, dtype=dtype)
     attention.dtype = dtype
     attention.splits = lambda *_: splits
-    caches = [make_cache(attention, m, seed + i) for i in range(len(specs))]
+    caches = [make_cache(attention, spec, m, seed + i) for i, spec in enumerate(specs)]
     on_device = [cache.to(DEVICE) for cache in caches]
     step = attention.begin(moved(m), on_device)
     for layer, spec in enumerate(specs):
@@ -96,7 +96,7 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
     spec, kv = specs_of(*heads, dim, (window,))[0], heads[1]
     attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
     attention.dtype, attention.splits, attention.units = dtype, lambda *_: splits, units
-    cache = make_cache(attention, m, seed).to(DEVICE)
+    cache = make_cache(attention, spec, m, seed).to(DEVICE)
     cache = cache.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) if fp8 else cache
     caches = cache.clone(), cache.clone()
     qkv = torch.cat(draw_tensors(m, spec, seed, dtype), 1).to(DEVICE)
@@ -124,7 +124,7 @@ def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: 
     attention.dtype = torch.float32
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
                     max_blocks=dims["max_blocks"] + blocks)
-    cache = make_cache(attention, m, seed).to(DEVICE)
+    cache = make_cache(attention, spec, m, seed).to(DEVICE)
     padded = cache.clone()
     q, k, v = (x.to(DEVICE) for x in draw_tensors(m, spec, seed, torch.float32))
     more = [torch.cat([x, torch.full_like(x[:1], 7.0).expand(tokens, -1, -1)]) for x in (q, k, v)]
