@@ -71,7 +71,9 @@ class MeshCommunicator(LocalCommunicator):
 
     def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         """[R * n, ...] -> [n, ...] with the shares side by side along `dim`, the same on every device."""
-        return lowering.shard(torch.cat(self._shares(x, axis).unbind(), dim), self.mesh, None)
+        # One permutation of the sharded dimension is one all-gather; a concatenation would be a sum for each share.
+        at = dim % x.ndim
+        return lowering.shard(self._shares(x, axis).movedim(0, at).flatten(at, at + 1), self.mesh, None)
 
     def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         """[R * n, ...] -> the parts of the sum along `dim`, one share after another."""

@@ -20,6 +20,7 @@ from by_hand import numbers
 
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts import backend as backends
+from hal.contracts.device import GLOO, Collectives
 from hal.contracts.inputs import PagedModelInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import CapacityError
@@ -210,9 +211,9 @@ class FaultyBackend(NullBackend):
         return super().device(local_rank)
 
     @property
-    def collectives(self) -> str:  # asked for while ranks connect to each other
+    def collectives(self) -> Collectives:  # asked for while ranks connect to each other
         fault("connect", self.rank)
-        return "gloo"
+        return GLOO
 
     def make_runner(self, *args: Any) -> FaultyRunner:
         return FaultyRunner(*args)
