@@ -269,7 +269,7 @@ def test_only_ranks_can_join_lifelines(first: bytes) -> None:
         made = on_ranks(3, join)
     assert len(made[0]._sockets) == 2 and not any(line.lost for line in made)
     for line in reversed(made):
-        line.guard([])
+        line.guard([], GLOO)
         line.close()
 
 
