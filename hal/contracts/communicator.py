@@ -1,4 +1,4 @@
-"""The data plane: the only communication of a runner while it executes. The worker makes it and injects it."""
+"""The data plane: the only communication of a runner while it executes. The worker passes it to the runner."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                     setattr(self, name, sampling[name])
 
     def chain(self) -> int:
-        """The digest that the next step must carry: CRC-32 of this step's content, over `digest`."""
+        """The digest that the next step must carry: CRC-32 of this step's rows, tokens and blocks, over `digest`."""
         crc = zlib.crc32(f"{self.epoch} {self.step}".encode(), self.digest)
         for array in (self.finished_rows, self.new_tokens, self.append_tokens, self.new_blocks, self.rows,
                       self.num_scheduled, self.num_computed):

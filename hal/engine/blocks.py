@@ -98,8 +98,8 @@ class BlockManager:
                     self._evictable[block] = None
 
     def register(self, block: int, key: bytes, root: bytes) -> None:
-        """Make a block findable. It has a holder, it is full, and the steps issued so far decide its content. When two
-        blocks have the same address, the first one stays registered.
+        """Make a block findable. The caller holds it, it is full, and the steps issued so far decide its content.
+        If two blocks have the same address, the first one stays registered.
 
         Args:
             key: the address of the block. root: the address of the first block of its prefix.

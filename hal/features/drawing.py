@@ -38,7 +38,7 @@ class MinPParams(Params):
 
 
 class Draw(Feature):
-    """Present if a sampled sequence has a temperature above 0. A row whose temperature is 0 is greedy."""
+    """Present if a sampled sequence has a temperature above 0 or a seed. A row whose temperature is 0 is greedy."""
 
     params = DrawParams
 

@@ -30,7 +30,8 @@ class SubmittedStep:
     """A step that was submitted (see hal.contracts.executor.StepHandle)."""
 
     def __init__(self, executor: ExecutorBase, take: Take | None, request: ExecuteModelRequest | None = None) -> None:
-        self._executor, self.take, self.request = executor, take, request  # of a step whose sampling follows
+        self._executor, self.take = executor, take
+        self.request = request  # kept while its sampling follows
         self.output: Declared | None = None
 
     def sample(self, columns: Mapping[str, Any] | None = None) -> None:
@@ -72,7 +73,8 @@ class ExecutorBase(abc.ABC):
 
     @abc.abstractmethod
     def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
-        """What waits for the output of the step that this rank's worker has begun and gave `output` of."""
+        """A function that waits for the output of the step that was just submitted. `output` is the result of this
+        process's worker, if it has one."""
 
     @abc.abstractmethod
     def _blame(self, error: BaseException) -> Failure:
@@ -83,7 +85,7 @@ class ExecutorBase(abc.ABC):
         """End this executor's ranks. They have `patience` seconds to end by themselves."""
 
     def take_types(self, worker: WorkerBase) -> None:
-        """Say of this executor what its rank's worker says of the model runner, once the model is loaded."""
+        """Take over the types and limits that the worker knows once the model is loaded."""
         self.input_type, self.output_type = worker.input_type, worker.output_type
         self.tokens_per_row, self.has_row_states = worker.tokens_per_row, worker.has_row_states
 

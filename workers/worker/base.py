@@ -25,11 +25,11 @@ from workers.worker.wire_policy import WIRES, NoWire, StepInputs, Wire
 
 
 class WorkerBase(abc.ABC):
-    """One rank. To replace the whole worker, name a direct subclass to `make_executor`.
+    """One rank. To replace the whole worker, name a direct subclass to workers.executors.driver.make_executor.
 
     The executor calls, in this order: init_device, connect, load_model, determine_num_blocks, initialize_cache, warmup.
     Then the driver calls execute_model in every step, and fetch, or receive_output if execute_model gave no output. The
-    other ranks call serve. At the end all call shutdown.
+    other ranks call serve. With wire="none" every rank has an executor of its own. At the end all call shutdown.
 
     Attributes:
         input_type, output_type: the classes of a step's input and output; known after load_model.
@@ -111,8 +111,8 @@ class WorkerBase(abc.ABC):
 
 
 class LocalOrDistributedWorkerBase(WorkerBase):
-    """The worker of vLLM's RFC #5552. It prepares a step, tells the other ranks, and executes, in the same way for
-    every topology and wire policy. A subclass implements preparing and executing.
+    """The worker of vLLM's RFC #5552: `prepare`, the step's message and `execute` are written once for every topology.
+    The wire policy decides which ranks prepare, and what the message holds. A subclass implements both verbs.
 
     Attributes:
         wire: the wire policy, which decides what the driver's message holds. plane: the control plane.
@@ -224,7 +224,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         if follows and topology.is_last_stage:
             self.forwarded = output
             return None
-        return self._hand_on(output)
+        return self._deliver(output)
 
     def complete_step(self, sampling: SamplingInput) -> Declared | None:
         """What every rank does when the second message of a step has come. Stages before the last have no more to
@@ -239,10 +239,10 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         forwarded, self.forwarded = self.forwarded, None
         with phase(Phase.EXECUTE, topology.rank), span("execute"):
             output = self.execute_sampling(forwarded, model_input)
-        return self._hand_on(output)
+        return self._deliver(output)
 
-    def _hand_on(self, output: Any) -> Declared | None:
-        """The end of a step: what this rank computed goes to whom it concerns. The output, on a driver that samples."""
+    def _deliver(self, output: Any) -> Declared | None:
+        """The end of a step: send the result to the next stage or to the driver. A driver that samples returns it."""
         topology = self.topology
         self.communicator.end_step()
         wanted: type = self.output_type if topology.samples else type(None)

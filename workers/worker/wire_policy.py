@@ -19,12 +19,12 @@ from workers.worker.cache import IDLE
 
 StepInputs = tuple[WorkerInput, ModelInput]
 D = TypeVar("D", bound=Declared)
-_PLACES = 16  # more than the slots of a ring, which has one for each pipeline stage and two more
+_PLACES = 16  # the slots of a ring up to 8 pipeline stages; beyond that, messages are unpacked anew
 
 
 class MessageReader(Generic[D]):
-    """Unpacks messages that come to lie in the same few places, as those of a ring do. A message with the head of the
-    one before it in the same place has the same tensors too: only the bytes that they show are new.
+    """Unpacks messages that arrive in a few places of memory in turn, as those of a ring do. If a message has the same
+    head as the message before it in that place, its tensors are the same views, whose bytes alone are new.
     """
 
     def __init__(self, kind: type[D], device: torch.device) -> None:
@@ -59,10 +59,10 @@ class Preparing(Protocol):
         """The inputs of a step that the driver prepared, on this rank's device."""
 
     def prepare_sampling(self, sampling: SamplingRequest) -> SamplingInput:
-        """The same of the second message of the step that was prepared last."""
+        """As `prepare`, for the second message of the step that was prepared last."""
 
     def unpack_sampling(self, part: Buffer) -> SamplingInput:
-        """The same of a second message that the driver prepared."""
+        """As `unpack`, for a second message that the driver prepared."""
 
 
 class Wire(Protocol):
@@ -73,7 +73,7 @@ class Wire(Protocol):
         """On the other ranks: receive their inputs, or None when there are no more steps."""
 
     def share_sampling(self, worker: Preparing, sampling: SamplingRequest) -> SamplingInput:
-        """On the rank that has it: what completes this rank's step, the other ranks having been told."""
+        """On the rank that has it: tell the other ranks, and return the input that completes this rank's step."""
 
     def receive_sampling(self, worker: Preparing) -> SamplingInput | None:
         """On the other ranks: what completes their step, or None when the engine ends without it."""
@@ -81,7 +81,7 @@ class Wire(Protocol):
 
 class ModelInputWire:
     """The driver prepares. The other ranks receive the step's typed inputs (vLLM's RFC #5552): the model's input, and
-    the worker's input if the step moves blocks."""
+    the worker's input unless it is idle."""
 
     def share(self, worker: Preparing, request: ExecuteModelRequest) -> StepInputs:
         worker_input, model_input = step = worker.prepare(request)
