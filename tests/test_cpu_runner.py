@@ -38,6 +38,7 @@ def make(directory: Path, dtype: str = "float32") -> tuple[CpuModelRunner, Seque
     return runner, runner.make_kv_caches(120)
 
 
+@pytest.mark.slow
 @pytest.mark.torch_release
 @pytest.mark.parametrize("name", checkpoints.NAMES)
 def test_tokens_and_logprobs_are_transformers(checkpoint: Checkpoint, name: str) -> None:
@@ -160,6 +161,7 @@ def test_packed_linears(dtype: torch.dtype) -> None:
             torch.testing.assert_close(ops.linear(x, layer), torch.nn.functional.linear(x, weight, bias))
 
 
+@pytest.mark.slow
 def test_importing_the_backend_loads_neither_torch_nor_devices() -> None:
     code = ("import sys, runners.cpu; assert 'torch' not in sys.modules; import runners.cpu.runner;"
             "assert not {'torch_xla', 'intel_extension_for_pytorch'} & set(sys.modules)")

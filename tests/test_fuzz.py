@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_mutated_messages_and_recordings_end_in_named_errors() -> None:
     """In a process of its own, whose memory is limited."""
     script = Path(__file__).parent / "fuzz.py"

@@ -124,6 +124,7 @@ BREAKS: dict[str, tuple[str, Callable[[PagedModelInput], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", BREAKS)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])

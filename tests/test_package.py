@@ -29,6 +29,7 @@ def test_import_takes_under_50_ms() -> None:
     assert min(times) < 0.050, times
 
 
+@pytest.mark.slow
 def test_the_cpu_runner_needs_neither_cuda_nor_xla() -> None:
     code = """
 import sys

@@ -92,6 +92,7 @@ UNLIKE = (AttentionSpec(4, 2, 8, 0.4), AttentionSpec(6, 3, 16, 0.2, 5, softcap=1
           AttentionSpec(3, 3, 8, 0.4, softcap=0.7), AttentionSpec(4, 4, 8, 0.4, value_dim=16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), gathered=st.sampled_from((1, 4000, 1 << 20)))
@@ -142,6 +143,7 @@ def test_what_an_attention_cannot_do_is_refused_with_an_alternative(spec: Attent
     refuse_unsupported([spec], "mine", ("softcap", "value_dim", "sinks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), seqs=st.integers(0, 3), tokens=st.integers(0, 5),

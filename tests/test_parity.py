@@ -22,6 +22,7 @@ def test_tokens_and_logprobs(checkpoint: Checkpoint, name: str, mode: str) -> No
     assert (llm.stats().preemptions > 0) == ("num_blocks" in parity.MODES[mode])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", checkpoints.NAMES)
 def test_a_cached_prefix_changes_nothing(checkpoint: Checkpoint, name: str) -> None:
     outputs, llm = parity.run(checkpoint(name), "cpu", passes=2)
@@ -29,6 +30,7 @@ def test_a_cached_prefix_changes_nothing(checkpoint: Checkpoint, name: str) -> N
     assert llm.stats().cached_tokens > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", checkpoints.NAMES)
 def test_bfloat16(checkpoint: Checkpoint, name: str) -> None:
     outputs, _ = parity.run(checkpoint(name), "cpu", dtype="bfloat16")

@@ -35,6 +35,7 @@ def inside(inner: tuple[str, float, float], outer: tuple[str, float, float]) -> 
     return outer[1] <= inner[1] and inner[2] <= outer[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"tp": 2}, {"pp": 2, "wire": "request"}], ids=str)
 def test_a_trace_has_the_spans_of_each_step(tmp_path: Path, options: dict[str, Any]) -> None:
     with LLM(device="null", num_blocks=64, async_scheduling=False, **options) as llm:
@@ -103,6 +104,7 @@ def test_an_error_in_a_trace_ends_it(tmp_path: Path) -> None:
     assert not profiling._on and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wire", "told"), [("model-input", ["receive", "execute"]),
                                             ("request", ["receive", "prepare", "execute"])])
 def test_ranks_in_other_processes_inherit_the_switch(opened: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -25,6 +25,7 @@ def test_every_block_is_run() -> None:
     assert len(BLOCKS) == len(PRINTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(PRINTS)))
 def test_block(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("readme_block")

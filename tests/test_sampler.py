@@ -126,6 +126,7 @@ def in_fp64(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, 
     return (wide > -torch.inf) & (wide >= narrow.max() - 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Sampler, CpuSampler])
 @given(rows=st.lists(st.tuples(temperatures(), st.sampled_from((0, 1, 3, 40)), st.sampled_from((0.0, 0.3, 0.95, 1.0)),
                                st.sampled_from((0.0, 0.02, 1.0))), min_size=1, max_size=5),

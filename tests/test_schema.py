@@ -88,6 +88,7 @@ def test_valid_instances_validate(cls: type[Declared], data: st.DataObject) -> N
     cls.from_buffer(instance.to_buffer()).validate()
 
 
+@pytest.mark.slow
 @every_type
 @given(data=st.data())
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW)

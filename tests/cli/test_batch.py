@@ -122,6 +122,7 @@ def _endless(path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kill", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"),
                                             (signal.SIGHUP, "the terminal is gone")])
 def test_a_signal_keeps_what_has_finished(kill: signal.Signals, word: str, forks: Forks, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_json_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert row["achieved_bandwidth"] > weights * row["decode_tokens_per_s"] / row["batch_size"]
 
 
+@pytest.mark.slow
 def test_table_of_the_bundled_checkpoint_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *SMALL, "--tp", "2"]) == 0
     out = capsys.readouterr().out
@@ -45,6 +46,7 @@ def test_table_of_the_bundled_checkpoint_in_two_processes(capsys: pytest.Capture
     assert [int(row[0]) for row in rows] == [1, 3] and all(float(cell) >= 0 for row in rows for cell in row[1:-1])
 
 
+@pytest.mark.slow
 def test_a_profile_is_of_further_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "trace.json").write_text("an older one")
     assert main(["bench", *SMALL, "--tp", "2", "--profile", str(tmp_path / "trace.json")]) == 0

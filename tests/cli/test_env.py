@@ -60,6 +60,7 @@ def _foreign(directory: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(directory)}
 
 
+@pytest.mark.slow
 def test_a_foreign_package_in_front_is_reported(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "hal", "env", "--json"], env=_foreign(tmp_path), text=True,
                           capture_output=True, check=False, cwd=tmp_path)
@@ -70,6 +71,7 @@ def test_a_foreign_package_in_front_is_reported(tmp_path: Path) -> None:
     assert packages["hal"]["problem"] is None and packages["runners"]["problem"] is None
 
 
+@pytest.mark.slow
 def test_generate_says_why_it_cannot_import_the_workers(tmp_path: Path) -> None:
     environment = _foreign(tmp_path)
     # An editable install finds the modules of our package that the foreign one lacks, so this one must be there.

@@ -42,6 +42,7 @@ def test_a_module_of_the_current_folder(name: str, folder: Path, forks: Forks) -
     assert ended.status == 0 or name in ("bisect", "against", "env"), ended.err
 
 
+@pytest.mark.slow
 def test_ranks_find_a_module_of_the_current_folder(folder: Path, forks: Forks) -> None:
     one, two = (forks.run(*COMMANDS["generate"][0], "--tp", tp, cwd=folder) for tp in "12")
     assert (two.status, two.out) == (one.status, one.out) == (0, one.out)

@@ -160,6 +160,7 @@ def test_every_case_says_what_it_shows() -> None:
     assert all(c.doc.endswith(".") for c in cases), [c.name for c in cases if not c.doc.endswith(".")]
 
 
+@pytest.mark.slow
 def test_a_backend_without_checkpoints_is_compared_with_itself(capsys: pytest.CaptureFixture[str]) -> None:
     """A backend without arithmetic for checkpoints gets no verdict for operations, and a real one for the rest."""
     assert main(["conformance", "--backend", "null", "--level", "3", "--dtype", "float32"]) == 0
@@ -175,6 +176,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conformance"]) == 2
 
 
+@pytest.mark.slow
 def test_the_pytest_plugin_runs_the_same_cases(tmp_path: Path) -> None:
     words = ["-q", "-p", "hal.conformance.plugin", "--pyargs", "hal.conformance.suite", "-k", "norm or registration",
              "--hal-level", "2", "--hal-backend", "mutants:device_wrong_epsilon"]
@@ -191,6 +193,7 @@ def test_the_example_is_small_and_patches_nothing() -> None:
     assert not any(word in text for word in ("setattr", "monkeypatch", "sys.modules", "torch.nn", "F."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_the_example_conforms(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))

@@ -31,6 +31,7 @@ QUICK = ("claims_a_dtype", "stale_block_table", "pads_into_live_slots", "multipl
          "reuses_its_output", "wrong_epsilon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_mutant_is_caught_in_its_area(name: str) -> None:
     assert failures(name, (f"{area(name)}/*",)), f"nothing of {area(name)} fails"

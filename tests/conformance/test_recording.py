@@ -232,6 +232,7 @@ PLANTS = [("rms_norm 0", 0, "layers.0.attn_norm"), ("linear 0", 0, "layers.0.qkv
           ("attention 3", 3, ""), ("add_rms_norm 7", None, "norm")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "layer", "name"), PLANTS)
 def test_bisect_names_the_planted_operation(monkeypatch: pytest.MonkeyPatch, what: str, layer: int | None,
                                             name: str) -> None:

@@ -57,6 +57,7 @@ def test_every_block_does_what_the_text_says(tmp_path: Path) -> None:
     assert (folder / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_example_is_found_by_its_entry_point(tmp_path: Path) -> None:
     copied = tmp_path / "source"  # building leaves files beside the sources
     shutil.copytree(EXAMPLE, copied, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))

@@ -49,6 +49,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         runners.cuda.backend.device(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["generate", "1+1="], ["bench"], ["conformance", "--level", "0"]], ids=str)
 def test_a_command_without_a_gpu_ends_with_one_error(command: list[str]) -> None:
     """This very torch, which has no CUDA or, its GPUs hidden, finds none."""

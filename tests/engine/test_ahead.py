@@ -55,6 +55,7 @@ def requests(lens: list[int], kinds: list[int]) -> list[Sequence]:
                      limit=min(n + PARAMS[k].max_tokens, 64)) for i, (n, k) in enumerate(zip(lens, kinds, strict=True))]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), min_size=1, max_size=7), st.integers(17, 40),
        st.sampled_from((0, 20)), st.sampled_from((3, 16, 64)), st.dictionaries(st.integers(1, 9), st.integers(0, 6)))

@@ -105,6 +105,7 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_an_interrupted_step_says_so_and_restart_brings_all_back(llm: LLM, seed: int) -> None:
     numbers = add_all(llm)
@@ -132,6 +133,7 @@ def test_an_interrupted_step_says_so_and_restart_brings_all_back(llm: LLM, seed:
     assert interrupted > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_other_interrupted_calls_leave_nothing_behind(llm: LLM, seed: int) -> None:
     draw = random.Random(seed)

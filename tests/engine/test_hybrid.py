@@ -89,11 +89,13 @@ def test_preempted_in_one_process(options: dict[str, Any]) -> None:
     check("hybrid:backend", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SWAP], ids=str)
 def test_preempted_on_a_device_that_runs_behind_the_host(options: dict[str, Any]) -> None:
     check("hybrid:ahead", async_scheduling=True, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"tp": 2, **SWAP}, {"pp": 2}, {"pp": 2, "wire": "request", **SWAP}], ids=str)
 def test_preempted_on_several_ranks(options: dict[str, Any]) -> None:
     check("hybrid:backend", **options)
@@ -118,6 +120,7 @@ def test_prefixes_are_not_shared(tmp_path: Path) -> None:
         assert llm.stats().cached_tokens == 0
 
 
+@pytest.mark.slow
 def test_recorded_swaps_replay_and_bisect(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     _, requests = run("hybrid:backend", path, **SWAP)

@@ -39,6 +39,7 @@ def generated(kind: str, **options: Any) -> tuple[list[Any], Any]:
         return [(o.token_ids, o.text, o.finish_reason, o.logprobs, o.prompt_logprobs) for o in outputs], llm.stats()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SMALL, TIGHT, {**SMALL, "tp": 2, "wire": "request"}, {**TIGHT, "pp": 2}], ids=[
     "alone", "few blocks", "tp=2", "pp=2, few blocks"])
 def test_texts_are_those_of_one_token_a_step(options: dict[str, Any]) -> None:
@@ -52,6 +53,7 @@ def test_texts_are_those_of_one_token_a_step(options: dict[str, Any]) -> None:
     assert (stats.preemptions > 0) == ("num_blocks" in options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SMALL, {**TIGHT, "num_cpu_blocks": 20}, {**SMALL, "tp": 2}], ids=[
     "alone", "few blocks, swapping", "tp=2"])
 def test_tokens_that_the_step_has_computed_are_not_computed_again(options: dict[str, Any]) -> None:

@@ -75,6 +75,7 @@ def shown(stream: TextStream, token_ids: list[int]) -> list[str]:
     return [*texts, stream.text]
 
 
+@pytest.mark.slow
 @each_kind
 @settings(max_examples=200, deadline=None)
 @given(st.data())
@@ -185,6 +186,7 @@ def test_a_replacement_character_can_be_a_stop_text() -> None:
 STOPS = st.lists(st.text("ab€", min_size=1, max_size=5), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.text("ab€", max_size=30), STOPS, st.data())
 def test_stop_texts(text: str, stops: list[str], data: st.DataObject) -> None:

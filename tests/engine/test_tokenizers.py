@@ -117,6 +117,7 @@ def test_code_that_is_not_needed_is_left_alone(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "RAN").exists()
 
 
+@pytest.mark.slow
 def test_code_that_is_trusted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "stdin", NoInput())
@@ -126,6 +127,7 @@ def test_code_that_is_trusted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "RAN").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_trusts_nobody_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = checkpoint(tmp_path, NEEDED[0])
     done = subprocess.run([sys.executable, "-m", "hal", "generate", "--device", "cpu", "--model", directory, "a",

@@ -50,6 +50,7 @@ def steps(ctx: Context, **options: Any) -> None:
 
 # What is right.
 
+@pytest.mark.slow
 def test_the_bundled_model_adds() -> None:
     problems = [json.loads(line) for line in HELDOUT.read_text().splitlines()][::16][:60]
     with LLM(device=MODULE) as llm:
@@ -66,6 +67,7 @@ def test_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert "122" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [{"tp": 2}, {"pp": 2}])
 def test_ranks(ranks: dict[str, int]) -> None:
     with LLM(device=MODULE, **ranks) as llm:
@@ -88,6 +90,7 @@ def test_no_step_waits(context: Callable[..., Context]) -> None:
     ctx.verify(runs)
 
 
+@pytest.mark.slow
 def test_no_part_of_a_step_in_two_phases_waits(context: Callable[..., Context]) -> None:
     """Rows are drawn with top-k, whose largest value the sampler reads from the host's copy."""
     in_two_phases(context(FakeBackend(forbid_syncs=True)))
@@ -169,6 +172,7 @@ def test_shapes_that_the_warm_up_had_not(context: Callable[..., Context], monkey
     assert FakeBackend().make_runner(ctx.config(), session.device, session.runner.communicator).compiled == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_a_padded_runner_compiles_nothing(context: Callable[..., Context], seed: int) -> None:
     from hal.conformance.context import drive
@@ -289,6 +293,7 @@ def other_process(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_importing_it_changes_nothing_and_another_device_is_respected() -> None:
     out = other_process("import torch, hal.testing.fake as f; print(torch._C._get_privateuse1_backend_name())\n"
                         "torch.utils.rename_privateuse1_backend('npu'); print(f.backend.unavailable())\n"

@@ -127,6 +127,7 @@ def step_input(runner: Any, num_seqs: int, queries: int, context: int, sampled: 
     return packed.to(runner.device)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, phases=[Phase.generate])  # an example is soon found, and slow to shrink
 @given(st.data())
 def test_the_reserved_memory_is_enough(data: st.DataObject) -> None:

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs" / "parameters.md"
 
 
+@pytest.mark.slow
 def test_a_feature_of_a_third_party_arrives_everywhere() -> None:
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "HAL_FEATURES": "odd_bonus:OddBonus", "PYTHONPATH": path}

@@ -151,6 +151,7 @@ def test_ranks_that_torchrun_starts_are_each_given_both_messages(tmp_path: Path,
     assert [json.loads((tmp_path / f"tokens{rank}").read_text()) for rank in range(2)] == [expected("null")] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"tp": 2}], ids=str)
 def test_a_runner_in_one_part_waits_for_both_messages(options: dict[str, Any], tmp_path: Path, expected: Any,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +161,7 @@ def test_a_runner_in_one_part_waits_for_both_messages(options: dict[str, Any], t
     assert Engine(tmp_path, monkeypatch, device="signalling:one_part", **options).run(none_began) == expected("null")
 
 
+@pytest.mark.slow
 def test_an_engine_that_forgets_the_second_message_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tmp_path, monkeypatch, tp=2)
     step, handle, _ = engine.submit() or pytest.fail()
@@ -196,6 +198,7 @@ def test_arrays_of_a_feature_come_in_one_of_the_messages(tmp_path: Path, monkeyp
     engine.executor.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"tp": 2}, pytest.param({"pp": 2, "wire": "request", "control_plane": "gloo"}, marks=pytest.mark.slow)], ids=str)
 def test_an_engine_may_end_between_the_phases(options: dict[str, Any], tmp_path: Path,
@@ -210,6 +213,7 @@ def test_an_engine_may_end_between_the_phases(options: dict[str, Any], tmp_path:
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"tp": 2}, pytest.param({"pp": 2}, marks=pytest.mark.slow)], ids=str)
 def test_a_rank_that_dies_between_the_phases_is_named(options: dict[str, Any], tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +231,7 @@ def test_a_rank_that_dies_between_the_phases_is_named(options: dict[str, Any], t
         engine.executor.check()
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_second_phase_ends_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tmp_path, monkeypatch, tp=2)
     _, handle, _ = engine.submit() or pytest.fail()

@@ -175,6 +175,7 @@ def test_each_row_of_a_mixed_batch_is_its_own(checkpoint: Checkpoint, name: str)
         torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.torch_release
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_compiles_without_a_break(checkpoint: Checkpoint, name: str) -> None:

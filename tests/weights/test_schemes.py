@@ -107,6 +107,7 @@ def quantised(request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_f
     return paths[0], paths[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantised", ["rows8"], indirect=True)
 def test_tokens_are_those_of_a_plain_forward_pass_over_dequantised_weights(quantised: tuple[Path, Path]) -> None:
     path, dense = quantised

@@ -74,6 +74,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             "sizes": draw(st.lists(st.integers(0, 4), min_size=16, max_size=16))}
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_a_collective_along_an_axis_gives_what_numpy_gives(world: World, case: dict[str, Any]) -> None:

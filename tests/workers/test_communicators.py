@@ -258,6 +258,7 @@ def test_stages_in_different_steps_are_named(kind: str) -> None:
     on(kind, 1, 2, call)
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     store = dist.FileStore(path, 2)

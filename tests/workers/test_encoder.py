@@ -34,6 +34,7 @@ def test_embeddings_are_those_of_a_plain_forward_pass(options: dict[str, object]
         executor.shutdown()
 
 
+@pytest.mark.slow
 def test_every_rank_that_torchrun_starts_has_the_embeddings(tmp_path: Path) -> None:
     done = launch(2, Path(__file__).with_name("encoder_case.py"), json.dumps({"tp": 2, "wire": "none"}), str(tmp_path))
     assert done.returncode == 0, done.stderr

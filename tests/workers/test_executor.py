@@ -92,6 +92,7 @@ def run(temperature: float = 0.0, **options: Any) -> list[list[int]]:
         assert gone(pids)
 
 
+@pytest.mark.slow
 def test_local_tokens_are_the_models() -> None:
     """Against the model's definition, without cache, batch or worker."""
     for tokens, prompt in zip(run(), PROMPTS, strict=True):
@@ -117,6 +118,7 @@ def test_larger_layouts_agree(layout: dict[str, int], wire: str, plane: str) -> 
     assert run(0.7, wire=wire, control_plane=plane, **layout) == run(0.7) != run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
 def test_block_moves_reach_every_rank(layout: dict[str, Any]) -> None:
     """A sequence's blocks go to the host, then to other blocks, one of them by way of a copy; its tokens stay right."""
@@ -147,6 +149,7 @@ def test_block_moves_reach_every_rank(layout: dict[str, Any]) -> None:
     assert tokens == run()
 
 
+@pytest.mark.slow
 @on_each_torch
 def test_steps_may_be_submitted_ahead() -> None:
     """Outputs of the last stage wait for the driver while it announces the next step."""
@@ -158,6 +161,7 @@ def test_steps_may_be_submitted_ahead() -> None:
     made.shutdown()
 
 
+@pytest.mark.slow
 @on_each_torch
 def test_start_passes_through_no_main_module_and_keeps_stdout_clean(tmp_path: Path) -> None:
     """A script without a main guard, in a folder with a workers/ of its own, whose output is its result alone."""
@@ -175,6 +179,7 @@ def test_start_passes_through_no_main_module_and_keeps_stdout_clean(tmp_path: Pa
     shutil.rmtree(tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_dropping_an_executor_ends_its_processes() -> None:
     made = executor(tp=2)
     pids = children(made)
@@ -183,6 +188,7 @@ def test_dropping_an_executor_ends_its_processes() -> None:
     assert gone(pids)
 
 
+@pytest.mark.slow
 def test_killing_the_driver_ends_the_others() -> None:
     script = ("import sys, time; sys.path.append(sys.argv[1])\n"
               "from worker_cases import executor\n"
@@ -226,6 +232,7 @@ def step_error(made: DriverExecutor, steps: int = 5) -> tuple[WorkerError, float
     return error.value, seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "cause", "text", "options"), [
     ("execute-bug", "KeyError", "execute-bug", {}), ("execute-bug", "KeyError", "execute-bug", {"tp": 2}),
     ("execute-talk", "GuardError", "Store.set at", {}), ("execute-nothing", "StateError", "got int", {})])
@@ -250,6 +257,7 @@ def test_failure_in_prepare_is_named(monkeypatch: pytest.MonkeyPatch, options: d
     assert seconds < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "text", "options"), [
     ("prepare-differ 1 3", "differ in input digest", {"tp": 2, "wire": "request"}),
     ("prepare-differ 1 3", "differ in input digest", {"pp": 2, "wire": "request"}),
@@ -268,6 +276,7 @@ def test_ranks_that_diverge_are_named(monkeypatch: pytest.MonkeyPatch, fault: st
     assert re.search("step [34]", str(error)) and seconds < 1
 
 
+@pytest.mark.slow
 @on_each_torch
 @pytest.mark.parametrize("options", [{"tp": 2}, {"pp": 2}, {"tp": 2, "control_plane": "gloo"}], ids=str)
 def test_killed_rank_is_named(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
@@ -293,6 +302,7 @@ def test_rank_killed_between_steps_is_named() -> None:
         driver.run(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "kind", "text"), [
     ("load-capacity 1 0", CapacityError, "rank 1: weights do not fit"),
     ("load-die 1 0", WorkerError, "rank 1 died"),
@@ -313,6 +323,7 @@ def test_unusable_configurations_are_refused() -> None:
         executor(tp=65)
 
 
+@pytest.mark.slow
 def test_a_worker_of_ones_own_replaces_the_generic_one() -> None:
     made = executor(tp=2, worker="own_worker:OwnWorker")
     assert made.num_blocks == 40 and isinstance(made._worker, WorkerBase)
@@ -320,6 +331,7 @@ def test_a_worker_of_ones_own_replaces_the_generic_one() -> None:
     made.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plane", ["shm", "gloo"])
 @pytest.mark.parametrize("wire", ["model-input", "request"])
 def test_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch, plane: str, wire: str) -> None:
@@ -342,6 +354,7 @@ def test_use_after_shutdown_is_refused() -> None:
         driver.run(1)
 
 
+@pytest.mark.slow
 def test_two_engines_and_a_users_own_group_live_side_by_side(tmp_path: Path) -> None:
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -368,6 +381,7 @@ def test_bad_block_moves_are_a_named_failure() -> None:
     assert error.value.cause == "InputError" and isinstance(error.value.__cause__, InputError)
 
 
+@pytest.mark.slow
 @on_each_torch
 @pytest.mark.parametrize("plane", ["shm", "gloo"])
 def test_stopped_rank_is_named_within_the_heartbeat(plane: str) -> None:
@@ -381,6 +395,7 @@ def test_stopped_rank_is_named_within_the_heartbeat(plane: str) -> None:
     assert (error.value.rank, error.value.cause) == (1, "silent") and time.monotonic() - start < 6.5 and gone(pids)
 
 
+@pytest.mark.slow
 def test_an_idle_rank_is_not_silent() -> None:
     made = executor(tp=2, heartbeat=2.0)
     driver = Driver(made, PROMPTS)
@@ -390,6 +405,7 @@ def test_an_idle_rank_is_not_silent() -> None:
     made.shutdown()
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StateError, match=r"rank 1 differs from the driver in schema (PagedModelInput|OtherInput)"):
         failing(monkeypatch, "load-differ 1 0", tp=2)

@@ -18,6 +18,7 @@ def forked(action: str, plane: str, tp: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "plane", "tp"), [
     ("exit", "shm", 2), ("exit", "gloo", 2), ("collect", "shm", 2), ("collect", "gloo", 2), ("exit", "auto", 1)])
 def test_a_forked_child_that_ends_does_not_end_the_parents_ranks(action: str, plane: str, tp: int) -> None:
@@ -26,12 +27,14 @@ def test_a_forked_child_that_ends_does_not_end_the_parents_ranks(action: str, pl
     assert forked(action, plane, tp) == ["status 0 parent True", "left []"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "plane", "tp"), [
     ("use", "shm", 2), ("ahead", "shm", 2), ("ahead", "gloo", 2), ("use", "auto", 1)])
 def test_a_forked_child_that_uses_the_engine_gets_an_error_with_its_owner(action: str, plane: str, tp: int) -> None:
     assert forked(action, plane, tp) == ["told True"] * 4 + ["status 0 parent True", "left []"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "plane"), [("own", "gloo"), ("restart", "shm")])
 def test_a_child_may_make_an_engine_of_its_own(action: str, plane: str) -> None:
     assert forked(action, plane, 2) == ["True", "status 0 parent True", "left []"]

@@ -16,6 +16,7 @@ TOPOLOGIES = [(2, 1), (1, 2), (2, 2)]
 PLANES = ["shm", "gloo", "collectives"]  # and "ray": test_ray.py
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", ["model-input", "request", "none"])
 def test_one_rank_runs_with_every_wire_policy(wire: str) -> None:
     assert generate(wire=wire) == alone()
@@ -36,6 +37,7 @@ def test_ranks_that_torchrun_starts(tp: int, pp: int, plane: str, tmp_path: Path
     assert generated_by_launched(tmp_path, tp=tp, pp=pp, control_plane=plane) == [alone()] * (tp * pp)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "expected"), [
     ("execute-bug 1 3", "WorkerError: rank 1 failed in step 3 .*'execute-bug'"),
     ("load-capacity 1 0", "CapacityError: (rank 1: )?weights do not fit"),

@@ -166,6 +166,7 @@ def test_an_output_that_another_rank_sampled_is_not_trusted_either(backend: Stan
             take()
 
 
+@pytest.mark.slow
 def test_graphs_delay_an_abort_but_not_waiting_ranks_or_the_shutdown(backend: StandInBackend) -> None:
     with pair(backend, tp=2) as ranks:
         ranks.groups[0].graphs.clear()
@@ -178,6 +179,7 @@ def test_graphs_delay_an_abort_but_not_waiting_ranks_or_the_shutdown(backend: St
         ranks.groups[0].graphs.set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_an_abort_waits_for_an_issue_unless_the_issue_waits_too(backend: StandInBackend, full: bool) -> None:
     """A full queue of the device holds the host in the call: it empties when the kernel in front ends."""
@@ -192,6 +194,7 @@ def test_an_abort_waits_for_an_issue_unless_the_issue_waits_too(backend: StandIn
         assert group.aborted
 
 
+@pytest.mark.slow
 def test_an_error_that_nccl_reports_ends_the_groups(backend: StandInBackend) -> None:
     links = joined(backend, tp=2, pp=1)
     next(g for g in backend.collectives.made if not g.small).error = ErrorType.COMM_ERROR

@@ -82,6 +82,7 @@ def state() -> tuple[Any, ...]:
             getattr(matmul, "fp32_precision", None), torch.get_num_threads())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before construction", "between calls"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_engine_keeps_the_callers_torch_settings(change: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:

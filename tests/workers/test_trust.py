@@ -58,6 +58,7 @@ def met(world: int) -> list[RendezvousStore]:
     return [RendezvousStore(each) for each in made]
 
 
+@pytest.mark.slow
 def test_nothing_listens_where_ranks_share_memory() -> None:
     before = listening(os.getpid())
     made = executor(tp=2, pp=2)
@@ -85,6 +86,7 @@ def test_an_entry_that_does_not_come_is_a_named_error() -> None:
     assert store.get("b") == b"text" and store.check(["b"])
 
 
+@pytest.mark.slow
 def test_an_entry_may_come_while_the_ranks_are_ended() -> None:
     """The thread that passes it on must live, since it alone sees how the ranks end."""
     made = executor(tp=2)
@@ -215,6 +217,7 @@ def intruder(first: bytes = b"") -> Iterator[None]:
     thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paused", [0, 1])
 def test_a_process_that_takes_a_ranks_place_in_gloo_is_refused(monkeypatch: pytest.MonkeyPatch, paused: int) -> None:
     """A rank is slow between listening and connecting, and another program is first at its port."""
@@ -258,6 +261,7 @@ def test_another_secret_than_the_ranks_is_refused() -> None:
     assert "a process that is not rank 1 answered in its place" in on_ranks(2, join)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [b"x", b"." * 16, b"?" * 5000])
 def test_only_ranks_can_join_lifelines(first: bytes) -> None:
     """Though others connect first, silent or not."""
@@ -273,6 +277,7 @@ def test_only_ranks_can_join_lifelines(first: bytes) -> None:
         line.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plane", ["shm", "gloo", "collectives"])
 def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str) -> None:
     """The child has the driver's pipes and sockets, so none of them closes."""
@@ -291,6 +296,7 @@ def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str
             os.kill(child, 9)
 
 
+@pytest.mark.slow
 def test_an_engine_outlives_the_thread_that_made_it() -> None:
     made: list[Any] = []
     thread = threading.Thread(target=lambda: made.append(executor(tp=2)))

@@ -19,6 +19,7 @@ def tokens(device: str, **options: object) -> list[list[int]]:
         return [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "sizes"), [({"tp": 2}, [2, 2]), ({"pp": 2}, [2, 2, 2])], ids=["tp2", "pp2"])
 def test_an_engine_runs_over_groups_that_a_vendor_registered(layout: dict[str, int], sizes: list[int]) -> None:
     """The groups: those of the control plane, one more to the rank that samples, and one along the axis."""
