@@ -58,7 +58,6 @@ def skip_if_missing(case: Case) -> None:
         pytest.skip(f"requires {case.missing}, which this torch does not have")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}: {case.name}")
 def test_operation(case: Case, tier: str, env: Env) -> None:
     skip_if_missing(case)
@@ -89,7 +88,6 @@ def check(error: GuardError, case: Case, step: Phase) -> None:
     assert error.hint and "allow(reason)" in error.hint
 
 
-@pytest.mark.slow
 def test_table_in_docs(env: Env) -> None:
     """Made of outcomes, not of what the cases declare. An operation this torch lacks is taken as declared."""
     rows = [(case, outcome(case, env)) for case in CASES]
