@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from hal.config import AXES, Axis, Topology
+from hal.contracts.inputs import IntermediateTensors
 from hal.errors import InputError, StateError, WorkerError
 
 G = TypeVar("G")
@@ -66,6 +67,17 @@ def rows(x: torch.Tensor, ranks: int, send_sizes: Sequence[int] | None,
         raise InputError("recv_sizes are not one for each rank", got=list(recv_sizes),
                          expected=f"{ranks} sizes from 0", fields=("recv_sizes",))
     return send_sizes, recv_sizes
+
+
+def all_tensors(tensors: IntermediateTensors) -> list[torch.Tensor]:
+    """The tensors that a stage sends to the next one, in the order of their fields. Raises InputError: one is missing.
+    """
+    found = {field.name: tensors[field.name] for field in type(tensors).schema.fields}
+    for name, tensor in found.items():
+        if tensor is None:
+            raise InputError(f"{type(tensors).__name__}.{name} is missing", fields=(name,),
+                             expected="all tensors, since the next stage waits for each")
+    return list(found.values())
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:

@@ -21,9 +21,8 @@ from hal.contracts.communicator import AxisName
 from hal.contracts.device import GLOO, Collectives, DeviceRuntime
 from hal.contracts.fingerprint import STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
-from hal.errors import InputError
 from hal.guard import data_plane
-from workers.data.axes import ByAxis, as_bytes, check_received, cut, row_bytes, rows
+from workers.data.axes import ByAxis, all_tensors, as_bytes, check_received, cut, row_bytes, rows
 from workers.links.groups import lost
 from workers.links.liveness import LINGER, Lifelines
 
@@ -159,12 +158,7 @@ class TorchCommunicator:
     def send(self, tensors: IntermediateTensors) -> None:
         with data_plane("send"):
             to = self._stages.rank + 1
-            found = {f.name: tensors[f.name] for f in type(tensors).schema.fields}
-            for name, tensor in found.items():
-                if tensor is None:
-                    raise InputError(f"{type(tensors).__name__}.{name} is missing", fields=(name,),
-                                     expected="all tensors, since the next stage waits for each")
-            sent = [*([self._seal()] if self._strict else []), *found.values()]
+            sent = [*([self._seal()] if self._strict else []), *all_tensors(tensors)]
             # On a device the current stream waits until they have gone: a replay that writes them again comes after.
             self._run("send", lambda: [self._pp.send([t.to(self._carrier)], to, 0) for t in sent])
 

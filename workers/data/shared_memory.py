@@ -12,9 +12,9 @@ from hal.config import AXES, Axis, Topology
 from hal.contracts.communicator import AxisName
 from hal.contracts.fingerprint import FIELDS, STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
-from hal.errors import InputError, StateError, WireError
+from hal.errors import StateError, WireError
 from hal.guard import data_plane
-from workers.data.axes import ByAxis, as_bytes, cut, row_bytes, rows
+from workers.data.axes import ByAxis, all_tensors, as_bytes, cut, row_bytes, rows
 from workers.data.shared_group import BYTES_PER_RANK, SharedGroup
 from workers.links.groups import Store
 from workers.links.memory import Segment
@@ -119,11 +119,7 @@ class ShmCommunicator:
         with data_plane("send"):
             assert self._to is not None  # the worker sends only if there is a next stage
             seal = np.frombuffer(self.fingerprint.pack(), np.uint8)
-            for field in type(tensors).schema.fields:
-                tensor = tensors[field.name]
-                if tensor is None:
-                    raise InputError(f"{type(tensors).__name__}.{field.name} is missing", fields=(field.name,),
-                                     expected="all tensors, since the next stage waits for each")
+            for tensor in all_tensors(tensors):
                 self._to.send([tensor.reshape(-1).view(torch.uint8).numpy(), seal])
 
     def recv(self, kind: type[I], dims: dict[str, int]) -> I:
