@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 from hal.config import EngineConfig
@@ -10,6 +10,7 @@ from hal.contracts.backend import Backend
 from hal.contracts.inputs import ModelInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
+from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
 from hal.schema import Declared
 from hal.values import imported
@@ -63,6 +64,16 @@ class Executor(Protocol):
     def check(self) -> None:
         """Raise the error that ended this executor, if it has ended: a WorkerError, or a StateError after shutdown and
         in a forked child of the process that made it."""
+
+    def health(self) -> HalError | None:
+        """The error that the next step would raise, or None. It is that of `check`, or the WorkerError of a rank that
+        failed while no step ran. May be called from any thread, at any time."""
+
+    def on_failure(self, listener: Callable[[WorkerError], None]) -> None:
+        """Call `listener` once, with the error, when a rank has failed: in a step, or while no step runs. It is called
+        at once if a rank has failed already. The thread that finds the failure calls it, so it must return soon and
+        must not call the executor: let it set an event, for instance. With wire="none", where the launcher watches
+        the ranks, a failure is found in a step alone. A shutdown is no failure."""
 
     def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> StepHandle:
         """Run one step on all ranks.

@@ -70,6 +70,13 @@ class Calls:
         holder = self.held.get("by")
         return holder is not None and holder.refusal is not None
 
+    @property
+    def refusal(self) -> HalError | None:
+        """The error that every call gets since an earlier one ended by an exception, or since the engine is shut down.
+        """
+        holder = self.held.get("by")
+        return None if holder is None or holder.refusal is None else holder.refusal()
+
     def begin(self, *, reads: bool = False) -> Call:
         """Hold the engine.
 

@@ -300,6 +300,11 @@ class LLM:
             return self._take_over(*self._pending.popleft(), text)
         return [], []
 
+    def health(self) -> HalError | None:
+        """The error that a step would raise now, or None while the engine can run steps. A rank that died while no step
+        ran is found too. May be called from any thread, also while another one is in a call."""
+        return self._calls.refusal or self.executor.health()
+
     def stats(self) -> Stats:
         live = [r.seq for r in self._requests.values()]
         counts = self._counts.copy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from hal.contracts.inputs import ModelInput, PagedModelInput, WorkerInput
 from hal.contracts.request import ExecuteModelRequest
 from hal.engine.scheduled_step import Changes
 from hal.engine.sequence import Sequence
-from hal.errors import WireError
+from hal.errors import HalError, WireError, WorkerError
 from hal.features import FEATURES
 from hal.paged.batch import BatchState
 from hal.recording.format import RecordedStep, Recording
@@ -56,6 +56,12 @@ class RecordingExecutor:
 
     def check(self) -> None:
         self.executor.check()
+
+    def health(self) -> HalError | None:
+        return self.executor.health()
+
+    def on_failure(self, listener: Callable[[WorkerError], None]) -> None:
+        self.executor.on_failure(listener)
 
     def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> StepHandle:
         step = None if sampling_follows else self.keep(request)

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -229,15 +230,22 @@ def test_a_failed_rank_is_named_until_restart() -> None:
         expected = [facts(o) for o in llm.generate(PROMPTS, PARAMS)]
         numbers = add_all(llm)
         llm.step()
+        assert llm.health() is None
         os.kill(llm.executor._ranks.processes[0].process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 2
+        while llm.health() is None and time.monotonic() < deadline:
+            time.sleep(0.01)  # no step runs
+        assert "rank 1 died" in str(llm.health())
         with pytest.raises(WorkerError) as first:
             drain(llm)
+        assert "rank 1 died" in str(llm.health()) and "restart()" in str(llm.health())
         for call in (llm.step, lambda: llm.generate([5]), lambda: llm.add_request([5])):
             with pytest.raises(WorkerError, match=r"restart\(\)") as later:
                 call()
             assert (later.value.what, later.value.rank) == (first.value.what, first.value.rank) == (first.value.what, 1)
         llm.abort(numbers[1])
         llm.restart()
+        assert llm.health() is None
         done = {o.request_id: o for o in drain(llm)}
         assert [facts(done[n]) for n in numbers[:1] + numbers[2:]] == expected[:1] + expected[2:] and is_clean(llm)
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import os
 import pickle
+import queue
 import re
 import shutil
 import signal
@@ -300,6 +301,34 @@ def test_rank_killed_between_steps_is_named() -> None:
     os.kill(children(made)[0], signal.SIGKILL)
     with pytest.raises(WorkerError, match="rank 1 died"):
         driver.run(1)
+
+
+def test_a_failure_while_no_step_runs_is_told_once() -> None:
+    """Each listener hears of it, also one that comes later or that raises. A shutdown is no failure."""
+    told: queue.SimpleQueue[WorkerError] = queue.SimpleQueue()
+    made = executor(tp=2)
+    made.on_failure(lambda error: 1 / 0)
+    made.on_failure(told.put)
+    assert made.health() is None
+    os.kill(children(made)[0], signal.SIGKILL)
+    error = told.get(timeout=2)
+    assert error.rank == 1 and "rank 1 died between steps" in error.what and str(made.health()) == str(error)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        Driver(made, PROMPTS).run(1)
+    made.on_failure(told.put)
+    assert told.get_nowait().rank == 1 and told.empty()
+    sound = executor()
+    sound.on_failure(told.put)
+    sound.shutdown()
+    assert isinstance(sound.health(), StateError) and told.empty()
+
+
+def test_a_failure_of_the_only_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[WorkerError] = []
+    made = failing(monkeypatch, "execute-bug 0 2")
+    made.on_failure(told.append)
+    error, _ = step_error(made)
+    assert told == [error] and made.health() is error
 
 
 @pytest.mark.slow

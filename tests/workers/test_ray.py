@@ -23,6 +23,7 @@ from hal.testing.null import backend as null
 from workers.control.collectives import CPU
 from workers.control.planes import make_plane
 from workers.executors.ray_actors import RayRanks
+from workers.links.reports import FailureListeners
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]
 
@@ -147,7 +148,7 @@ def test_missing_ray_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BackendError, match=r"hal-runtime\[ray\]"):
-        RayRanks()
+        RayRanks(FailureListeners())
 
     def plane(rank: int, store: Any) -> str:
         with pytest.raises(BackendError) as error:

@@ -13,12 +13,12 @@ from typing import Any, NoReturn, TypeVar
 
 from hal.contracts.inputs import ModelInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
-from hal.errors import HalError, StateError, in_forked_child
+from hal.errors import HalError, StateError, WorkerError, in_forked_child
 from hal.profiling import span
 from hal.schema import Declared
 from hal.torch_state import TorchState
 from workers.executors.processes import threads_of_driver
-from workers.links.reports import Failure, chain
+from workers.links.reports import Failure, FailureListeners, chain
 from workers.worker.base import WorkerBase
 
 A = TypeVar("A")
@@ -64,6 +64,7 @@ class ExecutorBase(abc.ABC):
         self._torch = TorchState(threads_of_driver(world_size))
         self._failure: HalError | None = None
         self._closed = False
+        self.listeners = FailureListeners()
         self._pending: deque[SubmittedStep] = deque()
         self._unsampled: SubmittedStep | None = None  # the last step, while it waits for its sampling
         self._process = os.getpid()
@@ -92,6 +93,16 @@ class ExecutorBase(abc.ABC):
     def check(self) -> None:
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="make a new engine")
+
+    def health(self) -> HalError | None:
+        try:
+            self.check()
+        except HalError as error:
+            return error
+        return None
+
+    def on_failure(self, listener: Callable[[WorkerError], None]) -> None:
+        self.listeners.add(listener)
 
     def execute_model(self, request: ExecuteModelRequest, *, sampling_follows: bool = False) -> SubmittedStep:
         self.check()
@@ -155,6 +166,7 @@ class ExecutorBase(abc.ABC):
     def _fail(self, failure: Failure, error: Exception | None) -> NoReturn:
         raised = self._failure = failure.in_step()
         self._close(0, error)
+        self.listeners.tell(raised)
         raise raised from error
 
     def _close(self, patience: float, error: BaseException | None = None) -> None:

@@ -61,7 +61,7 @@ class DriverExecutor(ExecutorBase):
         configs = [WorkerConfig(engine, model, topology) for topology in mesh.every_rank()]
         self._plane: ControlPlane
         self._store: RendezvousStore | None = None
-        self._ranks = imported(EXECUTORS[engine.executor])()
+        self._ranks = imported(EXECUTORS[engine.executor])(self.listeners)
         # Not shutdown(): a finalizer may run in the middle of anything, and must not communicate.
         self._finalizer = weakref.finalize(self, self._ranks.end)
         self._worker = make_worker(worker, configs[0], backend)
@@ -126,6 +126,10 @@ class DriverExecutor(ExecutorBase):
     def sample(self, handle: SubmittedStep, columns: Mapping[str, Any]) -> None:
         self._look()
         super().sample(handle, columns)
+
+    def health(self) -> HalError | None:
+        failure = None if self._closed else self._ranks.failure()
+        return super().health() if failure is None else failure.in_step()
 
     def _look(self) -> None:
         """Raises WorkerError: a rank has failed meanwhile."""

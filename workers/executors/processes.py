@@ -17,7 +17,7 @@ from typing import Any
 
 from hal.config import WorkerConfig
 from workers.links.rendezvous import Rendezvous
-from workers.links.reports import Failure
+from workers.links.reports import Failure, FailureListeners
 
 LOOPBACK = "127.0.0.1"
 _SCRIPT = Path(__file__).with_name("rank_process.py")
@@ -94,9 +94,10 @@ class RankProcess:
 
 class Ranks:
     """All ranks but the driver. A thread listens to them. When a rank fails, the thread ends all others. This closes
-    their connections, so a driver that waits in a collective gets an error."""
+    their connections, so a driver that waits in a collective gets an error. Then it tells the `listeners`."""
 
-    def __init__(self) -> None:
+    def __init__(self, listeners: FailureListeners) -> None:
+        self.listeners = listeners
         self.processes: list[RankProcess] = []
         self._changed = threading.Condition()
         self._reported: dict[str, dict[int, dict[str, Any]]] = {}
@@ -191,16 +192,19 @@ class Ranks:
                         key.data.missed += 1
                         if key.data.missed > _BEATS and not self._ending and not failures:
                             failures.append(Failure.silence(key.data.rank, key.data.heartbeat))
+                found = None
                 with self._changed:
                     if failures and self._failure is None:
                         # The cause: a rank's own error comes before a death, and both before an error of a lost
                         # connection.
                         first = min(failures, key=lambda f: (f.lost, f.cause == "died"))
                         if not first.lost or time.monotonic() >= since + _GRACE:
-                            self._failure = first
+                            self._failure = found = first
                             for process in self.processes:
                                 process.kill()
                     self._changed.notify_all()
+                if found is not None:
+                    self.listeners.tell(found.in_step())
 
 
 def threads_per_rank(world_size: int) -> int:

@@ -19,6 +19,7 @@ from hal.contracts.backend import load
 from hal.errors import CapacityError
 from workers.executors.processes import RankProcess, Ranks
 from workers.links.ray_cluster import join_cluster, runtime_env
+from workers.links.reports import FailureListeners
 
 _PLACED = 60.0  # seconds that the cluster may take to find room
 _CARRIED = ("HAL_", "OMP_")  # environment variables that go from the driver to other hosts
@@ -98,8 +99,8 @@ class RayRanks(Ranks):
         CapacityError: the cluster has no room for the ranks.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, listeners: FailureListeners) -> None:
+        super().__init__(listeners)
         self._ray = join_cluster("executor 'ray'")
         self._group: Any = None
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hal import errors
@@ -68,6 +71,31 @@ class Failure:
         what += f"; got {self.got}" if self.got else ""
         what += f"; expected {self.expected}" if self.expected else ""
         return WorkerError(what, rank=self.rank, cause=self.cause, remote_traceback=self.traceback, hint=self.hint)
+
+
+class FailureListeners:
+    """Functions that are told the first failure of a rank, each one once, whichever thread finds it."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[WorkerError], None]] = deque()
+        self._error: WorkerError | None = None
+
+    def add(self, listener: Callable[[WorkerError], None]) -> None:
+        self._waiting.append(listener)
+        if self._error is not None:
+            self.tell(self._error)
+
+    def tell(self, error: WorkerError) -> None:
+        self._error = self._error or error
+        while self._waiting:
+            try:
+                listener = self._waiting.popleft()  # one operation, so that no two threads call the same listener
+            except IndexError:
+                return
+            try:
+                listener(self._error)
+            except Exception:  # the thread that watches the ranks must go on
+                logging.getLogger(__name__).exception("a listener to the failure of a rank failed itself")
 
 
 def chain(error: BaseException | None) -> list[BaseException]:
