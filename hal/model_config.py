@@ -26,6 +26,31 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EagleConfig:
+    """What an EAGLE-3 head has beside a decoder layer. Source: arXiv 2503.01840.
+
+    Attributes:
+        draft_vocab_size: tokens that the head can propose, at most the target's vocabulary.
+        target_hidden_size: of the target model.
+        taps: the target's layers whose inputs the head reads, low to high; empty where config.json leaves them to the
+            target's depth.
+        own_embeddings: the checkpoint has an embedding table; otherwise the head uses the target's.
+        norm_before_residual: the residual of the layer is the normed hidden state.
+    """
+
+    draft_vocab_size: int
+    target_hidden_size: int
+    taps: tuple[int, ...] = ()
+    own_embeddings: bool = False
+    norm_before_residual: bool = False
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """The taps in a target of so many layers. Without `taps` they are those with which the published heads were
+        trained: the inputs of the third layer, of the middle one and of the third from the end."""
+        return self.taps or (2, num_layers // 2, num_layers - 3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Attributes:
         family: the definition in hal.models that runs the model.
@@ -38,9 +63,10 @@ class ModelConfig:
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
         quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None
             where the weights are dense.
+        eagle: of a head that proposes tokens for another model; None for a model by itself.
     """
 
-    family: Literal["llama", "gpt2"]
+    family: Literal["llama", "gpt2", "eagle3"]
     architecture: str
     vocab_size: int
     hidden_size: int
@@ -63,12 +89,13 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     quantization: dict[str, Any] | None = None
+    eagle: EagleConfig | None = None
 
     @property
     def embedding_name(self) -> str:
         """The name of the embedding table in a checkpoint, without ".weight" and without the prefix "model." or
         "transformer."."""
-        return {"llama": "embed_tokens", "gpt2": "wte"}[self.family]
+        return {"llama": "embed_tokens", "gpt2": "wte", "eagle3": "embed_tokens"}[self.family]
 
     @property
     def num_params(self) -> int:
@@ -81,6 +108,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """The inverse of dataclasses.asdict, also after a trip through JSON."""
-        rope = data.get("rope")
+        rope, eagle = data.get("rope"), data.get("eagle")
+        head = EagleConfig(**{**eagle, "taps": tuple(eagle["taps"])}) if eagle else None
         return cls(**{**data, "rope": RopeConfig(**rope) if rope else None, "windows": tuple(data["windows"]),
-                      "eos_token_ids": tuple(data["eos_token_ids"])})
+                      "eos_token_ids": tuple(data["eos_token_ids"]), "eagle": head})

@@ -15,7 +15,7 @@ from typing import Any
 
 from hal.checkpoints.stored import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
 from hal.errors import ModelLoadError
-from hal.model_config import ModelConfig, RopeConfig
+from hal.model_config import EagleConfig, ModelConfig, RopeConfig
 from hal.weights.formats import check_known
 
 _MISSING = object()
@@ -81,6 +81,10 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
         ModelLoadError: an unsupported architecture or feature, or a value of the wrong type or out of range.
     """
     read = _Reader(data)
+    if EAGLE3 in read.get(list, [], "architectures", null=[]):
+        raise ModelLoadError("this checkpoint is a head that proposes tokens for another model", got=EAGLE3,
+                             expected="a model that runs by itself",
+                             hint="run its target model, with this directory as --draft-model and --speculate eagle")
     kind = read.get(str, None, "model_type", null=None)
     names = read.get(list, [], "architectures", null=[]) or [a for a, (k, _) in _ARCHITECTURES.items() if k == kind]
     architecture = names[0] if names else kind
@@ -97,6 +101,37 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
     if quantization is not None:
         check_known(quantization)
         config = dataclasses.replace(config, quantization=quantization)
+    _check_shape(config)
+    return config
+
+
+def parse_eagle(data: dict[str, Any]) -> ModelConfig:
+    """The shape of an EAGLE-3 head from the content of its config.json alone.
+
+    Raises:
+        ModelLoadError: it is no such head; or as parse_config does.
+    """
+    read = _Reader(data)
+    names = read.get(list, [], "architectures", null=[])
+    if names != [EAGLE3]:
+        raise ModelLoadError("the draft checkpoint is no EAGLE-3 head in the published layout",
+                             got=shown(names), expected=EAGLE3, hint="--speculate draft takes a whole model as draft")
+    read.refuse("tie_word_embeddings", "a head that is the embedding table of an EAGLE-3 head", False)
+    config = _llama(read, EAGLE3)
+    if config.num_layers != 1:
+        raise read.unusable("num_hidden_layers", config.num_layers, "1, since an EAGLE-3 head has one layer")
+    own = _Reader(read.get(dict, {}, "eagle_config", null={}))
+    if not own.flag(True, "use_aux_hidden_state"):
+        own.refuse("use_aux_hidden_state", "a head that does not read hidden states of three layers", True)
+    drafts = read.size(config.vocab_size, config.vocab_size, "draft_vocab_size", null=config.vocab_size)
+    target = read.size(config.hidden_size, _MAX_HIDDEN, "target_hidden_size", null=config.hidden_size)
+    taps = own.get(list, None, "eagle_aux_hidden_state_layer_ids", null=None)
+    taps = read.get(list, [], "eagle_aux_hidden_state_layer_ids", null=[]) if taps is None else taps
+    if taps and (len(taps) != 3 or any(type(i) is not int or not 0 <= i < _MAX_LAYERS for i in taps)):
+        raise read.unusable("eagle_aux_hidden_state_layer_ids", taps, "three numbers of layers, low to high")
+    eagle = EagleConfig(draft_vocab_size=drafts, target_hidden_size=target, taps=tuple(taps),
+                        norm_before_residual=read.flag(False, "norm_before_residual"))
+    config = dataclasses.replace(config, family="eagle3", eagle=eagle)
     _check_shape(config)
     return config
 
@@ -237,6 +272,7 @@ def _gpt2(read: _Reader, architecture: str) -> ModelConfig:
 _ARCHITECTURES: dict[str, tuple[str, Callable[[_Reader, str], ModelConfig]]] = {
     "LlamaForCausalLM": ("llama", _llama), "MistralForCausalLM": ("mistral", _mistral),
     "Qwen2ForCausalLM": ("qwen2", _qwen2), "Qwen3ForCausalLM": ("qwen3", _qwen3), "GPT2LMHeadModel": ("gpt2", _gpt2)}
+EAGLE3 = "LlamaForCausalLMEagle3"
 SUPPORTED_ARCHITECTURES = tuple(_ARCHITECTURES)
 
 

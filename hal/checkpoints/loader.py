@@ -141,7 +141,8 @@ def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
     whole = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
     linears = [m for m in whole.modules() if isinstance(m, Linear)]
     ignored = {f"{p.name}.{name}" for m in linears for p in m.spec.projections for name in m.scheme.ignored}
-    return {s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources}, ignored
+    return ({s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources},
+            ignored.union(whole.ignored))
 
 
 def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: set[str]) -> None:

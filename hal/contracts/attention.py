@@ -80,11 +80,14 @@ class ForwardContext:
     Attributes:
         attention: of this step. model_input: its input; a layer reads the fields of step features from it.
         states: of this step's sequences; None where no layer of this rank's stage keeps a state per row.
+        taps: by number of a layer of this rank's stage, the layer's input [num_tokens, hidden_size]. The caller names
+            the layers as keys, and the model sets the values; None where no input is wanted.
     """
 
     attention: LayerAttention
     model_input: PagedModelInput
     states: StepStates | None = None
+    taps: dict[int, torch.Tensor | None] | None = None
 
 
 class Attention(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hal.errors import ConfigError
@@ -48,6 +49,7 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
         ConfigError: the model cannot be sharded as `topology` says, or `ops` cannot multiply by its weights.
         ModelLoadError: the checkpoint's format of weights is unknown, or refuses its configuration.
     """
+    from hal.models.eagle3 import Eagle3
     from hal.models.gpt2 import GPT2
     from hal.models.layers import Build
     from hal.models.llama import Llama
@@ -55,5 +57,5 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
 
     check_topology(config, topology)
     build = Build(topology, communicator, ops, dtype, device, schemes(config.quantization))
-    family = {"llama": Llama, "gpt2": GPT2}[config.family]
-    return family(config, build).eval()
+    families: dict[str, Callable[[ModelConfig, Build], CausalLM]] = {"llama": Llama, "gpt2": GPT2, "eagle3": Eagle3}
+    return families[config.family](config, build).eval()

@@ -26,6 +26,7 @@ class CausalLM(nn.Module, abc.ABC):
     """
 
     intermediates: tuple[str, ...]  # names of the tensors between stages, each [num_tokens, hidden_size]
+    ignored: tuple[str, ...] = ()  # names of stored tensors that may be there without effect
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
@@ -40,12 +41,13 @@ class CausalLM(nn.Module, abc.ABC):
         self.intermediate_type: type[IntermediateTensors] = IntermediateTensors.declare(
             f"{type(self).__name__}Intermediate",
             **{n: Array(name, "num_tokens", config.hidden_size) for n in self.intermediates})
-        if topology.is_first_stage:
+        if topology.is_first_stage and (config.eagle is None or config.eagle.own_embeddings):
             self.embed = VocabEmbedding(build, config.embedding_name, config.vocab_size, config.hidden_size)
         if topology.is_last_stage:
             shared = self.embed if config.tie_embeddings and topology.is_first_stage else None
             name = config.embedding_name if config.tie_embeddings else "lm_head"
-            self.head = Head(build, name, config.vocab_size, config.hidden_size, shared)
+            rows = config.vocab_size if config.eagle is None else config.eagle.draft_vocab_size
+            self.head = Head(build, name, rows, config.hidden_size, shared)
 
     def declare_caches(self, build: Build) -> list[LayerCache]:
         """The cache of each layer of the whole model, since the ranks of every stage prepare the same input. It is

@@ -60,6 +60,8 @@ class GPT2(CausalLM):
         else:
             x = intermediate["hidden_states"]
         for index, layer in enumerate(self.layers):
+            if context.taps is not None and index in context.taps:
+                context.taps[index] = x
             x = layer(index, x, context)
         if not self.topology.is_last_stage:
             return self.make_intermediate(x)

@@ -75,7 +75,10 @@ class Llama(CausalLM):
         else:
             x, residual = intermediate["hidden_states"], intermediate["residual"]
         rotary = self.ops.begin_rotary(positions, self.get_buffer("rope_table"), self.dtype)
+        taps = context.taps
         for index, layer in enumerate(self.layers):
+            if taps is not None and index in taps:
+                taps[index] = x if residual is None else x + residual
             x, residual = layer(index, x, residual, rotary, context)
         assert residual is not None
         if not self.topology.is_last_stage:
