@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 
-from hal.errors import InputError
+from hal.contracts import advance as rules
+from hal.contracts.advance import Taken
+from hal.errors import InputError, SchemaError
 from hal.features import FEATURES, FOR_SAMPLING, input_annotations
-from hal.schema import Array, Declared, Doc
+from hal.schema import Array, Declared, Doc, stays
 from hal.schema.layout import MOST
 
 NULL_BLOCK = 0  # reserved: padding writes its slots, and it never belongs to a sequence
+Self = TypeVar("Self", bound="ModelInput")
 
 
 class SamplingInput(Declared, fields=input_annotations(FOR_SAMPLING)):
@@ -39,6 +42,34 @@ class ModelInput(Declared):
                 raise InputError(f"{type(self).__name__} has no field for what sampling got", got=field.name,
                                  expected="an input with the fields of the step features", fields=(field.name,))
             setattr(self, field.name, value)
+
+    def advance(self: Self, taken: Taken) -> Self:
+        """The input of the next decode step, made on this input's device from this input and from what its step gave:
+        each field by the rule that it declares (`Array.advance`). Nothing waits for the device, and this input stays as
+        it is; a rule that changes nothing shares the tensor with it.
+
+        Raises:
+            SchemaError: a field that is present declares no rule. StateError: a rule needs the host.
+        """
+        made = type(self).__new__(type(self))
+        for field in type(self).schema.fields:
+            value = self.__dict__[field.name]
+            if value is not None and field.advance is not None:
+                value = field.advance(value, self, taken)
+            elif value is not None:
+                type(self).require_advance()
+            made.__dict__[field.name] = value
+        return made
+
+    @classmethod
+    def require_advance(cls) -> None:
+        """Raises SchemaError: a field declares no rule by which `advance` makes it."""
+        missing = [field.name for field in cls.schema.fields if field.advance is None]
+        if missing:
+            raise SchemaError(f"{cls.__name__} cannot be advanced to the next decode step",
+                              got=f"no rule for {', '.join(missing)}", expected="a rule for each array",
+                              hint='declare it beside dtype and shape: Array(..., advance=hal.schema.stays) where the '
+                                   "next step has the same values; or take one step a message (steps_per_message=1)")
 
 
 class IntermediateTensors(Declared):
@@ -67,24 +98,32 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
     (one query token) come first, so that a backend may split the batch at `num_decode_seqs`. The features of
     hal.features add fields for the sampled sequences. A field that no sequence needs is absent."""
 
-    input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="token ids")]
-    positions: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="place of each token in its sequence")]
-    slot_mapping: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0,
+    input_ids: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="token ids", advance=rules.input_ids)]
+    positions: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, doc="place of each token in its sequence",
+                                             advance=rules.positions)]
+    slot_mapping: Annotated[torch.Tensor, Array("int32", "num_tokens", low=0, advance=rules.slot_mapping,
                                                 doc="block id * block_size + offset, where the token's KV is written")]
     query_start_loc: Annotated[torch.Tensor, Array("int32", "num_seqs + 1", pad="edge", low=0,
-                                                   doc="first token of each sequence, then the number of real tokens")]
-    seq_lens: Annotated[torch.Tensor, Array("int32", "num_seqs", low=0, doc="context length with this step's tokens")]
-    block_tables: Annotated[torch.Tensor, Array("int32", "num_seqs", "max_blocks", low=0,
+                                                   doc="first token of each sequence, then the number of real tokens",
+                                                   advance=rules.query_start_loc)]
+    seq_lens: Annotated[torch.Tensor, Array("int32", "num_seqs", low=0, doc="context length with this step's tokens",
+                                            advance=rules.seq_lens)]
+    block_tables: Annotated[torch.Tensor, Array("int32", "num_seqs", "max_blocks", low=0, advance=stays,
                                                 doc="block ids in order; the null block behind the last")]
-    logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, doc="tokens whose logits are needed: "
-                                                  "first those to sample after, in the order of their sequences, then "
-                                                  "those whose next prompt token's logprob was asked for")]
+    logits_indices: Annotated[torch.Tensor, Array("int32", "num_logits", low=0, advance=rules.logits_indices,
+                                                  doc="tokens whose logits are needed: first those to sample after, in "
+                                                  "the order of their sequences, then those whose next prompt token's "
+                                                  "logprob was asked for")]
     block_size: Annotated[int, Doc("tokens per block")]
-    num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token")] = 0
-    max_query_len: Annotated[int, Doc("most query tokens of a sequence; at 1 padding decodes too; 0: unknown")] = 0
+    num_decode_seqs: Annotated[int, Doc("leading sequences with exactly one query token",
+                                        advance=lambda value, m, taken: m.num_samples)] = 0
+    max_query_len: Annotated[int, Doc("most query tokens of a sequence; at 1 padding decodes too; 0: unknown",
+                                      advance=lambda value, m, taken: 1)] = 0
     num_samples: Annotated[int, Doc("leading rows of logits_indices to sample")] = 0
+    num_steps: Annotated[int, Doc("decode steps that the runner takes, for which the block tables have slots")] = 1
     state_rows: Annotated[torch.Tensor | None, Array("int32", "num_seqs", low=-1, pad=-1, doc="row of each sequence; "
-                                                    "present where layers of the model keep a state per row")] = None
+                                                    "present where layers of the model keep a state per row",
+                                                    advance=rules.state_rows)] = None
 
     if TYPE_CHECKING:  # the features' fields
         def __getattr__(self, name: str) -> Any: ...

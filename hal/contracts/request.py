@@ -32,6 +32,9 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     sampling_follows: Annotated[bool, Doc("a SamplingRequest completes this step after its forward pass has begun; "
                                           "set by the executor")] = False
 
+    num_steps: Annotated[int, Doc("decode steps that the ranks take for this request, one after another; above 1, `rows` "
+                                  "have one token each to compute, and blocks for so many")] = 1
+
     finished_rows: Annotated[np.ndarray, Array("int32", "num_finished", low=0, doc="rows given up before this step")]
     new_rows: Annotated[np.ndarray, Array("int32", "num_new", low=0, doc="rows that sequences enter in")]
     new_lens: Annotated[np.ndarray, Array("int32", "num_new", low=1, doc="tokens known of each (prompt and output)")]
@@ -72,7 +75,7 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
 
     def chain(self) -> int:
         """The digest that the next step must carry: CRC-32 of this step's rows, tokens and blocks, over `digest`."""
-        crc = zlib.crc32(f"{self.epoch} {self.step}".encode(), self.digest)
+        crc = zlib.crc32(f"{self.epoch} {self.step} {self.num_steps}".encode(), self.digest)
         for array in (self.finished_rows, self.new_tokens, self.append_tokens, self.new_blocks, self.rows,
                       self.num_scheduled, self.num_computed):
             if len(array):

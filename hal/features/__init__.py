@@ -22,6 +22,7 @@ from hal.features.logprobs import Logprobs
 from hal.features.masks import TokenMasks
 from hal.features.penalties import Penalties
 from hal.features.pending import Pending
+from hal.features.stopping import Stopping
 from hal.values import imported
 
 
@@ -42,7 +43,7 @@ def _third_party() -> Iterable[Feature]:
 
 # In the order in which they change the scores of a token.
 FEATURES: tuple[Feature, ...] = (Pending(), Penalties(), LogitBias(), TokenMasks(), Draw(), TopK(), TopP(), MinP(),
-                                 Logprobs(), *_third_party())
+                                 Logprobs(), Stopping(), *_third_party())
 ADJUSTING = tuple(f for f in FEATURES if type(f).adjust is not Feature.adjust)
 FOR_SAMPLING = tuple(f for f in FEATURES if f.for_sampling)
 COLUMNS: Mapping[str, tuple[Column, ...]] = {kind: tuple(c for f in FEATURES for c in f.columns if c.kind == kind)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hal.features.declare import Batch, Feature, FeatureState, Fields, Ints, StepRows, need
 from hal.features.params import Param, Params
-from hal.schema import Array
+from hal.schema import Array, stays
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +30,10 @@ class LogitBias(Feature):
     params = LogitBiasParams
     for_sampling = True
     fields = {
-        "bias_ids": Array("int32", "num_sampled", "max_bias", low=-1, pad=-1,
+        "bias_ids": Array("int32", "num_sampled", "max_bias", low=-1, pad=-1, advance=stays,
                           doc="token ids whose logits are changed; -1 behind the last"),
-        "bias_values": Array("float32", "num_sampled", "max_bias", doc="what is added to each")}
+        "bias_values": Array("float32", "num_sampled", "max_bias", doc="what is added to each",
+                             advance=stays)}
     request = {
         "bias_rows": Array("int32", "num_biased", low=0, doc="new rows that have a logit bias"),
         "bias_counts": Array("int32", "num_biased", low=1, doc="tokens that each of them names"),

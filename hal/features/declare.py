@@ -10,7 +10,7 @@ import numpy as np
 
 from hal.errors import InputError, SchemaError
 from hal.features.params import Param, Params
-from hal.schema import Array, Doc
+from hal.schema import Array, Doc, stays
 from hal.schema.examples import make_array
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ def _field(params: type[Params], column: Column) -> Array:
         limits = np.iinfo(column.dtype)
         low, high = (None if low is None or low <= limits.min else low), (None if high is None or high >= limits.max
                                                                           else high)
-    return Array(column.dtype, "num_sampled", low=low, high=high, pad=column.default, doc=param.help)
+    return Array(column.dtype, "num_sampled", low=low, high=high, pad=column.default, doc=param.help,
+                 advance=stays)
 
 
 def _bounds(param: Param) -> tuple[float, float]:

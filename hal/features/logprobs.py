@@ -31,9 +31,11 @@ class Logprobs(Feature):
     params = LogprobParams
     column_fields = False
     fields = {"prompt_targets": Array("int32", "num_targets", low=0, doc="the token whose logprob is wanted, for the "
-                                      "rows of logits_indices behind the sampled ones")}
+                                      "rows of logits_indices behind the sampled ones",
+                                      advance=lambda value, m, taken: None)}
     scalars = {"num_logprobs": (-1, Doc("most likely tokens to report beside each sampled one; -1: no logprobs")),
-               "num_prompt_logprobs": (-1, Doc("the same for prompt tokens"))}
+               "num_prompt_logprobs": (-1, Doc("the same for prompt tokens",
+                                             advance=lambda value, m, taken: -1))}
 
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         found: Fields = {"num_logprobs": int(step.column("logprobs").max(initial=-1))}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hal.errors import StateError
 from hal.features.declare import Batch, Feature, FeatureState, Fields, Ints, StepRows, need
 from hal.schema import Array
 
@@ -18,12 +19,19 @@ if TYPE_CHECKING:
 WORD = 32  # bits of a word
 
 
+def _needs_host(mask: torch.Tensor, m: Any, taken: Any) -> torch.Tensor:
+    raise StateError("a token mask holds for one step, so the next decode step needs the host", got="a step of several "
+                     "tokens with masks", expected="masks in steps of one token",
+                     hint="set Sequence.needs_tokens for a sequence that gets masks")
+
+
 class TokenMasks(Feature):
     """A row's mask holds for the step whose request carries it. Bit i % 32 of word i // 32 says whether token i is
     allowed. A row that the request does not name, and bits behind the vocabulary, are not restricted."""
 
     per_step = for_sampling = True
     fields = {"token_mask": Array("int32", "num_sampled", "mask_words", pad=-1,
+                                  advance=_needs_host,
                                   doc="bit i % 32 of word i // 32: whether token i is allowed")}
     request = {"mask_rows": Array("int32", "num_masked", low=0, doc="scheduled rows whose next token is restricted"),
                "token_masks": Array("int32", "num_masked", "mask_words", doc="the bits of each, see TokenMasks")}

@@ -8,7 +8,7 @@ import numpy as np
 
 from hal.features.declare import Batch, Feature, FeatureState, Fields, StepRows
 from hal.features.params import Param, Params
-from hal.schema import Array
+from hal.schema import Array, stays
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 
 
 _MAX = float(np.finfo(np.float32).max)
+
+
+def _grown(history: torch.Tensor, m: Any, taken: Any) -> torch.Tensor:
+    """The history of the next decode step: one column more, and the new token behind the last one."""
+    import torch
+
+    n = len(history)
+    history = torch.nn.functional.pad(history, (0, 1), value=-1)
+    at = m.seq_lens[:n, None].long().clamp(max=history.shape[1] - 1)
+    new = torch.where(taken.going[:n, None], taken.token_ids[:n, None], history.gather(1, at))
+    return history.scatter(1, at, new)
 
 
 class PenaltyParams(Params):
@@ -34,9 +45,9 @@ class Penalties(Feature):
     params = PenaltyParams
     needs_tokens = True
     fields = {
-        "history": Array("int32", "num_sampled", "max_history", low=-1, pad=-1,
+        "history": Array("int32", "num_sampled", "max_history", low=-1, pad=-1, advance=_grown,
                          doc="all tokens of the sequence so far, for the penalties; -1 behind the last"),
-        "prompt_lens": Array("int32", "num_sampled", low=0, doc="how many of `history` are the prompt")}
+        "prompt_lens": Array("int32", "num_sampled", low=0, doc="how many of `history` are the prompt", advance=stays)}
 
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         found = super().prepare(step, state)

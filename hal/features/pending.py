@@ -3,17 +3,23 @@ next step before it knows the token that the step begins with."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hal.features.declare import Batch, Feature, FeatureState, Fields, StepRows
-from hal.schema import Array
+from hal.schema import Array, stays
 
 if TYPE_CHECKING:
+    import torch
     from hypothesis import strategies as st
 
 PENDING_TOKEN = -1  # an appended token that is still on the device: the one that the row sampled last
+
+
+def _none(pending_rows: torch.Tensor, m: Any, taken: Any) -> torch.Tensor:
+    """No token of the next decode step is pending: `input_ids` has what this step sampled."""
+    return pending_rows.new_full(m.seq_lens.shape, -1)
 
 
 class Pending(Feature):
@@ -22,8 +28,9 @@ class Pending(Feature):
     always, together = True, False
     fields = {
         "pending_rows": Array("int32", "num_tokens", low=-1, pad=-1, doc="row whose last sampled token is this one, "
-                              "not yet known on the host; else -1"),
-        "sampled_rows": Array("int32", "num_sampled", low=-1, pad=-1, doc="row of each sampled sequence")}
+                              "not yet known on the host; else -1", advance=_none),
+        "sampled_rows": Array("int32", "num_sampled", low=-1, pad=-1, doc="row of each sampled sequence",
+                              advance=stays)}
 
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         if not step.state.asynchronous:

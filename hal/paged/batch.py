@@ -150,11 +150,12 @@ class BatchState:
             for i in _ASKED:
                 found |= FEATURES[i].prepare(step, self._states[i])
         targets = step.targets
-        width = -(-int(ends.max()) // size) if n else 0
+        ahead = request.num_steps - 1
+        width = min(-(-(int(ends.max()) + ahead) // size), self.block_tables.shape[1]) if n else 0
         dims = {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(targets),
                 "num_sampled": len(sampled), "num_targets": len(targets)}
         values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(sampled),
-                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0))}
+                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0)), "num_steps": ahead + 1}
         fields = _arrays(found, dims, values)
         if self.has_row_states:
             fields["state_rows"] = rows

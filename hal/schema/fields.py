@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from hal.errors import SchemaError
 
 Scope = Literal["replicated", "driver", "rank"]
+# (value in this step's input, this step's input, what the step gave) -> value in the next decode step's input; see
+# hal.contracts.inputs.ModelInput.advance.
+Advance = Callable[[Any, Any, Any], Any]
 DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 _DIM = re.compile(r"^(?:(\d+)\s*\*\s*)?([a-z_][a-z0-9_]*)(?:\s*\+\s*(\d+))?$")
+
+
+def stays(value: Any, model_input: Any, taken: Any) -> Any:
+    """The rule of a field that is the same in the next decode step."""
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,8 @@ class Array:
             itself. The last two never travel, so their type must admit None.
         low, high: inclusive bounds of legal values, used by the semantic check and by the hypothesis strategy.
         doc: one line for the documentation table.
+        advance: how the field becomes that of the next decode step, for inputs of model runners; `stays` where it is
+            the same. None: the field has no rule, so its input cannot be advanced while the field is present.
     """
 
     dtype: str
@@ -67,13 +78,15 @@ class Array:
     low: float | None
     high: float | None
     doc: str
+    advance: Advance | None
 
     def __init__(self, dtype: str, *dims: str | int, pad: float | Literal["edge"] = 0, scope: Scope = "replicated",
-                 low: float | None = None, high: float | None = None, doc: str = "") -> None:
+                 low: float | None = None, high: float | None = None, doc: str = "",
+                 advance: Advance | None = None) -> None:
         if dtype not in DTYPES:
             raise SchemaError("unknown dtype in a declaration", got=dtype, expected=", ".join(DTYPES))
         for name, value in (("dtype", dtype), ("dims", tuple(map(Dim.parse, dims))), ("pad", pad), ("scope", scope),
-                            ("low", low), ("high", high), ("doc", doc)):
+                            ("low", low), ("high", high), ("doc", doc), ("advance", advance)):
             object.__setattr__(self, name, value)
 
     @property
@@ -83,10 +96,12 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Doc:
-    """Documentation and scope of a scalar or text field: `Annotated[int, Doc("longest query of the batch")]`."""
+    """Documentation and scope of a scalar or text field: `Annotated[int, Doc("longest query of the batch")]`. `advance`
+    is as that of Array; a scalar without a rule stays as it is."""
 
     doc: str = ""
     scope: Scope = "replicated"
+    advance: Advance | None = None
 
 
 Kind = Literal["tensor", "ndarray", "int", "float", "bool", "str", "texts"]
@@ -103,6 +118,7 @@ class Field:
     scope: Scope
     array: Array | None
     doc: str
+    advance: Advance | None = None
 
     @property
     def describe(self) -> str:
@@ -136,11 +152,11 @@ def resolve(owner: str, name: str, hint: Any) -> Field:
     doc = next((e for e in extras if isinstance(e, Doc)), Doc())
     if array is not None:
         kind: Kind = "tensor" if getattr(hint, "__name__", "") == "Tensor" else "ndarray"
-        field = Field(name, kind, optional, array.scope, array, array.doc)
+        field = Field(name, kind, optional, array.scope, array, array.doc, array.advance)
     elif hint in _SCALARS:
-        field = Field(name, _SCALARS[hint], optional, doc.scope, None, doc.doc)
+        field = Field(name, _SCALARS[hint], optional, doc.scope, None, doc.doc, doc.advance or stays)
     elif _is_texts(hint):
-        field = Field(name, "texts", optional, doc.scope, None, doc.doc)
+        field = Field(name, "texts", optional, doc.scope, None, doc.doc, doc.advance or stays)
     else:
         raise SchemaError(f"{owner}.{name} has a type that cannot be declared", got=hint,
                           expected="Annotated[torch.Tensor or numpy.ndarray, Array(...)], int, float, bool, str "
