@@ -91,6 +91,7 @@ class Session:
     """One rank in this process, driven step by step. A case can reach every part of the backend.
 
     Attributes:
+        caches: of the runner. blocks: the numbers of all their blocks.
         inputs: the inputs of the steps so far. compiled: how much the runner had compiled after its warm-up.
     """
 
@@ -99,7 +100,8 @@ class Session:
         self.device = backend.device(0)
         self.runner: ModelRunnerBase[Any] = backend.make_runner(config, self.device, GuardedCommunicator())
         self.runner.load_model()
-        self.caches: Sequence[torch.Tensor] = self.runner.make_kv_caches(config.engine.num_blocks or 65)
+        self.caches: Any = self.runner.make_kv_caches(config.engine.num_blocks or 65)
+        self.blocks = torch.arange(config.engine.num_blocks or 65)
         self.inputs: list[ModelInput] = []
 
     def warm(self) -> Session:
@@ -114,14 +116,28 @@ class Session:
         model_input.check()
         return model_input
 
-    def execute(self, model_input: Any) -> SamplerOutput:
-        """The output as the runner returned it, on the device."""
+    def execute(self, model_input: Any) -> Any:
+        """The output as the runner returned it."""
         with phase(Phase.EXECUTE):
-            output = self.runner.execute_model(model_input, self.caches)
-        if not isinstance(output, SamplerOutput):
-            raise Mismatch(f"execute_model returned {type(output).__name__}, not a SamplerOutput")
-        output.validate()
-        return output
+            return self.runner.execute_model(model_input, self.caches)
+
+    def fetch(self, output: Any) -> SamplerOutput:
+        """An output on the host, in memory of its own."""
+        fetched = self.runner.fetch(output)()
+        if not isinstance(fetched, SamplerOutput):
+            raise Mismatch(f"fetch gave {type(fetched).__name__}, not a SamplerOutput")
+        fetched.validate("cpu")
+        return SamplerOutput.from_buffer(fetched.to_buffer())
+
+    def read_cache(self) -> list[torch.Tensor]:
+        """All blocks of the caches, on the host."""
+        return [values.cpu().clone() for values in self.runner.read_blocks(self.caches, self.blocks)]
+
+    def fill_cache(self, value: float, first: int = 0) -> None:
+        """Fill the blocks from `first` on; 1 in place of a fraction where a cache holds integers."""
+        there = [x[:, first:] for x in self.read_cache()]
+        self.runner.write_blocks(self.caches, self.blocks[first:], [
+            torch.full_like(x, value if x.is_floating_point() or not value else 1) for x in there])
 
     def step_in_two_phases(self, request: ExecuteModelRequest, columns: dict[str, Any]) -> SamplerOutput:
         """On the host; `columns` arrive when the forward pass has begun. Raises NotApplicable: the runner computes a
@@ -138,14 +154,12 @@ class Session:
         model_input.check()
         with phase(Phase.EXECUTE):
             output = runner.execute_sampling(forwarded, model_input)
-        if not isinstance(output, SamplerOutput):
-            raise Mismatch(f"execute_sampling returned {type(output).__name__}, not a SamplerOutput")
-        return SamplerOutput.from_buffer(output.to_buffer())
+        return self.fetch(output)
 
     def step(self, request: ExecuteModelRequest) -> SamplerOutput:
         """The output on the host."""
         self.inputs.append(self.prepare(request))
-        return SamplerOutput.from_buffer(self.execute(self.inputs[-1]).to_buffer())
+        return self.fetch(self.execute(self.inputs[-1]))
 
     def scheduler(self, **options: Any) -> Scheduler:
         """A scheduler whose steps the runner was made for; options may only narrow its limits."""
@@ -246,8 +260,7 @@ class Context:
         many = params if isinstance(params, list) else [params] * len(prompts)
         session, runs = self.session(shape), []
         for i, (prompt, each) in enumerate(zip(prompts, many, strict=True)):
-            for cache in session.caches:
-                cache.zero_()
+            session.fill_cache(0)
             scheduler = session.scheduler()
             scheduler.epoch = i
             runs += drive(session.step, scheduler, [prompt], each, first_seed=i)

@@ -38,8 +38,10 @@ class Capabilities:
             topology has tp=1, and the runner reads EngineConfig.tp.
         asynchronous: execute_model returns before the device is done, and the runner keeps pending tokens on the device
             (hal.paged.pending).
-        host_memory: the device's memory is the host's, shared with other programs. So a KV cache of automatic size is
-            no larger than max_num_seqs sequences need. A device of type "cpu" need not declare it.
+        host_memory: the device's memory is the host's, shared with other programs. So the ranks of a host share what
+            free_memory says, and a KV cache of automatic size is no larger than max_num_seqs sequences need. A device
+            that has memory of its own although its tensors for torch are of type "cpu" declares False. Without a
+            declaration, a torch.device of type "cpu" counts as host memory, and no other type does.
         ray_resource: a rank takes one of this resource of a Ray cluster: "CPU", "GPU", or another name that the
             cluster's nodes offer.
         checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
@@ -53,7 +55,7 @@ class Capabilities:
     fp8_kv: bool = False
     spmd: bool = False
     asynchronous: bool = False
-    host_memory: bool = False
+    host_memory: bool | None = None
     ray_resource: str = "CPU"
     checkpoints: bool = True
 
@@ -87,6 +89,12 @@ class Backend(abc.ABC):
     def versions(self) -> Mapping[str, str]:
         """Names and versions of the libraries that it needs, for `hal env`."""
         return {}
+
+
+def in_host_memory(backend: Backend, device: torch.device) -> bool:
+    """Whether the device's memory is the host's (Capabilities.host_memory)."""
+    declared = backend.capabilities.host_memory
+    return device.type == "cpu" if declared is None else declared
 
 
 def names() -> list[str]:

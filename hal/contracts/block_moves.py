@@ -19,11 +19,12 @@ MOVES = ("blocks_to_swap_out", "blocks_to_swap_in", "blocks_to_copy", "rows_to_s
 Runner = ModelRunnerBase[Any] | type[ModelRunnerBase[Any]]
 
 
-def on_host(device: Sequence[torch.Tensor], count: int, runtime: DeviceRuntime | None = None) -> list[torch.Tensor]:
-    """Zeroed memory on the host for `count` blocks, or rows, of each tensor of the device that has `runtime`."""
+def on_host(values: Sequence[torch.Tensor], count: int, runtime: DeviceRuntime | None = None) -> list[torch.Tensor]:
+    """Zeroed memory on the host for `count` blocks, or rows, of each of these tensors, whose dimension 1 counts them.
+    They belong to the device that has `runtime`."""
     # Page-locked memory needs a driver, which Triton's interpreter lacks: it is asked for only where something swaps.
     make = (runtime if runtime is not None and count else DeviceRuntime()).host_memory
-    return [make(x.device, (x.shape[0], count, *x.shape[2:]), x.dtype) for x in device]
+    return [make(x.device, (x.shape[0], count, *x.shape[2:]), x.dtype) for x in values]
 
 
 def moves_blocks(step: WorkerInput | ExecuteModelRequest) -> bool:
@@ -32,7 +33,7 @@ def moves_blocks(step: WorkerInput | ExecuteModelRequest) -> bool:
     return any(fields[name] is not None for name in MOVES)
 
 
-def move_blocks(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.Tensor], host: Sequence[torch.Tensor],
+def move_blocks(step: WorkerInput | ExecuteModelRequest, caches: Any, num_blocks: int, host: Sequence[torch.Tensor],
                 runner: Runner = ModelRunnerBase) -> None:
     """Move blocks before a step: swaps first, then copies.
 
@@ -42,31 +43,31 @@ def move_blocks(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.
     destination is written.
 
     Args:
-        device, host: tensors in the same order; dimension 1 counts blocks. There are none in a pipeline stage whose
-            layers have no paged cache.
-        runner: its read_blocks and write_blocks reach the device's blocks.
+        caches: of the runner, whose read_blocks and write_blocks alone reach their blocks.
+        num_blocks: the number of these; 0 in a pipeline stage whose layers have no paged cache.
+        host: memory of the host's blocks, as read_blocks gives them.
 
     Raises:
         InputError: a pair names a block that does not exist, or two pairs write the same one.
     """
-    if not device or not moves_blocks(step):
+    if not num_blocks or not moves_blocks(step):
         return
-    _swap(step, "blocks", device, host, runner)
-    copy_from, copy_to = _indices(step, "blocks_to_copy", device[0].shape[1], device[0].shape[1])
+    _swap(step, "blocks", caches, num_blocks, host, runner)
+    copy_from, copy_to = _indices(step, "blocks_to_copy", num_blocks, num_blocks)
     if len(copy_from):
-        runner.write_blocks(device, copy_to, runner.read_blocks(device, copy_from))
+        runner.write_blocks(caches, copy_to, runner.read_blocks(caches, copy_from))
 
 
-def move_rows(step: WorkerInput | ExecuteModelRequest, device: Sequence[torch.Tensor], host: Sequence[torch.Tensor],
-              runner: Runner = ModelRunnerBase) -> None:
+def move_rows(step: WorkerInput | ExecuteModelRequest, states: Sequence[torch.Tensor], host: Sequence[torch.Tensor],
+              ) -> None:
     """Swap the states of rows before a step, as `move_blocks` swaps blocks. Dimension 1 counts rows."""
-    if device and moves_blocks(step):
-        _swap(step, "rows", device, host, runner)
+    if states and moves_blocks(step):
+        _swap(step, "rows", states, states[0].shape[1], host, ModelRunnerBase)
 
 
-def _swap(step: WorkerInput | ExecuteModelRequest, what: str, device: Sequence[torch.Tensor],
-          host: Sequence[torch.Tensor], runner: Runner) -> None:
-    here, there = device[0].shape[1], host[0].shape[1]
+def _swap(step: WorkerInput | ExecuteModelRequest, what: str, device: Any, here: int, host: Sequence[torch.Tensor],
+          runner: Runner) -> None:
+    there = host[0].shape[1] if host else 0
     out_from, out_to = _indices(step, f"{what}_to_swap_out", here, there)
     in_from, in_to = _indices(step, f"{what}_to_swap_in", there, here)
     leaving = [x.cpu() for x in runner.read_blocks(device, out_from)] if len(out_from) else []

@@ -78,24 +78,28 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         """Bytes that the largest step may need beside weights and KV cache."""
 
     @abc.abstractmethod
-    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
-        """Zeroed caches, one for each layer with a paged cache, dimension 1 counting blocks; block 0 is the null block.
+    def make_kv_caches(self, num_blocks: int) -> Any:
+        """Zeroed caches of `num_blocks` blocks; block 0 is the null block. Type and layout are the runner's own: a
+        tensor for each layer, or one object of any kind for all layers. Every step gets this object. Nothing but
+        `read_blocks` and `write_blocks` looks into it. The default of these two reads and writes a sequence of tensors,
+        one for each layer with a paged cache, dimension 1 counting blocks.
         """
 
     @staticmethod
-    def read_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[torch.Tensor]:
-        """A copy of these blocks ([n] int64, on the host) of each cache, in any memory that the runner chooses. The
-        worker calls it between steps, to copy blocks and to swap them to the host."""
+    def read_blocks(kv_caches: Any, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """A copy of these blocks ([n] int64, on the host) in tensors whose dimension 1 counts them, in any memory that
+        the runner chooses. Together they have kv_bytes_per_block bytes a block. The worker calls it between steps, to
+        copy blocks and to swap them to the host."""
         return [cache[:, blocks.to(cache.device)] for cache in kv_caches]
 
     @staticmethod
-    def write_blocks(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+    def write_blocks(kv_caches: Any, blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
         """Write `values` into these blocks. `read_blocks` gave them; they may have been moved to the host since."""
         for cache, value in zip(kv_caches, values, strict=True):
             cache[:, blocks.to(cache.device)] = value.to(cache.device)
 
     @abc.abstractmethod
-    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+    def warmup(self, kv_caches: Any, progress: Progress = no_progress) -> None:
         """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards, unless the user
         limited the time of the warm-up. Programs that steps compile later count in `late`."""
 
@@ -108,16 +112,16 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         """
 
     @abc.abstractmethod
-    def execute_model(self, model_input: InputT, kv_caches: Sequence[torch.Tensor],
-                      intermediate: IntermediateTensors | None = None) -> Declared | None:
+    def execute_model(self, model_input: InputT, kv_caches: Any,
+                      intermediate: IntermediateTensors | None = None) -> Any:
         """Phase execute: data plane only, through the communicator.
 
         Returns:
-            An `output_type` on the rank that samples, None on its tensor-parallel peers, IntermediateTensors on every
-            rank of an earlier stage.
+            On the rank that samples an output that `fetch` opens: an `output_type`, or an object of the runner's own.
+            None on its tensor-parallel peers, IntermediateTensors on every rank of an earlier stage.
         """
 
-    def execute_forward(self, model_input: InputT, kv_caches: Sequence[torch.Tensor],
+    def execute_forward(self, model_input: InputT, kv_caches: Any,
                         intermediate: IntermediateTensors | None = None) -> Any:
         """The part of `execute_model` that does not need the SamplingInput. Phase execute.
 
@@ -134,7 +138,7 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         """
         raise self._undivided("prepare_sampling_input")
 
-    def execute_sampling(self, forwarded: Any, model_input: InputT) -> Declared | None:
+    def execute_sampling(self, forwarded: Any, model_input: InputT) -> Any:
         """The rest of `execute_model` on every rank of the last stage. Phase execute.
 
         Args:
@@ -145,9 +149,18 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     def _undivided(self, method: str) -> StateError:
         return StateError(f"{type(self).__name__} declares two_phase, and does not implement {method}")
 
-    def fetch(self, output: OutputT) -> Callable[[], OutputT]:
-        """Begin to copy an output to the host. The returned function waits for the copy. On a device that runs steps
-        while the host goes on, it must not wait for steps that were submitted later."""
+    def fetch(self, output: Any) -> Callable[[], Any]:
+        """Begin to copy to the host an output that execute_model or execute_sampling returned. The returned function
+        waits for the copy, and gives an `output_type` whose tensors are on the host. Nothing else opens an output. On a
+        device that runs steps while the host goes on, it must not wait for steps that were submitted later.
+
+        Raises:
+            StateError: the output is no `output_type`, and the runner has no `fetch` of its own.
+        """
+        if not isinstance(output, self.output_type):
+            raise StateError("execute_model returned something else than this rank's part of the step",
+                             got=type(output).__name__, expected=self.output_type.__name__,
+                             hint="a runner whose outputs are of another type opens them in its `fetch`")
         values = output.__dict__
         if all((tensor := values[f.name]) is None or tensor.is_cpu for f in type(output).schema.replicated):
             return lambda: output

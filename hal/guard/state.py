@@ -186,10 +186,11 @@ def _wakes_event_loop() -> bool:
     return frame.f_globals.get("__name__") == "asyncio.selector_events"
 
 
-# Frames of these modules are not the user's. They are known by module name, not by path: code that inductor generates
-# counts as torch's.
+# Frames of these modules are not the user's: a refused collective names the line of the runner that called it. They are
+# known by module name, not by path: code that inductor generates counts as torch's.
 _MACHINERY: Final = sys.stdlib_module_names | {"torch", "torch_xla", "ray", "typing_extensions"}
-_OWN: Final = ("hal.guard", "hal.testing.fake")
+_OWN: Final = ("hal.guard", "hal.testing.fake", "hal.contracts.communicator", "workers.data", "workers.control",
+               "workers.links")
 
 
 def caller() -> tuple[str, str | None]:

@@ -14,6 +14,7 @@ from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.block_moves import move_blocks, move_rows, on_host
 from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.inputs import NULL_BLOCK
 from hal.contracts.request import ExecuteModelRequest
 from hal.errors import BackendError, CapacityError
 from hal.models.layers import Linear
@@ -183,8 +184,10 @@ class _Device:
             raise CapacityError("memory cannot hold the recording's KV cache", got=f"{free:,} bytes free",
                                 expected=f"{size:,} bytes, and {runner.reserve_bytes():,} for a step",
                                 hint="bisect on a machine with more memory, or record with a smaller max_model_len")
-        self.caches = runner.make_kv_caches(config.engine.num_blocks or 1)
-        self.host = on_host(self.caches, config.engine.num_cpu_blocks)
+        self.num_blocks = config.engine.num_blocks or 1
+        self.caches = runner.make_kv_caches(self.num_blocks)
+        block = runner.read_blocks(self.caches, torch.tensor([NULL_BLOCK])) if config.engine.num_cpu_blocks else ()
+        self.host = on_host(block, config.engine.num_cpu_blocks)
         self.host_rows = on_host(runner.row_states, config.engine.max_num_seqs)
         if trace is not None:
             runner.attention = _Traced(runner.attention, trace)
@@ -203,8 +206,8 @@ class _Device:
     @torch.inference_mode()
     def step(self, request: ExecuteModelRequest) -> list[int]:
         """The tokens."""
-        move_blocks(request, self.caches, self.host, self.runner)
-        move_rows(request, self.runner.row_states, self.host_rows, self.runner)
+        move_blocks(request, self.caches, self.num_blocks, self.host, self.runner)
+        move_rows(request, self.runner.row_states, self.host_rows)
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output = self.runner.execute_model(m, self.caches)
@@ -213,7 +216,7 @@ class _Device:
             context = self.runner.forward_context(m, self.caches)
             hidden = self.runner.model(m.input_ids, m.positions, context, None)
             output = self.runner.sample(self.runner.head(hidden, m), m)
-        tokens: list[int] = output.token_ids.tolist()
+        tokens: list[int] = self.runner.fetch(output)().token_ids.tolist()
         return tokens
 
 

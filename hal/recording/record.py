@@ -119,7 +119,7 @@ class FlightRecorder:
             size = self.config.engine.block_size
             self.slots = np.full((num_blocks, size), -1)
             self.host = np.full((self.config.engine.num_cpu_blocks, size), -1)
-        move_blocks(step, [torch.from_numpy(self.slots[None])], [torch.from_numpy(self.host[None])])
+        move_blocks(step, [torch.from_numpy(self.slots[None])], len(self.slots), [torch.from_numpy(self.host[None])])
 
     def began(self, m: ModelInput, runner: Any) -> None:
         """Note the tokens of a step that is about to run. When it has failed, nothing can be read from the device."""

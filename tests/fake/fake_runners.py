@@ -222,3 +222,55 @@ class StaticRunner(PagedModelRunner):
 
 fails_once = FakeBackend(FailsOnce)
 fails_to_warm_up = FakeBackend(FailsToWarmUp)
+
+
+class Box:
+    """An object of a device's own, of which nobody but its runner knows anything."""
+
+    __slots__ = ("inside",)
+
+    def __init__(self, inside: Any) -> None:
+        self.inside = inside
+
+
+class opaque(FakeRunner):
+    """Right: its cache is one object for all layers, and its outputs are no Declared objects, nor tensors."""
+
+    two_phase = True
+
+    def make_kv_caches(self, num_blocks: int) -> Any:
+        shapes = self.cache_shapes(num_blocks)
+        return Box(torch.zeros((len(shapes), *shapes[0]), dtype=self.kv_dtype, device=self.device))
+
+    @staticmethod
+    def read_blocks(kv_caches: Any, blocks: torch.Tensor) -> list[torch.Tensor]:
+        return [kv_caches.inside.flatten(0, 1)[:, blocks.to(kv_caches.inside.device)]]
+
+    @staticmethod
+    def write_blocks(kv_caches: Any, blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+        whole = kv_caches.inside.flatten(0, 1)
+        whole[:, blocks.to(whole.device)] = values[0].to(whole.device)
+
+    def forward(self, m: PagedModelInput, kv_caches: Any, intermediate: Any) -> Any:
+        return super().forward(m, list(kv_caches.inside), intermediate)
+
+    def sample(self, forwarded: Any, m: PagedModelInput) -> Any:
+        output = super().sample(forwarded, m)
+        return None if output is None else Box(output)
+
+    def fetch(self, output: Any) -> Any:
+        return super().fetch(output.inside)
+
+
+class OpaqueBackend(FakeBackend):
+    name = "fake_runners:opaque_backend"
+
+
+class writes_the_wrong_block(opaque):
+    @staticmethod
+    def write_blocks(kv_caches: Any, blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+        opaque.write_blocks(kv_caches, blocks - 1, values)
+
+
+opaque_backend = OpaqueBackend(opaque)
+shifting_backend = OpaqueBackend(writes_the_wrong_block)

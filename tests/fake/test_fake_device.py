@@ -80,6 +80,25 @@ def test_it_is_conformant() -> None:
     assert report.verdict == "Conformant L6 (float32, bfloat16)", [(r.case.name, r.text) for r in report.failed]
 
 
+@pytest.mark.parametrize("ranks", [{}, pytest.param({"pp": 2}, marks=pytest.mark.slow)])
+def test_outputs_and_caches_that_their_runner_alone_can_open(ranks: dict[str, int]) -> None:
+    """Steps run ahead on one rank; with two stages the last one's output travels. Blocks are swapped in the kit."""
+    with LLM(device="fake_runners:opaque_backend", **ranks) as llm:
+        assert [o.text for o in llm.generate(["37+85=", "123+456="])] == ["122", "579"]
+
+
+@pytest.mark.parametrize("case", ["L0/runner/keeps_its_contract", "L3/cache/writes_nothing_else",
+                                  "L3/cache/warmup_leaves_it_clean", "L3/output/outlives_the_next_step"])
+def test_the_kit_opens_them_no_more_than_a_worker_does(case: str) -> None:
+    report = run(Options("fake_runners:opaque_backend", cases=(case,), dtypes=("float32",)))
+    assert [r.status for r in report.results] == ["pass"], [r.text for r in report.results]
+
+
+def test_the_kit_sees_blocks_that_are_not_written_as_they_are_read() -> None:
+    report = run(Options("fake_runners:shifting_backend", cases=("L0/runner/*",), dtypes=("float32",)))
+    assert "blocks after 5 and 2 were written" in report.results[0].text
+
+
 def test_no_step_waits(context: Callable[..., Context]) -> None:
     """The default runner with copies that do not wait, drawn with every filter there is for a small vocabulary."""
     backend = FakeBackend(forbid_syncs=True)

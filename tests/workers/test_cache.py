@@ -36,6 +36,12 @@ def pairs(draw: Any, sources: range, targets: range) -> np.ndarray | None:
     return np.array([(draw(st.sampled_from(sources)), t) for t in to], np.int32).reshape(-1, 2)
 
 
+def made() -> CacheEngine:
+    cache = CacheEngine(caches(), BLOCKS)
+    cache.reserve_host(HOST)
+    return cache
+
+
 @st.composite
 def steps(draw: Any) -> list[WorkerInput]:
     """Legal steps: device and host blocks freed by one swap are filled by another whenever chance has it so."""
@@ -48,7 +54,7 @@ def steps(draw: Any) -> list[WorkerInput]:
 @given(steps())
 def test_moves_blocks_like_the_model(given_steps: list[WorkerInput]) -> None:
     """The model, for each layer and for K and V: swaps read everything first; then copies read everything first."""
-    cache = CacheEngine(caches(), HOST)
+    cache = made()
     device = np.stack([c.numpy().copy() for c in caches()])
     host = np.zeros((2, 2, HOST, 3), np.float32)
     for step in given_steps:
@@ -73,7 +79,7 @@ def test_moves_blocks_like_the_model(given_steps: list[WorkerInput]) -> None:
     ("blocks_to_swap_in", [(0, 0)]), ("blocks_to_swap_out", [(1, HOST)]),
 ])
 def test_refuses_blocks_that_do_not_exist_or_are_written_twice(field: str, rows: list[tuple[int, int]]) -> None:
-    cache = CacheEngine(caches(), HOST)
+    cache = made()
     with pytest.raises(InputError, match=field) as error:
         cache.apply(WorkerInput(**{field: np.array(rows, np.int32)}))
     assert error.value.field == field
@@ -88,7 +94,8 @@ class Stateful(NullRunner):
 def test_states_of_rows_leave_and_come_in_one_step() -> None:
     """In a stage without a paged cache, too: its blocks are those of other stages."""
     runner = Stateful(4)
-    cache, before = CacheEngine([], HOST, runner), [x.clone() for x in runner.row_states]
+    cache, before = CacheEngine([], 0, runner), [x.clone() for x in runner.row_states]
+    cache.reserve_host(HOST)
     blocks = np.array([(1, 0)], np.int32)
     cache.apply(WorkerInput(blocks_to_swap_out=blocks, rows_to_swap_out=np.array([(0, 2)], np.int32)))
     cache.apply(WorkerInput(rows_to_swap_out=np.array([(3, 2)], np.int32),
@@ -98,7 +105,9 @@ def test_states_of_rows_leave_and_come_in_one_step() -> None:
         assert torch.equal(host[:, 2], old[:, 3]) and not host[:, [0, 1, 3]].any()
     with pytest.raises(InputError, match="rows_to_swap_in names a row that does not exist"):
         cache.apply(WorkerInput(rows_to_swap_in=np.array([(0, 4)], np.int32)))
-    assert CacheEngine([], 0, runner).host_rows == []  # nothing is ever swapped
+    never = CacheEngine([], 0, runner)
+    never.reserve_host(0)
+    assert never.host_rows == []
 
 
 def test_a_rank_that_keeps_states_alone_has_the_blocks_that_sequences_need() -> None:

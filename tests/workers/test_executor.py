@@ -250,7 +250,7 @@ def test_failure_in_execute_is_named(monkeypatch: pytest.MonkeyPatch, options: d
 @pytest.mark.parametrize(("fault", "cause", "text", "options", "rank"), [
     ("prepare-bug", "KeyError", "prepare-bug", {}, 0), ("prepare-invalid", "InputError", "slot_mapping", {}, 0),
     ("prepare-bug", "KeyError", "prepare-bug", {"tp": 2, "wire": "request"}, 1),
-    ("prepare-talk", "GuardError", "phase prepare", {"tp": 2}, 0)])
+    ("prepare-talk", "GuardError", "worker_cases.py:", {"tp": 2}, 0)])
 def test_failure_in_prepare_is_named(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], rank: int, fault: str,
                                      cause: str, text: str) -> None:
     error, seconds = step_error(failing(monkeypatch, f"{fault} {rank} 3", **options))

@@ -73,7 +73,7 @@ class ExecutorBase(abc.ABC):
     _worker: WorkerBase
 
     @abc.abstractmethod
-    def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
+    def _taking(self, request: ExecuteModelRequest, output: Any) -> Take:
         """A function that waits for the output of the step that was just submitted. `output` is the result of this
         process's worker, if it has one."""
 

@@ -41,7 +41,7 @@ def _data_plane(config: WorkerConfig, backend: Backend, device: torch.device, st
     topology = config.topology
     if store is None:
         return LocalCommunicator()
-    if device.type == "cpu" and not in_groups:
+    if device.type == "cpu" and not in_groups and backend.collectives is GLOO:  # else a vendor's own are meant
         try:
             return ShmCommunicator(topology, device, store)
         except BackendError as error:  # on all ranks

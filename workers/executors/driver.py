@@ -18,7 +18,6 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
-from hal.schema import Declared
 from hal.values import imported
 from workers.executors.base import ExecutorBase, SubmittedStep, Take, fewest
 from workers.executors.connections import connect
@@ -137,7 +136,7 @@ class DriverExecutor(ExecutorBase):
         if failure is not None:
             self._fail(failure, None)
 
-    def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
+    def _taking(self, request: ExecuteModelRequest, output: Any) -> Take:
         if output is not None:
             return self._worker.fetch(output)
         receive = self._worker.receive_output()

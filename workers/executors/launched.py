@@ -98,7 +98,7 @@ class LaunchedExecutor(ExecutorBase):
         agree(reports[0]["facts"], reports)
         return reports
 
-    def _taking(self, request: ExecuteModelRequest, output: Declared | None) -> Take:
+    def _taking(self, request: ExecuteModelRequest, output: Any) -> Take:
         digest = np.array([request.step, request.chain()], np.int64)
         if not self._topology.is_driver:
             return partial(self._told, digest)

@@ -75,16 +75,17 @@ class WorkerBase(abc.ABC):
         """Compile or capture everything that steps need. All ranks do so at the same time."""
 
     @abc.abstractmethod
-    def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
+    def execute_model(self, request: ExecuteModelRequest) -> Any:
         """Run a step of the scheduler. Returns the output if this rank samples, and None if the sampling follows."""
 
-    def sample(self, sampling: SamplingRequest) -> Declared | None:
+    def sample(self, sampling: SamplingRequest) -> Any:
         """The driver: complete the step that was executed last, whose sampling follows. Returns the output if this rank
         samples."""
         raise StateError(f"{type(self).__name__} has no step in two phases", expected="two_phase = False")
 
-    def fetch(self, output: Declared) -> Callable[[], Declared]:
-        """Begin to copy an output of this rank to the host. The returned function waits for the copy."""
+    def fetch(self, output: Any) -> Callable[[], Declared]:
+        """Begin to copy an output of this rank to the host. The returned function waits for the copy, and gives the
+        step's `output_type`."""
         return lambda: output
 
     def receive_output(self) -> Callable[[], Buffer]:
@@ -167,7 +168,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         """
 
     @abc.abstractmethod
-    def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Declared | None:
+    def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Any:
         """Compute the rest, on the last stage. Phase execute."""
 
     @abc.abstractmethod
@@ -183,11 +184,11 @@ class LocalOrDistributedWorkerBase(WorkerBase):
         with phase(Phase.PREPARE, self.topology.rank), span("prepare"):
             return self.prepare_sampling_input(sampling)
 
-    def execute_model(self, request: ExecuteModelRequest) -> Declared | None:
+    def execute_model(self, request: ExecuteModelRequest) -> Any:
         with phase(Phase.WORKER, self.topology.rank):
             return self.execute_step(*self.wire.share(self, request))
 
-    def sample(self, sampling: SamplingRequest) -> Declared | None:
+    def sample(self, sampling: SamplingRequest) -> Any:
         with phase(Phase.WORKER, self.topology.rank):
             return self.complete_step(self.wire.share_sampling(self, sampling))
 
@@ -211,7 +212,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
 
         return result
 
-    def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> Declared | None:
+    def execute_step(self, worker_input: WorkerInput, model_input: ModelInput) -> Any:
         """Execute a step. Every rank does this, whichever rank has prepared the step."""
         topology, self.model_input = self.topology, model_input
         if topology.world_size > 1:
@@ -226,7 +227,7 @@ class LocalOrDistributedWorkerBase(WorkerBase):
             return None
         return self._deliver(output)
 
-    def complete_step(self, sampling: SamplingInput) -> Declared | None:
+    def complete_step(self, sampling: SamplingInput) -> Any:
         """What every rank does when the second message of a step has come. Stages before the last have no more to
         compute; they keep the state of their rows."""
         topology, model_input = self.topology, self.model_input
@@ -241,10 +242,15 @@ class LocalOrDistributedWorkerBase(WorkerBase):
             output = self.execute_sampling(forwarded, model_input)
         return self._deliver(output)
 
-    def _deliver(self, output: Any) -> Declared | None:
+    def _deliver(self, output: Any) -> Any:
         """The end of a step: send the result to the next stage or to the driver. A driver that samples returns it."""
         topology = self.topology
         self.communicator.end_step()
+        if topology.samples and output is not None:  # the runner's `fetch` knows what it is
+            if topology.is_driver:
+                return output
+            self.plane.send_output(self.communicator.fingerprint.seal(self.fetch(output)().to_buffer()))
+            return None
         wanted: type = self.output_type if topology.samples else type(None)
         if not topology.is_last_stage:
             wanted = IntermediateTensors
@@ -253,10 +259,6 @@ class LocalOrDistributedWorkerBase(WorkerBase):
                              got=type(output).__name__, expected=wanted.__name__)
         if isinstance(output, IntermediateTensors):
             self.communicator.send(output)
-        elif isinstance(output, Declared):
-            if topology.is_driver:
-                return output
-            self.plane.send_output(self.communicator.fingerprint.seal(output.to_buffer()))
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from hal.config import WorkerConfig
 from hal.contracts.block_moves import move_blocks, move_rows, on_host
 from hal.contracts.device import DeviceRuntime
-from hal.contracts.inputs import WorkerInput
+from hal.contracts.inputs import NULL_BLOCK, WorkerInput
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import CapacityError
 
@@ -61,24 +60,30 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
 
 class CacheEngine:
     """Attributes:
-        device: a tensor of each layer with a paged cache; dimension 1 counts blocks.
-        host: the same on the host, with num_cpu_blocks.
-        host_rows: the runner's row_states on the host; none where there are no host blocks.
-        runner: reads and writes the device's blocks and rows.
-
-    Args:
-        runtime: of the device; it gives the host's memory.
+        device: the caches of the runner, which alone knows what they are.
+        num_blocks: the number of their blocks; 0 if the rank keeps none.
+        host: the blocks of the host. host_rows: the runner's row_states on the host. None until `reserve_host`.
+        runner: reads and writes the device's blocks.
     """
 
-    def __init__(self, device: Sequence[torch.Tensor], num_cpu_blocks: int,
-                 runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase,
-                 runtime: DeviceRuntime | None = None) -> None:
-        self.device, self.runner = device, runner
-        states = runner.row_states if num_cpu_blocks else ()
-        self.host = on_host(device, num_cpu_blocks, runtime)
+    def __init__(self, device: Any, num_blocks: int,
+                 runner: ModelRunnerBase[Any] | type[ModelRunnerBase[Any]] = ModelRunnerBase) -> None:
+        self.device, self.num_blocks, self.runner = device, num_blocks, runner
+        self.host: list[torch.Tensor] = []
+        self.host_rows: list[torch.Tensor] = []
+
+    def reserve_host(self, num_cpu_blocks: int, runtime: DeviceRuntime | None = None) -> None:
+        """Allocate memory for swapped blocks and rows. A block is read for its shapes, which may use a program that the
+        runner's warm-up compiles. `runtime`: of the device; it gives the host's memory."""
+        if not num_cpu_blocks:
+            return
+        if self.num_blocks:
+            block = self.runner.read_blocks(self.device, torch.tensor([NULL_BLOCK]))
+            self.host = on_host(block, num_cpu_blocks, runtime)
+        states = self.runner.row_states
         self.host_rows = on_host(states, states[0].shape[1] if states else 0, runtime)
 
     def apply(self, step: WorkerInput) -> None:
         """See hal.contracts.block_moves. Raises InputError."""
-        move_blocks(step, self.device, self.host, self.runner)
-        move_rows(step, self.runner.row_states, self.host_rows, self.runner)
+        move_blocks(step, self.device, self.num_blocks, self.host, self.runner)
+        move_rows(step, self.runner.row_states, self.host_rows)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from hal.config import WorkerConfig
-from hal.contracts.backend import Backend
+from hal.contracts.backend import Backend, in_host_memory
 from hal.contracts.block_moves import MOVES, moves_blocks
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
@@ -76,7 +76,7 @@ class Worker(LocalOrDistributedWorkerBase):
         return {"tokens_per_row": str(self.tokens_per_row)} | schemas_of(*kinds)
 
     def determine_num_blocks(self) -> int:
-        on_host = self.device.type == "cpu" or self.backend.capabilities.host_memory
+        on_host = in_host_memory(self.backend, self.device)
         free = self.backend.free_memory(self.device) // (self.topology.world_size if on_host else 1)
         return count_blocks(self.config, free=free, reserve=self.runner.reserve_bytes(),
                             per_block=self.runner.kv_bytes_per_block(), host_memory=on_host,
@@ -84,8 +84,8 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def initialize_cache(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), self.config.engine.num_cpu_blocks, self.runner,
-                                 self.backend.runtime)
+        kept = num_blocks if self.runner.kv_bytes_per_block() else 0
+        self.cache = CacheEngine(self.runner.make_kv_caches(num_blocks), kept, self.runner)
 
     @property
     def has_row_states(self) -> bool:
@@ -93,6 +93,7 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def warmup(self, progress: Progress = no_progress) -> None:
         self.runner.warmup(self.cache.device, progress)
+        self.cache.reserve_host(self.config.engine.num_cpu_blocks, self.backend.runtime)
         self.backend.runtime.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
@@ -160,7 +161,7 @@ class Worker(LocalOrDistributedWorkerBase):
                                  expected=dims)  # the next stage would wait for bytes that never come
         return output
 
-    def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Declared | None:
+    def execute_sampling(self, forwarded: Any, model_input: ModelInput) -> Any:
         try:
             if self.flight_recorder is not None:
                 self.flight_recorder.joined(model_input)
@@ -170,12 +171,15 @@ class Worker(LocalOrDistributedWorkerBase):
                 self.flight_recorder.save(self.steps, error)
             raise
 
-    def fetch(self, output: Declared) -> Callable[[], Declared]:
-        take, communicator = self.runner.fetch(output), self.communicator
+    def fetch(self, output: Any) -> Callable[[], Declared]:
+        take, communicator, wanted = self.runner.fetch(output), self.communicator, self.output_type
 
         def result() -> Declared:
-            fetched = take()
+            fetched: Declared = take()
             communicator.check()
+            if not isinstance(fetched, wanted):
+                raise StateError(f"{type(self.runner).__name__}.fetch gave something else than the step's output",
+                                 got=type(fetched).__name__, expected=wanted.__name__)
             return fetched
 
         return result

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import BLOCK_SIZE, GREEDY, Context, Session, drive
 from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
@@ -51,23 +49,20 @@ def _paged(session: Session, model_input: Any) -> PagedModelInput:
 def writes_nothing_else(ctx: Context) -> None:
     """A step writes the blocks that its tokens are mapped to and the null block, in a batch of any composition."""
     session, prompts = ctx.session(warm=False), ctx.prompts(30, 5, 21, 1, 3)
-    everywhere = torch.arange(session.caches[0].shape[1])
-    # Blocks without an owner hold values that no step may change or depend on.
-    for cache in session.caches:
-        cache[:, 1:] = 1 if not cache.is_floating_point() else 0.5
+    session.fill_cache(0.5, first=1)  # blocks without an owner hold values that no step may change or depend on
     session.warm()  # at once, since a device may compile these operations
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         m = _paged(session, session.prepare(request))
-        before = [cache.cpu().clone() for cache in session.caches]
+        before = session.read_cache()
         output = session.execute(m)
         real = int(m.query_start_loc[-1])
         mapped = set((m.slot_mapping[:real].cpu() // m.block_size).tolist()) | {NULL_BLOCK}
-        for layer, (cache, old) in enumerate(zip(session.caches, before, strict=True)):
-            changed = everywhere[(cache.cpu() != old).transpose(0, 1).flatten(1).any(1)].tolist()
+        for layer, (cache, old) in enumerate(zip(session.read_cache(), before, strict=True)):
+            changed = session.blocks[(cache != old).transpose(0, 1).flatten(1).any(1)].tolist()
             ctx.check(set(changed) <= mapped, f"step {request.step} wrote blocks {sorted(set(changed) - mapped)} of "
-                      f"layer {layer}; its tokens are in {sorted(mapped)}")
-        return SamplerOutput.from_buffer(output.to_buffer())
+                      f"cache {layer}; its tokens are in {sorted(mapped)}")
+        return session.fetch(output)
 
     ctx.verify(drive(step, session.scheduler(), prompts, GREEDY, apart=2), "llama", "over used blocks")
 
@@ -76,24 +71,25 @@ def writes_nothing_else(ctx: Context) -> None:
 def warmup_leaves_it_clean(ctx: Context) -> None:
     """The warm-up writes the null block alone."""
     session = ctx.session()
-    written = [int(c[:, 1:].ne(0).sum()) for c in session.caches]
+    written = [int(c[:, 1:].ne(0).sum()) for c in session.read_cache()]
     ctx.equal("values written outside the null block", written, [0] * len(written))
 
 
 @case(3, "output")
 def outlives_the_next_step(ctx: Context) -> None:
     """An output does not change when the next step runs, since it may still be on its way to the host."""
-    session, kept = ctx.session(), list[tuple[SamplerOutput, list[int]]]()
+    session, kept = ctx.session(), list[tuple[Any, list[int]]]()
 
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         output = session.execute(session.prepare(request))
         ctx.backend.runtime.synchronize(session.device)
-        kept.append((output, output.token_ids.tolist()))
-        return SamplerOutput.from_buffer(output.to_buffer())
+        there = session.fetch(output)
+        kept.append((output, there.token_ids.tolist()))
+        return there
 
     drive(step, session.scheduler(), ctx.prompts(9, 4, 20), GREEDY)
     for i, (output, tokens) in enumerate(kept):
-        ctx.equal(f"tokens of step {i}, read after the last step", output.token_ids.tolist(), tokens)
+        ctx.equal(f"tokens of step {i}, read after the last step", session.fetch(output).token_ids.tolist(), tokens)
 
 
 @case(3, "output")
@@ -104,8 +100,7 @@ def is_there_after_synchronize(ctx: Context) -> None:
     def step(request: ExecuteModelRequest) -> SamplerOutput:
         output = session.execute(session.prepare(request))
         ctx.backend.runtime.synchronize(session.device)
-        early = SamplerOutput.from_buffer(output.to_buffer())
-        late = SamplerOutput.from_buffer(output.to_buffer())
+        early, late = session.fetch(output), session.fetch(output)
         ctx.equal(f"step {request.step}: tokens", early.token_ids.tolist(), late.token_ids.tolist())
         return early
 
