@@ -21,8 +21,9 @@ KVDType = Literal["auto", "fp8"]
 ExecutorName = Literal["multiprocess", "ray"]
 _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
-             "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0}  # and the smallest value of each
-_OPTIONAL = ("max_model_len", "num_blocks", "async_scheduling")  # may be None
+             "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
+             "draft_tp": 1}  # and the smallest value of each
+_OPTIONAL = ("max_model_len", "num_blocks", "async_scheduling", "speculate", "draft_model")  # may be None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,10 @@ class EngineConfig:
         prefix_caching: reuse the KV blocks of equal prefixes.
         async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
             backend runs steps while the host goes on. Not with pp > 1.
+        speculate: what proposes tokens for the model to verify (docs/speculation.md): "ngram", "draft" (a smaller
+            model), "eagle" (heads trained for the model), "module:attribute" of a Proposer; None proposes nothing.
+        speculative_tokens: the most tokens that are proposed at a time for a sequence.
+        draft_model: checkpoint directory of "draft" or "eagle". draft_tp: tensor parallel size of it, a divisor of tp.
         executor: what starts the other ranks: this process on this host, or Ray on the nodes of a cluster.
         wire: what a step's message holds (see docs/distributed.md). With "none" there is no message: torchrun starts
             every rank, each runs this same program, and their schedulers decide alike.
@@ -72,6 +77,10 @@ class EngineConfig:
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     async_scheduling: bool | None = None
+    speculate: str | None = None
+    speculative_tokens: int = 4
+    draft_model: str | None = None
+    draft_tp: int = 1
     executor: ExecutorName = "multiprocess"
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
@@ -83,8 +92,6 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError, naming the option. Numbers of numpy and torch become Python's own."""
-        if isinstance(self.model, os.PathLike):
-            object.__setattr__(self, "model", os.fspath(self.model))
         for name, low in _INTEGERS.items():
             self._take(name, (int,), f"an integer from {low} to {_LARGEST}", low, _LARGEST)
         self._take("seed", (int,), "a 64-bit integer", -(2**63), 2**63 - 1)
@@ -92,10 +99,14 @@ class EngineConfig:
             self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)
         for name in ("prefix_caching", "graphs", "random_weights", "trust_remote_code", "async_scheduling"):
             self._take(name, (bool,), "true or false")
-        for name in ("device", "control_plane"):
+        for name in ("device", "control_plane", "speculate"):
             self._take(name, (str,), "a text")
-        self._take("model", (str,), "the path of a directory")
-        object.__setattr__(self, "model", os.path.expanduser(self.model))
+        for name in ("model", "draft_model"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            self._take(name, (str,), "the path of a directory")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName)):
             value = plain(getattr(self, name))
             if not isinstance(value, str) or value not in get_args(kind):
@@ -107,6 +118,35 @@ class EngineConfig:
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling keeps pending tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
+        if self.speculate is not None:
+            self._check_speculation()
+        elif self.draft_model is not None:
+            raise ConfigError("a draft model without speculation does nothing", got=f"draft_model={self.draft_model!r}",
+                              expected='speculate="draft" or "eagle"')
+
+    def _check_speculation(self) -> None:
+        if self.async_scheduling:
+            raise ConfigError("async_scheduling prepares a step before the drafts of the one before it are verified",
+                              got=f"speculate={self.speculate!r}", expected="async_scheduling=None or False")
+        if self.max_samples > self.max_num_batched_tokens:
+            raise ConfigError("a step cannot verify so many drafts",
+                              got=f"speculative_tokens={self.speculative_tokens}",
+                              expected=f"less than max_num_batched_tokens={self.max_num_batched_tokens}")
+        if (self.num_blocks or _LARGEST) - 1 < -(-self.max_samples // self.block_size):
+            raise ConfigError("the KV cache cannot hold the drafts of one sequence",
+                              got=f"speculative_tokens={self.speculative_tokens}, num_blocks={self.num_blocks} of "
+                              f"{self.block_size} tokens", expected="fewer drafts, or more blocks")
+        if (self.speculate in ("draft", "eagle")) and self.draft_model is None:
+            raise ConfigError(f"speculate={self.speculate!r} needs a draft model", got="draft_model=None",
+                              expected="the path of its checkpoint directory")
+        if self.tp % self.draft_tp:
+            raise ConfigError("the draft model runs on ranks of the target", got=f"draft_tp={self.draft_tp}, "
+                              f"tp={self.tp}", expected="a draft_tp that divides tp")
+
+    @property
+    def max_samples(self) -> int:
+        """The most tokens of a sequence that a step samples."""
+        return 1 if self.speculate is None else 1 + self.speculative_tokens
 
     def longest_sequence(self, model: ModelConfig) -> int:
         """The most tokens of a sequence, prompt and output: max_model_len, or else the model's context.

@@ -30,6 +30,10 @@ ENGINE_HELP = {
     "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
     "graphs": "run every step eagerly",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
+    "speculate": "what proposes tokens for the model to verify: ngram, draft, eagle or module:attribute of a Proposer",
+    "speculative_tokens": "the most tokens that are proposed at a time",
+    "draft_model": "checkpoint directory of --speculate draft or eagle",
+    "draft_tp": "tensor-parallel ranks of the draft model; a divisor of tp",
     "executor": "who starts the other ranks",
     "wire": "what crosses the control plane",
     "control_plane": "the mechanism that carries it",
@@ -38,7 +42,8 @@ ENGINE_HELP = {
     "random_weights": "initialise instead of loading",
     "trust_remote_code": "run the checkpoint's own Python where its tokenizer is made of that",
 }
-_UNSET = {"max_model_len": "the model's context", "num_blocks": "from free memory",
+_UNSET = {"speculate": "nothing", "draft_model": "none",
+         "max_model_len": "the model's context", "num_blocks": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hal.errors import StateError
+
 _NULL_SLOT = 0
 
 
@@ -62,3 +64,8 @@ def logits_indices(value: torch.Tensor, m: Any, taken: Taken) -> torch.Tensor:
         return value
     places = torch.arange(len(m.seq_lens), dtype=value.dtype, device=value.device)
     return torch.where(m.query_start_loc.diff() > 0, places, 0)
+
+
+def sample_counts(value: torch.Tensor, m: Any, taken: Taken) -> torch.Tensor:
+    raise StateError("a step that verifies drafts is not advanced", got=f"drafts in a step of {len(value)} sequences",
+                     expected="a step without drafts", hint="the next step's drafts come from the driver")

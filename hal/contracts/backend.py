@@ -44,6 +44,8 @@ class Capabilities:
             declaration, a torch.device of type "cpu" counts as host memory, and no other type does.
         ray_resource: a rank takes one of this resource of a Ray cluster: "CPU", "GPU", or another name that the
             cluster's nodes offer.
+        token_cost: the time by which one token more lengthens a decode step, in decode steps of one token. Speculative
+            decoding weighs it against the tokens that it expects to gain.
         checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
     """
 
@@ -57,6 +59,7 @@ class Capabilities:
     asynchronous: bool = False
     host_memory: bool | None = None
     ray_resource: str = "CPU"
+    token_cost: float = 0.1
     checkpoints: bool = True
 
 
@@ -183,9 +186,11 @@ def resolve_dtype(backend: Backend, wanted: str, checkpoint: str) -> str:
     return checkpoint if checkpoint in backend.capabilities.dtypes else "float32"
 
 
-def resolve_async(backend: Backend, wanted: bool | None, pp: int) -> bool:
+def resolve_async(backend: Backend, engine: EngineConfig) -> bool:
     """The value for async_scheduling=None."""
-    return backend.capabilities.asynchronous and pp == 1 if wanted is None else wanted
+    if engine.async_scheduling is not None:
+        return engine.async_scheduling
+    return backend.capabilities.asynchronous and engine.pp == 1 and engine.speculate is None
 
 
 def mesh(backend: Backend, engine: EngineConfig) -> Topology:

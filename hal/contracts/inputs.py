@@ -124,6 +124,13 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
     state_rows: Annotated[torch.Tensor | None, Array("int32", "num_seqs", low=-1, pad=-1, doc="row of each sequence; "
                                                     "present where layers of the model keep a state per row",
                                                     advance=rules.state_rows)] = None
+    sample_counts: Annotated[torch.Tensor | None, Array("int32", "num_verified", low=0, advance=rules.sample_counts,
+                                                       doc="rows of logits_indices to sample of each sampled sequence: "
+                                                       "one for each of its drafts, which are its last tokens, and one "
+                                                       "for the token before them; absent: one of each, and no drafts"
+                                                       )] = None
+    max_samples: Annotated[int, Doc("the largest of sample_counts")] = 1
+    num_proposals: Annotated[int, Doc("tokens that a proposer on the ranks gives each sampled sequence")] = 0
 
     if TYPE_CHECKING:  # the features' fields
         def __getattr__(self, name: str) -> Any: ...
@@ -200,6 +207,8 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
         room = self.logits_indices.shape[0] - targets
         if not 0 <= self.num_samples <= room:
             self._refuse("num_samples", self.num_samples, f"0 to {room}, the rows of logits_indices without a target")
+        if self.sample_counts is not None:
+            self._check_drafts(self.sample_counts.cpu().numpy().astype(np.int64))
         for feature in FEATURES:
             there = [name for name in feature.fields if self[name] is not None]
             if feature.together and there and len(there) < len(feature.fields):
@@ -207,6 +216,17 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
             for name in there:
                 if feature.fields[name].dims[0].symbol == "num_sampled" and len(self[name]) < self.num_samples:
                     self._refuse(name, f"{len(self[name])} rows", f"at least num_samples ({self.num_samples})")
+
+    def _check_drafts(self, counts: np.ndarray) -> None:
+        if counts.sum() != self.num_samples or self.max_samples != counts.max(initial=1):
+            self._refuse("sample_counts", f"{counts}, the largest {self.max_samples}",
+                         f"counts that add up to num_samples ({self.num_samples})")
+        counts = counts[counts > 0]  # others are padding
+        last = np.cumsum(counts) - 1
+        rows, ends = self.logits_indices.cpu().numpy()[:self.num_samples], self.query_start_loc.cpu().numpy()[1:] - 1
+        expected = np.repeat(rows[last] - last, counts) + np.arange(len(rows))
+        if (rows != expected).any() or not np.isin(rows[last], ends).all():
+            self._refuse("logits_indices", rows, f"the last tokens of sequences, {counts} of them")
 
     def _refuse(self, field: str, got: object, expected: object) -> None:
         raise InputError(f"{type(self).__name__}.{field} is inconsistent", got=got, expected=expected, fields=(field,))

@@ -28,6 +28,9 @@ class SamplerOutput(Declared):
     num_computed: Annotated[torch.Tensor | None, Array("int32", "num_rows", low=0, doc="how many of these the step has "
                                                        "also put in the KV cache, the first ones, never the last; "
                                                        "absent: none")] = None
+    draft_tokens: Annotated[torch.Tensor | None, Array("int32", "num_rows", "num_proposals", low=-1, doc="tokens that "
+                                                     "a proposer expects behind the new ones; -1 behind the last")
+                            ] = None
     logprobs: Annotated[torch.Tensor | None, Array("float32", "num_places", doc="of the new tokens")] = None
     ranks: Annotated[torch.Tensor | None, Array("int32", "num_places", low=1, doc="of the new tokens by raw logit; 1 "
                                                 "is the most likely")] = None

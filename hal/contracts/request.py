@@ -56,6 +56,12 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                                       doc="scheduled rows; those with one token to compute come first")]
     num_scheduled: Annotated[np.ndarray, Array("int32", "num_seqs", low=1, doc="tokens of each to compute")]
     num_computed: Annotated[np.ndarray, Array("int32", "num_seqs", low=0, doc="tokens of each already in the cache")]
+    draft_counts: Annotated[np.ndarray | None, Array("int32", "num_seqs", low=0, doc="how many of the scheduled tokens "
+                                                     "are drafts, the last ones; absent: none")] = None
+    draft_tokens: Annotated[np.ndarray | None, Array("int32", "num_drafts", low=0,
+                                                     doc="these drafts, row after row")] = None
+    num_proposals: Annotated[int, Doc("tokens that a proposer on the ranks gives each sampled sequence after this "
+                                      "step")] = 0
 
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1)] = None
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0)] = None
@@ -80,12 +86,19 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                       self.num_scheduled, self.num_computed):
             if len(array):
                 crc = zlib.crc32(array.data, crc)
+        if self.draft_tokens is not None:
+            crc = zlib.crc32(self.draft_tokens.data, crc)
         return crc if self.append_counts is None else zlib.crc32(self.append_counts.data, crc)
 
     def check(self) -> None:
-        """Semantic check (HAL_STRICT=1, recordings): there is a token for each row that gained one. Raises InputError.
-        """
+        """Semantic check (HAL_STRICT=1, recordings): there is a token for each row that gained one, and a draft for
+        each place of one. Raises InputError."""
         super().check()
+        drafts = 0 if self.draft_counts is None else int(self.draft_counts.sum(dtype=np.int64))
+        if drafts != (0 if self.draft_tokens is None else len(self.draft_tokens)):
+            raise InputError("ExecuteModelRequest.draft_tokens is inconsistent", fields=("draft_tokens",),
+                             got="none" if self.draft_tokens is None else f"{len(self.draft_tokens)} tokens",
+                             expected=f"{drafts} for the rows")
         counts = self.append_counts
         total = len(self.append_rows) if counts is None else int(counts.sum(dtype=np.int64))
         if total != len(self.append_tokens):

@@ -30,8 +30,10 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     reserve_bytes, make_kv_caches, warmup; then prepare_model_input and execute_model in every step.
 
     Attributes:
-        tokens_per_row: a class attribute, the most new tokens that a step gives a sequence. Above 1, the engine
-            schedules synchronously, since only this step's output says how many tokens the next step begins with.
+        tokens_per_row: the most new tokens that a step gives a sequence. Above 1, the engine schedules synchronously,
+            since only this step's output says how many tokens the next step begins with.
+        verifies: the runner takes steps with drafts (PagedModelInput.sample_counts), and accepts those that equal the
+            sampled tokens (hal.sampling.verification). Without it, speculative decoding is refused.
         input_type: the declared input of a step. output_type: its declared output, on the rank that samples.
         two_phase: the runner has execute_forward, prepare_sampling_input and execute_sampling, so the input of sampling
             may arrive while the device runs the forward pass. If False, a step in two phases is executed when both
@@ -49,6 +51,7 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     output_type: ClassVar[type[Declared]]
     two_phase: ClassVar[bool] = False
     tokens_per_row: int = 1
+    verifies: ClassVar[bool] = False
     intermediate_type: type[IntermediateTensors] | None = None
     has_row_states: bool = False
     row_states: Sequence[torch.Tensor] = ()

@@ -24,6 +24,7 @@ from hal.engine.request_state import Logprobs, RequestState
 from hal.engine.scheduled_step import ScheduledStep
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
+from hal.engine.speculation import Speculation
 from hal.engine.text import TextStream, encode, hidden_stops, load_tokenizer
 from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
 from hal.sampling.params import SamplingParams
@@ -38,6 +39,8 @@ class Stats:
     Attributes:
         steps: submitted steps. prefill_tokens: tokens computed in chunks of prompts, with those that are computed again
             after a preemption. decode_tokens: sampled tokens. cached_tokens: prompt tokens found in the prefix cache.
+        drafted_tokens, accepted_tokens: drafts of speculative decoding that steps have verified, and how many of them
+            were right.
         running, waiting: requests at this moment.
     """
 
@@ -46,6 +49,8 @@ class Stats:
     decode_tokens: int
     cached_tokens: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     running: int
     waiting: int
 
@@ -82,6 +87,7 @@ class LLM:
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.backend = backends.select(config.device)
+        self._speculation = None if config.speculate is None else Speculation(config, self.backend)
         bars = LoadProgress() if progress else None
         try:
             self.executor = make_executor(config, self.model_config, self.backend, bars or no_progress)
@@ -112,8 +118,7 @@ class LLM:
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
     def _make_scheduler(self) -> Scheduler:
-        ahead = self.executor.tokens_per_row == 1 and backends.resolve_async(
-            self.backend, self.config.async_scheduling, self.config.pp)
+        ahead = self.executor.tokens_per_row == 1 and backends.resolve_async(self.backend, self.config)
         return Scheduler(self.config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=self.config.pp,
                          eos_token_ids=self.model_config.eos_token_ids, ahead=ahead,
                          has_row_states=self.executor.has_row_states)
@@ -290,6 +295,8 @@ class LLM:
             self._end(self._cancelled.popleft())
         step = self.scheduler.schedule()
         if step is not None:
+            if self._speculation is not None:
+                self._speculation.before(step)
             self._pending.append((step, self.executor.execute_model(step.request)))
             self._counts["steps"] += 1
         if not self._pending:
@@ -311,7 +318,10 @@ class LLM:
         counts["cached_tokens"] += sum(s.num_cached for s in live)
         counts["preemptions"] += sum(s.preemptions for s in live)
         running = sum(s.row >= 0 for s in live)
-        return Stats(**counts, running=running, waiting=len(live) - running)
+        drafts = self._speculation
+        drafted, accepted = (0, 0) if drafts is None else (drafts.drafted, drafts.accepted)
+        return Stats(**counts, drafted_tokens=drafted, accepted_tokens=accepted, running=running,
+                     waiting=len(live) - running)
 
     def restart(self) -> None:
         """Start new workers, after a failure or at any other time. Unfinished requests keep their tokens and go on from
@@ -431,6 +441,11 @@ class LLM:
                     if request.text.stopped and request.seq.finish_reason is None:
                         self.scheduler.finish(request.seq, "stop")
                         complete.append(request)
+        if self._speculation is not None:
+            self._speculation.after(step, result)
+            for request in grown:
+                output, seq = request.output, request.seq
+                output.drafted_tokens, output.accepted_tokens = seq.drafted, seq.accepted
         self._keep(complete)  # if this call is interrupted, a later one returns these outputs
         for request in complete:
             self._complete(request)

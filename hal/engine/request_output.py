@@ -31,6 +31,8 @@ class RequestOutput:
         text: of the output alone; "" without a tokenizer. Stop texts are cut from it.
         finish_reason: "stop" (end of sequence, stop text or id), "length", "abort", "error"; None while it runs.
         error: why it ended with "error"; the tokens before the error are kept.
+        drafted_tokens, accepted_tokens: of speculative decoding: drafts that were verified for the request, and how
+            many of them its output got.
         logprobs: one per output token. prompt_logprobs: one per prompt token, None for the first.
     """
 
@@ -44,3 +46,5 @@ class RequestOutput:
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: HalError | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0

@@ -84,6 +84,7 @@ class RequestState:
             del output.logprobs[count:], output.token_ids[count:]
         if seq.finish_reason != "abort":  # any other reason follows from the tokens
             seq.finish_reason = output.finish_reason = output.error = None
+        seq.drafts, seq.propose = [], None  # the proposer may have seen tokens that are removed
         seq.distrusted = False  # the cache that held its prefix is gone
         seq.row, seq.num_computed, seq.blocks, seq.host_blocks, seq.hashes, seq.owner = -1, 0, [], [], [], self
         self.text, self.shown = text, 0

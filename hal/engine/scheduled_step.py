@@ -32,6 +32,7 @@ class ScheduledStep:
         prompt_targets: (sequence, first, end) of each sequence whose prompt logprobs come with this step, in the order
             of SamplerOutput: one for each prompt token from `first` to before `end`.
         num_tokens, num_prefill: tokens that the step computes, and how many of them belong to prefill.
+        drafts: of each row with drafts, their number.
     """
 
     request: ExecuteModelRequest
@@ -41,6 +42,7 @@ class ScheduledStep:
     prompt_targets: list[tuple[Sequence, int, int]]
     num_tokens: int
     num_prefill: int
+    drafts: dict[int, int] = field(default_factory=dict)
 
     def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int, handle: StepHandle | None = None) -> None:
         """Say which tokens sequences may get from this step, before it is executed; or, with the handle of a step that
@@ -51,16 +53,25 @@ class ScheduledStep:
         does not.
 
         Args:
-            masks: bool [vocab_size] by request_id, for sequences in `sampled`; other sequences are not restricted.
+            masks: bool [vocab_size] by request_id, for sequences in `sampled`; other sequences are not restricted. Of a
+                sequence with drafts (see `drafts`), bool [1 + drafts, vocab_size]: the mask behind its last token, and
+                behind each draft. Sequence.max_drafts = 0 keeps a sequence without drafts.
 
         Raises:
-            StateError: a request is not sampled in this step; or as `StepHandle.sample`. InputError, WorkerError: as
-                `StepHandle.sample`.
+            StateError: a request is not sampled in this step, or lacks a mask for one of its places; or as
+                `StepHandle.sample`. InputError, WorkerError: as `StepHandle.sample`.
         """
         rows = dict(zip((seq.request_id for seq in self.sampled), self.sampled_rows.tolist(), strict=True))
         if not masks.keys() <= rows.keys():
             raise StateError("a mask is given for a request that this step does not sample",
                              got=sorted(masks.keys() - rows.keys()), expected=f"some of {sorted(rows)}")
+        for i, mask in masks.items():
+            places = 1 + self.drafts.get(rows[i], 0)
+            if np.atleast_2d(mask).shape[0] != places:
+                raise StateError("a sequence with drafts needs a mask for each of its places",
+                                 got=f"request {i}: a mask of shape {list(mask.shape)}",
+                                 expected=f"{[places, vocab_size]}",
+                                 hint="request.draft_tokens has the drafts; Sequence.max_drafts = 0 proposes none")
         fields = mask_fields({rows[i]: mask for i, mask in masks.items()}, vocab_size)
         if handle is not None:
             handle.sample(fields)

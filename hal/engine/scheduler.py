@@ -54,6 +54,7 @@ class Scheduler:
         self.max_num_batched_tokens, self.has_row_states = config.max_num_batched_tokens, has_row_states
         self.prefix_caching = config.prefix_caching and not has_row_states
         self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
+        self.speculates = config.speculate is not None
         self._eos = np.array(sorted(eos_token_ids), np.int64)
         self.epoch = self.step = self.digest = 0
         self.waiting: list[Sequence] = []
@@ -155,7 +156,8 @@ class Scheduler:
                 budget -= chunks[-1][1]
         if not len(decodes) and not chunks:
             return None
-        step = self._issue(decodes, chunks)
+        drafts = self._drafts(decodes, budget) if self.speculates else {}
+        step = self._issue(decodes, chunks, drafts)
         self.blocks.release(pinned)
         return step
 
@@ -227,6 +229,9 @@ class Scheduler:
                 if reason is not None:
                     break
             gained = len(seq.output_ids) - before
+            if row in step.drafts:
+                seq.drafted += step.drafts[row]
+                seq.accepted += min(count - 1, gained)
             self.length[row] += gained - 1  # the step was issued as if each sequence gained one token
             if gained:
                 self._last[row] = seq.output_ids[-1]
@@ -407,20 +412,49 @@ class Scheduler:
         self._asks_prompt[row] = seq.wants_prompt_logprobs
         return True
 
-    def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]]) -> ScheduledStep:
-        """The step of these decodes and of these (row, number of tokens); it counts as computed from here on."""
-        rows, counts, total = decodes, np.ones(len(decodes), np.int64), len(decodes)
-        if chunks:
-            more = np.array(chunks, np.int64)
+    def _drafts(self, decodes: np.ndarray, budget: int) -> dict[int, list[int]]:
+        """The drafts that this step verifies, by row: of the decodes, within `budget` tokens. Drafts that need a block
+        get it only where every running sequence may still take one."""
+        taken: dict[int, list[int]] = {}
+        for row in decodes.tolist():
+            seq = self._at[row]
+            assert seq is not None
+            length = int(self.length[row])
+            # With all drafts accepted, the sequence gains one token more.
+            drafts = seq.drafts[:max(min(budget, seq.limit - length - 1), 0)]
+            seq.drafts = []
+            while length + len(drafts) > self.capacity[row] and self.blocks.num_free > len(self.running):
+                block = self.blocks.allocate()
+                self._changes.grown.append((row, len(seq.blocks), block))
+                seq.blocks.append(block)
+                self.capacity[row] += self.block_size
+            drafts = drafts[:max(int(self.capacity[row]) - length, 0)]
+            if drafts:
+                taken[row], budget = drafts, budget - len(drafts)
+        return taken
+
+    def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]], drafts: dict[int, list[int]],
+               ) -> ScheduledStep:
+        """The step of these decodes and of these (row, number of tokens); it counts as computed from here on. `drafts`:
+        by row, of decodes."""
+        rows, counts, total, num_drafts = decodes, np.ones(len(decodes), np.int64), len(decodes), 0
+        if chunks or drafts:
+            more = np.array(chunks, np.int64).reshape(-1, 2)
             rows, counts = np.concatenate([rows, more[:, 0]]), np.concatenate([counts, more[:, 1]])
+            extra = np.array([len(drafts.get(row, ())) for row in rows.tolist()], np.int64)
+            counts += extra
             order = np.argsort(counts != 1, kind="stable")
-            rows, counts, total = rows[order], counts[order], int(counts.sum())
+            rows, counts, extra, total, num_drafts = rows[order], counts[order], extra[order], counts.sum(), extra.sum()
         computed = self.computed[rows]
         ends = computed + counts
+        values: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "digest": self.digest}
+        if drafts:
+            ends -= extra
+            tokens = [token for row in rows.tolist() for token in drafts.get(row, ())]
+            values |= {"draft_counts": extra.astype(np.int32), "draft_tokens": np.array(tokens, np.int32)}
         sampled = rows[ends == self.length[rows]]
         changes, self._changes = self._changes, Changes()
-        request = changes.request(rows, counts, computed, *self._tell_appended(rows), epoch=self.epoch,
-                                  step=self.step, digest=self.digest)
+        request = changes.request(rows, counts, computed, *self._tell_appended(rows), **values)
         self.step, self.digest = self.step + 1, request.chain()
         self._count_as_computed(rows, ends, sampled)
         if self.prefix_caching:
@@ -428,7 +462,9 @@ class Scheduler:
         targets = self._prompt_targets(rows, computed, ends) if np.count_nonzero(self._asks_prompt[rows]) else []
         at = self._at
         sequences: list[Any] = [at[row] for row in sampled.tolist()]
-        return ScheduledStep(request, rows, sampled, sequences, targets, total, total - len(decodes))
+        return ScheduledStep(request, rows, sampled, sequences, targets, int(total),
+                             int(total - num_drafts) - len(decodes),
+                             {row: len(tokens) for row, tokens in drafts.items()})
 
     def _tell_appended(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Rows that gained tokens of which the ranks are told with the step of `rows`, these tokens, and how many each

@@ -30,6 +30,9 @@ class Sequence:
             with NaN, so the prefix cache takes no block of this one.
         started: it has run. num_cached: prompt tokens that the prefix cache had when it started. tokens_computed: the
             tokens computed in all rows that it has left. preemptions: how often it was preempted.
+        drafts: tokens that it may have next, for its next step to verify. max_drafts: the most that are proposed at a
+            time; None: as many as for other sequences. drafted, accepted: drafts so far. propose: see
+            hal.contracts.proposer.HostProposer.
     """
 
     request_id: int
@@ -52,6 +55,11 @@ class Sequence:
     num_cached: int = 0
     tokens_computed: int = 0
     preemptions: int = 0
+    drafts: list[int] = field(default_factory=list)
+    max_drafts: int | None = None
+    drafted: int = 0
+    accepted: int = 0
+    propose: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)

@@ -74,7 +74,9 @@ class StepRows:
 
     Attributes:
         state: the state of all rows. request: the ExecuteModelRequest that is being prepared.
-        sampled: the rows that get a token in this step, in the order of the step's output.
+        sampled: the rows that get a token in this step, in the order of the step's output. A row with drafts is there
+            once for each of its places: the token before its drafts, and each draft.
+        places: these tokens, as indices into row_of, positions and input_ids.
         row_of, positions: for each token that the step computes, its row and its place in the sequence.
         input_ids: the tokens that the step computes; a feature may replace the array.
         targets: a feature sets this: tokens whose logits are needed beside those of the sampled rows, as indices into
@@ -87,6 +89,7 @@ class StepRows:
     state: Rows
     request: Any
     sampled: Ints
+    places: Ints
     row_of: Ints
     positions: Ints
     input_ids: Ints

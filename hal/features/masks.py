@@ -26,7 +26,8 @@ def _needs_host(mask: torch.Tensor, m: Any, taken: Any) -> torch.Tensor:
 
 
 class TokenMasks(Feature):
-    """A row's mask holds for the step whose request carries it. Bit i % 32 of word i // 32 says whether token i is
+    """A row's mask holds for the step whose request carries it. A row with drafts has a mask for each of its places:
+    the token before its drafts, and each draft. Bit i % 32 of word i // 32 says whether token i is
     allowed. A row that the request does not name, and bits behind the vocabulary, are not restricted."""
 
     per_step = for_sampling = True
@@ -50,10 +51,15 @@ class TokenMasks(Feature):
         if rows is None or masks is None or not len(step.sampled):
             return {}
         found = np.full((len(step.sampled), -(-step.state.vocab_size // WORD)), -1, np.int32)
-        at = {row: i for i, row in enumerate(step.sampled.tolist())}
+        at: dict[int, list[int]] = {}
+        for i, row in enumerate(step.sampled.tolist()):
+            at.setdefault(row, []).append(i)
         for row, mask in zip(rows.tolist(), masks, strict=True):
-            if row in at:  # False if this step does not reach the row's last token
-                found[at[row]] = mask
+            if at.get(row):  # False if this step does not reach the row's last token
+                found[at[row].pop(0)] = mask
+        for row in {*rows.tolist()} & at.keys():
+            need("mask_rows", not at[row], f"{len(at[row])} places of row {row} without a mask", "a mask for the token "
+                 "behind each draft of a row, too")
         return {"token_mask": found}
 
     def adjust(self, scores: torch.Tensor, model_input: Any) -> torch.Tensor:
@@ -81,11 +87,13 @@ def mask_fields(masks: Mapping[int, np.ndarray[Any, Any]], vocab_size: int) -> d
     """The arrays of a request that carry the masks of these rows.
 
     Args:
-        masks: by row, a bool array [vocab_size]: which tokens are allowed.
+        masks: by row, a bool array [vocab_size]: which tokens are allowed. Of a row with drafts [1 + drafts,
+            vocab_size]: which tokens are allowed behind its last token, and behind each draft.
     """
     words = -(-vocab_size // WORD)
-    rows = np.array(list(masks), np.int32)
+    allowed = [np.atleast_2d(mask) for mask in masks.values()]
+    rows = np.repeat(np.array(list(masks), np.int32), [len(some) for some in allowed])
     bits = np.ones((len(rows), words * WORD), np.bool_)
-    for i, mask in enumerate(masks.values()):
-        bits[i, :vocab_size] = mask
+    if allowed:
+        bits[:, :vocab_size] = np.concatenate(allowed)
     return {"mask_rows": rows, "token_masks": np.packbits(bits, axis=1, bitorder="little").view("<i4")}

@@ -53,7 +53,7 @@ class Penalties(Feature):
         found = super().prepare(step, state)
         if found:
             rows, of = step.sampled, step.state
-            lens = of.num_tokens[rows]
+            lens = step.positions[step.places] + 1  # drafts before a place belong to its history
             width = int(lens.max())
             found["prompt_lens"] = of.prompt_lens[rows]
             found["history"] = np.where(np.arange(width) < lens[:, None], of.token_ids[rows, :width], -1)

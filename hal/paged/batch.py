@@ -24,6 +24,7 @@ _DEFAULTS = {kind: np.array([c.default for c in columns], {"float": np.float32, 
              for kind, columns in COLUMNS.items()}
 _NOT_SEED = np.array([c.name != "seed" for c in COLUMNS["int"]])  # every sequence has one; only a drawn one uses it
 _EXTRA_SYMBOLS = {name: [d.symbol for d in array.dims] for f in FEATURES for name, array in f.fields.items()}
+_EXTRA_SYMBOLS["sample_counts"] = ["num_verified"]
 _ALWAYS = tuple(i for i, f in enumerate(FEATURES) if f.always)
 _ASKED = tuple(i for i, f in enumerate(FEATURES) if not f.always)
 _FOR_SAMPLING = tuple(i for i, f in enumerate(FEATURES) if f.for_sampling)
@@ -50,6 +51,12 @@ def _column(floats: np.ndarray[Any, Any], ints: np.ndarray[Any, Any], name: str,
     kind, at, dtype = _COLUMN_AT[name]
     values: np.ndarray[Any, Any] = (floats if kind == "float" else ints)[rows, at]
     return values.astype(dtype, copy=False)
+
+
+def _each_place(firsts: Ints, counts: Ints) -> Ints:
+    """firsts[i], firsts[i] + 1 and so on, counts[i] of them, for each i."""
+    places: Ints = np.arange(counts.sum()) + np.repeat(firsts - np.cumsum(counts) + counts, counts)
+    return places
 
 
 def _arrays(found: Mapping[str, Any], dims: dict[str, int], values: dict[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -113,9 +120,7 @@ class BatchState:
                 self.token_ids[rows, lens] = request.append_tokens
                 self.num_tokens[rows] = lens + 1
             else:
-                firsts = np.cumsum(counts) - counts  # of each row's tokens among all
-                places = np.arange(len(request.append_tokens)) + np.repeat(lens - firsts, counts)
-                self.token_ids[np.repeat(rows, counts), places] = request.append_tokens
+                self.token_ids[np.repeat(rows, counts), _each_place(lens, counts)] = request.append_tokens
                 self.num_tokens[rows] = lens + counts
         if len(request.block_rows):
             self._set_blocks(request.block_rows.astype(np.intp), request.block_starts, request.block_counts,
@@ -131,7 +136,10 @@ class BatchState:
         """
         rows, computed, queries = request.rows.astype(np.intp), request.num_computed, request.num_scheduled
         n, total, size = len(rows), int(queries.sum()), self.block_size
-        ends = computed + queries
+        ends = known = computed + queries
+        if request.draft_counts is not None and request.draft_tokens is not None:
+            known = ends - request.draft_counts
+            self._place(rows, request.draft_counts, request.draft_tokens)
         starts = np.arange(n + 1)
         row_of, positions, decodes = rows, computed.astype(np.intp), n  # the first two of each token
         if total != n:
@@ -139,10 +147,15 @@ class BatchState:
             np.cumsum(queries, out=starts[1:])
             row_of = np.repeat(rows, queries)
             positions = np.arange(total) + np.repeat(positions - starts[:-1], queries)
-        sampled = np.flatnonzero(ends == self.num_tokens[rows])
-        step = StepRows(self, request, rows[sampled], row_of, positions, self.token_ids[row_of, positions],
-                        np.zeros(0, np.intp))
+        sampled = np.flatnonzero(known == self.num_tokens[rows])
+        ids, of_place = starts[sampled + 1] - 1, rows[sampled]
         found: dict[str, Any] = {}
+        if request.draft_counts is not None:
+            counts = 1 + request.draft_counts[sampled]
+            ids, of_place = _each_place(ids - counts + 1, counts), np.repeat(of_place, counts)
+            found |= {"max_samples": int(counts.max(initial=1)), "sample_counts": counts}
+        step = StepRows(self, request, of_place, ids, row_of, positions, self.token_ids[row_of, positions],
+                        np.zeros(0, np.intp))
         for i in _ALWAYS:
             found |= FEATURES[i].prepare(step, self._states[i])
         if np.count_nonzero(self._special[rows]) or any(request[name] is not None for name in _PER_STEP):
@@ -152,19 +165,19 @@ class BatchState:
         targets = step.targets
         ahead = request.num_steps - 1
         width = min(-(-(int(ends.max()) + ahead) // size), self.block_tables.shape[1]) if n else 0
-        dims = {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(sampled) + len(targets),
-                "num_sampled": len(sampled), "num_targets": len(targets)}
-        values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(sampled),
-                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0)), "num_steps": ahead + 1}
+        dims = {"num_tokens": total, "num_seqs": n, "max_blocks": width, "num_logits": len(ids) + len(targets),
+                "num_sampled": len(ids), "num_targets": len(targets)}
+        values = {"block_size": size, "num_decode_seqs": decodes, "num_samples": len(ids),
+                  "max_query_len": 1 if total == n > 0 else int(queries.max(initial=0)), "num_steps": ahead + 1,
+                  "num_proposals": request.num_proposals}
         fields = _arrays(found, dims, values)
         if self.has_row_states:
             fields["state_rows"] = rows
         larger, also = choose_shape(dims, values)
-        self._last = step, larger.get("num_sampled", len(sampled))
+        self._last = step, larger.get("num_sampled", len(ids))
         packed: Packed[PagedModelInput] = self.input_type.schema.allocate(
             {**dims, **larger}, {*fields, *also}, **values)
         columns = positions // size  # the slot is block * size + position % size
-        ids = starts[sampled + 1] - 1
         fields |= {"input_ids": step.input_ids, "positions": positions, "query_start_loc": starts, "seq_lens": ends,
                    "block_tables": self.block_tables[rows, :width],
                    "slot_mapping": (self.block_tables[row_of, columns] - columns) * size + positions,
@@ -172,6 +185,11 @@ class BatchState:
         for name in packed.arrays:
             packed.fill(name, fields.get(name))
         return packed
+
+    def _place(self, rows: Ints, counts: Ints, drafts: Ints) -> None:
+        """Write drafts behind the tokens of their rows. They are none of these tokens: the next step's overwrite them.
+        """
+        self.token_ids[np.repeat(rows, counts), _each_place(self.num_tokens[rows], counts)] = drafts
 
     def prepare_sampling(self, sampling: SamplingRequest) -> Packed[SamplingInput]:
         """What arrived for the step that was prepared last, with as many sampled rows as its input has.

@@ -26,6 +26,7 @@ from hal.paged.pending import PendingTokens
 from hal.paged.row_states import RowStates
 from hal.profiling import span
 from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
+from hal.sampling.verification import drafts_behind, verify
 
 
 class Forwarded(NamedTuple):
@@ -50,7 +51,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
-    two_phase = True
+    two_phase = verifies = True
     model: CausalLM
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,
@@ -58,6 +59,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
                  sampler: Sampler | None = None) -> None:
         super().__init__(config, device, communicator)
         engine = config.engine
+        self.tokens_per_row = max(self.tokens_per_row, engine.max_samples)
         self.make_attention, self.ops, self.sampler = attention, ops or Ops(), sampler or Sampler()
         self.dtype: torch.dtype = getattr(torch, config.model.dtype if engine.dtype == "auto" else engine.dtype)
         # fp8 as bytes: code that moves blocks takes bytes, and the attention knows their meaning.
@@ -110,7 +112,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         default = self.attention if isinstance(self.attention, PagedAttention) else PagedAttention(
             specs, device=self.device, dtype=self.dtype)
         attention = default.step_bytes(tokens, engine.max_num_seqs, self.config.max_model_len)
-        logits = engine.max_num_seqs * c.vocab_size * (item + 16) if self.config.topology.is_last_stage else 0
+        samples = min(engine.max_num_seqs * engine.max_samples, tokens)
+        logits = samples * c.vocab_size * (item + 16) if self.config.topology.is_last_stage else 0
         return layer + attention + logits
 
     @property
@@ -200,6 +203,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         tokens."""
         n, samples, rows = m.num_samples, self.config.topology.samples, forwarded.hidden
         output = self.draw(forwarded.logits, m)
+        if output is not None and m.sample_counts is not None:
+            output = self.verify(output, m)
         self.pending.keep(m, None if output is None else output.token_ids)
         if m.prompt_targets is None or rows is None:
             return output
@@ -215,6 +220,11 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         for name, value in of_targets.fields("prompt_").items():
             setattr(output, name, value)
         return output
+
+    def verify(self, sampled: SamplerOutput, m: PagedModelInput) -> SamplerOutput:
+        """The tokens that each row gains, of a step with drafts."""
+        assert m.sample_counts is not None
+        return verify(sampled, drafts_behind(m), m.sample_counts, m.max_samples)
 
     def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
         """The sampler's output, on the rank that samples."""

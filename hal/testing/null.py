@@ -22,6 +22,7 @@ from hal.paged.batch import BatchState
 from hal.paged.pending import PendingTokens
 from hal.profiling import span
 from hal.sampling.sampler import Sampler, logprobs
+from hal.sampling.verification import drafts_behind, verify
 from hal.schema import Array
 
 # What one pipeline stage hands to the next. A model of tensors would declare its hidden states here.
@@ -33,12 +34,13 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
     token's context. Tensor-parallel ranks share the positions. The total decides the next token."""
 
     input_type, output_type = PagedModelInput, SamplerOutput
-    two_phase = True
+    two_phase = verifies = True
     intermediate_type = NullIntermediate
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         super().__init__(config, device, communicator)
         engine = config.engine
+        self.tokens_per_row = max(self.tokens_per_row, engine.max_samples)
         self.layers = config.topology.layers(config.model.num_layers)
         self.state = BatchState(engine.max_num_seqs, config.max_model_len, engine.block_size, config.model.vocab_size,
                                 asynchronous=bool(engine.async_scheduling) and self.tokens_per_row == 1)
@@ -111,6 +113,8 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
         logits = (torch.arange(vocab) - sums[:, None]).remainder(vocab) / -4.0
         with span("sample"):
             output = self.sampler(logits, m)
+        if m.sample_counts is not None:
+            output = verify(output, drafts_behind(m), m.sample_counts, m.max_samples)
         if m.prompt_targets is not None:
             found = logprobs(logits[m.num_samples:], m.prompt_targets, m.num_prompt_logprobs)
             for name, value in found.fields("prompt_").items():

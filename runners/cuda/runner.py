@@ -82,7 +82,8 @@ class CudaModelRunner(PagedModelRunner):
             steps = torch.cuda.max_memory_allocated(self.device) - before
         del caches
         torch.cuda.empty_cache()
-        logits = engine.max_num_seqs * self.config.model.vocab_size * 16  # sampling in fp32, several copies
+        samples = min(engine.max_num_seqs * engine.max_samples, engine.max_num_batched_tokens)
+        logits = samples * self.config.model.vocab_size * 16  # sampling in fp32, several copies
         return steps + logits + (_GRAPH_BYTES if self.plan.kinds else 0)
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:

@@ -41,7 +41,7 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
     dtype = backends.resolve_dtype(backend, engine.dtype, model.dtype)
     device = backend.name if engine.device == "auto" else engine.device
     engine = dataclasses.replace(engine, dtype=cast(DType, dtype), device=device, async_scheduling=(
-        backends.resolve_async(backend, engine.async_scheduling, engine.pp)))
+        backends.resolve_async(backend, engine)))
     backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
                      num_cpu_blocks=engine.num_cpu_blocks)
     if engine.wire == "none" and backends.mesh(backend, engine).world_size > 1:

@@ -16,9 +16,10 @@ from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
-from hal.errors import BackendError, StateError
+from hal.errors import BackendError, ConfigError, StateError
 from hal.schema import Declared
 from hal.schema.packed import Buffer
+from hal.speculation.runner import compose
 from workers.worker.base import LocalOrDistributedWorkerBase
 from workers.worker.cache import IDLE, CacheEngine, count_blocks
 from workers.worker.consistency import schemas_of
@@ -60,12 +61,17 @@ class Worker(LocalOrDistributedWorkerBase):
     def connect(self, plane: ControlPlane, communicator: Communicator) -> None:
         self.plane, self.communicator = plane, communicator
         self._links = [plane, communicator]
-        self.runner = self.backend.make_runner(self.config, self.device, communicator)
+        runner = self.backend.make_runner(self.config, self.device, communicator)
+        self.runner = compose(runner, self.config, self.device, communicator)
         require_types(self.runner)
         self.two_phase = self.runner.two_phase
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
+        if self.config.engine.speculate is not None and self.runner.has_row_states:
+            raise ConfigError("a state per row cannot be taken back when a draft is rejected",
+                              got=f"speculate={self.config.engine.speculate!r} with layers that keep such a state",
+                              expected="a model of paged caches alone", hint="speculate=None")
         self.input_type, self.output_type = self.runner.input_type, self.runner.output_type
         self.tokens_per_row = self.runner.tokens_per_row
         self._read = MessageReader(self.input_type, self.device)

@@ -1,0 +1,85 @@
+"""The engine's part of speculative decoding: where drafts come from between two steps, and how many are worth a step.
+
+The number of drafts follows from counts alone, not from times: with wire="none" every rank has an engine, and all of
+them must schedule alike.
+"""
+
+from __future__ import annotations
+
+from hal.config import EngineConfig
+from hal.contracts.backend import Backend
+from hal.contracts.outputs import SamplerOutput
+from hal.contracts.proposer import HostProposer, proposer_class
+from hal.engine.scheduled_step import ScheduledStep
+
+_MEMORY = 0.95  # a verified draft counts this much less with each later step that verifies some
+_PRIOR = 4.0, 5.0  # accepted drafts and trials before the first step
+_PROBE = 32  # resting speculation tries one draft a sequence in every so many steps
+
+
+class Speculation:
+    """Args: token_cost: see Capabilities.
+
+    Attributes:
+        count: the number of tokens to propose for each sequence at the end of the next step.
+        drafted, accepted: drafts that steps have verified, and how many of them the target has drawn too.
+        on_ranks: the proposer runs on the ranks; steps bring its proposals.
+    """
+
+    def __init__(self, config: EngineConfig, backend: Backend) -> None:
+        assert config.speculate is not None
+        kind = proposer_class(config.speculate)
+        self._host = kind(config) if issubclass(kind, HostProposer) else None
+        self.on_ranks = self._host is None
+        self._most, self._cost, self._token_cost = config.speculative_tokens, kind.cost, backend.capabilities.token_cost
+        self.count, self.drafted, self.accepted = self._most, 0, 0
+        self._right, self._trials = _PRIOR
+        self._rested = 0
+
+    def before(self, step: ScheduledStep) -> None:
+        """Called before the step is executed."""
+        if self.on_ranks:
+            step.request.num_proposals = self.count
+
+    def after(self, step: ScheduledStep, output: SamplerOutput) -> None:
+        """Called when the step's tokens are taken over: give the sequences that go on their drafts."""
+        if step.drafts and output.counts is not None:
+            self._observe(step, output.counts.tolist())
+        self._choose(len(step.sampled))
+        given = None if output.draft_tokens is None else output.draft_tokens.tolist()
+        for i, seq in enumerate(step.sampled):
+            if seq.finish_reason is not None:
+                continue
+            if self._host is not None:
+                if seq.propose is None:
+                    seq.propose = self._host.begin(seq.prompt_ids)
+                most = self.count if seq.max_drafts is None else min(self.count, seq.max_drafts)
+                seq.drafts = seq.propose(seq.output_ids, most) if most else []
+            elif given is not None:
+                seq.drafts = [token for token in given[i][:seq.max_drafts] if token >= 0]
+
+    def _observe(self, step: ScheduledStep, counts: list[int]) -> None:
+        right = trials = 0
+        for row, count in zip(step.sampled_rows.tolist(), counts, strict=True):
+            drafts = step.drafts.get(row, 0)
+            self.drafted += drafts
+            right += count - 1
+            trials += min(count, drafts)  # what lies behind the first wrong draft shows nothing
+        self.accepted += right
+        self._right, self._trials = self._right * _MEMORY + right, self._trials * _MEMORY + trials
+
+    def _choose(self, rows: int) -> None:
+        """Set `count` to where a step's expected tokens per time are the most. A step that verifies k drafts of each of
+        n sequences gives 1 + p + ... + p^k tokens of each, where p is the share of right drafts."""
+        if not rows:
+            return
+        rate, step_time = self._right / self._trials, 1 + self._token_cost * (rows - 1)
+        each = self._cost + self._token_cost * rows / step_time
+        best, tokens, self.count = 1.0, 1.0, 0
+        for k in range(1, self._most + 1):
+            tokens += rate**k
+            if tokens / (1 + each * k) > best:
+                best, self.count = tokens / (1 + each * k), k
+        self._rested = 0 if self.count else self._rested + 1
+        if self._rested == _PROBE:
+            self.count, self._rested = 1, 0
