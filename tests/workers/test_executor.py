@@ -331,6 +331,15 @@ def test_a_failure_of_the_only_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert told == [error] and made.health() is error
 
 
+def test_executor_knows_the_bytes_of_a_block() -> None:
+    alone, stages = executor(), executor(pp=2)
+    try:  # the null backend keeps 4 bytes a token and layer; of 3 layers the first stage has 2
+        assert (alone.kv_bytes_per_block, stages.kv_bytes_per_block) == (3 * 4 * 4, 2 * 4 * 4)
+    finally:
+        alone.shutdown()
+        stages.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "kind", "text"), [
     ("load-capacity 1 0", CapacityError, "rank 1: weights do not fit"),

@@ -59,6 +59,7 @@ class ExecutorBase(abc.ABC):
     input_type: type[ModelInput]
     output_type: type[Declared]
     tokens_per_row: int
+    kv_bytes_per_block: int
 
     def __init__(self, world_size: int) -> None:
         self._torch = TorchState(threads_of_driver(world_size))

@@ -86,6 +86,7 @@ class DriverExecutor(ExecutorBase):
         worker.load_model(progress)
         self.take_types(worker)
         own, reports = worker.determine_num_blocks(), self._expect("sized")
+        self.kv_bytes_per_block = max([worker.kv_bytes_per_block, *(report["block"] for report in reports)])
         agree(worker.facts(), reports)
         blocks = fewest([own, *(report["blocks"] for report in reports)])
         ranks.tell(blocks=blocks)

@@ -75,7 +75,9 @@ class LaunchedExecutor(ExecutorBase):
         worker.connect(self._plane, communicator)
         worker.load_model(progress)
         self.take_types(worker)
-        reports = self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks())
+        reports = self._agree(facts=worker.facts(), blocks=worker.determine_num_blocks(),
+                              block=worker.kv_bytes_per_block)
+        self.kv_bytes_per_block = max(report["block"] for report in reports)
         blocks = fewest([report["blocks"] for report in reports])
         worker.initialize_cache(blocks)
         worker.warmup(progress)

@@ -68,7 +68,8 @@ def run(start: dict[str, Any], orders: SimpleQueue[dict[str, Any]], rendezvous: 
         store = RendezvousStore(rendezvous)  # kept here, since PyTorch uses the Python object but does not keep it
         worker.connect(*connect(config, worker.backend, device, store))
         worker.load_model()
-        report("sized", rank=config.topology.rank, facts=worker.facts(), blocks=worker.determine_num_blocks())
+        report("sized", rank=config.topology.rank, facts=worker.facts(), blocks=worker.determine_num_blocks(),
+               block=worker.kv_bytes_per_block)
         worker.initialize_cache(orders.get()["blocks"])
         worker.warmup()
         report("ready")

@@ -62,6 +62,11 @@ class WorkerBase(abc.ABC):
         """KV blocks that this rank's memory holds. Raises CapacityError."""
 
     @property
+    def kv_bytes_per_block(self) -> int:
+        """Bytes of one KV block on this rank. Known once the model is loaded."""
+        return 0
+
+    @property
     def has_row_states(self) -> bool:
         """See hal.contracts.executor.Executor. Known once the model is loaded."""
         return False

@@ -88,6 +88,10 @@ class Worker(LocalOrDistributedWorkerBase):
                             per_block=self.runner.kv_bytes_per_block(), host_memory=on_host,
                             row_states=self.runner.has_row_states)
 
+    @property
+    def kv_bytes_per_block(self) -> int:
+        return self.runner.kv_bytes_per_block()
+
     def initialize_cache(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         kept = num_blocks if self.runner.kv_bytes_per_block() else 0

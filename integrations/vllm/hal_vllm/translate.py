@@ -1,0 +1,289 @@
+"""vLLM's SchedulerOutput as hal's ExecuteModelRequest. Both describe a step by its differences to the step before.
+
+vLLM has two dialects. Under the V1 model runner a resumed request comes as a cached one with all its tokens; under the
+V2 model runner it comes as a new one. Under both, ranks are expected to remember the tokens that they sampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from hal.contracts.request import ExecuteModelRequest
+from hal.engine.sequence import derive_seed
+from hal.errors import RequestError
+from hal.features import COLUMNS
+from hal.features.pending import PENDING_TOKEN
+from hal_vllm.constraints import Constraints, Words
+from hal_vllm.params import columns, needs_tokens, number_of_logprobs
+from hal_vllm.rows import Request, Step
+
+# Fields that the translation reads, and fields that have no meaning for ranks. All others must be empty.
+_READ = {
+    SchedulerOutput: (
+        "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens",
+        "finished_req_ids", "preempted_req_ids", "has_structured_output_requests", "kv_cache_block_copies",
+        "pending_structured_output_tokens", "scheduled_encoder_input_stats", "num_common_prefix_blocks",
+        "new_block_ids_to_zero", "free_encoder_mm_hashes", "ec_manager_metadata"),
+    NewRequestData: ("req_id", "prompt_token_ids", "sampling_params", "block_ids", "num_computed_tokens",
+                     "prefill_token_ids", "prompt_is_token_ids"),
+    CachedRequestData: ("req_ids", "resumed_req_ids", "new_token_ids", "all_token_ids", "new_block_ids",
+                        "num_computed_tokens", "num_output_tokens")}
+_MUST_BE_EMPTY = {kind: tuple(f.name for f in dataclasses.fields(kind) if f.name not in names)
+                  for kind, names in _READ.items()}
+_NONE = np.zeros(0, np.int32)
+_NO_FLOATS = np.zeros((0, len(COLUMNS["float"])), np.float32)
+_NO_INTS = np.zeros((0, len(COLUMNS["int"])), np.int64)
+
+
+def refuse_unknown(source: Any) -> None:
+    """Raises RequestError: a field has content that would be ignored. It names the field."""
+    for name in _MUST_BE_EMPTY[type(source)]:
+        if getattr(source, name):
+            raise RequestError(f"vLLM's {type(source).__name__}.{name} is not supported under hal",
+                               got=repr(getattr(source, name))[:200], expected="nothing")
+
+
+class Translator:
+    """Args:
+        max_rows: EngineConfig.max_num_seqs. seed: the engine's.
+
+    Attributes:
+        requests: unfinished requests by id.
+        length, told, unknown, last: of each row, the number of its tokens (`unknown` of them are still on the device),
+            of the tokens that ranks were told of, and the token sampled last.
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, seed: int) -> None:
+        self.vocab_size, self.seed = vocab_size, seed
+        self.requests: dict[str, Request] = {}
+        self.length, self.told, self.unknown, self.last, self.num_blocks, self.occupant = np.zeros(
+            (6, max_rows), np.int64)
+        self._at: list[Request | None] = [None] * max_rows
+        self._free = list(range(max_rows - 1, -1, -1))
+        self._left: list[int] = []  # rows given up since the last request
+        self._copies: list[Any] = []
+        self._special: set[str] = set()  # running requests that a step treats one by one
+        self._waiting: set[str] = set()  # running requests whose steps need all their tokens
+        self._entered = self._step = self._digest = 0
+        self._steady: tuple[list[str], np.ndarray, list[Request], dict[str, int]] | None = None
+
+    def must_wait(self, so: SchedulerOutput) -> bool:
+        """Whether a scheduled request needs tokens that are still on the device, because it has penalties or bad words
+        of several tokens."""
+        return bool(self._waiting) and any(
+            req_id in so.num_scheduled_tokens and self.unknown[self.requests[req_id].row] for req_id in self._waiting)
+
+    def translate(self, so: SchedulerOutput) -> Step | None:
+        """The next step, or None if vLLM scheduled no token; then its other content comes with a later step.
+
+        Raises:
+            RequestError: the step asks for something that hal does not have.
+        """
+        refuse_unknown(so)
+        cached = so.scheduled_cached_reqs
+        for req_id in so.preempted_req_ids or ():
+            self._leave(req_id)
+        for req_id in so.finished_req_ids:
+            self._leave(req_id)
+            self.requests.pop(req_id, None)
+        for req_id in cached.resumed_req_ids:
+            self._leave(req_id)
+        self._copies += so.kv_cache_block_copies or ()
+        if not so.total_num_scheduled_tokens:
+            return None
+        entered, tables = self._enter_all(so)
+        return self._issue(so, entered, tables)
+
+    def _leave(self, req_id: str) -> None:
+        request = self.requests.get(req_id)
+        if request is None or request.row < 0:
+            return
+        self._at[request.row] = None
+        self.occupant[request.row] += 1  # an output in flight no longer belongs to the row
+        self._left.append(request.row)
+        self._free.append(request.row)
+        request.row, self._steady = -1, None
+        self._special.discard(req_id)
+        self._waiting.discard(req_id)
+
+    def _enter_all(self, so: SchedulerOutput) -> tuple[list[Request], list[tuple[int, int, list[int]]]]:
+        """Requests that enter rows, and (row, first column, blocks) of every block table that grows."""
+        cached, entered = so.scheduled_cached_reqs, list[Request]()
+        tables: list[tuple[int, int, list[int]]] = []
+        for new in so.scheduled_new_reqs:
+            refuse_unknown(new)
+            self._leave(new.req_id)  # a streaming session sends a live request again
+            old = self.requests.get(new.req_id)
+            tokens = list(new.prefill_token_ids or new.prompt_token_ids or ())
+            if old is not None and old.params is new.sampling_params and len(new.prompt_token_ids) == old.num_prompt:
+                old.tokens = tokens
+            else:
+                old = self.requests[new.req_id] = self._admit(new, tokens, None if old is None else old.seed)
+            entered.append(self._enter(old, new.block_ids[0], tables))
+        grown = [(i, blocks) for i, blocks in enumerate(cached.new_block_ids) if blocks is not None]
+        for i, blocks in grown:
+            request = self.requests[cached.req_ids[i]]
+            if request.row < 0:
+                request.tokens = list(cached.all_token_ids[request.req_id])
+                entered.append(self._enter(request, blocks[0], tables))
+            elif blocks[0]:
+                tables.append((request.row, int(self.num_blocks[request.row]), blocks[0]))
+                self.num_blocks[request.row] += len(blocks[0])
+        return entered, tables
+
+    def _admit(self, new: NewRequestData, tokens: list[int], seed: int | None) -> Request:
+        params = new.sampling_params
+        if params is None or not tokens:
+            raise RequestError("hal's ranks generate text from token ids", got=f"request {new.req_id} without "
+                               f"{'tokens' if params is not None else 'sampling parameters'}")
+        if seed is None:
+            seed = derive_seed(self.seed, self._entered) if params.seed is None else params.seed
+        self._entered += 1
+        return Request(new.req_id, params, seed, tokens, len(new.prompt_token_ids or ()),
+                       Constraints.of(params, self.vocab_size), needs_tokens(params),
+                       params.structured_outputs is not None,
+                       number_of_logprobs(params.prompt_logprobs, self.vocab_size))
+
+    def _enter(self, request: Request, blocks: list[int], tables: list[tuple[int, int, list[int]]]) -> Request:
+        row = request.row = self._free.pop()
+        self._at[row], self._steady = request, None
+        self.length[row] = self.told[row] = len(request.tokens)
+        self.unknown[row], self.num_blocks[row] = 0, len(blocks)
+        self.occupant[row] += 1
+        tables.append((row, 0, blocks))
+        request.prompt_parts = []
+        wants_prompt = request.prompt_logprobs >= 0 and len(request.tokens) == request.num_prompt
+        if request.constraints is not None or request.grammar or wants_prompt:
+            self._special.add(request.req_id)
+        if request.needs_tokens:
+            self._waiting.add(request.req_id)
+        return request
+
+    def _scheduled(self, so: SchedulerOutput) -> tuple[list[str], np.ndarray, list[Request], dict[str, int], np.ndarray,
+                                                       np.ndarray]:
+        """The scheduled requests: ids, rows, records, places, and the tokens of each to compute and already computed.
+        Those with one token to compute come first."""
+        cached, new = so.scheduled_cached_reqs, so.scheduled_new_reqs
+        ids, computed = cached.req_ids, cached.num_computed_tokens
+        total = so.total_num_scheduled_tokens
+        if new:
+            ids = [*ids, *(r.req_id for r in new)]
+            computed = [*computed, *(r.num_computed_tokens for r in new)]
+        steady = self._steady
+        if steady is not None and total == len(ids) and steady[0] == ids:
+            return *steady, np.ones(total, np.int64), np.array(computed, np.int64)
+        if total != len(ids):
+            counts = [so.num_scheduled_tokens[req_id] for req_id in ids]
+            order = sorted(range(len(ids)), key=lambda i: counts[i] != 1)
+            ids, counts, computed = ([x[i] for i in order] for x in (ids, counts, computed))
+        else:
+            counts = [1] * total
+        owners = [self.requests[req_id] for req_id in ids]
+        rows = np.array([request.row for request in owners], np.int64)
+        self._steady = list(ids), rows, owners, {req_id: i for i, req_id in enumerate(ids)}
+        found = *self._steady, np.array(counts, np.int64), np.array(computed, np.int64)
+        if total != len(ids):  # another order, which a step of decodes would not have
+            self._steady = None
+        return found
+
+    def _issue(self, so: SchedulerOutput, entered: list[Request], tables: list[tuple[int, int, list[int]]]) -> Step:
+        ids, rows, owners, index, counts, computed = self._scheduled(so)
+        length, told = self.length[rows], self.told[rows]
+        ends = computed + counts
+        appended = rows if (gained := length > told).all() else rows[gained]
+        tokens = np.where(self.unknown[appended] > 0, PENDING_TOKEN, self.last[appended])
+        sampling = ends == length
+        sampled = None if sampling.all() else np.flatnonzero(sampling)
+        special = bool(self._special)
+        grammar = special and any(r.grammar and r.req_id in index for r in map(self.requests.get, self._special) if r)
+        grammar = grammar or bool(so.has_structured_output_requests)
+        fields: dict[str, Any] = self._entering(entered) if entered else {
+            "new_rows": _NONE, "new_lens": _NONE, "new_prompt_lens": _NONE, "new_tokens": _NONE,
+            "new_floats": _NO_FLOATS, "new_ints": _NO_INTS}
+        request = ExecuteModelRequest(
+            step=self._step, digest=self._digest, finished_rows=_ints(self._left),
+            append_rows=appended.astype(np.int32), append_tokens=tokens.astype(np.int32),
+            block_rows=_ints([row for row, _, _ in tables]), block_starts=_ints([start for _, start, _ in tables]),
+            block_counts=_ints([len(blocks) for _, _, blocks in tables]),
+            new_blocks=_ints([block for _, _, blocks in tables for block in blocks]), rows=rows.astype(np.int32),
+            num_scheduled=counts.astype(np.int32), num_computed=computed.astype(np.int32),
+            blocks_to_copy=np.array(self._copies, np.int32).reshape(-1, 2) if self._copies else None, **fields)
+        self._left, self._copies = [], []
+        self._step, self._digest = self._step + 1, request.chain()
+        self.told[appended] = self.length[appended]
+        step = Step(request, ids, index, rows, self.occupant[rows], sampled, owners, [], grammar)
+        if special:
+            self._prompt_targets(step, computed, ends)
+            if not grammar:  # else the masks come with vLLM's
+                for name, array in self.masks(step, {}).items():
+                    setattr(request, name, array)
+        gaining = rows if sampled is None else rows[sampled]
+        self.length[gaining] += 1
+        self.unknown[gaining] += 1
+        return step
+
+    def _entering(self, entered: list[Request]) -> dict[str, Any]:
+        floats, ints = zip(*(columns(r.params, r.seed, r.prompt_logprobs if len(r.tokens) == r.num_prompt else -1,
+                                     self.vocab_size) for r in entered), strict=True)
+        fields: dict[str, Any] = {
+            "new_rows": _ints([r.row for r in entered]), "new_lens": _ints([len(r.tokens) for r in entered]),
+            "new_prompt_lens": _ints([r.num_prompt for r in entered]),
+            "new_tokens": _ints([token for r in entered for token in r.tokens]),
+            "new_floats": np.array(floats, np.float32), "new_ints": np.array(ints, np.int64)}
+        biased = [(r.row, {int(t): x for t, x in r.params.logit_bias.items()}) for r in entered if r.params.logit_bias]
+        if biased:
+            fields |= {"bias_rows": _ints([row for row, _ in biased]),
+                       "bias_counts": _ints([len(bias) for _, bias in biased]),
+                       "bias_ids": _ints([token for _, bias in biased for token in bias]),
+                       "bias_values": np.array([x for _, bias in biased for x in bias.values()], np.float32)}
+        return fields
+
+    def _prompt_targets(self, step: Step, computed: np.ndarray, ends: np.ndarray) -> None:
+        for i, request in enumerate(step.owners):
+            if request.prompt_logprobs >= 0 and computed[i] + 1 < request.num_prompt and (
+                    len(request.tokens) == request.num_prompt):
+                step.targets.append((request, int(computed[i]) + 1, min(int(ends[i]) + 1, request.num_prompt)))
+
+    @property
+    def special(self) -> bool:
+        """Whether a running request is treated one by one: for prompt logprobs, a mask or a grammar."""
+        return bool(self._special)
+
+    def take(self, step: Step, rows: np.ndarray, occupants: np.ndarray, tokens: np.ndarray) -> None:
+        """Take over the tokens that the step sampled, for the sequences that still have their rows."""
+        if not np.array_equal(self.occupant[rows], occupants):
+            kept = self.occupant[rows] == occupants
+            rows, tokens = rows[kept], tokens[kept]
+        self.unknown[rows] -= 1
+        self.last[rows] = tokens
+        if self._special:
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                request = self._at[row]
+                if request is not None and request.req_id in self._special:
+                    request.tokens.append(token)
+
+    def masks(self, step: Step, grammar: dict[str, Words]) -> dict[str, np.ndarray]:
+        """The arrays of token masks for the sampled requests of a step: the intersection of what their own parameters
+        and the grammars (by request id) allow. Called before the tokens of the step are counted, or after."""
+        rows, found = [], []
+        sampled = range(len(step.owners)) if step.sampled is None else step.sampled.tolist()
+        for i in sampled:
+            request = step.owners[i]
+            mask = grammar.get(request.req_id)
+            if request.constraints is not None:
+                own = request.constraints.mask(int(step.request.num_computed[i] + step.request.num_scheduled[i])
+                                               - request.num_prompt, request.tokens[request.num_prompt:])
+                mask = own if mask is None else mask if own is None else mask & own
+            if mask is not None:
+                rows.append(int(step.rows[i]))
+                found.append(mask)
+        return {"mask_rows": _ints(rows), "token_masks": np.stack(found)} if rows else {}
+
+
+def _ints(values: Iterable[int]) -> np.ndarray:
+    return np.array(values, np.int32) if values else _NONE

@@ -1,0 +1,82 @@
+"""Tokens under vLLM equal those of hal's own engine, in every layout, dialect and order of scheduling."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from served import bundled, serving, tokens_of
+from vllm import SamplingParams
+
+import hal
+
+PROMPTS = ["37+85=", "123+456=", "999+1=", "250+250=", "1+1=2;2+2=4;3+", "5" * 40]
+LONG = {"max_tokens": 24, "ignore_eos": True}
+
+
+def greedy_and_seeded() -> list[dict[str, Any]]:
+    return [{"temperature": 0.0} if i % 2 else {"temperature": 1.3, "seed": 100 + i, "top_k": 12, "top_p": 0.95,
+                                                "min_p": 0.01} for i in range(len(PROMPTS))]
+
+
+@cache
+def expected(device: str) -> list[list[int]]:
+    with hal.LLM(bundled(), device=device, dtype="float32", max_model_len=96, max_num_seqs=8, num_blocks=64) as llm:
+        outputs = llm.generate(PROMPTS, [hal.SamplingParams(**LONG, **params) for params in greedy_and_seeded()])
+        return [list(output.token_ids) for output in outputs]
+
+
+def generate(llm: Any) -> list[list[int]]:
+    return tokens_of(llm.generate(PROMPTS, [SamplingParams(**LONG, **params) for params in greedy_and_seeded()],
+                                  use_tqdm=False))
+
+
+def preemptions(llm: Any) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+@pytest.mark.parametrize("device", ["cpu", "null", "fake", "numpy"])
+def test_tokens_are_those_of_hals_engine(device: str) -> None:
+    if device == "numpy":
+        pytest.importorskip("hal_numpy", reason="the example backend is not installed")
+    with serving(device) as llm:
+        assert generate(llm) == expected(device)
+
+
+@pytest.mark.parametrize(("layout", "wire", "dialect"), [
+    ({"tensor_parallel_size": 2}, "model-input", "V1"), ({"tensor_parallel_size": 2}, "request", "V2"),
+    ({"pipeline_parallel_size": 2}, "request", "V1"), ({"pipeline_parallel_size": 2}, "model-input", "V2"),
+    ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, "model-input", "V2")])
+def test_tokens_are_the_same_in_every_layout(layout: dict[str, int], wire: str, dialect: str) -> None:
+    with serving("null", dialect, hal={"wire": wire}, **layout) as llm:
+        assert generate(llm) == expected("null")
+
+
+@pytest.mark.parametrize("dialect", ["V1", "V2"])
+@pytest.mark.parametrize(("device", "ahead"), [("null", False), ("fake", False), ("fake", True)])
+def test_preempted_requests_have_the_same_tokens(device: str, ahead: bool, dialect: str) -> None:
+    """7 blocks hold one long sequence and a half; prompts are computed in chunks of 16 tokens."""
+    with serving(device, dialect, num_gpu_blocks_override=7, max_num_batched_tokens=16, async_scheduling=ahead,
+                 disable_log_stats=False) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == ahead
+        assert generate(llm) == expected(device)
+        assert preemptions(llm) > 0
+
+
+def test_a_repeated_prompt_hits_the_prefix_cache(cpu: Any) -> None:
+    prompt = "12+34=46;56+78=134;90+12=102;34+56=90;78+90="
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
+    first, second = (cpu.generate(prompt, params, use_tqdm=False)[0] for _ in range(2))
+    assert first.num_cached_tokens == 0 and second.num_cached_tokens == 32
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    for one, other in zip(first.outputs[0].logprobs, second.outputs[0].logprobs, strict=True):
+        assert one.keys() == other.keys()
+        assert [one[t].logprob for t in one] == pytest.approx([other[t].logprob for t in one], abs=1e-5)
+
+
+def test_both_count_the_same_blocks() -> None:
+    for options in ({"num_gpu_blocks_override": 9}, {"num_gpu_blocks_override": None}):
+        with serving("null", **options) as llm:
+            core = llm.llm_engine.engine_core.engine_core
+            assert core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == core.model_executor._hal.num_blocks
