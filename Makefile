@@ -22,10 +22,16 @@ demo: .venv/.made
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt -e '.[test,tpu,ipex]'
 	touch $@
 
+# The interpreter keeps one core busy for minutes, and no test of it has a deadline: it runs beside the tests in .venv-xla,
+# into a file that is printed when it has ended.
+INTERPRETED = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -m interpreted
+
 test: lint .venv-xla/.made
 	.venv/bin/python -m pytest tests
-	.venv-xla/bin/python -m pytest tests -m torch_release -k "not (tpu and slow)"
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -k "test_kernels or test_sampling or test_interpreted"
+	printed=$$(mktemp); $(INTERPRETED) >$$printed 2>&1 & interpreter=$$!; \
+	trap "kill $$interpreter" INT TERM; \
+	.venv-xla/bin/python -m pytest tests -m "torch_release and not (tpu and slow)"; status=$$?; \
+	wait $$interpreter || status=$$?; cat $$printed; rm $$printed; exit $$status
 
 test-xla: .venv-xla/.made
 	.venv-xla/bin/python -m pytest tests/tpu

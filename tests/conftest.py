@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,29 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import checkpoints`, in every
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The fake device last: PyTorch has it for the rest of the process, and an older one then refuses barriers."""
     items.sort(key=lambda item: "fake" in item.path.parts)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """In a worktree of git another checkout is installed. The processes that tests start then import the packages of
+    this checkout all the same, and find metadata that says that it is installed."""
+    from hal.cli.identity import DISTRIBUTION, installation
+
+    root = Path(__file__).resolve().parents[1]
+    with pytest.MonkeyPatch.context() as patch:
+        installed, where, _ = installation()
+        if installed is not None and where != root:
+            site = tmp_path_factory.mktemp("site")
+            info = site / f"{DISTRIBUTION.replace('-', '_')}-0.dist-info"
+            info.mkdir()
+            for name in ("METADATA", "RECORD", "entry_points.txt"):
+                (info / name).write_text(installed.read_text(name) or "")
+            (info / "direct_url.json").write_text(json.dumps({"url": root.as_uri(), "dir_info": {"editable": True}}))
+            added = [str(root), str(site)]
+            patch.setattr(sys, "path", [*added, *sys.path])
+            inherited = os.environ.get("PYTHONPATH")
+            patch.setenv("PYTHONPATH", os.pathsep.join([*added, *([inherited] if inherited else [])]))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,11 +31,14 @@ MUTANTS: dict[str, Mutant] = {}
 
 
 class Mutant(CpuBackend):
-    """Attributes: _expected: "L2/attention", the lowest level that fails, and the area that must be among its failures.
+    """Attributes:
+        _expected: "L2/attention", the lowest level that fails, and the area that must be among its failures.
+        _cases: the cases of that area that are run, as a glob: one, where each case starts the processes of an engine.
     """
 
     name = ""
     _expected: str
+    _cases: str
     _parts: dict[str, Any]
     _runner: type[PagedModelRunner] = PagedModelRunner
     _state: type[BatchState] | None = None
@@ -54,11 +57,11 @@ class Mutant(CpuBackend):
 _PARTS = {Ops: "ops", PagedAttention: "attention", Sampler: "sampler"}
 
 
-def mutant(expected: str) -> Callable[[type], type]:
+def mutant(expected: str, cases: str = "*") -> Callable[[type], type]:
     """Make a backend of a spoilt part: operations, attention, sampler, runner, batch state, or the backend itself."""
     def make(kind: type) -> type:
         backend = kind() if issubclass(kind, Mutant) else Mutant()
-        backend.name, backend._expected = kind.__name__, expected
+        backend.name, backend._expected, backend._cases = kind.__name__, expected, cases
         backend._parts = {name: kind for base, name in _PARTS.items() if issubclass(kind, base)}
         if issubclass(kind, PagedModelRunner):
             backend._runner = kind
@@ -643,7 +646,7 @@ class one_graph_is_stale(PagedModelRunner):
 
 # L5: ranks.
 
-@mutant("L5/layout")
+@mutant("L5/layout", "tp2")
 class forgets_a_reduction(PagedModelRunner):
     def transform(self, model: Any) -> Any:
         for layer in model.layers:
@@ -651,7 +654,7 @@ class forgets_a_reduction(PagedModelRunner):
         return model
 
 
-@mutant("L5/layout")
+@mutant("L5/layout", "tp2_requests")
 class prepares_by_rank(PagedModelRunner):
     def prepare_model_input(self, request: Any) -> Any:
         made = super().prepare_model_input(request)
@@ -660,7 +663,7 @@ class prepares_by_rank(PagedModelRunner):
         return made
 
 
-@mutant("L5/layout")
+@mutant("L5/layout", "pp2")
 class hands_on_too_little(PagedModelRunner):
     def execute_model(self, *args: Any) -> Any:
         out = super().execute_model(*args)
@@ -669,7 +672,7 @@ class hands_on_too_little(PagedModelRunner):
         return out
 
 
-@mutant("L5/failure")
+@mutant("L5/failure", "killed_rank_tp2")
 class hides_a_failure(PagedModelRunner):
     """A communicator of its own that swallows what a dead rank leaves behind."""
 

@@ -194,7 +194,6 @@ def test_the_example_is_small_and_patches_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [3, pytest.param(6, marks=pytest.mark.slow)])
-def test_the_example_conforms(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    assert run(Options("hal_numpy:backend", level=level)).verdict == f"Conformant L{level} (float32)"
+    assert run(Options("hal_numpy:backend")).verdict == "Conformant L6 (float32)"

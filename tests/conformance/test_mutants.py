@@ -25,16 +25,10 @@ def area(name: str) -> str:
     return mutants.MUTANTS[name]._expected
 
 
-# A few of every kind; with the slow ones, all.
-QUICK = ("claims_a_dtype", "stale_block_table", "pads_into_live_slots", "multiplies_in_lower_precision",
-         "wrong_rope_behind_a_boundary", "softmax_in_bfloat16", "ignores_the_window", "draws_by_row",
-         "reuses_its_output", "wrong_epsilon")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_mutant_is_caught_in_its_area(name: str) -> None:
-    assert failures(name, (f"{area(name)}/*",)), f"nothing of {area(name)} fails"
+    assert failures(name, (f"{area(name)}/{mutants.MUTANTS[name]._cases}",)), f"nothing of {area(name)} fails"
 
 
 @pytest.mark.slow
@@ -48,7 +42,7 @@ def test_mutant_is_caught_at_its_level(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "null", "mutants:control"])
-@pytest.mark.parametrize("seed", range(1, 6))
+@pytest.mark.parametrize("seed", [1, 2])
 def test_a_backend_without_a_fault_passes(device: str, seed: int) -> None:
     assert not run(Options(device, level=4, seed=seed)).failed
 

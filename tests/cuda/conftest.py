@@ -42,5 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         item.add_marker(pytest.mark.cuda)
         interpreted = os.environ.get("TRITON_INTERPRET") == "1" and item.path.name in INTERPRETED
+        if item.path.name in INTERPRETED:
+            item.add_marker(pytest.mark.interpreted)
         if not triton or not (torch.cuda.is_available() or interpreted):
             item.add_marker(pytest.mark.skip(reason="requires an NVIDIA GPU, a CUDA build of PyTorch, and Triton"))

@@ -38,7 +38,7 @@ def run(kills: int, requests: int, **layout: Any) -> tuple[dict[int, list[int]],
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("requests", "kills", "layout"), [(40, 3, {"pp": 2}), (200, 8, {"tp": 2}),
-                                                           (200, 8, {"tp": 2, "pp": 2})], ids=str)
+                                                           (40, 3, {"tp": 2, "pp": 2})], ids=str)
 def test_requests_survive_killed_ranks(requests: int, kills: int, layout: dict[str, int]) -> None:
     tokens, restarts = run(kills, requests, **layout)
     assert restarts == kills and len(tokens) == requests and tokens == run(0, requests)[0]

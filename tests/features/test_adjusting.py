@@ -45,7 +45,7 @@ def cpu(logits: torch.Tensor, m: PagedModelInput) -> list[int]:
     return CpuSampler()(logits, m).token_ids.tolist()
 
 
-@pytest.mark.parametrize("sampler", [default, cpu, static])
+@pytest.mark.parametrize("sampler", [default, cpu, static], ids=lambda sampler: sampler.__name__)
 @given(seed=st.integers(0, 2**31), vocab=st.sampled_from((1, 31, 32, 33, 199)), n=st.integers(1, 5),
        masked=st.booleans(), biased=st.booleans(), drawn=st.booleans())
 @settings(max_examples=60, deadline=None)
@@ -131,7 +131,8 @@ MASK = {"mask_rows": [1], "token_masks": [[0, -1, 3, 7]]}
     (LogitBias(), {"bias_rows": [7]}), (LogitBias(), {"bias_rows": None}), (LogitBias(), {"bias_counts": [3]}),
     (LogitBias(), {"bias_ids": [5, 99]}), (LogitBias(), {"bias_values": [1.0, float("nan")]}),
     (LogitBias(), {"bias_counts": [2**31 - 1]}), (TokenMasks(), {"mask_rows": [7]}),
-    (TokenMasks(), {"mask_rows": None}), (TokenMasks(), {"token_masks": [[0, -1, 3]]})], ids=str)
+    (TokenMasks(), {"mask_rows": None}), (TokenMasks(), {"token_masks": [[0, -1, 3]]})],
+    ids=lambda value: type(value).__name__ if isinstance(value, Feature) else str(value))
 def test_arrays_of_an_untrusted_request_are_checked(feature: Feature, change: dict[str, Any]) -> None:
     def arrays(values: dict[str, Any]) -> dict[str, Any]:
         return {k: None if v is None else np.array(v, np.float32 if k == "bias_values" else np.int32)

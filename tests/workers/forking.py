@@ -1,6 +1,7 @@
-"""Run as a script: an engine whose process forks. Prints what the child got, and whether the parent goes on as before.
+"""Run as a script: an engine whose process forks a child for each action, one after the other. It prints what the child
+got, and whether the parent goes on as before.
 
-    python forking.py ACTION CONTROL_PLANE TP
+    python forking.py CONTROL_PLANE TP ACTION ...
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hal import LLM, SamplingParams
 from hal.errors import StateError
 from workers.executors.driver import DriverExecutor
 
-action, plane, tp = sys.argv[1], sys.argv[2], int(sys.argv[3])
+plane, tp, actions = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 PROMPTS: list[str | list[int]] = [[5, 6, 7], [1, 2, 3, 4]]
 
 
@@ -45,35 +46,43 @@ def own_engine() -> None:
         print(tokens(mine) == expected, flush=True)
 
 
-with LLM(device="null", tp=tp, control_plane=plane, max_model_len=64) as llm:
-    expected = tokens(llm)
-    if action == "ahead":  # a step is in flight, and its request unfinished
-        llm.add_request([9, 9], SamplingParams(max_tokens=20, ignore_eos=True))
-        llm.step()
-    if (pid := os.fork()) == 0:
-        if action == "exit":
+def child(action: str) -> None:
+    """Ends the process, unless the child has left the `with` block in another way."""
+    match action:
+        case "exit":
             sys.exit(0)  # through the `with` block and the exit handlers
-        elif action == "collect":
-            del llm
+        case "collect":
+            del globals()["llm"]
             gc.collect()
             sys.exit(0)
-        elif action in ("use", "ahead"):
+        case "use" | "ahead":
             use(llm)
             os._exit(0)
-        elif action == "own":
+        case "own":
             own_engine()
             sys.exit(0)
-        elif action == "restart":
+        case "restart":
             llm.restart()
             print(tokens(llm) == expected, flush=True)
             llm.shutdown()
             sys.exit(0)
-        elif action == "stay":
+        case "stay":
             threading.Event().wait()
-    if action == "stay":
-        print(pid, *ranks(llm), flush=True)
-        sys.stdin.read()
-    _, status = os.waitpid(pid, 0)
-    print("status", status, "parent", tokens(llm) == expected, flush=True)
+
+
+with LLM(device="null", tp=tp, control_plane=plane, max_model_len=64) as llm:
+    expected = tokens(llm)
+    for action in actions:
+        print(action, flush=True)
+        if action == "ahead":  # a step is in flight, and its request unfinished
+            llm.add_request([9, 9], SamplingParams(max_tokens=20, ignore_eos=True))
+            llm.step()
+        if (pid := os.fork()) == 0:
+            child(action)
+        if action == "stay":
+            print(pid, *ranks(llm), flush=True)
+            sys.stdin.read()
+        _, status = os.waitpid(pid, 0)
+        print("status", status, "parent", tokens(llm) == expected, flush=True)
     started = ranks(llm)
 print("left", [pid for pid in started if Path(f"/proc/{pid}").exists()])

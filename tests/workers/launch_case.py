@@ -1,4 +1,5 @@
-"""What one layout generates. Run as a script, by torchrun, each rank writes that to a folder."""
+"""What one layout generates. torchrun runs this file as a script: each rank generates over one control plane after the
+other, and writes the results to a folder."""
 
 from __future__ import annotations
 
@@ -44,15 +45,16 @@ def launch(world: int, script: Path, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
 
 
-def generated_by_launched(folder: Path, **options: Any) -> list[dict[str, Any]]:
-    """On each rank that torchrun starts."""
-    world = options["tp"] * options["pp"]
-    done = launch(world, Path(__file__), json.dumps({"wire": "none", **options}), str(folder))
+def generated_by_launched(folder: Path, *planes: str, tp: int, pp: int) -> list[dict[str, dict[str, Any]]]:
+    """What each rank that torchrun starts generates, by control plane. One launch serves all planes, since most of its
+    time goes into starting Python and importing torch."""
+    options = json.dumps({"wire": "none", "tp": tp, "pp": pp})
+    done = launch(tp * pp, Path(__file__), options, str(folder), *planes)
     assert done.returncode == 0, done.stderr
-    return [json.loads((folder / str(rank)).read_text()) for rank in range(world)]
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(tp * pp)]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = generate(**json.loads(sys.argv[1]))
+    found = {plane: generate(control_plane=plane, **json.loads(sys.argv[1])) for plane in sys.argv[3:]}
     (Path(sys.argv[2]) / os.environ["RANK"]).write_text(json.dumps(found))

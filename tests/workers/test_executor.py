@@ -370,8 +370,7 @@ def test_a_worker_of_ones_own_replaces_the_generic_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plane", ["shm", "gloo"])
-@pytest.mark.parametrize("wire", ["model-input", "request"])
+@pytest.mark.parametrize(("plane", "wire"), [("shm", "request"), ("gloo", "model-input")])
 def test_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch, plane: str, wire: str) -> None:
     for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)  # and again in the other ranks

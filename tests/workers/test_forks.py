@@ -11,30 +11,23 @@ import pytest
 FORKING = Path(__file__).with_name("forking.py")
 
 
-def forked(action: str, plane: str, tp: int) -> list[str]:
-    done = subprocess.run([sys.executable, str(FORKING), action, plane, str(tp)], capture_output=True, text=True,
+OUTCOMES = {"exit": [], "collect": [], "use": ["told True"] * 4, "ahead": ["told True"] * 4, "own": ["True"],
+            "restart": ["True"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plane", "tp", "actions"), [
+    ("shm", 2, ["exit", "collect", "use", "restart", "ahead"]), ("gloo", 2, ["exit", "collect", "own", "ahead"]),
+    ("auto", 1, ["exit", "use"])], ids=["shm", "gloo", "one-rank"])
+def test_forked_children_leave_the_engine_to_the_parent(plane: str, tp: int, actions: list[str]) -> None:
+    """One engine forks a child for each action. The parent generates the same tokens after every child has ended.
+
+    A child that ends (by leaving the `with` block, by garbage collection, by exit handlers) does not end the parent's
+    ranks, and it does end, although it has none of the threads of its process groups. A child that uses the engine gets
+    an error that names the parent. A child may make an engine of its own, or restart the one that it inherited.
+    """
+    done = subprocess.run([sys.executable, str(FORKING), plane, str(tp), *actions], capture_output=True, text=True,
                           timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("action", "plane", "tp"), [
-    ("exit", "shm", 2), ("exit", "gloo", 2), ("collect", "shm", 2), ("collect", "gloo", 2), ("exit", "auto", 1)])
-def test_a_forked_child_that_ends_does_not_end_the_parents_ranks(action: str, plane: str, tp: int) -> None:
-    """By leaving the `with` block, by garbage collection and by exit handlers; and it does end, though it has none of
-    the threads of its process groups."""
-    assert forked(action, plane, tp) == ["status 0 parent True", "left []"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("action", "plane", "tp"), [
-    ("use", "shm", 2), ("ahead", "shm", 2), ("ahead", "gloo", 2), ("use", "auto", 1)])
-def test_a_forked_child_that_uses_the_engine_gets_an_error_with_its_owner(action: str, plane: str, tp: int) -> None:
-    assert forked(action, plane, tp) == ["told True"] * 4 + ["status 0 parent True", "left []"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("action", "plane"), [("own", "gloo"), ("restart", "shm")])
-def test_a_child_may_make_an_engine_of_its_own(action: str, plane: str) -> None:
-    assert forked(action, plane, 2) == ["True", "status 0 parent True", "left []"]
+    expected = [line for action in actions for line in (action, *OUTCOMES[action], "status 0 parent True")]
+    assert done.stdout.splitlines() == [*expected, "left []"]

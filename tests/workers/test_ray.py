@@ -85,7 +85,7 @@ def test_steps_through_ray_give_the_tokens_of_one_process(ray: Any, tp: int, pp:
 def test_steps_through_ray_of_ranks_that_torchrun_starts(ray: Any, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-    assert generated_by_launched(tmp_path, tp=2, pp=1, control_plane="ray") == [alone()] * 2
+    assert generated_by_launched(tmp_path, "ray", tp=2, pp=1) == [{"ray": alone()}] * 2
 
 
 @pytest.mark.slow

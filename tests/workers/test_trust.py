@@ -281,9 +281,10 @@ def test_only_ranks_can_join_lifelines(first: bytes) -> None:
 @pytest.mark.parametrize("plane", ["shm", "gloo", "collectives"])
 def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str) -> None:
     """The child has the driver's pipes and sockets, so none of them closes."""
-    with subprocess.Popen([sys.executable, str(FORKING), "stay", plane, "2"], stdin=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, str(FORKING), plane, "2", "stay"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
+        assert driver.stdout.readline() == "stay\n"
         child, *ranks = map(int, driver.stdout.readline().split())
         driver.kill()
         try:
