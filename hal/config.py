@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hal.errors import ConfigError
-from hal.model_config import ModelConfig
+from hal.model_config import ModelConfig, ModelImpl
 from hal.values import described, plain
 
 BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"
@@ -55,9 +55,12 @@ class EngineConfig:
             the first three. With "gloo" and "collectives" ranks share no memory: the CPU's data plane is gloo too.
         heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
+        model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
+            modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
+            definition where there is one.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
-        trust_remote_code: run the checkpoint's own Python code if its tokenizer needs it. No other code of a checkpoint
-            is ever run.
+        trust_remote_code: run the checkpoint's own Python code where its tokenizer or its model is made of that. No
+            certificate covers a model of such code.
         seed: of requests that give none.
     """
 
@@ -86,6 +89,7 @@ class EngineConfig:
     control_plane: str = "auto"
     heartbeat: float = 30.0
     graphs: bool = True
+    model_impl: ModelImpl = "auto"
     random_weights: bool = False
     trust_remote_code: bool = False
     seed: int = 0
@@ -107,7 +111,8 @@ class EngineConfig:
             self._take(name, (str,), "the path of a directory")
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
-        for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName)):
+        for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName),
+                           ("model_impl", ModelImpl)):
             value = plain(getattr(self, name))
             if not isinstance(value, str) or value not in get_args(kind):
                 raise ConfigError(f"unknown {name}", got=described(value), expected=", ".join(get_args(kind)))

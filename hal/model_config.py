@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+ModelImpl = Literal["auto", "native", "transformers"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -55,18 +57,23 @@ class ModelConfig:
     """Attributes:
         family: the definition in hal.models that runs the model.
         architecture: the name that config.json gives.
+        embedding_name: of the embedding table in a checkpoint, without ".weight" and without the prefix "model." or
+            "transformer.".
         tie_embeddings: the output head and the embeddings are one table.
         windows: sliding window of each layer in tokens (the query's own included), None where attention is full.
         activation: of the MLP; "silu" means gated (SwiGLU).
         qkv_bias, out_bias, mlp_bias: biases of q/k/v, of the attention output, and of the MLP projections.
         qk_norm: RMSNorm over each head's q and k before the rotary embedding (Qwen3).
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
+        source: the content of config.json where the Transformers backend runs the model (docs/models.md); None where a
+            definition of hal.models does. code: the directory whose own Python code is the model's; None: the code is
+            that of transformers.
         quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None
             where the weights are dense.
         eagle: of a head that proposes tokens for another model; None for a model by itself.
     """
 
-    family: Literal["llama", "gpt2", "eagle3"]
+    family: Literal["llama", "gpt2", "eagle3", "transformers"]
     architecture: str
     vocab_size: int
     hidden_size: int
@@ -89,13 +96,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     quantization: dict[str, Any] | None = None
-    eagle: EagleConfig | None = None
-
-    @property
-    def embedding_name(self) -> str:
-        """The name of the embedding table in a checkpoint, without ".weight" and without the prefix "model." or
-        "transformer."."""
-        return {"llama": "embed_tokens", "gpt2": "wte", "eagle3": "embed_tokens"}[self.family]
+    family: Literal["llama", "gpt2", "eagle3", "transformers"]
 
     @property
     def num_params(self) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from hal.checkpoints.stored import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
 from hal.errors import ModelLoadError
-from hal.model_config import EagleConfig, ModelConfig, RopeConfig
+from hal.model_config import EagleConfig, ModelConfig, ModelImpl, RopeConfig
 from hal.weights.formats import check_known
 
 _MISSING = object()
@@ -32,7 +32,8 @@ _THETA, _FACTOR = (1.0, 1e15), (1.0, 1e6)  # the smallest and the largest that a
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def read_config(directory: str | Path, *, weights: bool = True) -> ModelConfig:
+def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl = "auto",
+                trust_remote_code: bool = False) -> ModelConfig:
     """The shape of the model in a checkpoint directory. As in transformers' `generate`, end-of-sequence ids in
     generation_config.json replace those of config.json.
 
@@ -40,6 +41,9 @@ def read_config(directory: str | Path, *, weights: bool = True) -> ModelConfig:
         weights: let the stored tensors decide two things, as transformers 5 does. A stored head that differs from the
             embeddings is used even if config.json sets tie_word_embeddings. If config.json gives no dtype, or "auto",
             the dtype is that of the stored embeddings. False is for a model whose weights will not be loaded.
+        impl: "native" takes a definition of hal.models, "transformers" the Transformers backend, and "auto" a
+            definition of hal.models where there is one.
+        trust_remote_code: the Transformers backend may run the checkpoint's own Python code.
 
     Raises:
         ModelLoadError: the directory or config.json is missing, is not JSON, or describes something unsupported; the
@@ -50,13 +54,33 @@ def read_config(directory: str | Path, *, weights: bool = True) -> ModelConfig:
         raise ModelLoadError("the model directory does not exist", got=directory,
                              expected="a directory with config.json and *.safetensors in Hugging Face format")
     data = read_json(directory / "config.json")
-    config = parse_config(data)
+    config = _by_transformers(data, directory, trust_remote_code) if impl == "transformers" or (
+        impl == "auto" and not _is_native(data)) else parse_config(data)
     generation = directory / "generation_config.json"
     if isfile(generation):
         ids = _token_ids(_Reader(read_json(generation), generation.name), None)
         if ids:
             config = dataclasses.replace(config, eos_token_ids=ids)
     return _as_stored(config, _dtype_name(_Reader(data)), directory) if weights and has_weights(directory) else config
+
+
+def _is_native(data: dict[str, Any]) -> bool:
+    names, kind = data.get("architectures") or [None], data.get("model_type")
+    if not isinstance(names, list) or names[0] is None:
+        return kind is None or any(kind == k for k, _ in _ARCHITECTURES.values())
+    return names[0] in _ARCHITECTURES
+
+
+def _by_transformers(data: dict[str, Any], directory: Path, trust_remote_code: bool) -> ModelConfig:
+    from hal.checkpoints.any_config import parse_any
+
+    read = _Reader(data)
+    eos = _token_ids(read, None) if "eos_token_id" in data else None
+    quantization = read.get(dict, None, "quantization_config", null=None)
+    if quantization is not None:
+        check_known(quantization)
+    config = parse_any(data, _dtype(read), eos, _token_id(read, None), directory, trust_remote_code=trust_remote_code)
+    return dataclasses.replace(config, quantization=quantization)
 
 
 def _as_stored(config: ModelConfig, dtype: str, directory: Path) -> ModelConfig:
@@ -260,7 +284,8 @@ def _gpt2(read: _Reader, architecture: str) -> ModelConfig:
     if hidden % heads:
         raise ModelLoadError("n_head does not divide n_embd", got=f"{hidden} and {heads}")
     return ModelConfig(
-        family="gpt2", architecture=architecture, vocab_size=read.size(50257, _MAX_VOCAB, "vocab_size"),
+        family="gpt2", architecture=architecture, embedding_name="wte",
+        vocab_size=read.size(50257, _MAX_VOCAB, "vocab_size"),
         hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
         intermediate_size=read.size(4 * hidden, _MAX_INNER, "n_inner", null=4 * hidden),
         max_position=read.size(1024, _MAX_POSITIONS, "n_positions", "max_position_embeddings"),

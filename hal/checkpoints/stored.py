@@ -7,7 +7,6 @@ inside the directory, and every fault is a ModelLoadError that names the file.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from os.path import isdir, isfile  # pathlib's methods raise for some names
 from pathlib import Path, PurePosixPath
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from safetensors import SafetensorError, safe_open
 
 from hal.errors import ModelLoadError
+from hal.weights.base import canonical
 
 if TYPE_CHECKING:
     import torch
 
 HEAD = "lm_head.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PREFIX = re.compile(r"^(model|transformer)\.(?!lm_head\.)")
 _MAX_JSON = 64 << 20  # bytes; the index of the largest published checkpoints takes about 10 MiB
 _ROWS = 4096  # rows compared at a time
 
@@ -60,13 +59,13 @@ def locate(directory: Path) -> dict[str, Stored]:
     """
     tensors: dict[str, Stored] = {}
     for stored in _single(directory / _SINGLE) if isfile(directory / _SINGLE) else _indexed(directory):
-        canonical = _PREFIX.sub("", stored.name)
-        if canonical in tensors:
-            first = tensors[canonical]
-            raise ModelLoadError(f"the checkpoint has the tensor {shown(canonical)} twice",
+        name = canonical(stored.name)
+        if name in tensors:
+            first = tensors[name]
+            raise ModelLoadError(f"the checkpoint has the tensor {shown(name)} twice",
                                  got=f"{shown(first.name)} in {first.path.name}, "
                                      f"{shown(stored.name)} in {stored.path.name}")
-        tensors[canonical] = stored
+        tensors[name] = stored
     return tensors
 
 

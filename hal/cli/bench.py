@@ -91,7 +91,7 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     blocks = largest * -(-length // EngineConfig(**chosen).block_size)
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
                              "num_blocks": 2 + blocks + blocks // 64, **chosen, "prefix_caching": False})
-    model = read_config(config.model, weights=not config.random_weights)
+    model = read_config(config.model, weights=not config.random_weights, impl=config.model_impl)
     backend = backends.select(config.device)
     dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
     bandwidth = measure.read_bandwidth(backend)

@@ -40,7 +40,8 @@ ENGINE_HELP = {
     "heartbeat": "seconds of silence after which a rank counts as failed",
     "seed": "of requests that give none",
     "random_weights": "initialise instead of loading",
-    "trust_remote_code": "run the checkpoint's own Python where its tokenizer is made of that",
+    "trust_remote_code": "run the checkpoint's own Python where its tokenizer or its model is made of that",
+    "model_impl": "a definition of hal, or transformers' modelling code",
 }
 _UNSET = {"speculate": "nothing", "draft_model": "none",
          "max_model_len": "the model's context", "num_blocks": "from free memory",

@@ -17,6 +17,7 @@ from hal.contracts.executor import StepHandle, make_executor
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.runner import no_progress
 from hal.engine.calls import Calls
+from hal.engine.certificates import admit
 from hal.engine.progress import LoadProgress, RequestProgress
 from hal.engine.prompts import Prompt, Prompts, as_params, as_prompts, as_token_ids, check_length
 from hal.engine.request_output import RequestOutput
@@ -82,7 +83,9 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str] = str(BUNDLED_MODEL), *, progress: bool = False,
                  **options: Any) -> None:
         self.config = config = _config(model, options)
-        self.model_config = read_config(config.model, weights=not config.random_weights)
+        self.model_config = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
+                                        trust_remote_code=config.trust_remote_code)
+        admit(self.model_config)
         self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)

@@ -55,6 +55,11 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
     from hal.models.llama import Llama
     from hal.weights.formats import schemes
 
+    if config.source is not None:
+        from hal.models.transformers_model import TransformersModel
+
+        return TransformersModel(config, Build(topology, communicator, ops, dtype, device,
+                                               schemes(config.quantization))).eval()
     check_topology(config, topology)
     build = Build(topology, communicator, ops, dtype, device, schemes(config.quantization))
     families: dict[str, Callable[[ModelConfig, Build], CausalLM]] = {"llama": Llama, "gpt2": GPT2, "eagle3": Eagle3}

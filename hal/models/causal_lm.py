@@ -30,6 +30,18 @@ class CausalLM(nn.Module, abc.ABC):
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
+        self.begin(config, build)
+        topology = build.topology
+        if topology.is_first_stage and (config.eagle is None or config.eagle.own_embeddings):
+            self.embed = VocabEmbedding(build, config.embedding_name, config.vocab_size, config.hidden_size)
+        if topology.is_last_stage:
+            shared = self.embed if config.tie_embeddings and topology.is_first_stage else None
+            name = config.embedding_name if config.tie_embeddings else "lm_head"
+            rows = config.vocab_size if config.eagle is None else config.eagle.draft_vocab_size
+            self.head = Head(build, name, rows, config.hidden_size, shared)
+
+    def begin(self, config: ModelConfig, build: Build) -> None:
+        """Set the attributes of every decoder, before its layers are made."""
         topology = build.topology
         self.config, self.topology, self.ops, self.dtype = config, topology, build.ops, build.dtype
         self.stage = topology.layers(config.num_layers)
@@ -41,13 +53,6 @@ class CausalLM(nn.Module, abc.ABC):
         self.intermediate_type: type[IntermediateTensors] = IntermediateTensors.declare(
             f"{type(self).__name__}Intermediate",
             **{n: Array(name, "num_tokens", config.hidden_size) for n in self.intermediates})
-        if topology.is_first_stage and (config.eagle is None or config.eagle.own_embeddings):
-            self.embed = VocabEmbedding(build, config.embedding_name, config.vocab_size, config.hidden_size)
-        if topology.is_last_stage:
-            shared = self.embed if config.tie_embeddings and topology.is_first_stage else None
-            name = config.embedding_name if config.tie_embeddings else "lm_head"
-            rows = config.vocab_size if config.eagle is None else config.eagle.draft_vocab_size
-            self.head = Head(build, name, rows, config.hidden_size, shared)
 
     def declare_caches(self, build: Build) -> list[LayerCache]:
         """The cache of each layer of the whole model, since the ranks of every stage prepare the same input. It is

@@ -104,7 +104,8 @@ class Recording:
                                     expected=f"{size:,} bytes", hint="use a device with more memory")
         else:
             engine = replace(engine, model=self._checkpoint(model))
-            found = read_config(engine.model)
+            found = read_config(engine.model, impl=engine.model_impl,
+                                    trust_remote_code=engine.trust_remote_code)
             for name in SHAPE:
                 if getattr(found, name) != getattr(self.model, name):
                     raise ConfigError("the recording is of another model than the checkpoint",

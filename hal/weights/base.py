@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     import torch
 
     from hal.models.layers import Linear
+
+
+_PREFIX = re.compile(r"^(model|transformer)\.(?!lm_head\.)")
+
+
+def canonical(name: str) -> str:
+    """A stored tensor's name without the prefix "model." or "transformer."."""
+    return _PREFIX.sub("", name)
 
 
 @dataclass(frozen=True, slots=True)
