@@ -96,7 +96,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     quantization: dict[str, Any] | None = None
-    family: Literal["llama", "gpt2", "eagle3", "transformers"]
+    eagle: EagleConfig | None = None
+    embedding_name: str = "embed_tokens"
+    source: dict[str, Any] | None = None
+    code: str | None = None
 
     @property
     def num_params(self) -> int:
