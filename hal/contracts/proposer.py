@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hal.config import EngineConfig, WorkerConfig
     from hal.contracts.inputs import PagedModelInput
     from hal.contracts.outputs import SamplerOutput
+    from hal.model_config import ModelConfig
 
 BUILT_IN = {"ngram": "hal.speculation.ngram:NgramProposer", "draft": "hal.speculation.draft:DraftProposer",
             "eagle": "hal.speculation.eagle:EagleProposer"}
@@ -30,6 +31,14 @@ class Proposer:
     """Attributes: cost: the time of proposing one token for each sequence, in decode steps of the target model."""
 
     cost: float = 0.0
+
+    @classmethod
+    def check(cls, engine: EngineConfig, target: ModelConfig) -> Any:
+        """Called before any rank starts, where the engine is made.
+
+        Raises:
+            ConfigError, ModelLoadError: the proposer cannot propose tokens for this model in this engine.
+        """
 
 
 class HostProposer(Proposer, abc.ABC):

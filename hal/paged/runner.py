@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -36,11 +36,14 @@ class Forwarded(NamedTuple):
         logits: [num_samples, vocab_size]. hidden: [num_logits, hidden_size] of the tokens in logits_indices, or None
             where no prompt logprobs are asked for.
         token_ids: int32 [num_samples], the most likely tokens, where a graph has found them already.
+        taps: [num_tokens, len(taps) * hidden_size], the inputs of the layers that the runner's `taps` name, side by
+            side; None where it names none.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor | None = None
     token_ids: torch.Tensor | None = None
+    taps: torch.Tensor | None = None
 
 
 class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
@@ -48,11 +51,15 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     Args:
         attention: makes the attention of this rank's layers. ops, sampler: the models' operations, and the sampler.
+
+    Attributes:
+        taps: layers whose inputs a proposer reads; it sets them before the model is loaded.
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
     two_phase = verifies = True
     model: CausalLM
+    taps: tuple[int, ...] = ()
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,
                  attention: MakeAttention = PagedAttention, ops: Ops | None = None,
@@ -166,7 +173,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         return self.state.prepare_sampling(sampling).to(self.device)
 
     def forward_context(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> ForwardContext:
-        return ForwardContext(self.attention.begin(m, kv_caches), m, self.states.begin(m) if self.row_states else None)
+        return ForwardContext(self.attention.begin(m, kv_caches), m, self.states.begin(m) if self.row_states else None,
+                              dict.fromkeys(self.taps) if self.taps else None)
 
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
@@ -191,7 +199,17 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden
             return stage
-        return self.head(hidden, m)
+        found = self.head(hidden, m)
+        if not context.taps:
+            return found
+        return found._replace(taps=torch.cat([cast(torch.Tensor, context.taps[i]) for i in self.taps], -1))
+
+    def decode_logits(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The logits [num_seqs, vocab_size] of a step that ModelInput.advance made on the device, of which every
+        sequence is sampled. They are valid until the next step."""
+        found = self.forward(m, kv_caches, None)
+        assert isinstance(found, Forwarded)
+        return found.logits
 
     def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Forwarded:
         """hidden [num_tokens, hidden_size] of the last stage -> what sampling starts from."""

@@ -57,13 +57,15 @@ class CudaModelRunner(PagedModelRunner):
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
+        self._inputs: dict[int, PagedModelInput] = {}  # of a graph, by its batch size, for `decode_logits`
         self._views: dict[int, tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input, by its batch size
 
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
-        if self.has_row_states:
-            self.plan = ShapePlan({})  # graph inputs have no state_rows, and layers with states need not be capturable
+        if self.has_row_states or self.taps:
+            # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
+            self.plan = ShapePlan({})
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -94,6 +96,7 @@ class CudaModelRunner(PagedModelRunner):
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         super().warmup(kv_caches, progress)
         self._views.clear()
+        self._inputs.clear()
         self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
         self.ops.settle()
         self.attention.warmup(kv_caches)
@@ -201,6 +204,23 @@ class CudaModelRunner(PagedModelRunner):
             return graph.results  # the stream waits until they are sent, so no replay overwrites them before
         logits, token_ids = graph.results
         return Forwarded(logits[:m.num_samples], None, token_ids[:m.num_samples])
+
+    def decode_logits(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        n = len(m.seq_lens)
+        if n >= len(self._graph_at):
+            return super().decode_logits(m, kv_caches)
+        graph = self._graph_at[n]
+        inputs = self._inputs.get(graph.num_seqs)
+        if inputs is None:
+            inputs = self._inputs[graph.num_seqs] = self._empty(graph.dims).over(graph.staged)
+        for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
+            inputs[name][:n].copy_(m[name])
+            inputs[name][n:].zero_()  # padding writes the null block
+        width = min(m.block_tables.shape[1], self.width)
+        inputs.block_tables[:n, :width].copy_(m.block_tables[:, :width])
+        graph.graph.replay()
+        logits: torch.Tensor = graph.results[0]  # type: ignore[index]
+        return logits[:n]
 
     def sample(self, forwarded: Forwarded, m: PagedModelInput) -> SamplerOutput | None:
         if forwarded.token_ids is None or m.temperature is not None or adjusting(m):

@@ -14,6 +14,7 @@ from hal.config import DType, EngineConfig, WorkerConfig
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.control_plane import ControlPlane
+from hal.contracts.proposer import proposer_class
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
@@ -44,6 +45,8 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
         backends.resolve_async(backend, engine)))
     backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
                      num_cpu_blocks=engine.num_cpu_blocks)
+    if engine.speculate is not None:
+        proposer_class(engine.speculate).check(engine, model)
     if engine.wire == "none" and backends.mesh(backend, engine).world_size > 1:
         return LaunchedExecutor(engine, model, backend, progress, worker)
     return DriverExecutor(engine, model, backend, progress, worker)
