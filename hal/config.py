@@ -19,6 +19,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 WirePolicy = Literal["model-input", "request", "none"]
 KVDType = Literal["auto", "fp8"]
 ExecutorName = Literal["multiprocess", "ray"]
+MOST_STEPS = 64  # decode steps of one message
 _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
              "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
@@ -48,6 +49,9 @@ class EngineConfig:
             model), "eagle" (heads trained for the model), "module:attribute" of a Proposer; None proposes nothing.
         speculative_tokens: the most tokens that are proposed at a time for a sequence.
         draft_model: checkpoint directory of "draft" or "eagle". draft_tp: tensor parallel size of it, a divisor of tp.
+        steps_per_message: the most decode steps that ranks take for one message, up to 64, so that the host works once
+            for so many tokens. "auto": 8 while no request waits, and 1 where something needs one step at a time. Above
+            1 it needs pp=1.
         executor: what starts the other ranks: this process on this host, or Ray on the nodes of a cluster.
         wire: what a step's message holds (see docs/distributed.md). With "none" there is no message: torchrun starts
             every rank, each runs this same program, and their schedulers decide alike.
@@ -84,6 +88,7 @@ class EngineConfig:
     speculative_tokens: int = 4
     draft_model: str | None = None
     draft_tp: int = 1
+    steps_per_message: int | Literal["auto"] = 1
     executor: ExecutorName = "multiprocess"
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
@@ -99,6 +104,8 @@ class EngineConfig:
         for name, low in _INTEGERS.items():
             self._take(name, (int,), f"an integer from {low} to {_LARGEST}", low, _LARGEST)
         self._take("seed", (int,), "a 64-bit integer", -(2**63), 2**63 - 1)
+        if self.steps_per_message != "auto":
+            self._take("steps_per_message", (int,), f'an integer from 1 to {MOST_STEPS}, or "auto"', 1, MOST_STEPS)
         for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0)):
             self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)
         for name in ("prefix_caching", "graphs", "random_weights", "trust_remote_code", "async_scheduling"):
@@ -123,6 +130,11 @@ class EngineConfig:
         if self.async_scheduling and self.pp > 1:
             raise ConfigError("async_scheduling keeps pending tokens within one pipeline stage", got=f"pp={self.pp}",
                               expected="pp=1, or async_scheduling=False: stages overlap as it is")
+        if self.pp > 1 and self.steps_per_message not in (1, "auto"):
+            raise ConfigError("steps_per_message keeps the sampled tokens within one pipeline stage",
+                              got=f"steps_per_message={self.steps_per_message}, pp={self.pp}",
+                              expected='steps_per_message=1 or "auto", or pp=1',
+                              hint="tp divides a model without stages")
         if self.speculate is not None:
             self._check_speculation()
         elif self.draft_model is not None:
@@ -133,6 +145,10 @@ class EngineConfig:
         if self.async_scheduling:
             raise ConfigError("async_scheduling prepares a step before the drafts of the one before it are verified",
                               got=f"speculate={self.speculate!r}", expected="async_scheduling=None or False")
+        if self.steps_per_message not in (1, "auto"):
+            raise ConfigError("speculation gives sequences several tokens a message by itself",
+                              got=f"speculate={self.speculate!r}, steps_per_message={self.steps_per_message}",
+                              expected='steps_per_message=1 or "auto"')
         if self.max_samples > self.max_num_batched_tokens:
             raise ConfigError("a step cannot verify so many drafts",
                               got=f"speculative_tokens={self.speculative_tokens}",

@@ -28,6 +28,7 @@ ENGINE_HELP = {
     "num_cpu_blocks": "KV blocks on the host, for preempted sequences; 0 recomputes them",
     "memory_fraction": "share of the free memory that the KV cache may take",
     "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
+    "steps_per_message": "decode steps that ranks take for one message, or auto: 8 while no request waits",
     "graphs": "run every step eagerly",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
     "speculate": "what proposes tokens for the model to verify: ngram, draft, eagle or module:attribute of a Proposer",
@@ -61,6 +62,10 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
         options["help"] += f" (default: {unset})"
     elif default not in ((), None):
         options["help"] += f" (default: {default})"
+    if hint == int | typing.Literal["auto"]:
+        options |= {"type": _number_or_auto, "metavar": "N"}
+        group.add_argument(flag, **options)
+        return
     if isinstance(hint, types.UnionType):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is bool:
@@ -75,6 +80,10 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
     else:
         options |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "NAME")}
     group.add_argument(flag, **options)
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def positive(text: str) -> int:

@@ -52,6 +52,7 @@ class Executor(Protocol):
         has_row_states: layers of the model keep a state per row. So sequences cannot share a prefix, and a swap of a
             sequence swaps its row's state too.
         tokens_per_row: the most new tokens that a step gives a sequence.
+        multi_step: ranks take several decode steps for one request (ExecuteModelRequest.num_steps).
         input_type, output_type: the classes of a step's input and of its output, as the model runner declares them.
     """
 
@@ -60,6 +61,7 @@ class Executor(Protocol):
     kv_bytes_per_block: int
     has_row_states: bool
     tokens_per_row: int
+    multi_step: bool
     input_type: type[ModelInput]
     output_type: type[Declared]
 

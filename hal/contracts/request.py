@@ -32,8 +32,8 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     sampling_follows: Annotated[bool, Doc("a SamplingRequest completes this step after its forward pass has begun; "
                                           "set by the executor")] = False
 
-    num_steps: Annotated[int, Doc("decode steps that the ranks take for this request, one after another; above 1, `rows` "
-                                  "have one token each to compute, and blocks for so many")] = 1
+    num_steps: Annotated[int, Doc("decode steps that the ranks take for this request, one after another; above 1, "
+                                  "`rows` have one token each to compute, and blocks for so many")] = 1
 
     finished_rows: Annotated[np.ndarray, Array("int32", "num_finished", low=0, doc="rows given up before this step")]
     new_rows: Annotated[np.ndarray, Array("int32", "num_new", low=0, doc="rows that sequences enter in")]

@@ -38,6 +38,10 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         two_phase: the runner has execute_forward, prepare_sampling_input and execute_sampling, so the input of sampling
             may arrive while the device runs the forward pass. If False, a step in two phases is executed when both
             messages have arrived. A subclass that overrides execute_model must set this again.
+        multi_step: a class attribute, whether execute_model takes the `num_steps` decode steps of an input, one after
+            another on the device, and gives the tokens of them all: hal.paged.steps.take_steps does so. Each array of
+            the input then declares how it advances (ModelInput.advance). A subclass that overrides execute_model must
+            set this again.
         has_row_states: a layer of the model, of any pipeline stage, keeps a state per row; set by load_model. Then the
             step's input names each sequence's row.
         row_states: the tensors of these states on this rank; dimension 1 counts rows.
@@ -50,6 +54,7 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     input_type: ClassVar[type[ModelInput]]
     output_type: ClassVar[type[Declared]]
     two_phase: ClassVar[bool] = False
+    multi_step: ClassVar[bool] = False
     tokens_per_row: int = 1
     verifies: ClassVar[bool] = False
     intermediate_type: type[IntermediateTensors] | None = None
@@ -61,8 +66,9 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "execute_model" in cls.__dict__ and "two_phase" not in cls.__dict__:
-            cls.two_phase = False  # the inherited parts do not belong to this execute_model
+        for name in ("two_phase", "multi_step"):
+            if "execute_model" in cls.__dict__ and name not in cls.__dict__:
+                setattr(cls, name, False)  # what is inherited does not belong to this execute_model
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.config, self.device, self.communicator = config, device, communicator

@@ -122,7 +122,11 @@ class LLM:
 
     def _make_scheduler(self) -> Scheduler:
         ahead = self.executor.tokens_per_row == 1 and backends.resolve_async(self.backend, self.config)
+        steps, config = self.config.steps_per_message, self.config
+        if steps == "auto" and (config.pp > 1 or config.speculate is not None or not self.executor.multi_step):
+            steps = 1
         return Scheduler(self.config, self.executor.num_blocks, self.executor.num_cpu_blocks, depth=self.config.pp,
+                         steps=steps,
                          eos_token_ids=self.model_config.eos_token_ids, ahead=ahead,
                          has_row_states=self.executor.has_row_states)
 

@@ -28,7 +28,7 @@ class ScheduledStep:
 
     Attributes:
         rows: all rows that the step computes. sampled_rows, sampled: the rows and sequences that get a token, in the
-            order of SamplerOutput.
+            order of SamplerOutput. gains: the most tokens that each of these gets, int [num_sampled]; None: one each.
         prompt_targets: (sequence, first, end) of each sequence whose prompt logprobs come with this step, in the order
             of SamplerOutput: one for each prompt token from `first` to before `end`.
         num_tokens, num_prefill: tokens that the step computes, and how many of them belong to prefill.
@@ -39,10 +39,16 @@ class ScheduledStep:
     rows: np.ndarray
     sampled_rows: np.ndarray
     sampled: list[Sequence]
+    gains: np.ndarray | None
     prompt_targets: list[tuple[Sequence, int, int]]
     num_tokens: int
     num_prefill: int
     drafts: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """Decode steps that the ranks take for this step's message."""
+        return self.request.num_steps
 
     def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int, handle: StepHandle | None = None) -> None:
         """Say which tokens sequences may get from this step, before it is executed; or, with the handle of a step that
@@ -62,6 +68,10 @@ class ScheduledStep:
                 `StepHandle.sample`. InputError, WorkerError: as `StepHandle.sample`.
         """
         rows = dict(zip((seq.request_id for seq in self.sampled), self.sampled_rows.tolist(), strict=True))
+        if self.num_steps > 1:
+            raise StateError("a mask is given for a step that gives its sequences several tokens",
+                             got=f"num_steps={self.num_steps}", expected="a step of one token",
+                             hint="set Sequence.needs_tokens for sequences that get masks, or steps_per_message=1")
         if not masks.keys() <= rows.keys():
             raise StateError("a mask is given for a request that this step does not sample",
                              got=sorted(masks.keys() - rows.keys()), expected=f"some of {sorted(rows)}")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterable
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from hal.engine.sequence import Sequence
 from hal.errors import CapacityError, StateError
 from hal.features import needs_tokens
 from hal.features.pending import PENDING_TOKEN
+from hal.features.stopping import STOP_IDS
 
 _AGE = attrgetter("request_id")
+AUTO_STEPS = 8  # steps_per_message="auto"
 
 
 class Scheduler:
@@ -38,6 +40,8 @@ class Scheduler:
         ahead: a sequence may run again before its last token is known here, because ranks keep that token on the
             device. So a device need not wait for the host. A sequence that has already ended computes one token in
             vain.
+        steps: the most decode steps of one message. "auto" chooses while nothing waits: then a sequence that ends
+            within them keeps no other from starting.
         has_row_states: layers keep a state per row (see Executor): no prefix is shared, and swaps move states too.
 
     Attributes:
@@ -48,9 +52,10 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, num_blocks: int, num_cpu_blocks: int = 0, *,
                  eos_token_ids: Iterable[int] = (), depth: int = 1, ahead: bool = False,
-                 has_row_states: bool = False) -> None:
+                 steps: int | Literal["auto"] = 1, has_row_states: bool = False) -> None:
         self.block_size, self.max_rows = config.block_size, config.max_num_seqs
         self.depth, self.ahead = depth, ahead
+        self.steps, self._auto = AUTO_STEPS if steps == "auto" else steps, steps == "auto"
         self.max_num_batched_tokens, self.has_row_states = config.max_num_batched_tokens, has_row_states
         self.prefix_caching = config.prefix_caching and not has_row_states
         self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
@@ -70,6 +75,9 @@ class Scheduler:
         self._own_stops = self._per_row(np.bool_)
         self._asks_prompt = self._per_row(np.bool_)
         self._needs_tokens = self._per_row(np.bool_)
+        self._one_step = self._per_row(np.bool_)  # the host, or more stop tokens than a step carries, has a say
+        self._stop_ids = np.full((self.max_rows, STOP_IDS if self.steps > 1 else 0), -1, np.int32)
+        self._known = self._per_row(np.int64)  # tokens of the sequence when it entered the row
         self._num_in_flight = 0
         self._several = False  # a sequence has gained several tokens in one step
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
@@ -157,7 +165,10 @@ class Scheduler:
         if not len(decodes) and not chunks:
             return None
         drafts = self._drafts(decodes, budget) if self.speculates else {}
-        step = self._issue(decodes, chunks, drafts)
+        gains = None
+        if self.steps > 1 and not chunks and not (self._auto and self.waiting):
+            gains = self._look_ahead(decodes)
+        step = self._issue(decodes, chunks, drafts, gains)
         self.blocks.release(pinned)
         return step
 
@@ -175,16 +186,25 @@ class Scheduler:
                 while it may already run again (`ahead`).
         """
         rows, tokens = step.sampled_rows, token_ids.astype(np.int64)
-        if tokens.shape != rows.shape if counts is None else (counts.shape != rows.shape or self.ahead):
+        fits = tokens.shape == rows.shape if counts is None else counts.shape == rows.shape and not self.ahead
+        if step.gains is not None:
+            fits = counts is not None and counts.shape == rows.shape and bool((counts <= step.gains).all())
+        if not fits:
             raise StateError("a step's output does not fit it", got=f"{tokens.shape} sampled tokens" + (
                              "" if counts is None else f" of {len(counts)} sequences, ahead={self.ahead}"),
                              expected=f"one token of each of {len(rows)} sequences, or without `ahead` several",
                              hint="a runner that gives several tokens declares it by tokens_per_row")
         self._in_flight[step.rows] -= 1
         self._num_in_flight -= len(step.rows)
-        self.unknown[rows] -= 1
-        ended = self._take_one(step, tokens) if counts is None else self._take_several(
-            step, tokens.reshape(len(rows), -1) if len(rows) else tokens[:, None], counts, num_computed)
+        self.unknown[rows] -= 1 if step.gains is None else step.gains
+        if counts is None:
+            ended = self._take_one(step, tokens)
+        else:
+            places = tokens.reshape(len(rows), -1) if len(rows) else tokens[:, None]
+            if step.gains is not None:
+                ended = self._take_steps(step, places, counts, step.gains)
+            else:
+                ended = self._take_several(step, places, counts, num_computed)
         if self._leaving:
             for seq in [s for s in self._leaving if not self._in_flight[s.row]]:
                 self._leaving.remove(seq)
@@ -211,6 +231,47 @@ class Scheduler:
                 ended.append(seq)
         return ended
 
+    def _take_steps(self, step: ScheduledStep, tokens: np.ndarray, counts: np.ndarray,
+                    gains: np.ndarray) -> list[Sequence]:
+        """tokens: [num_rows, width]; counts, gains: [num_rows]. Returns the sequences that have ended. The sequences
+        count as longer by `gains` since the step was issued."""
+        rows, ended = step.sampled_rows, list[Sequence]()
+        self._last[rows] = np.maximum(tokens[np.arange(len(rows)), counts - 1], 0)
+        look = (counts < gains) | (self.length[rows] - self.unknown[rows] >= self._limit[rows]) | self._own_stops[rows]
+        look |= (tokens < 0).any(1)
+        for token in self._eos.tolist():
+            look |= (tokens == token).any(1)
+        failed = np.zeros(len(rows), np.int64)
+        for i, (seq, of_row, count, close) in enumerate(zip(step.sampled, tokens.tolist(), counts.tolist(),
+                                                            look.tolist(), strict=True)):
+            if seq.finish_reason is not None:
+                continue
+            if not close:
+                seq.output_ids += of_row[:count]
+                continue
+            gained, reason = self._append_until_end(seq, of_row[:count])
+            if reason == "error":
+                failed[i] = -1
+            elif reason is not None:
+                self.finish(seq, reason)
+                ended.append(seq)
+            elif gained < gains[i]:
+                raise StateError("a device stopped a sequence that has not ended", got=f"request {seq.request_id}: "
+                                 f"{gained} tokens", expected=f"{gains[i]} tokens",
+                                 hint="a runner of several steps stops a row at its stop_ids and max_new alone")
+        return (self._end_failed(step, failed) if failed.any() else []) + ended
+
+    def _append_until_end(self, seq: Sequence, tokens: list[int]) -> tuple[int, FinishReason | None]:
+        """Give a sequence its new tokens up to the one that ends it. Returns how many it gained, and why it ended."""
+        for gained, token in enumerate(tokens):
+            if token < 0:
+                return gained, "error"
+            seq.output_ids.append(token)
+            reason = self.ending(seq)
+            if reason is not None:
+                return gained + 1, reason
+        return len(tokens), None
+
     def _take_several(self, step: ScheduledStep, tokens: np.ndarray, counts: np.ndarray,
                       num_computed: np.ndarray | None) -> list[Sequence]:
         """tokens: [num_rows, width]; counts, num_computed: [num_rows]. Returns the sequences that have ended."""
@@ -219,23 +280,17 @@ class Scheduler:
         for i, (seq, count) in enumerate(zip(step.sampled, counts.tolist(), strict=True)):
             if seq.finish_reason is not None:
                 continue
-            row, before, reason = seq.row, len(seq.output_ids), None
-            for token in tokens[i, :count].tolist():
-                if token < 0:
-                    failed[i] = -1
-                    break
-                seq.output_ids.append(token)
-                reason = self.ending(seq)
-                if reason is not None:
-                    break
-            gained = len(seq.output_ids) - before
+            row = seq.row
+            gained, reason = self._append_until_end(seq, tokens[i, :count].tolist())
             if row in step.drafts:
                 seq.drafted += step.drafts[row]
                 seq.accepted += min(count - 1, gained)
             self.length[row] += gained - 1  # the step was issued as if each sequence gained one token
             if gained:
                 self._last[row] = seq.output_ids[-1]
-            if reason is not None:
+            if reason == "error":
+                failed[i] = -1
+            elif reason is not None:
                 self.finish(seq, reason)
                 ended.append(seq)
             elif num_computed is not None:
@@ -296,6 +351,32 @@ class Scheduler:
             short = self.length[decodes] > self.capacity[decodes]
             count = int(np.count_nonzero(short))
         return decodes
+
+    def _look_ahead(self, decodes: np.ndarray) -> np.ndarray | None:
+        """Give decodes the blocks for several steps, as many as there are blocks for without preempting anybody.
+        Returns how many tokens each of them gets, at least 1, or None where it is one each."""
+        if np.count_nonzero(self._one_step[decodes]):
+            return None
+        steps, length, capacity = self.steps, self.length[decodes], self.capacity[decodes]
+        room = self._limit[decodes] - length
+        while steps > 1:
+            gains = np.minimum(room, steps)
+            missing = -(-(length + gains - 1 - capacity) // self.block_size)
+            short = np.flatnonzero(missing > 0)
+            if int(missing[short].sum()) <= self.blocks.num_free:
+                break
+            steps //= 2
+        else:
+            return None
+        for i in short.tolist():
+            row = int(decodes[i])
+            seq = self._at[row]
+            assert seq is not None
+            for _ in range(int(missing[i])):
+                self._changes.grown.append((row, len(seq.blocks), block := self.blocks.allocate()))
+                seq.blocks.append(block)
+        self.capacity[decodes[short]] += missing[short] * self.block_size
+        return gains if int(gains.max()) > 1 else None
 
     def _grow_all(self, rows: np.ndarray, decodes: np.ndarray, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`_grow` for decodes and for the other rows together, the oldest first. Returns those of both that can run."""
@@ -409,6 +490,13 @@ class Scheduler:
         self._ends_at_eos[row] = not seq.params.ignore_eos
         self._own_stops[row] = bool(seq.params.stop_token_ids)
         self._needs_tokens[row] = seq.needs_tokens or needs_tokens(seq.params)
+        self._known[row] = length
+        if self.steps > 1:
+            ids = (*seq.params.stop_token_ids, *(() if seq.params.ignore_eos else self._eos.tolist()))
+            self._one_step[row] = seq.needs_tokens or len(ids) > STOP_IDS
+            self._stop_ids[row] = -1
+            if not self._one_step[row]:
+                self._stop_ids[row, :len(ids)] = ids
         self._asks_prompt[row] = seq.wants_prompt_logprobs
         return True
 
@@ -434,17 +522,19 @@ class Scheduler:
         return taken
 
     def _issue(self, decodes: np.ndarray, chunks: list[tuple[int, int]], drafts: dict[int, list[int]],
-               ) -> ScheduledStep:
+               gains: np.ndarray | None) -> ScheduledStep:
         """The step of these decodes and of these (row, number of tokens); it counts as computed from here on. `drafts`:
-        by row, of decodes."""
-        rows, counts, total, num_drafts = decodes, np.ones(len(decodes), np.int64), len(decodes), 0
+        by row, of decodes. `gains`: the tokens that each of the decodes gets, where that is not one."""
+        rows, counts, total, prefill = decodes, np.ones(len(decodes), np.int64), len(decodes), 0
         if chunks or drafts:
             more = np.array(chunks, np.int64).reshape(-1, 2)
+            done = self.computed[more[:, 0]]  # behind the tokens with which a sequence entered come sampled ones
+            prefill = int((np.minimum(done + more[:, 1], self._known[more[:, 0]]) - done).clip(0).sum())
             rows, counts = np.concatenate([rows, more[:, 0]]), np.concatenate([counts, more[:, 1]])
             extra = np.array([len(drafts.get(row, ())) for row in rows.tolist()], np.int64)
             counts += extra
             order = np.argsort(counts != 1, kind="stable")
-            rows, counts, extra, total, num_drafts = rows[order], counts[order], extra[order], counts.sum(), extra.sum()
+            rows, counts, extra, total = rows[order], counts[order], extra[order], counts.sum()
         computed = self.computed[rows]
         ends = computed + counts
         values: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "digest": self.digest}
@@ -454,16 +544,19 @@ class Scheduler:
             values |= {"draft_counts": extra.astype(np.int32), "draft_tokens": np.array(tokens, np.int32)}
         sampled = rows[ends == self.length[rows]]
         changes, self._changes = self._changes, Changes()
+        if gains is not None:
+            values |= {"num_steps": int(gains.max()), "max_new": gains.astype(np.int32),
+                       "stop_ids": self._stop_ids[rows]}
+            ends, total = ends + gains - 1, int(gains.sum())
         request = changes.request(rows, counts, computed, *self._tell_appended(rows), **values)
         self.step, self.digest = self.step + 1, request.chain()
-        self._count_as_computed(rows, ends, sampled)
+        self._count_as_computed(rows, ends, sampled, 1 if gains is None else gains)
         if self.prefix_caching:
             self._register(rows, ends)
         targets = self._prompt_targets(rows, computed, ends) if np.count_nonzero(self._asks_prompt[rows]) else []
         at = self._at
         sequences: list[Any] = [at[row] for row in sampled.tolist()]
-        return ScheduledStep(request, rows, sampled, sequences, targets, int(total),
-                             int(total - num_drafts) - len(decodes),
+        return ScheduledStep(request, rows, sampled, sequences, gains, targets, int(total), prefill,
                              {row: len(tokens) for row, tokens in drafts.items()})
 
     def _tell_appended(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -474,7 +567,7 @@ class Scheduler:
         tellable[rows] = True
         appended = running[(self.length[running] > self._told[running]) & tellable[running]]
         tokens, counts = np.where(unknown[appended] > 0, PENDING_TOKEN, self._last[appended]), None
-        if self._several:
+        if self._several or self.steps > 1:
             tokens, counts = self._gained(appended, tokens)
         self._told[appended] = self.length[appended]
         return appended, tokens, counts
@@ -485,16 +578,19 @@ class Scheduler:
         if (counts == 1).all():
             return last, None
         tokens = list[int]()
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+        for row, count, unknown in zip(rows.tolist(), counts.tolist(), self.unknown[rows].tolist(), strict=True):
             seq = self._at[row]
             assert seq is not None
-            tokens += seq.output_ids[-count:]
+            if count > unknown:
+                tokens += seq.output_ids[unknown - count:]
+            tokens += [PENDING_TOKEN] * unknown
         return np.array(tokens, np.int64), counts
 
-    def _count_as_computed(self, rows: np.ndarray, ends: np.ndarray, sampled: np.ndarray) -> None:
+    def _count_as_computed(self, rows: np.ndarray, ends: np.ndarray, sampled: np.ndarray,
+                           gains: np.ndarray | int) -> None:
         self.computed[rows] = ends
-        self.length[sampled] += 1
-        self.unknown[sampled] += 1
+        self.length[sampled] += gains
+        self.unknown[sampled] += gains
         self._in_flight[rows] += 1
         self._num_in_flight += len(rows)
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hal.config import MOST_STEPS
 from hal.features.declare import Batch, Feature, FeatureState, Fields, Ints, StepRows, need
 from hal.schema import Array, stays
 
 if TYPE_CHECKING:
     from hypothesis import strategies as st
 
-MOST_STEPS = 64  # tokens that a step gives a sequence
 STOP_IDS = 8  # a sequence that more tokens may end gets one token a step
 
 

@@ -68,7 +68,8 @@ def _arrays(found: Mapping[str, Any], dims: dict[str, int], values: dict[str, An
             continue
         arrays[name] = value
         for symbol, length in zip(_EXTRA_SYMBOLS[name], value.shape, strict=True):
-            dims.setdefault(symbol, length)
+            if symbol:  # not a constant
+                dims.setdefault(symbol, length)
     return arrays
 
 

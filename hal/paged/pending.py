@@ -14,10 +14,13 @@ class PendingTokens:
     Attributes:
         last: int32 [max_rows + 1]; the last entry takes what padding writes. Where the row sampled -1 (see
             SamplerOutput), it is 0, which the next step can look up: the host ends that sequence.
+        taken: int32 [num_samples], the tokens of the decode step that was taken last for a message of several steps, -1
+            included; None after any other step.
     """
 
     def __init__(self, max_rows: int, device: torch.device, communicator: Communicator) -> None:
         self.last = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
+        self.taken: torch.Tensor | None = None
         self.communicator = communicator
 
     def input_ids(self, m: PagedModelInput) -> torch.Tensor:
@@ -27,10 +30,14 @@ class PendingTokens:
 
     def keep(self, m: PagedModelInput, token_ids: torch.Tensor | None) -> None:
         """token_ids [num_samples] int32 on the rank that samples; its tensor-parallel peers give None, and get them."""
-        if m.sampled_rows is None or not m.num_samples:
+        several = m.num_steps > 1
+        if not (several or m.sampled_rows is not None) or not m.num_samples:
             return
         if self.communicator.topology.tp > 1:
-            token_ids = torch.zeros_like(m.sampled_rows[:m.num_samples]) if token_ids is None else token_ids.clone()
+            token_ids = torch.zeros_like(m.logits_indices[:m.num_samples]) if token_ids is None else token_ids.clone()
             token_ids = self.communicator.all_reduce(token_ids)
         assert token_ids is not None
+        self.taken = token_ids if several else None
+        if m.sampled_rows is None:
+            return
         self.last[m.sampled_rows[:m.num_samples]] = token_ids.clamp(min=0)

@@ -24,6 +24,7 @@ from hal.paged.attention import PagedAttention
 from hal.paged.batch import BatchState
 from hal.paged.pending import PendingTokens
 from hal.paged.row_states import RowStates
+from hal.paged.steps import take_steps
 from hal.profiling import span
 from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
 from hal.sampling.verification import drafts_behind, verify
@@ -57,7 +58,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
-    two_phase = verifies = True
+    two_phase = verifies = multi_step = True
     model: CausalLM
     taps: tuple[int, ...] = ()
 
@@ -179,8 +180,16 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     @torch.inference_mode()
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        if model_input.num_steps > 1:
+            return take_steps(model_input, self.pending, lambda m: self.decode(m, kv_caches))
         found = self.forward(model_input, kv_caches, intermediate)
         return found if isinstance(found, IntermediateTensors) else self.sample(found, model_input)
+
+    def decode(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput | None:
+        """One of several decode steps; the model has no stages then."""
+        found = self.forward(m, kv_caches, None)
+        assert isinstance(found, Forwarded)
+        return self.sample(found, m)
 
     @torch.inference_mode()
     def execute_forward(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],

@@ -46,7 +46,8 @@ class RecordingExecutor:
         self.executor, self.num_blocks, self.num_cpu_blocks = executor, executor.num_blocks, executor.num_cpu_blocks
         self.input_type, self.output_type = executor.input_type, executor.output_type
         self.has_row_states = executor.has_row_states
-        self.tokens_per_row, self.kv_bytes_per_block = executor.tokens_per_row, executor.kv_bytes_per_block
+        self.tokens_per_row, self.multi_step = executor.tokens_per_row, executor.multi_step
+        self.kv_bytes_per_block = executor.kv_bytes_per_block
         dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
         engine = replace(config.engine, num_blocks=executor.num_blocks or None,
                          async_scheduling=False, dtype=dtype)

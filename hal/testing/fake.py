@@ -133,7 +133,7 @@ def _watched(kind: type[ModelRunnerBase[Any]], fake: Device, watch: Watch) -> ty
     """The runner, whose device knows when it prepares and when it executes."""
     class Watched(kind):  # type: ignore[misc, valid-type]
         compiled: int
-        two_phase = kind.two_phase
+        two_phase, multi_step = kind.two_phase, kind.multi_step
 
         def warmup(self, *args: Any) -> None:
             self._call(super().warmup, True, args)

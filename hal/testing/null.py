@@ -20,6 +20,7 @@ from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.paged.batch import BatchState
 from hal.paged.pending import PendingTokens
+from hal.paged.steps import take_steps
 from hal.profiling import span
 from hal.sampling.sampler import Sampler, logprobs
 from hal.sampling.verification import drafts_behind, verify
@@ -34,7 +35,7 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
     token's context. Tensor-parallel ranks share the positions. The total decides the next token."""
 
     input_type, output_type = PagedModelInput, SamplerOutput
-    two_phase = verifies = True
+    two_phase = verifies = multi_step = True
     intermediate_type = NullIntermediate
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
@@ -74,8 +75,16 @@ class NullRunner(ModelRunnerBase[PagedModelInput]):
 
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
+        if model_input.num_steps > 1:
+            return take_steps(model_input, self.pending, lambda m: self.decode(m, kv_caches))
         found = self.execute_forward(model_input, kv_caches, intermediate)
         return found if isinstance(found, IntermediateTensors) else self.execute_sampling(found, model_input)
+
+    def decode(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput | None:
+        """One of several decode steps; the model has no stages then."""
+        sums = self.execute_forward(m, kv_caches)
+        assert isinstance(sums, torch.Tensor)
+        return self.execute_sampling(sums, m)
 
     def execute_forward(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                         intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:

@@ -60,6 +60,7 @@ class ExecutorBase(abc.ABC):
     output_type: type[Declared]
     tokens_per_row: int
     kv_bytes_per_block: int
+    multi_step: bool
 
     def __init__(self, world_size: int) -> None:
         self._torch = TorchState(threads_of_driver(world_size))
@@ -90,6 +91,7 @@ class ExecutorBase(abc.ABC):
         """Take over the types and limits that the worker knows once the model is loaded."""
         self.input_type, self.output_type = worker.input_type, worker.output_type
         self.tokens_per_row, self.has_row_states = worker.tokens_per_row, worker.has_row_states
+        self.multi_step = worker.multi_step
 
     def check(self) -> None:
         if self._closed:
@@ -110,6 +112,10 @@ class ExecutorBase(abc.ABC):
         if self._unsampled is not None:
             raise StateError(f"step {request.step} cannot begin", got=f"step {_number(self._unsampled)} waits for what "
                              "its sampling needs", expected="a call of sample() on that step's handle")
+        if sampling_follows and request.num_steps > 1:
+            raise StateError("a step that gives its sequences several tokens has one phase", got=f"sampling_follows, "
+                             f"num_steps={request.num_steps}", expected="steps_per_message=1",
+                             hint="set Sequence.needs_tokens for sequences whose sampling waits for the host")
         request.sampling_follows = sampling_follows and self._worker.two_phase
         if not sampling_follows:
             with self._torch:

@@ -34,12 +34,13 @@ class WorkerBase(abc.ABC):
     Attributes:
         input_type, output_type: the classes of a step's input and output; known after load_model.
         tokens_per_row: the most new tokens that a step gives a sequence; known after load_model.
+        multi_step: a step may be several decode steps (ModelRunnerBase.multi_step).
         two_phase: the worker has `sample`, so execute_model takes a request whose sampling follows.
     """
 
     input_type: type[ModelInput]
     output_type: type[Declared]
-    two_phase = False
+    two_phase = multi_step = False
     tokens_per_row: int = 1
 
     def __init__(self, config: WorkerConfig, backend: Backend) -> None:

@@ -64,7 +64,9 @@ class Worker(LocalOrDistributedWorkerBase):
         runner = self.backend.make_runner(self.config, self.device, communicator)
         self.runner = compose(runner, self.config, self.device, communicator)
         require_types(self.runner)
-        self.two_phase = self.runner.two_phase
+        if self.config.engine.steps_per_message not in (1, "auto"):
+            require_steps(self.runner, self.config.engine.steps_per_message)
+        self.two_phase, self.multi_step = self.runner.two_phase, self.runner.multi_step
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
@@ -218,6 +220,20 @@ class Worker(LocalOrDistributedWorkerBase):
         if self.strict:
             value.check()
         return value
+
+
+def require_steps(runner: ModelRunnerBase[Any], steps: int | str) -> None:
+    """Whether the runner takes several decode steps for one message.
+
+    Raises:
+        ConfigError: it does not. SchemaError: an array of its input declares no rule by which it advances.
+    """
+    if not runner.multi_step or runner.tokens_per_row > 1:
+        raise ConfigError(f"{type(runner).__name__} does not take several decode steps for one message",
+                          got=f"steps_per_message={steps}, multi_step={runner.multi_step}, "
+                              f"tokens_per_row={runner.tokens_per_row}",
+                          expected="steps_per_message=1, or a runner with multi_step=True and tokens_per_row=1")
+    runner.input_type.require_advance()
 
 
 def require_types(runner: ModelRunnerBase[Any]) -> None:
