@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from hal.config import EngineConfig
-from hal.contracts.backend import Backend, resolve_async, select
+from hal.contracts.backend import Backend, select
 from hal.errors import ConfigError
 
 ASKED = "HAL_DEVICE"
@@ -78,8 +78,8 @@ def _unsupported(name: str, got: object, expected: str, hint: str | None = None)
 def runs_ahead(config: Any, backend: Backend) -> bool:
     """Whether vLLM schedules a step before it knows the tokens of the one before: where the user has not turned it off,
     and the device runs steps while the host goes on."""
-    wanted = config.scheduler_config.async_scheduling
-    return wanted is not False and resolve_async(backend, None, config.parallel_config.pipeline_parallel_size)
+    asked = config.scheduler_config.async_scheduling is not False
+    return asked and backend.capabilities.asynchronous and config.parallel_config.pipeline_parallel_size == 1
 
 
 def engine_config(config: Any, backend: Backend, directory: str) -> EngineConfig:
