@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -17,9 +18,11 @@ from hal.cli import options
 from hal.cli.options import positive
 from hal.cli.shapes import SHAPES
 from hal.config import EngineConfig
+from hal.contracts.backend import resolve_dtype
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hal.contracts.backend import Backend
     from hal.model_config import ModelConfig
 
 EPILOG = """columns (medians of the repeats; all prompts arrive at once; no prefix caching; end-of-sequence is ignored):
@@ -28,8 +31,12 @@ EPILOG = """columns (medians of the repeats; all prompts arrive at once; no pref
   GB/s     bytes of weights and KV cache that a rank must read in a decode step, over the time of that step
   of       the same over the bandwidth of reading a large tensor, measured in this process before the benchmark
 
-example:
-  hal bench --model-config qwen2-0.5b --batch-sizes 1,8,32 --prompt-len 128 --new-tokens 64"""
+With --rate, requests arrive one by one (a Poisson process), whether the engine keeps up or not. The columns are then
+percentiles over the requests (TTFT, from the arrival on) and over all later tokens (ITL, from the token before).
+
+examples:
+  hal bench --model-config qwen2-0.5b --batch-sizes 1,8,32 --prompt-len 128 --new-tokens 64
+  hal bench --model-config qwen2-0.5b --rate 0.5,1,2 --requests 64"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=positive, default=128, metavar="N", help="in tokens (default: 128)")
     parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each request (default: 64)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
+    parser.add_argument("--rate", type=_rates, metavar="R,R,...", help="requests/s that arrive, in place of batches")
+    parser.add_argument("--requests", type=positive, default=64, metavar="N", help="for each rate (default: 64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--profile", type=options.path, metavar="FILE",
                         help="then write a torch.profiler trace of further batches (of several ranks, the driver's), "
@@ -49,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sizes(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
+
+
+def _rates(text: str) -> list[float]:
+    rates = [float(part) for part in text.split(",")]
+    if not all(0 < rate < math.inf for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers")
+    return rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--new-tokens must be at least 3: the first is prefill, and decoding is timed between two")
     if args.model_config is not None and hasattr(args, "model"):
         args.usage_error("give either --model or --model-config")
+    if args.rate and args.profile is not None:
+        args.usage_error("--profile is of batches: leave out --rate")
     if args.profile is not None:
         args.profile = _trace_file(args.profile)
     with tempfile.TemporaryDirectory(prefix="hal-bench-") as scratch:
@@ -86,7 +104,10 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     from hal.cli import measure
     from hal.contracts import backend as backends
 
-    length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
+    length = args.prompt_len + args.new_tokens
+    if args.rate:
+        return _open_loop(args, EngineConfig(**{"max_model_len": length, **chosen, "prefix_caching": False}))
+    largest = max(args.batch_sizes)
     # With the blocks that the scheduler keeps in reserve. Without them the last request may have to wait for another.
     blocks = largest * -(-length // EngineConfig(**chosen).block_size)
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
@@ -106,11 +127,28 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         rows.append(Row(batch, statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
                         batch * args.prompt_len / statistics.median(r.prefill for r in runs), batch / step, achieved,
                         achieved / bandwidth))
+    return {**_facts(args, config, model, backend), "threads": measure.threads(), "repeat": args.repeat,
+            "measured_bandwidth": bandwidth, "profile": args.profile, "rows": [asdict(row) for row in rows]}
+
+
+def _open_loop(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
+    from hal.checkpoints.hf_config import read_config
+    from hal.cli import measure, open_loop
+    from hal.contracts import backend as backends
+
+    model, backend = read_config(config.model, weights=not config.random_weights), backends.select(config.device)
+    served = open_loop.run(config, model, args.rate, args.requests, args.prompt_len, args.new_tokens,
+                           progress=sys.stderr.isatty())
+    return {**_facts(args, config, model, backend), "threads": measure.threads(), "requests": args.requests,
+            "rows": [each.row() for each in served]}
+
+
+def _facts(args: argparse.Namespace, config: EngineConfig, model: ModelConfig, backend: Backend) -> dict[str, Any]:
+    """What a reader needs to know about a run."""
     return {"model": args.model_config or Path(config.model).name, "parameters": model.num_params,
             "random_weights": config.random_weights, "device": backend.name, "versions": dict(backend.versions()),
-            "dtype": dtype, "tp": config.tp, "pp": config.pp, "wire": config.wire, "threads": measure.threads(),
-            "prompt_len": args.prompt_len, "new_tokens": args.new_tokens, "repeat": args.repeat,
-            "measured_bandwidth": bandwidth, "profile": args.profile, "rows": [asdict(row) for row in rows]}
+            "dtype": resolve_dtype(backend, config.dtype, model.dtype), "tp": config.tp, "pp": config.pp,
+            "wire": config.wire, "prompt_len": args.prompt_len, "new_tokens": args.new_tokens}
 
 
 def _trace_file(file: str) -> str:
@@ -153,8 +191,13 @@ def _table(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     kind = "random weights" if report["random_weights"] else "checkpoint"
     lines = [f"{report['model']} ({report['parameters'] / 1e9:.2f}B, {kind}), {report['dtype']}, {report['device']}"
-             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank",
-             f"prompt {report['prompt_len']}, {report['new_tokens']} new tokens, medians of {report['repeat']}; "
+             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank"]
+    if "requests" in report:
+        from hal.cli import open_loop
+
+        return "\n".join([*lines, f"prompt {report['prompt_len']}, {report['new_tokens']} new tokens, "
+                          f"{report['requests']} requests a rate, times in ms", "", *open_loop.table(report["rows"])])
+    lines += [f"prompt {report['prompt_len']}, {report['new_tokens']} new tokens, medians of {report['repeat']}; "
              f"memory reads {report['measured_bandwidth'] / 1e9:.1f} GB/s here",
              "", "batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |   of",
              "----- | -------- | -------- | ------------- | ------------ | ------ | ----"]

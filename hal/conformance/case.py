@@ -36,7 +36,7 @@ class NotApplicable(Exception):
 class Case:
     """Attributes:
         name: such as "L2/attention/window". needs: keys of NEEDS. once: the case does not depend on the dtype, so it
-            runs with the first one only. doc: the property that it shows.
+            runs with the first one only. alone: a process of its own runs the case. doc: the property that it shows.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Case:
     needs: tuple[str, ...]
     once: bool
     doc: str
+    alone: bool = False
 
     def missing(self, backend: Backend) -> str | None:
         """A sentence that names a capability which the case needs and the backend does not declare."""
@@ -56,13 +57,13 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(level: int, area: str, *needs: str, once: bool = False) -> Callable[[Check], Check]:
+def case(level: int, area: str, *needs: str, once: bool = False, alone: bool = False) -> Callable[[Check], Check]:
     """Register a function as the case "L<level>/<area>/<its name>". Its docstring says which property it shows."""
     def register(check: Check) -> Check:
         name = f"L{level}/{area}/{check.__name__}"
         if name in CASES or not set(needs) <= NEEDS.keys():
             raise ValueError(f"{name} is there already, or needs something unknown: {needs}")
-        CASES[name] = Case(name, level, area, check, needs, once, (check.__doc__ or "").strip())
+        CASES[name] = Case(name, level, area, check, needs, once, (check.__doc__ or "").strip(), alone)
         return check
     return register
 

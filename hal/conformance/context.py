@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ import torch
 
 from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig, Topology, WorkerConfig
-from hal.conformance import checkpoint
+from hal.conformance import checkpoint, compilers
 from hal.conformance.case import Mismatch, NotApplicable
 from hal.conformance.reference import Reference, race
 from hal.contracts.backend import Backend
 from hal.contracts.communicator import AxisName, LocalCommunicator
-from hal.contracts.executor import make_executor
+from hal.contracts.executor import Executor, make_executor
 from hal.contracts.inputs import ModelInput
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence as EngineSequence
+from hal.errors import BackendError
 from hal.guard import Phase, data_plane, phase
 from hal.sampling.params import SamplingParams
 from hal.testing.tolerance import Tolerances
@@ -91,26 +93,44 @@ class Session:
     """One rank in this process, driven step by step. A case can reach every part of the backend.
 
     Attributes:
+        late: what steps after the warm-up have compiled, a text for each.
         caches: of the runner. blocks: the numbers of all their blocks.
         inputs: the inputs of the steps so far. compiled: how much the runner had compiled after its warm-up.
     """
 
-    def __init__(self, backend: Backend, config: WorkerConfig) -> None:
+    def __init__(self, backend: Backend, config: WorkerConfig, late: list[str] | None = None) -> None:
         self.backend, self.config = backend, config
+        self.late, self.warmed = [] if late is None else late, False
         self.device = backend.device(0)
         self.runner: ModelRunnerBase[Any] = backend.make_runner(config, self.device, GuardedCommunicator())
         self.runner.load_model()
         self.caches: Any = self.runner.make_kv_caches(config.engine.num_blocks or 65)
         self.blocks = torch.arange(config.engine.num_blocks or 65)
         self.inputs: list[ModelInput] = []
+        compilers.watch()
 
     def warm(self) -> Session:
         self.runner.warmup(self.caches)
         self.backend.runtime.synchronize(self.device)
+        self.warmed = True
         return self
 
+    def programs(self) -> int:
+        """Programs that the runner says it has made (not counting those that the user's time limit left for later), and
+        those that the loaded compilers have made in this process."""
+        return self.runner.compiled - self.runner.late + compilers.programs()
+
+    @contextmanager
+    def _part(self, which: Phase) -> Iterator[None]:
+        """A part of a step. If it makes programs after the warm-up, `late` says so."""
+        before = self.programs()
+        with phase(which):
+            yield
+        if self.warmed and self.programs() > before:
+            self.late.append(f"{self.programs() - before} in {which.value} of step {len(self.inputs)} of a session")
+
     def prepare(self, request: ExecuteModelRequest) -> Any:
-        with phase(Phase.PREPARE):
+        with self._part(Phase.PREPARE):
             model_input = self.runner.prepare_model_input(request)
         model_input.validate(self.device)
         model_input.check()
@@ -118,7 +138,7 @@ class Session:
 
     def execute(self, model_input: Any) -> Any:
         """The output as the runner returned it."""
-        with phase(Phase.EXECUTE):
+        with self._part(Phase.EXECUTE):
             return self.runner.execute_model(model_input, self.caches)
 
     def fetch(self, output: Any) -> SamplerOutput:
@@ -145,14 +165,14 @@ class Session:
         runner, model_input = self.runner, self.prepare(request)
         if not runner.two_phase:
             raise NotApplicable(f"{type(runner).__name__} computes a step in one part (two_phase)")
-        with phase(Phase.EXECUTE):
+        with self._part(Phase.EXECUTE):
             forwarded = runner.execute_forward(model_input, self.caches)
         with phase(Phase.PREPARE):
             sampling = runner.prepare_sampling_input(SamplingRequest.of(request, columns, self.config.model.vocab_size))
         model_input.join(sampling)
         model_input.validate(self.device)
         model_input.check()
-        with phase(Phase.EXECUTE):
+        with self._part(Phase.EXECUTE):
             output = runner.execute_sampling(forwarded, model_input)
         return self.fetch(output)
 
@@ -172,15 +192,19 @@ class Context:
         device: the name of the backend, which other ranks are told. dtype: the dtype of this run of the case.
         rng: seeded by the run's seed and the case's name. examples: the number of examples of a property.
         errors: (operation, dtype) -> every measured error, in units of `close`; the report draws them.
+        late: what steps have compiled after a warm-up, over all cases of the run; each with the name of its case.
+        own: names of parts of the library that stood in for a part of the backend.
         report: the run's folder, where a case may leave files; None if there is none.
     """
 
     def __init__(self, backend: Backend, device: str, dtype: str, seed: int, *, name: str = "", examples: int = 25,
                  tolerances: Tolerances | None = None, scratch: Path,
-                 errors: dict[tuple[str, str], list[np.ndarray]] | None = None) -> None:
+                 errors: dict[tuple[str, str], list[np.ndarray]] | None = None,
+                 late: dict[str, list[str]] | None = None) -> None:
         self.backend, self.device, self.dtype, self.seed = backend, device, dtype, seed
         self.name, self.examples, self.scratch = name, examples, scratch
         self.tolerances, self.errors = tolerances or Tolerances(), {} if errors is None else errors
+        self.late, self.own = {} if late is None else late, list[str]()
         self.rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         self.torch_dtype: torch.dtype = getattr(torch, dtype)
 
@@ -229,7 +253,7 @@ class Context:
         return WorkerConfig(engine, read_config(path), Topology())
 
     def session(self, shape: str = "llama", *, warm: bool = True, **options: Any) -> Session:
-        session = Session(self.backend, self.config(shape, **options))
+        session = Session(self.backend, self.config(shape, **options), self.late.setdefault(self.name, []))
         return session.warm() if warm else session
 
     def part(self, session: Session, name: str) -> Any:
@@ -237,14 +261,29 @@ class Context:
         part = getattr(session.runner, name, None)
         if part is None:
             raise NotApplicable(f"{type(session.runner).__name__} is not composed with a part {name!r}")
+        kind = type(part)
+        if kind.__module__.startswith("hal.") and session.device.type == "cpu":  # so the kernels are torch's
+            self.own.append(f"{kind.__module__}.{kind.__qualname__}")
         return part
+
+    def executor(self, config: WorkerConfig) -> Executor:
+        """An engine's ranks. Raises NotApplicable: this machine has too few devices for them."""
+        try:
+            return make_executor(config.engine, config.model, self.backend)
+        except BackendError as error:
+            ranks = config.engine.tp * config.engine.pp
+            if ranks == 1:
+                raise
+            reason = str(error).replace("\n  ", "; ")
+            raise NotApplicable(f"needs {ranks} devices: {reason}. Where they are: hal conformance --backend "
+                                f"{self.device} --level 5") from None
 
     def engine(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams] = GREEDY, *,
                shape: str = "llama", apart: int = 0, **options: Any) -> list[Run]:
         """Run prompts through the executor. Each enters `apart` steps after the one before it."""
         narrowed = {name: options.pop(name) for name in _SCHEDULING if name in options}
         config = self.config(shape, **options)
-        executor = make_executor(config.engine, config.model, self.backend)
+        executor = self.executor(config)
         try:
             engine, ahead = replace(config.engine, **narrowed), bool(config.engine.async_scheduling)
             scheduler = Scheduler(engine, engine.num_blocks or 65, executor.num_cpu_blocks, ahead=ahead)

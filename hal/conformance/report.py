@@ -27,8 +27,18 @@ def cell(report: Report, level: int, dtype: str) -> str:
 def rows(report: Report) -> list[list[str]]:
     """The table: a header line, then a line for each level that ran."""
     ran = sorted({r.case.level for r in report.results})
-    return [["level", *report.dtypes], *([f"L{n} {LEVELS[n]}", *(cell(report, n, d) for d in report.dtypes)]
-                                         for n in ran)]
+    return [["level", *report.dtypes, "seconds"], *(
+        [f"L{n} {LEVELS[n]}", *(cell(report, n, d) for d in report.dtypes),
+         f"{sum(r.seconds for r in report.results if r.case.level == n):.1f}"] for n in ran)]
+
+
+def reasons(report: Report) -> list[str]:
+    """Why cases were not applicable: each reason once, with its cases."""
+    by_reason: dict[str, list[str]] = {}
+    for r in report.results:
+        if r.status == "n/a":
+            by_reason.setdefault(r.text, []).append(r.case.name)
+    return [f"{', '.join(dict.fromkeys(names))}: {text}" for text, names in by_reason.items()]
 
 
 def terminal(report: Report) -> str:
@@ -38,6 +48,9 @@ def terminal(report: Report) -> str:
     for result in report.failed:
         lines += ["", f"{result.status.upper()} {result.case.name} ({result.dtype}): {result.case.doc}",
                   *("  " + line for line in result.text.splitlines()), f"  to repeat: {result.command}"]
+    grouped = reasons(report)
+    if grouped:
+        lines += ["", "not applicable:", *(f"  {reason}" for reason in grouped)]
     return "\n".join([*lines, "", report.verdict])
 
 
@@ -48,8 +61,7 @@ def markdown(report: Report) -> str:
              "Passes of what is applicable; what is not applicable is no pass.", "",
              "| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in body]
-    for title, statuses in (("Failures", ("fail", "error")), ("Expected failures", ("xfail",)),
-                            ("Not applicable", ("n/a",))):
+    for title, statuses in (("Failures", ("fail", "error")), ("Expected failures", ("xfail",))):
         found = [r for r in report.results if r.status in statuses]
         if found:
             lines += ["", f"## {title}", ""]
@@ -57,6 +69,9 @@ def markdown(report: Report) -> str:
             lines.append(f"- `{r.case.name}` ({r.dtype}): {r.text}" + (f" [{r.link}]({r.link})" if r.link else ""))
             if r.status in ("fail", "error"):
                 lines.append(f"  Repeat with `{r.command}`.")
+    grouped = reasons(report)
+    if grouped:
+        lines += ["", "## Not applicable", "", *(f"- {reason}" for reason in grouped)]
     return "\n".join([*lines, ""])
 
 

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from hal import profiling
+from hal import LLM, profiling
 from hal.checkpoints.hf_config import parse_config
-from hal.cli import bench, main, measure
+from hal.cli import bench, main, measure, open_loop
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
 
@@ -115,3 +116,39 @@ def test_a_config_file_that_nests_too_deeply(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "config.json").write_text('{"a":' + "[" * 100000 + "]" * 100000 + "}")
     assert main(["bench", *SMALL, "--model-config", str(tmp_path / "config.json")]) == 1
     assert "hal: error: --model-config is neither" in capsys.readouterr().err
+
+
+def test_requests_that_arrive_by_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "null", "--rate", "200,400", "--requests", "12", "--prompt-len", "6",
+                 "--new-tokens", "5", "--num-blocks", "64", "--max-num-seqs", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["rate"] for row in report["rows"]] == [200.0, 400.0] and report["requests"] == 12
+    for row in report["rows"]:
+        assert 0 < row["ttft_p50"] <= row["ttft_p90"] <= row["ttft_p99"] < row["seconds"]
+        assert 0 < row["itl_p50"] <= row["itl_p90"] <= row["itl_p99"] < row["seconds"]
+        assert row["tokens_per_s"] == pytest.approx(12 * 5 / row["seconds"])
+    assert report["rows"][0]["seconds"] > open_loop.arrivals(200, 12)[-1]  # no request began before it had arrived
+
+
+def test_arrivals_are_a_poisson_process() -> None:
+    """The gaps have the mean and the standard deviation of an exponential distribution."""
+    gaps = np.diff(open_loop.arrivals(4.0, 20_000), prepend=0.0)
+    assert gaps.min() > 0 and abs(gaps.mean() * 4 - 1) < 0.05 and abs(gaps.std() * 4 - 1) < 0.05
+
+
+def test_the_times_of_an_open_loop_are_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that takes 0.1 s a step, and gives the tokens of a step together."""
+    clock = [0.0]
+    monkeypatch.setattr(open_loop.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(open_loop.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+    with LLM(device="null", num_blocks=64, async_scheduling=False) as llm:
+        step = llm.step
+
+        def slow(**options: bool) -> Any:
+            clock[0] += 0.1
+            return step(**options)
+
+        monkeypatch.setattr(llm, "step", slow)
+        served = open_loop.serve(llm, 1e-3, 3, 5, 4)
+    assert served.tokens == 12 and served.ttft == pytest.approx([0.1] * 3) and served.itl == pytest.approx([0.1] * 9)
+    assert served.seconds == pytest.approx(open_loop.arrivals(1e-3, 3)[-1] + 0.4)

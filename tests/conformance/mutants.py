@@ -633,6 +633,30 @@ class compiles_on_the_way(PagedModelRunner):
         return super().execute_model(m, *args)
 
 
+_PROGRAMS = set[int]()  # of the whole process
+
+
+@mutant("L4/warm-up")
+class compiles_behind_a_warm_cache(PagedModelRunner):
+    """It compiles a program for each number of sequences in the first step that needs it. By L4 all are there."""
+
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        self.compiled += len(m.seq_lens) not in _PROGRAMS
+        _PROGRAMS.add(len(m.seq_lens))
+        return super().execute_model(m, *args)
+
+
+@mutant("L4/warm-up")
+class keeps_its_count_by_hand(PagedModelRunner):
+    """It says that it has compiled three programs, and compiles more in its steps."""
+
+    compiled = 3
+
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        torch.compile(lambda x: x + 1, backend="eager", dynamic=False)(m.seq_lens)
+        return super().execute_model(m, *args)
+
+
 @mutant("L4/shapes")
 class one_graph_is_stale(PagedModelRunner):
     """The graph of 6 decoding sequences has kept an old block table of its last row."""

@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # `mutants`
 
@@ -21,6 +22,7 @@ from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, all_case
 from hal.conformance.context import Context
 from hal.conformance.run import Options, Report, Result, outcome, read_expected, run
 from hal.errors import BackendError, ConfigError, GuardError
+from hal.testing.null import NullBackend
 from hal.testing.tolerance import TOLERANCES, Tolerances
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "numpy-backend"
@@ -40,7 +42,7 @@ def made(*results: Result, dtypes: tuple[str, ...] = ("float32",), partial: bool
     (["pass", "pass", "fail", "pass"], "Conformant L1 (float32)"),
     (["pass", "error"], "Conformant L0 (float32)"),
     (["fail"], "Not conformant (float32)"),
-    (["pass", "pass", "n/a", "pass"], "Conformant L3 (float32); not applicable: L2"),
+    (["pass", "pass", "n/a", "pass"], "Conformant L3 (float32); n/a: L2 1 of 1"),
     (["pass", "n/a"], "Conformant L0 (float32)"),
     (["n/a", "n/a"], "Not conformant (float32)"),
     (["pass", "xfail"], "Conformant L0 (float32); 1 expected failures"),
@@ -165,7 +167,7 @@ def test_a_backend_without_checkpoints_is_compared_with_itself(capsys: pytest.Ca
     """A backend without arithmetic for checkpoints gets no verdict for operations, and a real one for the rest."""
     assert main(["conformance", "--backend", "null", "--level", "3", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("Conformant L3 (float32); not applicable: L2\n") and "kit: " in out and "seed: 0" in out
+    assert "\nConformant L3 (float32); n/a: L2 21 of 21" in out and "kit: " in out and "seed: 0" in out
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,4 +198,36 @@ def test_the_example_is_small_and_patches_nothing() -> None:
 @pytest.mark.slow
 def test_the_example_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    assert run(Options("hal_numpy:backend")).verdict == "Conformant L6 (float32)"
+    assert run(Options("hal_numpy:backend")).verdict.startswith("Conformant L6 (float32)")
+
+
+def test_reasons_are_grouped_and_seconds_are_shown_by_level() -> None:
+    absent = ("a", "no x"), ("b", "y"), ("c", "no x")
+    some = made(result(0, "pass"), result(1, "pass"), result(2, "pass", name="d"),
+                *(result(2, "n/a", name=name, text=text) for name, text in absent))
+    assert some.verdict == "Conformant L2 (float32); n/a: L2 3 of 4"
+    shown = report.terminal(some)
+    assert "L2/area/a, L2/area/c: no x\n" in shown and shown.splitlines()[0].split() == ["level", "float32", "seconds"]
+    assert shown.splitlines()[3].split()[-1] == "0.4"
+    assert "- L2/area/a, L2/area/c: no x" in report.markdown(some)
+
+
+class OneDevice(NullBackend):
+    """A machine that has one of this device."""
+
+    name = "test_kit:one_device"
+
+    def device(self, local_rank: int) -> torch.device:
+        if local_rank:
+            raise BackendError("there are more ranks than devices", got=f"rank {local_rank}", hint="add one")
+        return torch.device("cpu")
+
+
+one_device = OneDevice()
+
+
+def test_too_few_devices_are_no_failure() -> None:
+    found = run(Options("test_kit:one_device", cases=("L5/layout/pp2_requests", "L5/failure/killed_rank_tp2"))).results
+    assert [r.status for r in found] == ["n/a", "n/a"]
+    assert all(r.text.startswith("needs 2 devices: ") and r.text.endswith(
+        "hal conformance --backend test_kit:one_device --level 5") for r in found), found

@@ -49,3 +49,15 @@ def test_a_backend_without_a_fault_passes(device: str, seed: int) -> None:
 
 def test_there_are_enough_mutants() -> None:
     assert len(NAMES) >= 30
+
+
+@pytest.mark.slow
+def test_a_program_cache_that_earlier_cases_filled_hides_nothing() -> None:
+    """The case that looks at the sessions of all cases before it finds a step that compiles. Once the cache of the
+    process is full, the case with a process of its own finds it."""
+    options = Options("mutants:device_compiles_behind_a_warm_cache",
+                      cases=("L4/shapes/every_batch_size", "L4/warm-up/no*"))
+    mutants._PROGRAMS.clear()
+    alone = "L4/warm-up/nothing_compiles_afterwards"
+    assert {r.case.name for r in run(options).failed} == {alone, "L4/warm-up/no_case_has_compiled"}
+    assert {r.case.name for r in run(options).failed} == {alone}

@@ -10,9 +10,8 @@ from typing import Any
 
 from hal.conformance.case import Mismatch, NotApplicable, case
 from hal.conformance.context import GREEDY, Context, drive
-from hal.contracts.executor import make_executor
 from hal.engine.scheduler import Scheduler
-from hal.errors import BackendError, ConfigError, WorkerError
+from hal.errors import ConfigError, WorkerError
 from hal.sampling.params import SamplingParams
 
 _PARAMS = [GREEDY, SamplingParams(max_tokens=10, temperature=0.9, ignore_eos=True),
@@ -28,8 +27,6 @@ def _layout(ctx: Context, shape: str = "llama", **options: Any) -> None:
         raise NotApplicable("one process drives the devices of all ranks: nothing crosses a control plane")
     try:
         runs = ctx.engine(ctx.prompts(33, 6, 18), _PARAMS, shape=shape, **{"max_num_batched_tokens": 24, **options})
-    except BackendError as error:
-        raise NotApplicable(f"not on this machine: {error}".replace("\n", ";")) from None
     except ConfigError as error:
         if "control_plane" in options and "control_plane" in str(error):
             raise NotApplicable(str(error).replace("\n", ";")) from None
@@ -85,10 +82,7 @@ def _killed(ctx: Context, **layout: Any) -> None:
         raise NotApplicable("ranks have no processes of their own, or this system does not list them")
     before = _children()
     config = ctx.config(**layout)
-    try:
-        executor = make_executor(config.engine, config.model, ctx.backend)
-    except BackendError as error:
-        raise NotApplicable(f"not on this machine: {error}".replace("\n", ";")) from None
+    executor = ctx.executor(config)
     ranks = _children() - before
     scheduler, steps, killed = Scheduler(config.engine, executor.num_blocks), 0, 0.0
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from hal import guard
 from hal.conformance.case import Mismatch, NotApplicable, case
 from hal.conformance.context import GREEDY, Context, drive
-from hal.contracts.executor import make_executor
 from hal.engine.scheduler import Scheduler
 from hal.errors import GuardError
 from hal.sampling.params import SamplingParams
@@ -78,7 +77,7 @@ def its_own_recording(ctx: Context) -> None:
     from hal.recording.replay import replay
 
     config = ctx.config()
-    recorder = RecordingExecutor(make_executor(config.engine, config.model, ctx.backend), config, ctx.backend)
+    recorder = RecordingExecutor(ctx.executor(config), config, ctx.backend)
     path = ctx.scratch / "own.safetensors"
     try:
         scheduler = Scheduler(replace(config.engine, prefix_caching=True), recorder.num_blocks)

@@ -1,0 +1,110 @@
+"""Timing of an engine under requests that arrive by themselves, whether the engine keeps up or not (an open loop)."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hal.config import EngineConfig
+from hal.engine.llm import LLM
+from hal.model_config import ModelConfig
+from hal.sampling.params import SamplingParams
+
+PERCENTILES = 50, 90, 99
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Times in seconds.
+
+    Attributes:
+        rate: requests/s that arrive. seconds: from the start to the last token. tokens: output tokens of all requests.
+        ttft: of each request, from its arrival to its first token, with the time that it waits in the queue.
+        itl: the time between two tokens of a request, for each token but a request's first. If a step gives a request
+            several tokens, they share the time since the tokens before.
+    """
+
+    rate: float
+    seconds: float
+    tokens: int
+    ttft: list[float]
+    itl: list[float]
+
+    def row(self) -> dict[str, Any]:
+        """Percentiles, as JSON values."""
+        found = {f"{name}_p{p}": float(np.percentile(values, p)) for name, values in (("ttft", self.ttft), (
+            "itl", self.itl)) for p in PERCENTILES}
+        return {"rate": self.rate, "requests": len(self.ttft), "seconds": self.seconds,
+                "tokens_per_s": self.tokens / self.seconds, **found}
+
+
+def arrivals(rate: float, requests: int, seed: int = 0) -> list[float]:
+    """Times at which requests arrive, in seconds from the start: a Poisson process, so the gaps are exponential."""
+    draw, at, found = random.Random(seed), 0.0, []
+    for _ in range(requests):
+        at += draw.expovariate(rate)
+        found.append(at)
+    return found
+
+
+def serve(llm: LLM, rate: float, requests: int, prompt_len: int, new_tokens: int) -> Served:
+    """Time random prompts of `prompt_len` tokens, with `new_tokens` greedy tokens each. Raises NumericsError: the model
+    computes NaN, so there is nothing to time."""
+    vocab, draw = llm.model_config.vocab_size, random.Random(requests)
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    waiting = deque((at, [draw.randrange(vocab) for _ in range(prompt_len)]) for at in arrivals(rate, requests))
+    arrived: dict[int, float] = {}
+    last: dict[int, tuple[float, int]] = {}  # of each request, the time of its last tokens and their number
+    ttft, itl, tokens = list[float](), list[float](), 0
+    start = time.perf_counter()
+    while waiting or llm.unfinished:
+        now = time.perf_counter() - start
+        while waiting and waiting[0][0] <= now:
+            due, prompt = waiting.popleft()
+            arrived[llm.add_request(prompt, params)] = due
+        if not llm.unfinished:
+            time.sleep(max(waiting[0][0] - now, 0))
+            continue
+        outputs = llm.step(text=False)
+        now = time.perf_counter() - start
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            before, had = last.get(output.request_id, (arrived[output.request_id], 0))
+            gained = len(output.token_ids) - had
+            if not gained:
+                continue
+            if not had:
+                ttft.append(now - before)
+            else:
+                itl += [(now - before) / gained] * gained
+            tokens += gained
+            last[output.request_id] = now, had + gained
+    return Served(rate, time.perf_counter() - start, tokens, ttft, itl)
+
+
+def run(config: EngineConfig, model: ModelConfig, rates: Sequence[float], requests: int, prompt_len: int,
+        new_tokens: int, *, progress: bool = False) -> list[Served]:
+    """Time each rate after a warm-up. Raises the errors of LLM."""
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    with LLM(**options, progress=progress) as llm:
+        serve(llm, 1e6, min(requests, config.max_num_seqs), prompt_len, min(new_tokens, 4))
+        return [serve(llm, rate, requests, prompt_len, new_tokens) for rate in rates]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of a table, times in milliseconds."""
+    names = [f"{name} p{p}" for name in ("TTFT", "ITL") for p in PERCENTILES]
+    lines = ["req/s  | tok/s    | " + " | ".join(f"{name:>8}" for name in names),
+             "------ | -------- | " + " | ".join("-" * 8 for _ in names)]
+    for row in rows:
+        times = [row[f"{name}_p{p}"] * 1e3 for name in ("ttft", "itl") for p in PERCENTILES]
+        lines.append(f"{row['rate']:6.2f} | {row['tokens_per_s']:8.1f} | " + " | ".join(f"{t:8.1f}" for t in times))
+    return lines
