@@ -10,21 +10,70 @@ ModelImpl = Literal["auto", "native", "transformers"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding, half-split (NeoX) layout over the whole head. Source: RoFormer, arXiv 2104.09864.
+    """Rotary embedding of queries and keys. Source: RoFormer, arXiv 2104.09864.
 
     Attributes:
         theta: the base of the frequencies.
         scaling: how the frequencies are changed for long contexts: "none"; "linear" divides positions by `factor`;
-            "llama3" has the frequency bands of Llama 3.1; "dynamic" is NTK.
-        low_freq_factor, high_freq_factor, original_max_position: parameters of "llama3".
+            "llama3" has the frequency bands of Llama 3.1; "dynamic" is NTK; "yarn" (arXiv 2309.00071) mixes the two of
+            them by the number of turns; "longrope" (arXiv 2402.13753) divides each frequency by a factor of its own.
+        original_max_position: the context that the model was first trained for ("llama3", "yarn", "longrope").
+        low_freq_factor, high_freq_factor: parameters of "llama3".
+        beta_fast, beta_slow, truncate: the turns between which "yarn" mixes, and whether it rounds to whole dimensions.
+        short_factors, long_factors: of "longrope", rotary_dim / 2 each. The long ones are used where the engine's
+            longest sequence exceeds original_max_position.
+        attention_factor: multiplies the cosines and sines.
+        rotary_dim: so many first entries of a head are rotated, and the others stay; 0: all of them.
+        interleaved: the entries 2i and 2i + 1 are a pair (GLM-4), not i and i + rotary_dim / 2.
     """
 
     theta: float = 10000.0
-    scaling: Literal["none", "linear", "llama3", "dynamic"] = "none"
+    scaling: Literal["none", "linear", "llama3", "dynamic", "yarn", "longrope"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    rotary_dim: int = 0
+    interleaved: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RopeConfig:
+        return cls(**{**data, "short_factors": tuple(data["short_factors"]),
+                      "long_factors": tuple(data["long_factors"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of a layer's MLP. Source: arXiv 2101.03961, 2401.04088 (Mixtral).
+
+    Attributes:
+        count, per_token: experts of a layer, and how many of them compute a token. size: of an expert's inner layer.
+        layers: the layers that have experts; the others have an MLP.
+        normalise: the weights of a token's experts are made to sum to one. They are a softmax over all experts, which
+            with this is one over the chosen experts.
+        bias: router and experts have biases.
+        limit: the gate and the other factor are clamped to it, and SiLU is x * sigmoid(1.702 x) (gpt-oss); None: SiLU.
+        shared_size: of the inner layer of an MLP that computes every token beside its experts; 0: there is none.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    layers: tuple[int, ...]
+    normalise: bool = True
+    bias: bool = False
+    limit: float | None = None
+    shared_size: int = 0
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ExpertsConfig:
+        return cls(**{**data, "layers": tuple(data["layers"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +104,23 @@ class EagleConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Attributes:
-        family: the definition in hal.models that runs the model.
+        family: the kind of definition that runs the model. "llama": a Decoder or another one that hal.models.families
+            names for the architecture.
         architecture: the name that config.json gives.
         embedding_name: of the embedding table in a checkpoint, without ".weight" and without the prefix "model." or
             "transformer.".
         tie_embeddings: the output head and the embeddings are one table.
         windows: sliding window of each layer in tokens (the query's own included), None where attention is full.
-        activation: of the MLP; "silu" means gated (SwiGLU).
+        rope: the rotary embedding; None: there is none. local_rope: that of the layers with a window, where it differs.
+        no_rope: the layers without rotary embedding.
+        activation: of the MLP. gated: the MLP multiplies the activation of one projection by another (SwiGLU).
         qkv_bias, out_bias, mlp_bias: biases of q/k/v, of the attention output, and of the MLP projections.
-        qk_norm: RMSNorm over each head's q and k before the rotary embedding (Qwen3).
+        qk_norm: RMSNorm of q and k before the rotary embedding, over each head, or with qk_norm_whole over all heads.
+        attention_scale: multiplies q·k; 0: head_dim ** -0.5. attention_softcap, logits_softcap: scores and logits x
+            become softcap * tanh(x / softcap).
+        sinks: each head has a learned score that takes part in the softmax and adds no value.
+        embedding_scale: multiplies the embeddings.
+        experts: of the layers that have a mixture of experts.
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
         source: the content of config.json where the Transformers backend runs the model (docs/models.md); None where a
             definition of hal.models does. code: the directory whose own Python code is the model's; None: the code is
@@ -71,6 +128,7 @@ class ModelConfig:
         quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None
             where the weights are dense.
         eagle: of a head that proposes tokens for another model; None for a model by itself.
+        extra: what only a family's own definition reads.
     """
 
     family: Literal["llama", "gpt2", "eagle3", "transformers"]
@@ -85,34 +143,66 @@ class ModelConfig:
     max_position: int
     norm_eps: float = 1e-6
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
+    embedding_name: str = "embed_tokens"
     rope: RopeConfig | None = None
+    local_rope: RopeConfig | None = None
+    no_rope: tuple[int, ...] = ()
     windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    sinks: bool = False
+    embedding_scale: float = 1.0
+    experts: ExpertsConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
     quantization: dict[str, Any] | None = None
     eagle: EagleConfig | None = None
-    embedding_name: str = "embed_tokens"
     source: dict[str, Any] | None = None
     code: str | None = None
+    extra: dict[str, Any] | None = None
+
+    def layer_rope(self, layer: int) -> RopeConfig | None:
+        """The rotary embedding of a layer."""
+        if layer in self.no_rope:
+            return None
+        local = self.local_rope is not None and self.windows[layer] is not None
+        return self.local_rope if local else self.rope
 
     @property
     def num_params(self) -> int:
         """The number of weights in decoder layers, embeddings and head. Norms and biases are not counted."""
+        return self._params(self.experts.count if self.experts else 0)
+
+    @property
+    def num_active_params(self) -> int:
+        """The number of weights that compute one token; the embeddings and the head are counted whole."""
+        return self._params(self.experts.per_token if self.experts else 0)
+
+    def _params(self, experts_used: int) -> int:
         qkvo = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
-        mlp = (3 if self.activation == "silu" else 2) * self.hidden_size * self.intermediate_size
+        mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return self.num_layers * (qkvo + mlp) + embed
+        if (e := self.experts) is None:
+            return self.num_layers * (qkvo + mlp) + embed
+        mixture = self.hidden_size * (e.count + 3 * (experts_used * e.size + e.shared_size))
+        dense = (self.num_layers - len(e.layers)) * mlp
+        return self.num_layers * qkvo + dense + len(e.layers) * mixture + embed
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
         """The inverse of dataclasses.asdict, also after a trip through JSON."""
-        rope, eagle = data.get("rope"), data.get("eagle")
-        head = EagleConfig(**{**eagle, "taps": tuple(eagle["taps"])}) if eagle else None
-        return cls(**{**data, "rope": RopeConfig(**rope) if rope else None, "windows": tuple(data["windows"]),
-                      "eos_token_ids": tuple(data["eos_token_ids"]), "eagle": head})
+        made: dict[str, Any] = {name: tuple(data[name]) for name in ("windows", "no_rope", "eos_token_ids")}
+        made |= {name: RopeConfig.from_dict(data[name]) if data[name] else None for name in ("rope", "local_rope")}
+        made["experts"] = ExpertsConfig.from_dict(data["experts"]) if data["experts"] else None
+        eagle = data.get("eagle")
+        made["eagle"] = EagleConfig(**{**eagle, "taps": tuple(eagle["taps"])}) if eagle else None
+        return cls(**{**data, **made})

@@ -38,25 +38,30 @@ SHARDED = "llama3-gqa"  # saved as several files with an index
 
 
 def save(name: str, directory: Path) -> Path:
-    """Write the checkpoint: fp32 weights whose scale makes greedy choices clear, biases and norms random too."""
+    """Write one of CHECKPOINTS."""
+    kind, options = CHECKPOINTS[name]
+    return save_model(kind, {**({} if kind == "gpt2" else _SHAPE), **options}, directory, _SEEDS.get(name, 0),
+                      "100KB" if name == SHARDED else "1GB")
+
+
+def save_model(kind: str, options: dict[str, Any], directory: Path, seed: int = 0, shard_size: str = "1GB") -> Path:
+    """Write a checkpoint: fp32 weights whose scale makes greedy choices clear, biases and norms random too."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind, options = CHECKPOINTS[name]
-    shape = {} if kind == "gpt2" else _SHAPE
-    config = AutoConfig.for_model(kind, **{**shape, **options}, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = AutoConfig.for_model(kind, **options, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(_SEEDS.get(name, 0))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.2, generator=generator)
-            elif key.endswith("bias"):
+            if key.endswith(("bias", "sinks")):
                 parameter.normal_(0.0, 0.3, generator=generator)
+            elif parameter.ndim > 1:
+                parameter.normal_(0.0, 0.2, generator=generator)
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     transformers.utils.logging.disable_progress_bar()
-    model.save_pretrained(directory, max_shard_size="100KB" if name == SHARDED else "1GB")
+    model.save_pretrained(directory, max_shard_size=shard_size)
     return directory
 
 

@@ -197,6 +197,8 @@ def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored,
         raise ModelLoadError(f"{_at(stored)} cannot be read", got=f"{stored.path}: {error}") from None
     if value.ndim == 1 and value.is_floating_point():
         value = _finite(value.to(into.dtype), stored)
+    if spec.added:
+        value = value.to(into.dtype) + spec.added
     if spec.below is not None:
         _check_range(value, spec.below, stored)
     if source.transposed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hal.errors import ConfigError
@@ -41,26 +40,33 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
 
 
 def build_model(config: ModelConfig, topology: Topology, communicator: Communicator, ops: Ops, dtype: torch.dtype,
-                device: torch.device) -> CausalLM:
+                device: torch.device, longest: int = 0) -> CausalLM:
     """One rank's part of the model on `device`, in inference mode, its weights not yet filled: call
-    `hal.checkpoints.loader.load_weights` or `random_weights`.
+    `hal.checkpoints.loader.load_weights` or `random_weights`. `longest` is the engine's longest sequence, in tokens; 0:
+    the model's context.
 
     Raises:
-        ConfigError: the model cannot be sharded as `topology` says, or `ops` cannot multiply by its weights.
+        ConfigError: no family runs the architecture; the model cannot be sharded as `topology` says; `ops` cannot
+            multiply by its weights.
         ModelLoadError: the checkpoint's format of weights is unknown, or refuses its configuration.
     """
-    from hal.models.eagle3 import Eagle3
-    from hal.models.gpt2 import GPT2
+    from hal.models.families import architectures, family_of
     from hal.models.layers import Build
-    from hal.models.llama import Llama
     from hal.weights.formats import schemes
 
+    build = Build(topology, communicator, ops, dtype, device, schemes(config.quantization), longest)
     if config.source is not None:
         from hal.models.transformers_model import TransformersModel
 
-        return TransformersModel(config, Build(topology, communicator, ops, dtype, device,
-                                               schemes(config.quantization))).eval()
+        return TransformersModel(config, build).eval()
     check_topology(config, topology)
-    build = Build(topology, communicator, ops, dtype, device, schemes(config.quantization))
-    families: dict[str, Callable[[ModelConfig, Build], CausalLM]] = {"llama": Llama, "gpt2": GPT2, "eagle3": Eagle3}
-    return families[config.family](config, build).eval()
+    if config.eagle is not None:
+        from hal.models.eagle3 import Eagle3
+
+        return Eagle3(config, build).eval()
+    family = family_of(config.architecture)
+    if family is None:
+        raise ConfigError("no family of models runs this architecture", got=config.architecture,
+                          expected=", ".join(architectures()))
+    model: CausalLM = family.load("model")(config, build)
+    return model.eval()

@@ -12,6 +12,7 @@ from hal.contracts.attention import AttentionSpec, ForwardContext
 from hal.contracts.cache import LayerCache, RowState
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
+from hal.models.attention import SelfAttention, local_heads
 from hal.models.layers import Build, Head, Linear, VocabEmbedding
 from hal.schema import Array
 
@@ -57,11 +58,15 @@ class CausalLM(nn.Module, abc.ABC):
     def declare_caches(self, build: Build) -> list[LayerCache]:
         """The cache of each layer of the whole model, since the ranks of every stage prepare the same input. It is
         called before the layers are made. By default every layer has the configuration's attention, and only the
-        windows differ."""
+        windows differ. Sinks are parameters of this stage's layers."""
         c = self.config
         heads, kv_heads = local_heads(c, self.topology.tp)
-        return [AttentionSpec(heads, kv_heads, c.head_dim, c.head_dim ** -0.5, window)
-                for window in c.windows or (None,) * c.num_layers]
+        here = self.stage if c.sinks else ()
+        self.sink_scores = nn.ParameterDict({str(i): build.of_heads(f"layers.{i}.self_attn.sinks", c.num_heads, 1)
+                                       for i in here})
+        return [AttentionSpec(heads, kv_heads, c.head_dim, c.attention_scale or c.head_dim ** -0.5, window,
+                              softcap=c.attention_softcap, sinks=self.sink_scores[str(i)] if i in here else None)
+                for i, window in enumerate(c.windows or (None,) * c.num_layers)]
 
     @abc.abstractmethod
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
@@ -83,6 +88,8 @@ class CausalLM(nn.Module, abc.ABC):
         """[n, hidden_size] -> [n, vocab_size] in the model's dtype, complete on every tp rank. Only the last stage has
         logits."""
         logits: torch.Tensor = self.head(hidden)
+        if (cap := self.config.logits_softcap) is not None:
+            logits = torch.tanh(logits / cap) * cap
         return logits
 
     def make_intermediate(self, *tensors: torch.Tensor) -> IntermediateTensors:
@@ -93,10 +100,7 @@ class CausalLM(nn.Module, abc.ABC):
     def pack(self) -> None:
         """Let the device rearrange the weights after they are filled (see Ops.pack_linear)."""
         for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.arrange()
             if isinstance(module, Linear):
                 self.ops.pack_linear(module)
-
-
-def local_heads(config: ModelConfig, tp: int) -> tuple[int, int]:
-    """Heads and key-value heads of one rank; key-value heads are replicated when there are fewer than ranks."""
-    return config.num_heads // tp, max(config.num_kv_heads // tp, 1)

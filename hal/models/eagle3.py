@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from hal.contracts.attention import ForwardContext
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
-from hal.models.causal_lm import CausalLM, local_heads
+from hal.models.attention import local_heads
+from hal.models.causal_lm import CausalLM
 from hal.models.layers import Build, column, row
 from hal.models.rope import cos_sin_table
 from hal.weights import Projection

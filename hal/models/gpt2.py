@@ -9,7 +9,8 @@ from torch import nn
 from hal.contracts.attention import ForwardContext
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
-from hal.models.causal_lm import CausalLM, local_heads
+from hal.models.attention import local_heads
+from hal.models.causal_lm import CausalLM
 from hal.models.layers import Build, column, row
 from hal.weights import Projection
 

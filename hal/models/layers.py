@@ -30,6 +30,7 @@ class Build:
 
     Attributes:
         dtype, device: of the parameters. schemes: gives the weight scheme of a projection.
+        longest: the engine's longest sequence, in tokens; 0: the model's context.
     """
 
     topology: Topology
@@ -38,6 +39,7 @@ class Build:
     dtype: torch.dtype
     device: torch.device
     schemes: SchemeOf = dense_only
+    longest: int = 0
 
     def parameter(self, shape: Sequence[int], spec: ParameterSpec, dtype: torch.dtype | None = None) -> nn.Parameter:
         """Uninitialised memory of this rank's `shape`, in the model's dtype unless another is given."""
@@ -46,9 +48,18 @@ class Build:
         parameter.spec = spec  # type: ignore[attr-defined]
         return parameter
 
-    def replicated(self, name: str, *shape: int) -> nn.Parameter:
-        """A checkpoint tensor of which every rank holds all, such as a norm's weight or bias."""
-        return self.parameter(shape, ParameterSpec(None, 0, (StoredSlice(name, shape, 0, shape[0]),)))
+    def replicated(self, name: str, *shape: int, dtype: torch.dtype | None = None, added: float = 0.0) -> nn.Parameter:
+        """A checkpoint tensor of which every rank holds all, such as a norm's weight or bias. `added`: to each value.
+        """
+        source = StoredSlice(name, shape, 0, shape[0])
+        return self.parameter(shape, ParameterSpec(None, 0, (source,), added=added), dtype)
+
+    def of_heads(self, name: str, heads: int, size: int, dtype: torch.dtype | None = None, added: float = 0.0,
+                 ) -> nn.Parameter:
+        """A checkpoint vector of `size` entries for each head, of which a rank holds those of its heads."""
+        shards = min(self.topology.tp, heads)
+        source = StoredSlice(name, (heads * size,), 0, heads * size, shards=shards)
+        return self.parameter((heads * size // shards,), ParameterSpec(0, 0, (source,), added=added), dtype)
 
     def linear_tensor(self, spec: LinearSpec, tensor: WeightTensor, scheme: Scheme) -> nn.Parameter:
         """This rank's part of one tensor of a linear layer. Raises ConfigError where tp cuts a group of its values."""

@@ -45,7 +45,10 @@ class Ops:
         embedding keeps its own tensor."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / rms(x) over the last dimension in fp32, rounded, times weight (arXiv 1910.07467). x has any shape."""
+        """x / rms(x) over the last dimension in fp32, rounded, times weight (arXiv 1910.07467). x has any shape. A
+        weight in fp32 is multiplied before the result is rounded to x's dtype."""
+        if weight.dtype != x.dtype:
+            return F.rms_norm(x.float(), weight.shape, None, eps).mul_(weight).to(x.dtype)
         return F.rms_norm(x, weight.shape, None, eps).mul_(weight)
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
@@ -81,6 +84,13 @@ class Ops:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
+    def gated(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
+        """The activation of the gate times up -> [n, m]. `kind` is a value of ModelConfig.activation."""
+        if kind == "silu":
+            return self.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return self.activation(gate, kind).mul_(up)
+
     def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
                     eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """`layer` applied to the RMS norm of x + residual, and the sum x + residual itself. Without a residual, x
@@ -103,7 +113,7 @@ class Ops:
         return attention(layer, qk[:, :-num_kv_heads], qk[:, -num_kv_heads:], v)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
-        """Elementwise. `kind` is a value of ModelConfig.activation other than "silu", which is gated."""
+        """Elementwise. `kind` is a value of ModelConfig.activation other than "silu", for which there is `silu_mul`."""
         if kind == "relu":
             return F.relu(x)
         return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")

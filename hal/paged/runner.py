@@ -91,7 +91,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         engine = self.config.engine
         checked = None if engine.random_weights else check_weights(self.config.model, engine.model)
         model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
-                            self.device)
+                            self.device, self.config.max_model_len)
         if engine.random_weights:
             random_weights(model, engine.seed)
         else:

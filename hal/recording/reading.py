@@ -78,7 +78,8 @@ def check_limits(engine: EngineConfig, model: ModelConfig) -> None:
     if not -2**63 <= engine.seed < 2**63:
         raise WireError("the recording's engine.seed is out of range", got=engine.seed, expected="64 bits")
     if (model.num_heads % model.num_kv_heads or (model.rope and model.head_dim % 2)
-            or len(model.windows) not in (0, model.num_layers) or any(w is not None and w < 1 for w in model.windows)):
+            or len(model.windows) not in (0, model.num_layers) or any(w is not None and w < 1 for w in model.windows)
+            or any(rope.rotary_dim > model.head_dim for rope in (model.rope, model.local_rope) if rope)):
         raise WireError("the recording's model has a shape that contradicts itself", got=repr(model)[:500])
     length = engine.max_model_len or model.max_position
     if length > model.max_position:

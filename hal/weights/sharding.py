@@ -52,6 +52,7 @@ class ParameterSpec:
             padding, and zero.
         below: as in WeightTensor.
         mesh_axis: of the topology.
+        added: to every stored value, in the parameter's dtype.
     """
 
     sharded: int | None
@@ -59,6 +60,7 @@ class ParameterSpec:
     sources: tuple[StoredSlice, ...]
     below: int | None = None
     mesh_axis: str = "tp"
+    added: float = 0.0
 
 
 def spec_of(parameter: nn.Parameter) -> ParameterSpec:

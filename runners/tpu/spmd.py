@@ -19,7 +19,7 @@ from hal.checkpoints.loader import check_weights, load_weights, random_weights
 from hal.config import EngineConfig, Topology
 from hal.contracts.communicator import AxisName, LocalCommunicator
 from hal.contracts.runner import Progress
-from hal.errors import BackendError, InputError
+from hal.errors import BackendError, ConfigError, InputError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
@@ -133,13 +133,17 @@ class Embedding(nn.Module):
 def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.dtype, mesh: Any,
          progress: Progress) -> CausalLM:
     """The stage's model on the device, with the shares of all tensor-parallel ranks. Raises as load_weights does."""
+    if engine.tp > 1 and config.qk_norm_whole:
+        raise ConfigError("backend 'tpu' does not shard a norm over the whole of q and k", got=f"tp={engine.tp}",
+                          expected="tp=1", hint=f"run {config.architecture} with tp=1, or on another device")
     mesh_ranks = Topology(engine.tp, engine.pp, ep=engine.ep).every_rank()
     topologies = [topology for topology in mesh_ranks if topology.pp_rank == pp_rank]
     communicator = MeshCommunicator(topologies[0], mesh) if engine.tp > 1 else LocalCommunicator()
     ops, shares = TpuOps(engine.tp), []
     checked = None if engine.random_weights else check_weights(config, engine.model)
     for topology in topologies:
-        share = build_model(config, topology, communicator, ops, dtype, torch.device("cpu"))
+        share = build_model(config, topology, communicator, ops, dtype, torch.device("cpu"),
+                            engine.longest_sequence(config))
         if engine.random_weights:
             random_weights(share, engine.seed)
         else:

@@ -226,10 +226,11 @@ def test_a_cache_needs_no_more_blocks_than_are_used(tmp_path: Path) -> None:
 
 
 # In each step of the bundled model (4 layers): which call is spoilt, and what bisect must name.
-PLANTS = [("rms_norm 0", 0, "layers.0.attn_norm"), ("linear 0", 0, "layers.0.qkv"), ("linear 5", 1, "layers.1.out"),
-          ("linear 14", 3, "layers.3.gate_up"), ("linear 11", 2, "layers.2.down"), ("linear 16", None, "head"),
-          ("rotary 2", 2, ""), ("silu_mul 1", 1, ""), ("add_rms_norm 4", 2, "layers.2.mlp_norm"),
-          ("attention 3", 3, ""), ("add_rms_norm 7", None, "norm")]
+PLANTS = [("rms_norm 0", 0, "layers.0.before_attention"),
+          ("linear 0", 0, "layers.0.attention.qkv"), ("linear 5", 1, "layers.1.attention.out"),
+          ("linear 14", 3, "layers.3.mlp.gate_up"), ("linear 11", 2, "layers.2.mlp.down"), ("linear 16", None, "head"),
+          ("rotary 2", 2, ""), ("silu_mul 1", 1, ""), ("add_rms_norm 4", 2, "layers.2.before_mlp"),
+          ("attention 3", 3, ""), ("add_rms_norm 7", None, "final_norm")]
 
 
 @pytest.mark.slow

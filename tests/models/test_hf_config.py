@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hal.checkpoints.hf_config import SUPPORTED_ARCHITECTURES, parse_config, read_config
+from hal.checkpoints.hf_config import parse_config, read_config
 from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig, RopeConfig
+from hal.models.families import NATIVE
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-KINDS = dict(zip(SUPPORTED_ARCHITECTURES, ("llama", "mistral", "qwen2", "qwen3", "gpt2"), strict=True))
+KINDS = {name: family.model_type for name, family in NATIVE.items()}
 
 
 def test_reading_a_config_loads_no_torch() -> None:
@@ -28,7 +29,7 @@ def test_reading_a_config_loads_no_torch() -> None:
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None) or None
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     return tuple(window if t == "sliding_attention" else None for t in types)
 
@@ -43,18 +44,26 @@ def _assert_same(ours: ModelConfig, theirs: Any) -> None:
         theirs.max_position_embeddings, theirs.tie_word_embeddings, theirs.bos_token_id)
     eos = theirs.eos_token_id
     assert ours.eos_token_ids == (tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-    if ours.family == "gpt2":
+    if ours.embedding_name == "wte":
         assert ours.intermediate_size == (theirs.n_inner or 4 * theirs.n_embd)
         assert ours.norm_eps == theirs.layer_norm_epsilon and ours.rope is None
     else:
         assert ours.intermediate_size == theirs.intermediate_size and ours.norm_eps == theirs.rms_norm_eps
         assert ours.windows == _windows(theirs)
         assert ours.rope is not None
-        theta, kind = theirs.rope_parameters["rope_theta"], theirs.rope_parameters["rope_type"]
-        assert (ours.rope.theta, ours.rope.scaling) == (theta, "none" if kind == "default" else kind)
+        params = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+        local = theirs.rope_parameters.get("sliding_attention", params)
+        for rope, given in ((ours.rope, params), (ours.local_rope or ours.rope, local)):
+            kind = given["rope_type"]
+            assert (rope.theta, rope.scaling) == (given["rope_theta"], "none" if kind == "default" else kind)
+            assert (rope.rotary_dim or head_dim) == int(head_dim * given.get("partial_rotary_factor", 1.0))
+        assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+        assert ours.logits_softcap == getattr(theirs, "final_logit_softcapping", None)
+        assert [i not in ours.no_rope for i in range(ours.num_layers)] == [
+            bool(x) for x in getattr(theirs, "no_rope_layers", [1] * ours.num_layers)]
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", KINDS)
 def test_defaults_are_those_of_transformers(architecture: str) -> None:
     from transformers import AutoConfig
 
@@ -145,10 +154,13 @@ def test_features_reach_the_config() -> None:
     ({"architectures": None, "model_type": None}, "architectures"),
     ({"model_type": "qwen2"}, "qwen2"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"type": "yarn"}}, "factor"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}}, "type of layer"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"rope_scaling": {"type": "linear"}}, "factor"),
+    ({"rope_scaling": {"type": "proportional", "factor": 2.0}}, "proportional"),
+    ({"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 64}}, "short_factor"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 64}}, "64 numbers"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ({"hidden_act": "gelu"}, "hidden_act"),

@@ -21,11 +21,13 @@ from hal.contracts.communicator import LocalCommunicator
 from hal.errors import ConfigError, ModelLoadError
 from hal.model_config import ModelConfig
 from hal.models import build_model
+from hal.models.families import NATIVE
 from hal.models.ops import Ops
 from hal.models.rope import inverse_frequencies
 
-KINDS = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
-         "Qwen3ForCausalLM": "qwen3", "GPT2LMHeadModel": "gpt2"}
+# Those whose parsers read different keys.
+KINDS = {name: NATIVE[name].model_type for name in (
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM", "Phi3ForCausalLM")}
 BASE: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "hidden_act": "silu",
@@ -34,21 +36,26 @@ BASE: dict[str, Any] = {
 KEYS = [*BASE, "architectures", "model_type", "rope_scaling", "rope_parameters", "sliding_window", "layer_types",
         "use_sliding_window", "max_window_layers", "quantization_config", "n_embd", "n_layer", "n_head", "n_inner",
         "n_positions", "activation_function", "layer_norm_epsilon", "partial_rotary_factor", "scale_attn_weights",
-        "scale_attn_by_inverse_layer_idx", "add_cross_attention", "original_max_position_embeddings"]
+        "scale_attn_by_inverse_layer_idx", "add_cross_attention", "original_max_position_embeddings", "no_rope_layers",
+        "no_rope_layer_interval", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+        "hidden_activation", "rope_local_base_freq", "sliding_window_pattern", "use_bidirectional_attention"]
 NUMBERS: list[Any] = [0, -1, 1, 2, 3, 7, 10**7, 2**31 - 1, 2**31, 2**63, 2**64, 10**30, 10**400, -10**400, 1.5, -0.0,
                       1e-45, 1e-300, 1e38, 1e300, math.nan, math.inf, -math.inf, True, False, None]
 OTHERS: list[Any] = ["", "x", "5", "torch.", "auto", "\ud800", "\x1b[2J", "x" * 10**5, "LlamaForCausalLM", "llama", [],
                      [1], [None], [[1]], [{"a": 1}], [-1, 2**63], ["LlamaForCausalLM", 1], [["LlamaForCausalLM"]],
                      ["full_attention"] * 2, ["sliding_attention", "full_attention"], [0] * 1000, {}, {"a": 1}]
 ROPE_KEYS = ["rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
-             "original_max_position_embeddings", "partial_rotary_factor"]
+             "original_max_position_embeddings", "partial_rotary_factor", "beta_fast", "beta_slow", "truncate",
+             "mscale", "mscale_all_dim", "attention_factor", "short_factor", "long_factor"]
 
 
 def ropes(draw: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """Rope parameters of which one or two values are spoilt."""
     for _ in range(count):
-        rope = {"rope_type": draw.choice(["default", "linear", "dynamic", "llama3", "yarn"]), "rope_theta": 1e4,
-                "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        kind = draw.choice(["default", "linear", "dynamic", "llama3", "yarn", "longrope"])
+        rope = {"rope_type": kind, "rope_theta": 1e4,
+                "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
         for key in draw.sample(ROPE_KEYS, draw.randint(1, 2)):
             rope[key] = draw.choice(NUMBERS + OTHERS)
         yield rope
@@ -65,9 +72,11 @@ def assert_runs(config: ModelConfig) -> None:
     assert config.dtype in ("float32", "float16", "bfloat16")
     zeros = torch.zeros(4)
     assert (zeros * (zeros.square().mean() + config.norm_eps).rsqrt()).isfinite().all()
-    if config.rope is not None:
-        frequencies = inverse_frequencies(config.rope, config.head_dim)
-        assert frequencies.isfinite().all() and (frequencies >= 0).all() and (frequencies <= 1).all()
+    for rope in filter(None, (config.rope, config.local_rope)):
+        frequencies = inverse_frequencies(rope, config.head_dim, config.max_position)
+        assert math.isfinite(rope.attention_factor)
+        assert frequencies.isfinite().all() and (frequencies >= 0).all()
+        assert rope.scaling == "longrope" or (frequencies <= 1).all()
     if config.num_layers <= 4:
         build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
 

@@ -33,10 +33,10 @@ def register_models() -> None:
         return
     from vllm import ModelRegistry
 
-    from hal.checkpoints.hf_config import SUPPORTED_ARCHITECTURES
+    from hal.models.families import architectures
     from hal_vllm.model import HalForCausalLM
 
-    for name in SUPPORTED_ARCHITECTURES:
+    for name in architectures():
         ModelRegistry.register_model(name, HalForCausalLM)
 
 

@@ -1,0 +1,203 @@
+"""What each native family's config.json means: one function for each architecture. This loads no torch.
+
+A missing key takes the default that transformers has for that architecture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hal.checkpoints.reader import (
+    INT32,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN,
+    MAX_INNER,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCAB,
+    Reader,
+)
+from hal.checkpoints.stored import shown
+from hal.errors import ModelLoadError
+from hal.model_config import ModelConfig
+
+_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
+         "relu": "relu"}
+
+
+def llama(read: Reader, architecture: str) -> ModelConfig:
+    bias = read.flag(False, "attention_bias")
+    return _decoder(read, architecture, vocab=32000, inner=11008, kv_heads=None, max_position=2048, bos=1, eos=2,
+                    qkv_bias=bias, out_bias=bias, mlp_bias=read.flag(False, "mlp_bias"))
+
+
+def smollm3(read: Reader, architecture: str) -> ModelConfig:
+    """Some layers have no rotary embedding (arXiv 2501.18795)."""
+    layers, bias = read.size(36, MAX_LAYERS, "num_hidden_layers"), read.flag(False, "attention_bias")
+    every = read.size(4, INT32, "no_rope_layer_interval")
+    rotary = read.get(list, None, "no_rope_layers", null=None)
+    if rotary is None:
+        rotary = [int((i + 1) % every != 0) for i in range(layers)]
+    if len(rotary) < layers or not all(value in (0, 1) for value in rotary[:layers]):
+        raise read.unusable("no_rope_layers", rotary, f"{layers} entries, each 0 or 1")
+    without = tuple(i for i in range(layers) if not rotary[i])
+    windowed = read.flag(False, "use_sliding_window")
+    window = read.size(None, INT32, "sliding_window", null=None) if windowed else None
+    types = ["sliding_attention" if window and i in without else "full_attention" for i in range(layers)]
+    return _decoder(read, architecture, vocab=128256, inner=11008, kv_heads=4, max_position=32768, bos=128000,
+                    eos=128001, hidden=2048, layers=36, heads=16, theta=2e6, tied=True, qkv_bias=bias, out_bias=bias,
+                    mlp_bias=read.flag(False, "mlp_bias"), no_rope=without,
+                    windows=read.windows(layers, window, types))
+
+
+def mistral(read: Reader, architecture: str) -> ModelConfig:
+    window = read.size(4096, INT32, "sliding_window", null=None)
+    if window and "full_attention" in read.get(list, [], "layer_types", null=[]):
+        read.refuse("layer_types", "a Mistral whose layers differ in their window", None)
+    return _decoder(read, architecture, vocab=32000, inner=14336, kv_heads=8, max_position=131072, bos=1, eos=2,
+                    windows=window)
+
+
+def qwen2(read: Reader, architecture: str) -> ModelConfig:
+    return _decoder(read, architecture, vocab=151936, inner=22016, kv_heads=32, max_position=32768, qkv_bias=True,
+                    windows=_qwen_windows(read))
+
+
+def qwen3(read: Reader, architecture: str) -> ModelConfig:
+    bias = read.flag(False, "attention_bias")
+    return _decoder(read, architecture, vocab=151936, inner=22016, kv_heads=32, max_position=32768, head_dim=128,
+                    qkv_bias=bias, out_bias=bias, qk_norm=True, windows=_qwen_windows(read))
+
+
+def _qwen_windows(read: Reader) -> tuple[int | None, ...]:
+    layers = read.size(32, MAX_LAYERS, "num_hidden_layers")
+    windowed = read.flag(False, "use_sliding_window")
+    window = read.size(4096, INT32, "sliding_window", null=None) if windowed else None
+    first = read.get(int, 28, "max_window_layers")
+    return read.windows(layers, window, ["sliding_attention" if i >= first else "full_attention"
+                                         for i in range(layers)])
+
+
+def gemma2(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2408.00118."""
+    return _gemma(read, architecture, vocab=256000, max_position=8192, every=2, attention_softcap=50.0,
+                  logits_softcap=30.0)
+
+
+def gemma3(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2503.19786."""
+    every = read.size(6, INT32, "sliding_window_pattern", "_sliding_window_pattern")
+    return _gemma(read, architecture, vocab=262208, max_position=131072, every=every, attention_softcap=None,
+                  logits_softcap=None, theta=1e6, local_theta=1e4, qk_norm=True)
+
+
+def _gemma(read: Reader, architecture: str, *, every: int, attention_softcap: float | None,
+           logits_softcap: float | None, **features: Any) -> ModelConfig:
+    """Of `every` layers the last one sees the whole context, and the others a window of it."""
+    read.refuse("use_bidirectional_attention", "attention in both directions", False)
+    layers, bias = read.size(26, MAX_LAYERS, "num_hidden_layers"), read.flag(False, "attention_bias")
+    window = read.size(4096, INT32, "sliding_window", null=None)
+    types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    hidden = read.size(2304, MAX_HIDDEN, "hidden_size")
+    activation = read.get(str, "gelu_pytorch_tanh", "hidden_activation", null="gelu_pytorch_tanh")
+    if activation not in _GELU:
+        raise read.unusable("hidden_activation", activation, ", ".join(_GELU))
+    return _decoder(read, architecture, inner=9216, kv_heads=4, hidden=2304, layers=26, heads=8, head_dim=256, bos=2,
+                    eos=1, tied=True, silu=False, activation=_GELU[activation], qkv_bias=bias, out_bias=bias,
+                    windows=read.windows(layers, window, types), embedding_scale=hidden ** 0.5,
+                    attention_scale=read.number(256, 1e-6, 1e9, "query_pre_attn_scalar") ** -0.5,
+                    attention_softcap=read.optional(1e-3, 1e9, "attn_logit_softcapping", attention_softcap),
+                    logits_softcap=read.optional(1e-3, 1e9, "final_logit_softcapping", logits_softcap), **features)
+
+
+def phi3(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2404.14219. Its first checkpoints call longrope "su" or "yarn"."""
+    name = "rope_scaling" if read.data.get("rope_scaling") else "rope_parameters"
+    params = read.get(dict, {}, name, null={})
+    if params.get("rope_type", params.get("type")) in ("su", "yarn"):
+        read = Reader({**read.data, name: {**params, "rope_type": "longrope"}}, read.file)
+    if params and "original_max_position_embeddings" not in read.data:  # its own default comes before the parameters'
+        read = Reader({**read.data, "original_max_position_embeddings": 4096}, read.file)
+    return _decoder(read, architecture, vocab=32064, inner=8192, kv_heads=None, max_position=4096, hidden=3072, bos=1,
+                    eos=32000, eps=1e-5, partial=1.0, windows=read.size(None, INT32, "sliding_window", null=None))
+
+
+def olmo2(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2501.00656."""
+    return _olmo(read, architecture)
+
+
+def olmo3(read: Reader, architecture: str) -> ModelConfig:
+    layers = read.size(32, MAX_LAYERS, "num_hidden_layers")
+    types = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
+    window = read.size(4096, INT32, "sliding_window", null=None)
+    return _olmo(read, architecture, theta=5e5, local_theta=0.0, windows=read.windows(layers, window, types))
+
+
+def _olmo(read: Reader, architecture: str, **features: Any) -> ModelConfig:
+    bias = read.flag(False, "attention_bias")
+    return _decoder(read, architecture, vocab=50304, inner=11008, kv_heads=None, max_position=2048, eos=50279,
+                    eps=1e-5, qkv_bias=bias, out_bias=bias, qk_norm=True, qk_norm_whole=True, **features)
+
+
+def glm4(read: Reader, architecture: str) -> ModelConfig:
+    return _decoder(read, architecture, vocab=151552, inner=13696, kv_heads=2, max_position=131072, layers=40,
+                    head_dim=128, eos=(151329, 151336, 151338), eps=1.5625e-7, partial=0.5, interleaved=True,
+                    qkv_bias=read.flag(True, "attention_bias"))
+
+
+def _decoder(read: Reader, architecture: str, *, vocab: int, inner: int, kv_heads: int | None, max_position: int,
+             hidden: int = 4096, layers: int = 32, heads: int = 32, head_dim: int | None = None, bos: int | None = None,
+             eos: int | tuple[int, ...] | None = None, eps: float = 1e-6, tied: bool = False, silu: bool = True,
+             theta: float = 10000.0, local_theta: float | None = None, partial: float | None = None,
+             interleaved: bool = False, default_rope: dict[str, Any] | None = None,
+             windows: int | tuple[int | None, ...] | None = None, **features: Any) -> ModelConfig:
+    """The configuration of a Llama-like model; the arguments are the architecture's own defaults and features.
+    `windows`: of each layer, or one for all of them."""
+    if silu and read.get(str, "silu", "hidden_act") not in ("silu", "swish"):
+        read.refuse("hidden_act", "another activation than silu", "silu")
+    hidden = read.size(hidden, MAX_HIDDEN, "hidden_size")
+    layers = read.size(layers, MAX_LAYERS, "num_hidden_layers")
+    heads = read.size(heads, MAX_HEADS, "num_attention_heads")
+    positions = read.size(max_position, MAX_POSITIONS, "max_position_embeddings")
+    own = read.size(head_dim, MAX_HEAD_DIM, "head_dim", null=None)
+    if own is None and hidden % heads:
+        raise ModelLoadError("num_attention_heads does not divide hidden_size", got=f"{heads} and {hidden}",
+                             hint="config.json must then give head_dim")
+    dim = own or hidden // heads
+    rope, local = read.ropes(positions, dim, theta=theta, local_theta=local_theta, partial=partial,
+                             interleaved=interleaved, default=default_rope)
+    return ModelConfig(
+        family="llama", architecture=architecture, vocab_size=read.size(vocab, MAX_VOCAB, "vocab_size"),
+        hidden_size=hidden, num_layers=layers, num_heads=heads, head_dim=dim,
+        num_kv_heads=read.size(kv_heads, MAX_HEADS, "num_key_value_heads", null=heads) or heads,
+        intermediate_size=read.size(inner, MAX_INNER, "intermediate_size"), max_position=positions,
+        norm_eps=read.eps(eps, "rms_norm_eps"), rope=rope, local_rope=None if local == rope else local,
+        windows=windows if isinstance(windows, tuple) else (windows,) * layers,
+        tie_embeddings=read.get(bool, tied, "tie_word_embeddings"), bos_token_id=read.bos(bos),
+        eos_token_ids=read.eos(eos), dtype=read.dtype(), **features)
+
+
+def gpt2(read: Reader, architecture: str) -> ModelConfig:
+    read.refuse("add_cross_attention", "cross attention", False)
+    read.refuse("scale_attn_weights", "unscaled attention", True)
+    read.refuse("scale_attn_by_inverse_layer_idx", "attention scaled by the layer's number", False)
+    act = read.get(str, "gelu_new", "activation_function")
+    if act not in _GELU:
+        raise ModelLoadError("config.json asks for an activation that is not supported", got=shown(act),
+                             expected=", ".join(_GELU))
+    hidden = read.size(768, MAX_HIDDEN, "n_embd", "hidden_size")
+    layers = read.size(12, MAX_LAYERS, "n_layer", "num_hidden_layers")
+    heads = read.size(12, MAX_HEADS, "n_head", "num_attention_heads")
+    if hidden % heads:
+        raise ModelLoadError("n_head does not divide n_embd", got=f"{hidden} and {heads}")
+    return ModelConfig(
+        family="gpt2", architecture=architecture, vocab_size=read.size(50257, MAX_VOCAB, "vocab_size"),
+        hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
+        intermediate_size=read.size(4 * hidden, MAX_INNER, "n_inner", null=4 * hidden),
+        max_position=read.size(1024, MAX_POSITIONS, "n_positions", "max_position_embeddings"),
+        norm_eps=read.eps(1e-5, "layer_norm_epsilon"), activation=_GELU[act], gated=False,  # type: ignore[arg-type]
+        embedding_name="wte", windows=(None,) * layers, tie_embeddings=read.get(bool, True, "tie_word_embeddings"),
+        qkv_bias=True, out_bias=True, mlp_bias=True, bos_token_id=read.bos(50256), eos_token_ids=read.eos(50256),
+        dtype=read.dtype())

@@ -1,0 +1,73 @@
+"""Tiny checkpoints of every native family, by name, and the check of an engine's outputs against transformers in fp64.
+
+The windows are 8 tokens and the longest prompt has 40, so every window ends inside the prompt and inside its chunks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import torch
+
+from hal.engine.llm import LLM
+from hal.engine.request_output import RequestOutput
+from hal.sampling.params import SamplingParams
+
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=checkpoints.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
+_YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+_LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 6, partial_rotary_factor=0.75,
+             long_factor=[1.0, 1.1, 1.5, 2.0, 3.0, 4.0])
+_TYPES = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2)
+DENSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-yarn": ("llama", dict(rope_parameters=_YARN)),
+    "smollm3": ("smollm3", dict(no_rope_layers=[1, 0, 1, 0], tie_word_embeddings=True)),
+    "gemma2": ("gemma2", dict(head_dim=32, query_pre_attn_scalar=24, attn_logit_softcapping=4.0,
+                              final_logit_softcapping=6.0, tie_word_embeddings=True, **_TYPES)),
+    "gemma3": ("gemma3_text", dict(head_dim=32, query_pre_attn_scalar=24, tie_word_embeddings=True, **_TYPES,
+                                   rope_parameters=dict(
+                                       full_attention=dict(rope_type="linear", factor=4.0, rope_theta=1e6),
+                                       sliding_attention=dict(rope_type="default", rope_theta=1e4)))),
+    "phi3": ("phi3", dict(sliding_window=8)),
+    "phi4-longrope": ("phi3", dict(rope_parameters=_LONG, original_max_position_embeddings=32)),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", dict(**_TYPES, rope_parameters=dict(
+        full_attention=_YARN, sliding_attention=dict(rope_type="default", rope_theta=5e5)))),
+    "glm4": ("glm4", dict(head_dim=32)),
+}
+FAMILIES = {**DENSE}
+TOKENS = 64
+PROMPTS = checkpoints.prompts(3)
+LONG = [PROMPTS[0], PROMPTS[0][::-1]]  # transformers takes all of their frequencies from the long factors
+
+
+def save(name: str, directory: Path) -> Path:
+    kind, options = FAMILIES[name]
+    return checkpoints.save_model(kind, {**_SHAPE, **options}, directory)
+
+
+def run(path: Path, device: str = "cpu", **options: Any) -> LLM:
+    return LLM(str(path), device=device, **{"dtype": "float32", "block_size": 4, **options})
+
+
+def generate(llm: LLM, prompts: list[list[int]], tokens: int = TOKENS) -> list[RequestOutput]:
+    return llm.generate(prompts, SamplingParams(max_tokens=tokens, logprobs=1, ignore_eos=True))
+
+
+@torch.no_grad()
+def assert_parity(path: Path, prompts: list[list[int]], outputs: list[RequestOutput], margin: float = 1e-4) -> None:
+    """Each token is the best of transformers in fp64, or within the margin of it, after the tokens before it; and its
+    log-probability is transformers'."""
+    model = checkpoints.load(path, torch.float64)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + output.token_ids]), use_cache=False).logits[0]
+        theirs = logits[len(prompt) - 1:-1].log_softmax(-1)
+        chosen = theirs.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        assert output.logprobs is not None and len(chosen) == len(output.logprobs)
+        ours = torch.tensor([entry.logprob for entry in output.logprobs], dtype=torch.float64)
+        torch.testing.assert_close(ours, chosen, rtol=0, atol=margin)
+        assert (theirs.max(-1).values - chosen).max() < margin
