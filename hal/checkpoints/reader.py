@@ -226,5 +226,5 @@ class Reader:
         attention = rope.optional(1e-6, 1e6, "attention_factor")
         if attention is None:
             attention = sqrt(1 + log(longer) / log(original)) if longer > 1.0 and original > 1 else 1.0
-        return {"short_factors": rope.numbers("short_factor", count), "long_factors": rope.numbers("long_factor", count),
-                "attention_factor": attention}
+        short, long = (rope.numbers(name, count) for name in ("short_factor", "long_factor"))
+        return {"short_factors": short, "long_factors": long, "attention_factor": attention}
