@@ -181,9 +181,13 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def execute_model(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         if model_input.num_steps > 1:
-            return take_steps(model_input, self.pending, lambda m: self.decode(m, kv_caches))
+            return self.execute_steps(model_input, kv_caches)
         found = self.forward(model_input, kv_caches, intermediate)
         return found if isinstance(found, IntermediateTensors) else self.sample(found, model_input)
+
+    def execute_steps(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput | None:
+        """`execute_model` for an input of several decode steps."""
+        return take_steps(m, self.pending, lambda step: self.decode(step, kv_caches))
 
     def decode(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput | None:
         """One of several decode steps; the model has no stages then."""

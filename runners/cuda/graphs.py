@@ -25,6 +25,7 @@ Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 class DecodeGraph:
     """Attributes:
         dims: the sizes of a step that it runs, by symbol.
+        input: the input that it reads, as views of `staged`.
         staged: uint8 on the device. The graph reads its first `size` bytes, a packed input. Behind them is room for the
             sampling fields of a step, which the graph does not read.
         received: the tensors of the previous pipeline stage, which the graph reads; None on the first stage.
@@ -35,6 +36,7 @@ class DecodeGraph:
 
     num_seqs: int
     dims: Mapping[str, int]
+    input: PagedModelInput
     staged: torch.Tensor
     size: int
     graph: Any
@@ -80,5 +82,5 @@ def capture(empty: Packed[Any], dims: Mapping[str, int], received: IntermediateT
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         results = run(m, received)
     torch.cuda.synchronize(device)
-    return DecodeGraph(dims["num_seqs"], dims, staged, end_of(empty, PENDING[-1]), graph, received, results,
-                       time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0))
+    spent = time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0)
+    return DecodeGraph(dims["num_seqs"], dims, m, staged, end_of(empty, PENDING[-1]), graph, received, results, *spent)

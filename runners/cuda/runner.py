@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from hal.config import WorkerConfig
+from hal.contracts.advance import Taken
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
@@ -16,8 +19,11 @@ from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import OutputT, Progress, no_progress
 from hal.errors import BackendError, CapacityError
 from hal.features import adjusting
+from hal.features.stopping import STOP_IDS
 from hal.paged.runner import Forwarded, PagedModelRunner
 from hal.paged.shape_plan import ShapePlan
+from hal.paged.steps import joined
+from hal.schema import stays
 from hal.schema.packed import Packed, packed_source
 from runners.cuda.attention import CudaAttention
 from runners.cuda.graphs import PENDING, DecodeGraph, Results, capture, graph_dims, graph_plan
@@ -27,6 +33,7 @@ from runners.cuda.ops import CudaOps
 from runners.cuda.sampler import CudaSampler
 from runners.cuda.staging import Fetcher, PinnedRing
 
+_ADVANCED = "input_ids", "positions", "slot_mapping", "seq_lens", "pending_rows"  # of a graph's input, by one kernel
 _ROOM = 64 << 10  # bytes behind a graph's input for the sampling fields of a step
 _GRAPH_BYTES = 1 << 30  # that graphs are expected to take beside their pool's activations
 
@@ -102,6 +109,8 @@ class CudaModelRunner(PagedModelRunner):
         self.attention.warmup(kv_caches)
         if self.config.topology.samples:
             self._warm_sampler()
+        if self.config.engine.steps_per_message != 1:
+            self._warm_advance()
         pool = torch.cuda.graph_pool_handle() if self.plan.kinds else None
         # No closure here: after an out-of-memory error the traceback would keep the closure alive, and with it the
         # device memory.
@@ -130,6 +139,13 @@ class CudaModelRunner(PagedModelRunner):
             return cast(IntermediateTensors, hidden)
         logits = self.model.compute_logits(hidden)
         return logits, greedy(logits, m.sampled_rows, last)  # on every rank, since all have the same logits
+
+    def _warm_advance(self) -> None:
+        """Compile what advances a graph's input."""
+        m = self._empty(graph_dims(1, self.width)).to(self.device)
+        going, counts, out = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in (1, 1, (1, 1)))
+        stop_ids = torch.zeros(1, STOP_IDS, dtype=torch.int32, device=self.device)
+        elementwise.advance(m, counts.clone(), stop_ids, counts.clone(), going, counts, out, 0)
 
     def _warm_sampler(self) -> None:
         """Compile what a step's sampling may need."""
@@ -186,16 +202,28 @@ class CudaModelRunner(PagedModelRunner):
         graph = self._graph_for(values["max_query_len"], dims)
         return ({}, ()) if graph is None else (graph.dims, PENDING)
 
-    def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
-                intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
+    def _runs_as(self, m: PagedModelInput) -> DecodeGraph | None:
+        """The graph that this input runs as; None where it runs eagerly."""
         packed = packed_source(m)
         graph = None if packed is None else self._graph_for(m.max_query_len, packed.dims)
         if packed is None or packed.moved is None or graph is None or m.pending_rows is None or not (
                 graph.dims.items() <= packed.dims.items()):
+            return None
+        return graph
+
+    def _stage(self, m: PagedModelInput, graph: DecodeGraph) -> None:
+        """Bring the input to where its graph reads it."""
+        moved = packed_source(m).moved  # type: ignore[union-attr]  # an input that runs as a graph has it
+        if moved is not graph.staged:
+            graph.staged[:graph.size].copy_(moved[:graph.size])
+
+    def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
+        graph = self._runs_as(m)
+        if graph is None:
             with _memory("this step", "a smaller max_num_batched_tokens or memory_fraction"):
                 return super().forward(m, kv_caches, intermediate)
-        if packed.moved is not graph.staged:
-            graph.staged[:graph.size].copy_(packed.moved[:graph.size])
+        self._stage(m, graph)
         if graph.received is not None and intermediate is not None:
             for name in self.model.intermediates:
                 graph.received[name].copy_(intermediate[name])
@@ -221,6 +249,40 @@ class CudaModelRunner(PagedModelRunner):
         graph.graph.replay()
         logits: torch.Tensor = graph.results[0]  # type: ignore[index]
         return logits[:n]
+
+    def execute_steps(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput | None:
+        """Replays of one graph. Between them the device samples and advances the graph's input, without the host."""
+        graph = self._runs_as(m)
+        if graph is None or m.stop_ids is None:
+            return super().execute_steps(m, kv_caches)
+        self._stage(m, graph)
+        m, n, steps = copy.copy(m), m.num_samples, m.num_steps
+        for name in _ADVANCED:  # what sampling reads of them advances too
+            setattr(m, name, graph.input[name])
+        others = [f for f in type(m).schema.fields if f.array and f.name not in _ADVANCED and f.advance is not stays
+                  and m[f.name] is not None and f.name not in ("query_start_loc", "logits_indices")]
+        drawn = m.temperature is not None or bool(adjusting(m))
+        logits, greedy_ids = cast(tuple[torch.Tensor, torch.Tensor], graph.results)
+        going = torch.ones(n, dtype=torch.int32, device=self.device)
+        counts, out = torch.zeros_like(going), going.new_empty(n, steps)
+        outputs = list[SamplerOutput | None]()
+        for place in range(steps):
+            graph.graph.replay()
+            token_ids: torch.Tensor | None = greedy_ids[:n]
+            if drawn or m.num_logprobs >= 0:
+                outputs.append(self.sample(Forwarded(logits[:n], None, token_ids), m))
+                token_ids = self.pending.taken if drawn else token_ids
+            assert token_ids is not None
+            taken = Taken(F.pad(token_ids, (0, len(m.seq_lens) - n)), m.seq_lens > 0) if others else None
+            for field in others:
+                assert field.advance is not None
+                setattr(m, field.name, field.advance(m[field.name], m, taken))
+            elementwise.advance(graph.input, token_ids, m.stop_ids, m.max_new, going, counts, out, place)
+        if not self.config.topology.samples:
+            return None
+        output = joined(outputs, counts) or SamplerOutput(token_ids=out.view(-1), counts=counts,
+                                                          num_computed=counts - 1)
+        return output
 
     def sample(self, forwarded: Forwarded, m: PagedModelInput) -> SamplerOutput | None:
         if forwarded.token_ids is None or m.temperature is not None or adjusting(m):

@@ -89,3 +89,19 @@ def test_nothing_is_captured_or_allocated_in_steady_decoding(checkpoint: Checkpo
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert (runner.compiled, torch.cuda.memory_stats()["num_device_alloc"]) == (captured, allocated)
+
+
+@pytest.mark.parametrize("options", [{}, {"graphs": False}, {"async_scheduling": False},
+                                     {"device": SHARED, "tp": 2, "num_blocks": 2100}], ids=str)
+def test_several_steps_a_message_give_the_same_texts(options: dict[str, Any]) -> None:
+    """Greedy and drawn, with penalties and logprobs; no step waits for the device, captures or compiles."""
+    params = [SamplingParams(max_tokens=12, temperature=(0.0, 0.7)[i % 2], seed=i, logprobs=(None, 2)[i % 5 > 3],
+                             repetition_penalty=(1.0, 1.1)[i % 3 > 1]) for i in range(100)]
+    found = []
+    for steps in (1, 8):
+        with LLM(**{"device": "cuda", "dtype": "float32", "steps_per_message": steps, **options}) as llm:
+            compiled = llm.executor._worker.runner.compiled
+            outputs = llm.generate([p["prompt"] for p in PROBLEMS[:100]], params)
+            found.append([(o.token_ids, o.text, o.finish_reason) for o in outputs])
+            assert llm.executor._worker.runner.compiled == compiled
+    assert sum(a == b for a, b in zip(*found, strict=True)) >= 99

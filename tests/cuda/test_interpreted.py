@@ -159,3 +159,28 @@ def test_masks_that_arrive_after_a_replay_hold_for_its_tokens() -> None:
         assert all(token % 3 == i for i, token in enumerate(seqs[0].output_ids[:3]))
         found.append([seq.output_ids for seq in seqs])
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_several_decode_steps_are_replays_without_the_host_between() -> None:
+    """Greedy, and drawn with penalties and logprobs: the tokens are those of one step a message."""
+    sizes = {"num_blocks": 40, "max_num_seqs": 3, "block_size": 4, "max_model_len": 24, "dtype": "float32"}
+    params = [SamplingParams(max_tokens=5, ignore_eos=True), SamplingParams(max_tokens=8, logprobs=1),
+              SamplingParams(max_tokens=5, temperature=0.5, seed=3, repetition_penalty=1.2, logprobs=2)]
+    found, replays = [], [0]
+    for steps in (1, 4):
+        with LLM(device="cuda", steps_per_message=steps, **sizes) as llm:
+            runner = llm.executor._worker.runner
+            replays[0] = 0
+            for graph in runner.graphs.values():
+                def counted(replay: Callable[[], None] = graph.graph.replay) -> None:
+                    replays[0] += 1
+                    replay()
+
+                graph.graph.replay = counted
+            outputs = [o for p in (params[:1], params[1:]) for o in llm.generate(PROMPTS[:len(p)], p)]
+            found.append([(o.token_ids, o.text, o.finish_reason, [x.token_id for x in o.logprobs or ()],
+                           [x.rank for x in o.logprobs or ()]) for o in outputs])
+            if steps > 1:
+                assert replays[0] > llm.stats().steps
+    assert found[0] == found[1]

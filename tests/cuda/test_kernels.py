@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_paged_attention import draw_tensors, make_cache, one_by_one, specs_of
 
+from hal.contracts.advance import Taken
 from hal.contracts.inputs import PagedModelInput
+from hal.features.stopping import STOP_IDS
 from hal.models.ops import Ops
+from hal.paged.steps import goes_on
 from hal.testing.strategies import instances
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else the interpreter
@@ -213,3 +217,44 @@ def test_norm_and_gemv(dtype: torch.dtype, added: bool, rows: int, size: int) ->
         close(y, expected, dtype)
         assert torch.equal(sums, total)
         close(gemv(x, weight, bias, tile, gated=True, norm=given)[0], torch.nn.functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("count, padded, size", [(1, 1, 16), (5, 8, 4), (200, 224, 1)])
+def test_advance_in_place_is_what_the_fields_declare(count: int, padded: int, size: int) -> None:
+    from runners.cuda.kernels import elementwise
+
+    steps, rng = 3, torch.Generator().manual_seed(count)
+
+    def ints(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=rng, dtype=torch.int32)
+
+    lens = ints(1, 30, padded)
+    lens[count:] = 0
+    tables = ints(1, 99, padded, -(-33 // size))
+    at = (lens - 1).clamp(min=0)
+    blocks = tables.gather(1, (at // size)[:, None].long())[:, 0]
+    fields = {"input_ids": ints(0, 9, padded) * (lens > 0), "positions": at, "seq_lens": lens, "block_tables": tables,
+              "slot_mapping": torch.where(lens > 0, blocks * size + at % size, 0),
+              "query_start_loc": torch.arange(padded + 1, dtype=torch.int32).clamp(max=count),
+              "logits_indices": torch.arange(padded, dtype=torch.int32), "pending_rows": ints(-1, 4, padded),
+              "stop_ids": torch.where(ints(0, 2, padded, STOP_IDS) > 0, ints(0, 60, padded, STOP_IDS), -1),
+              "max_new": ints(1, steps + 1, padded)}
+    m = PagedModelInput(**{name: x.int().to(DEVICE) for name, x in fields.items()}, block_size=size, num_steps=steps,
+                        num_samples=count, max_query_len=1)
+    own = copy.copy(m)
+    for name in fields:
+        own.__dict__[name] = m[name].clone()
+    going, alive = torch.ones(count, dtype=torch.int32, device=DEVICE), m.seq_lens > 0
+    counts, out = torch.zeros_like(going), going.new_empty(count, steps)
+    expected = torch.zeros_like(counts)
+    for place in range(steps):
+        tokens = ints(-1, 60, count).to(DEVICE)
+        elementwise.advance(own, tokens, own.stop_ids, own.max_new, going, counts, out, place)
+        expected += alive[:count]
+        alive = goes_on(m, tokens, place + 1, alive)
+        m = m.advance(Taken(torch.nn.functional.pad(tokens, (0, padded - count)), alive))
+        assert torch.equal(out[:, place], tokens) and torch.equal(counts, expected)
+        assert torch.equal(going.bool(), alive[:count])
+        for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
+            assert torch.equal(own[name], m[name]), name
+        assert torch.equal(own.pending_rows[:count], m.pending_rows[:count])

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hal.contracts.inputs import PagedModelInput
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
@@ -78,6 +79,31 @@ def _resolve(input_ids, pending, last, out, count, BLOCK: tl.constexpr, PDL: tl.
     tl.store(out + at, tl.where(row < 0, known, tl.load(last + row, mask=here & (row >= 0), other=0)), mask=here)
 
 
+@triton.jit(do_not_specialize=["count", "width", "place", "steps"])
+def _advance(tokens, stop_ids, max_new, input_ids, positions, slots, seq_lens, pending, tables, going, counts, out,
+             count, width, place, steps, SIZE: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr,
+             PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < count
+    token = tl.load(tokens + at, mask=here, other=-1)
+    tl.store(out + at * steps + place, token, mask=here)
+    goes = tl.load(going + at, mask=here, other=0)
+    tl.store(counts + at, tl.load(counts + at, mask=here, other=0) + goes, mask=here)
+    goes = tl.where((token < 0) | (place + 1 >= tl.load(max_new + at, mask=here, other=0)), 0, goes)
+    for i in tl.static_range(STOPS):
+        goes = tl.where(tl.load(stop_ids + at * STOPS + i, mask=here, other=-1) == token, 0, goes)
+    tl.store(going + at, goes, mask=here)
+    place_of = tl.load(seq_lens + at, mask=here, other=0)  # the next token's position
+    column = place_of // SIZE
+    block = tl.load(tables + at.to(tl.int64) * width + column, mask=here & (goes != 0), other=0)
+    tl.store(slots + at, tl.where(goes != 0, (block - column) * SIZE + place_of, 0), mask=here)
+    tl.store(input_ids + at, tl.where(goes != 0, token, 0), mask=here)
+    tl.store(positions + at, tl.maximum(place_of + goes - 1, 0), mask=here)
+    tl.store(seq_lens + at, place_of + goes, mask=here)
+    tl.store(pending + at, tl.full((BLOCK,), -1, tl.int32), mask=here)
+
+
 def _warps(block: int) -> int:
     return min(max(block // 512, 1), 16)
 
@@ -118,6 +144,24 @@ def resolve(input_ids: torch.Tensor, pending: torch.Tensor, last: torch.Tensor) 
     n, out = len(input_ids), torch.empty_like(input_ids)
     _resolve[(triton.cdiv(n, 256),)](input_ids, pending, last, out, n, BLOCK=256, num_warps=4, **launch_options(out))
     return out
+
+
+def advance(m: PagedModelInput, tokens: torch.Tensor, stop_ids: torch.Tensor, max_new: torch.Tensor,
+            going: torch.Tensor, counts: torch.Tensor, out: torch.Tensor, place: int) -> None:
+    """ModelInput.advance in place, in one launch, for the fields that a graph of decode steps reads; and where each
+    sequence ends, as hal.paged.steps.goes_on has it.
+
+    Args:
+        m: the input of this step, which becomes that of the next. tokens: int32 [n] of this step, of the first n rows.
+        stop_ids, max_new: as in the input. place: the number of this step, from 0.
+        going, counts: int32 [n], which sequences took this step, and how many steps they took before; changed.
+        out: int32 [n, steps], of which column `place` takes the tokens.
+    """
+    n = len(tokens)
+    _advance[(triton.cdiv(n, 128),)](tokens, stop_ids, max_new, m.input_ids, m.positions, m.slot_mapping, m.seq_lens,
+                                     m.pending_rows, m.block_tables, going, counts, out, n, m.block_tables.shape[1],
+                                     place, out.shape[1], SIZE=m.block_size, STOPS=stop_ids.shape[1], BLOCK=128,
+                                     num_warps=4, **launch_options(out))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
