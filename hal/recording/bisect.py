@@ -216,8 +216,9 @@ class _Device:
             context = self.runner.forward_context(m, self.caches)
             hidden = self.runner.model(m.input_ids, m.positions, context, None)
             output = self.runner.sample(self.runner.head(hidden, m), m)
-        tokens: list[int] = self.runner.fetch(output)().token_ids.tolist()
-        return tokens
+        rows = self.runner.fetch(output)().rows()
+        width = max(map(len, rows), default=0)
+        return [token for row in rows for token in row + [-1] * (width - len(row))]
 
 
 def bisect(path: Path, device: str, against: str, *, model: str | None = None,

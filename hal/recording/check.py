@@ -77,6 +77,14 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
     _rows("rows", r.rows, lens)
     need("rows", len(r.rows) > 0, "none", "at least one row to compute")
     reached = r.num_computed.astype(np.int64) + r.num_scheduled
+    if r.draft_counts is not None and r.draft_tokens is not None:
+        drafts = r.draft_counts.astype(np.int64)
+        _within("draft_tokens", r.draft_tokens, 0, state.vocab_size - 1)
+        need("draft_counts", bool((drafts < r.num_scheduled).all()), drafts, f"below num_scheduled {r.num_scheduled}")
+        _within("draft_counts", reached, 1, state.token_ids.shape[1])
+        reached = reached - drafts
+        need("draft_counts", bool((reached == lens[r.rows])[drafts > 0].all()), drafts, "drafts behind a row's last "
+             "token alone")
     need("num_scheduled", bool((reached <= lens[r.rows]).all()), reached, f"at most the rows' tokens {lens[r.rows]}")
     _within("num_scheduled", r.num_scheduled.sum(dtype=np.int64), 1, engine.max_num_batched_tokens)
     _moves("blocks_to_copy", r.blocks_to_copy, (1, blocks), (1, blocks))

@@ -176,7 +176,10 @@ class Recording:
             inputs = inputs_of(requests, replace(engine, num_blocks=None), model, paged=paged)
         steps = [RecordedStep(r, m, None, s.stored) for r, m, s in zip(requests, inputs, steps, strict=True)]
         own: dict[str, Any] = {"num_blocks": 1 + max(context, int(blocks.max(initial=0))), "num_cpu_blocks": len(host),
-               "async_scheduling": False}
+               "async_scheduling": False, "speculate": None, "draft_model": None}
+        drafts = max((int(r.draft_counts.max(initial=0)) for r in requests if r.draft_counts is not None), default=0)
+        if drafts:  # the requests have them, so their runner needs no proposer of the file's choice
+            own |= {"speculate": "ngram", "speculative_tokens": drafts}
         ignored = {name: value for name, value in asdict(engine).items() if name not in (*HONOURED, *own)}
         ignored["model"] = named
         kept = {name: getattr(engine, name) for name in HONOURED}
@@ -262,10 +265,11 @@ def _check_tokens(i: int, step: RecordedStep, vocab_size: int) -> None:
     """Where the output is tokens, there are as many as the step samples."""
     if step.input is None or not isinstance(step.output, _TOKENS):
         return
-    rows, tokens = step.output.num_rows, step.output.token_ids
-    if rows != step.input.num_samples or (len(tokens) and int(tokens.max()) >= vocab_size):
+    rows, tokens, counts = step.output.num_rows, step.output.token_ids, step.input.sample_counts
+    expected = step.input.num_samples if counts is None else len(counts)
+    if rows != expected or (len(tokens) and int(tokens.max()) >= vocab_size):
         raise WireError(f"step {i} of the recording has other tokens than it samples", got=str(tokens.tolist())[:200],
-                        expected=f"{step.input.num_samples} ids below {vocab_size}")
+                        expected=f"those of {expected} rows, ids below {vocab_size}")
 
 
 def _fingerprints(*kinds: type[Declared]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 from collections.abc import Callable, Mapping
@@ -49,8 +50,10 @@ class RecordingExecutor:
         self.tokens_per_row, self.multi_step = executor.tokens_per_row, executor.multi_step
         self.kv_bytes_per_block = executor.kv_bytes_per_block
         dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
-        engine = replace(config.engine, num_blocks=executor.num_blocks or None,
-                         async_scheduling=False, dtype=dtype)
+        # A recorded request has its drafts, so no run of the recording needs the proposer.
+        speculate = None if config.engine.speculate is None else "ngram"
+        engine = replace(config.engine, num_blocks=executor.num_blocks or None, async_scheduling=False, dtype=dtype,
+                         speculate=speculate, draft_model=None)
         self.recording = Recording(engine, config.model, describe(config, backend),
                                    output_name=self.output_type.__name__)
         self._state = batch_state(config) if issubclass(self.input_type, PagedModelInput) else None
@@ -96,7 +99,11 @@ class _Handle:
     def result(self) -> Any:
         output = self._handle.result()
         if self._step is not None:
-            self._step.output = output
+            kept = output
+            if getattr(output, "draft_tokens", None) is not None:
+                kept = copy.copy(output)
+                kept.draft_tokens = None
+            self._step.output = kept
         return output
 
 
@@ -159,7 +166,8 @@ class FlightRecorder:
         config, m = self.config, self.last
         if m is None:
             raise WireError("only paged inputs can be recorded")
-        engine = replace(config.engine, num_blocks=len(self.slots), async_scheduling=False, num_cpu_blocks=0)
+        engine = replace(config.engine, num_blocks=len(self.slots), async_scheduling=False, num_cpu_blocks=0,
+                         speculate=None if config.engine.speculate is None else "ngram", draft_model=None)
         recording = Recording(engine, config.model, {**describe(config, self.backend), "rank": config.topology.rank,
                                                      "step": step, "error": f"{type(error).__name__}: {error}"})
         state = batch_state(config)
@@ -181,7 +189,13 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
     starts, lens, tables = (x.cpu().numpy() for x in (m.query_start_loc, m.seq_lens, m.block_tables))
     queries, size = np.diff(starts), m.block_size
     ends = m.logits_indices[:m.num_samples].tolist()
+    # Of each sequence with drafts, by its last token: their number. Its parameters are those of its first place.
+    drafts: dict[int, int] = {}
+    if m.sample_counts is not None:
+        counts = m.sample_counts.tolist()
+        drafts = {ends[last]: count - 1 for last, count in zip(np.cumsum(counts) - 1, counts, strict=True) if count > 1}
     last: list[tuple[Sequence, int, int]] = []
+    drafted: list[list[int]] = []
     requests: list[ExecuteModelRequest] = []
     digest, entered = 0, set[int]()
 
@@ -202,6 +216,7 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
         blocks = tables[row, :-(-length // size)].tolist()
         tokens = slots[blocks].reshape(-1)[:length].tolist()
         end, prompt, params, seed = int(starts[row + 1]) - 1, length, SamplingParams(), 0
+        proposed, tokens = tokens[length - drafts.get(end, 0):], tokens[:length - drafts.get(end, 0)]
         if end in ends:
             params, seed = _params(m, ends.index(end))
             prompt = length if m.prompt_lens is None else int(m.prompt_lens[ends.index(end)])
@@ -210,10 +225,14 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
         seq = Sequence(request_id=row, prompt_ids=tokens[:prompt], output_ids=tokens[prompt:], params=params, seed=seed,
                        limit=length + 1, row=row, blocks=blocks)
         last.append((seq, count, length - count))
+        drafted.append(proposed)
         for at in range(0, length - count, most):
             issue([(seq, min(most, length - count - at), at)])
     sampled = np.array([s.row for s, count, _ in last if int(starts[s.row + 1]) - 1 in ends], np.int32)
-    issue(last, {name: array for f in FEATURES for name, array in f.restore_request(m, sampled).items()})
+    arrays = {} if not drafts else {"draft_counts": np.array([len(some) for some in drafted], np.int32),
+                                    "draft_tokens": np.array([t for some in drafted for t in some], np.int32)}
+    sampled = np.repeat(sampled, [1 + drafts.get(int(starts[row + 1]) - 1, 0) for row in sampled])
+    issue(last, arrays | {name: array for f in FEATURES for name, array in f.restore_request(m, sampled).items()})
     return requests
 
 

@@ -141,11 +141,14 @@ def _compare(number: int, step: RecordedStep, old: Any, new: Any) -> Compared:
         error = max(_error(old, new, f.name) for f in fields if f.array)
         return Compared(number, 0, [], error, exact)
     flips: list[tuple[int, int, int, float | None]] = []
+    counts = step.input.sample_counts
+    # Of each row, its first place among the sampled ones.
+    first = range(old.num_rows) if counts is None else (counts.cumsum(0) - counts).tolist()
     width, found = len(old.token_ids) // max(old.num_rows, 1), new.rows()
     for row, tokens in enumerate(old.rows()):
         for place, (a, b) in enumerate(zip_longest(tokens, found[row], fillvalue=-1)):
             if a != b:
-                drawn = step.input.temperature is not None and float(step.input.temperature[row]) > 0
+                drawn = step.input.temperature is not None and float(step.input.temperature[first[row]]) > 0
                 gap = torch.inf if min(a, b) < 0 else None if drawn else _margin(old, row * width + place, b)
                 flips.append((row, a, b, gap))
     error = 0.0
