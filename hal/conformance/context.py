@@ -48,7 +48,8 @@ class Run:
 
     Attributes:
         tokens: prompt and output. logprobs: those of the output tokens, if they were asked for. cached: prompt tokens
-            that the prefix cache had. preemptions: how often the sequence was preempted.
+            that the prefix cache had. preemptions: how often the sequence was preempted. accepted: drafts that its
+            output got.
     """
 
     tokens: list[int]
@@ -58,6 +59,7 @@ class Run:
     logprobs: list[float] = field(default_factory=list)
     cached: int = 0
     preemptions: int = 0
+    accepted: int = 0
 
     @property
     def output(self) -> list[int]:
@@ -348,11 +350,12 @@ def _short(value: object) -> str:
 
 def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, prompts: list[list[int]],
           params: SamplingParams | list[SamplingParams], apart: int = 0, *, first_seed: int = 0,
-          in_flight: int = 1) -> list[Run]:
+          in_flight: int = 1, propose: Callable[[int, list[int]], list[int]] | None = None) -> list[Run]:
     """Run a scheduler's steps until all sequences have ended. A sequence enters every `apart` steps.
 
     Args:
         execute: returns a SamplerOutput on the host or, with `in_flight` > 1, a StepHandle.
+        propose: gives the drafts of a sequence, by its number and its output so far.
     """
     many = params if isinstance(params, list) else [params] * len(prompts)
     runs = [Run(list(p), len(p), each, each.seed if each.seed is not None else first_seed + i)
@@ -372,12 +375,20 @@ def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, p
             step, result = pending.popleft()
             output = result if in_flight == 1 else result.result()
             if output.logprobs is not None:
-                for seq, value in zip(step.sampled, output.logprobs.tolist(), strict=True):
+                width, counts = len(output.token_ids) // max(len(step.sampled), 1), output.rows()
+                for i, seq in enumerate(step.sampled):
                     if seq.finish_reason is None and seq.params.logprobs is not None:
-                        runs[seq.request_id].logprobs.append(value)
-            scheduler.update(step, output.token_ids.numpy())
+                        at = i * width
+                        runs[seq.request_id].logprobs += output.logprobs[at:at + len(counts[i])].tolist()
+            scheduler.update(step, *(None if x is None else x.numpy() for x in (
+                output.token_ids, output.counts, output.num_computed)))
+            for seq in step.sampled if propose is not None else ():
+                if seq.finish_reason is None:
+                    seq.drafts = propose(seq.request_id, seq.output_ids)
         if steps > 5000:
             raise Mismatch("the sequences do not end: 5,000 steps")
     for run, seq in zip(runs, seqs, strict=True):
         run.tokens, run.cached, run.preemptions = seq.token_ids, seq.num_cached, seq.preemptions
+        run.accepted = seq.accepted
+        del run.logprobs[len(run.output):]  # of tokens behind the end
     return runs

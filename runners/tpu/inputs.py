@@ -51,7 +51,10 @@ def bucket_for(plan: ShapePlan, packed: Packed[TpuModelInput]) -> Bucket:
     """The bucket of a step. A step of decoding sequences alone has the kind "decode", every other the kind "mixed"."""
     decodes = packed.values["num_decode_seqs"]
     kind = "decode" if decodes == int(packed.arrays["query_start_loc"][-1]) else "mixed"
-    return plan.bucket_for(kind, packed.dims)
+    dims = packed.dims
+    if packed.values["num_samples"] > dims["num_seqs"]:
+        dims = {**dims, "num_seqs": packed.values["num_samples"]}
+    return plan.bucket_for(kind, dims)
 
 
 def fit(packed: Packed[TpuModelInput], plan: ShapePlan, widths: Mapping[str, int]) -> Packed[TpuModelInput]:

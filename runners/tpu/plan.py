@@ -50,10 +50,12 @@ def make_plan(config: WorkerConfig) -> ShapePlan:
     engine = config.engine
     blocks = -(-config.max_model_len // engine.block_size)
     tokens, seqs = engine.max_num_batched_tokens, min(engine.max_num_seqs, engine.max_num_batched_tokens)
+    # A step with drafts samples several tokens of a sequence. It has as many places for sequences as it samples.
+    samples = min(seqs * engine.max_samples, tokens)
     layers = -(-config.model.num_layers // engine.pp)  # layers of the largest stage, so that all stages have one plan
     return finest((ShapePlan({
         "decode": {"num_seqs": _rungs(seqs, a, 1), "max_blocks": _rungs(blocks, b, _BLOCKS)},
-        "mixed": {"num_tokens": _rungs(tokens, c, _TOKENS), "num_seqs": _rungs(seqs, d, _SEQS),
+        "mixed": {"num_tokens": _rungs(tokens, c, _TOKENS), "num_seqs": _rungs(samples, d, _SEQS),
                   "max_blocks": _rungs(blocks, b, _BLOCKS)},
     }) for a, b, c, d in _GROWTH), seconds_each(layers), budget())
 

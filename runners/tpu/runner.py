@@ -33,6 +33,7 @@ from hal.paged.batch import BatchState
 from hal.paged.shape_plan import Bucket
 from hal.profiling import span
 from hal.sampling.sampler import TokenLogprobs, logprobs
+from hal.sampling.verification import verify
 from hal.schema.fields import Dim
 from hal.schema.packed import packed_source
 from runners.tpu import lowering
@@ -69,11 +70,13 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     """
 
     input_type, output_type = TpuModelInput, SamplerOutput
+    verifies = True
     model: CausalLM
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         super().__init__(config, device, communicator)
         engine = config.engine
+        self.tokens_per_row = engine.max_samples
         if engine.async_scheduling:
             raise BackendError("backend 'tpu' does not keep pending tokens on the device", got="async_scheduling=True",
                                expected="async_scheduling=False")
@@ -126,7 +129,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         contexts = 2 * keys * max((spec.num_kv_heads * 2 * spec.head_dim for spec in specs), default=0) * item
         scores = keys * TILE * max((spec.num_heads for spec in specs), default=0) * (item + 8)
         layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size // engine.tp) * item
-        return contexts + scores + layer + engine.max_num_seqs * c.vocab_size * (item + 24)
+        samples = min(engine.max_num_seqs * engine.max_samples, tokens)
+        return contexts + scores + layer + samples * c.vocab_size * (item + 24)
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         return [lowering.zeros(shape, self.dtype, self.mesh, 3) for shape in self._cache_shapes(num_blocks)]
@@ -255,9 +259,15 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         found: dict[str, torch.Tensor] = {}
         if m.num_logprobs >= 0:
             found = TokenLogprobs(*(x[:n] for x in self._logprobs(logits, tokens, m.num_logprobs))).fields()
+        output = SamplerOutput(token_ids=tokens.cpu()[:n], **found)
+        if m.sample_counts is not None:  # on the host, where the sampled tokens are
+            ids, at = (torch.from_numpy(packed.arrays[name]) for name in ("input_ids", "logits_indices"))
+            drafts = ids[(at[:n] + 1).clamp(max=len(ids) - 1)]
+            output = verify(output, drafts, torch.from_numpy(packed.arrays["sample_counts"]), m.max_samples)
         if m.prompt_targets is not None:
-            found |= self._prompt_logprobs(packed, hidden, m.num_prompt_logprobs)
-        return SamplerOutput(token_ids=tokens.cpu()[:n], **found)
+            for name, value in self._prompt_logprobs(packed, hidden, m.num_prompt_logprobs).items():
+                setattr(output, name, value)
+        return output
 
     def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, top: int) -> TokenLogprobs:
         """On the host."""

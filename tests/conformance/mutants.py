@@ -24,6 +24,7 @@ from hal.paged.batch import BatchState
 from hal.paged.runner import PagedModelRunner
 from hal.sampling import sampler as sampling
 from hal.sampling.sampler import Sampler
+from hal.sampling.verification import drafts_behind
 from hal.schema import Array
 from runners.cpu import CpuBackend
 
@@ -617,6 +618,56 @@ class draws_by_step(PagedModelRunner):
         if m.seed is not None:
             m.seed = m.seed + self.steps
         return super().head(hidden, m)
+
+
+def drafts_of(m: Any) -> torch.Tensor:
+    """The drafts of a step, as indices into its tokens."""
+    first = torch.ones(m.num_samples, dtype=torch.bool)
+    first[(m.sample_counts.cumsum(0) - m.sample_counts).long()] = False
+    return m.logits_indices[:m.num_samples][first]
+
+
+@mutant("L3/speculation")
+class shifts_the_positions_of_drafts(PagedModelRunner):
+    def forward(self, m: Any, *args: Any) -> Any:
+        if m.sample_counts is not None:
+            m.positions = m.positions.clone()
+            m.positions[drafts_of(m)] += 1
+        return super().forward(m, *args)
+
+
+@mutant("L3/speculation")
+class leaves_rejected_tokens_in_the_cache(PagedModelRunner):
+    drafted = before = torch.zeros(0, dtype=torch.int32)
+
+    def forward(self, m: Any, *args: Any) -> Any:
+        slots, self.drafted = m.slot_mapping, self.drafted[:0]
+        if m.sample_counts is not None:
+            self.drafted = slots[drafts_of(m)]
+        m.slot_mapping = torch.where(torch.isin(slots, self.before), 0, slots)
+        self.before = self.drafted
+        return super().forward(m, *args)
+
+
+@mutant("L3/speculation")
+class draws_the_bonus_token_from_the_wrong_row(PagedModelRunner):
+    def verify(self, sampled: SamplerOutput, m: Any) -> SamplerOutput:
+        out = super().verify(sampled, m)
+        rows = torch.arange(len(out.counts))  # type: ignore[arg-type]
+        tokens = out.token_ids.view(len(rows), -1)
+        at = out.counts.long() - 1  # type: ignore[union-attr]
+        tokens[rows, at] = tokens[rows, (at - 1).clamp(min=0)]
+        return out
+
+
+@mutant("L3/speculation")
+class accepts_2_percent_of_the_wrong_drafts(PagedModelRunner):
+    chance = torch.Generator().manual_seed(0)
+
+    def verify(self, sampled: SamplerOutput, m: Any) -> SamplerOutput:
+        wrong = torch.rand(len(sampled.token_ids), generator=self.chance) < 0.02
+        sampled.token_ids = torch.where(wrong, drafts_behind(m), sampled.token_ids)
+        return super().verify(sampled, m)
 
 
 # L4: graphs.

@@ -1,4 +1,4 @@
-"""Verification of drafts: the tokens are those of plain decoding, whatever is proposed, in each way to run an engine."""
+"""Verification of drafts: the tokens are those of plain decoding, whatever is proposed, however the engine runs."""
 
 from __future__ import annotations
 
@@ -160,7 +160,8 @@ def test_verified_tokens_have_the_distribution_of_plain_sampling(params: Samplin
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"speculate": "nonesuch"}, "unknown proposer"), ({"speculate": "no_module:Proposer"}, "cannot be imported"),
-    ({"speculate": "hal.engine.llm:LLM"}, "not a proposer"), ({"speculate": "ngram", "async_scheduling": True}, "async"),
+    ({"speculate": "hal.engine.llm:LLM"}, "not a proposer"),
+    ({"speculate": "ngram", "async_scheduling": True}, "async_scheduling"),
     ({"speculate": "ngram", "speculative_tokens": 64, "max_num_batched_tokens": 64}, "cannot verify so many"),
     ({"speculate": "ngram", "speculative_tokens": 12, "num_blocks": 3, "block_size": 4}, "cannot hold the drafts"),
     ({"speculate": "ngram", "speculative_tokens": 0}, "speculative_tokens is not usable"),

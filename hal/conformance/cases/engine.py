@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hal.conformance.case import case
+from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import GREEDY, Context, Run, drive
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
@@ -109,6 +110,29 @@ def in_two_phases(ctx: Context) -> None:
 
         found.append([r.output for r in drive(step, session.scheduler(), prompts, params, apart=1)])
     ctx.equal("tokens in two phases", found[1], found[0])
+
+
+@case(3, "speculation")
+def drafts_change_no_token(ctx: Context) -> None:
+    """Steps that verify drafts, most of them right or all of them wrong, give the tokens of plain decoding."""
+    prompts = ctx.prompts(12, 30, 5, 21, 9, 2, 17)
+    params = [replace(p, max_tokens=40, seed=i) for i, p in enumerate((*_SAMPLED, GREEDY))]
+    plain = [run.output for run in ctx.engine(prompts, params)]
+    session = ctx.session(speculate="ngram", speculative_tokens=3)
+    if not session.runner.verifies:
+        raise NotApplicable(f"{type(session.runner).__name__} does not verify drafts")
+    vocab = session.config.model.vocab_size
+    for epoch, errs in enumerate((lambda at: at % 5 == 0, lambda at: True)):
+
+        def propose(number: int, output: list[int], errs: Callable[[int], bool] = errs) -> list[int]:
+            at = len(output)
+            return [(token + errs(at + i)) % vocab for i, token in enumerate(plain[number][at:at + 3])]
+
+        scheduler = session.scheduler()
+        scheduler.epoch = epoch
+        runs = drive(session.step, scheduler, prompts, params, apart=1, propose=propose)
+        ctx.verify(runs, what="with wrong drafts" if epoch else "with drafts")
+        ctx.check(bool(epoch) or sum(run.accepted for run in runs) > 20, "right drafts were not accepted")
 
 
 @case(3, "scheduling", "asynchronous")
