@@ -375,15 +375,15 @@ def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, p
             step, result = pending.popleft()
             output = result if in_flight == 1 else result.result()
             if output.logprobs is not None:
-                width, counts = len(output.token_ids) // max(len(step.sampled), 1), output.rows()
+                width, rows = len(output.token_ids) // max(len(step.sampled), 1), output.rows()
                 for i, seq in enumerate(step.sampled):
                     if seq.finish_reason is None and seq.params.logprobs is not None:
                         at = i * width
-                        runs[seq.request_id].logprobs += output.logprobs[at:at + len(counts[i])].tolist()
-            scheduler.update(step, *(None if x is None else x.numpy() for x in (
-                output.token_ids, output.counts, output.num_computed)))
-            for seq in step.sampled if propose is not None else ():
-                if seq.finish_reason is None:
+                        runs[seq.request_id].logprobs += output.logprobs[at:at + len(rows[i])].tolist()
+            counts, computed = (None if x is None else x.numpy() for x in (output.counts, output.num_computed))
+            scheduler.update(step, output.token_ids.numpy(), counts, computed)
+            for seq in step.sampled:
+                if propose is not None and seq.finish_reason is None:
                     seq.drafts = propose(seq.request_id, seq.output_ids)
         if steps > 5000:
             raise Mismatch("the sequences do not end: 5,000 steps")
