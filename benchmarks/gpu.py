@@ -118,7 +118,8 @@ def profile(runner: Any, batch: int) -> None:
 def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_tokens: int = 100, **options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[shape]))
-        model = read_config(scratch)
+        impl = options.get("model_impl", "native")
+        model, name = read_config(scratch), shape if impl == "native" else f"{shape} ({impl})"
         begin = time.perf_counter()
         most = max(b for b, _ in cells)
         longest = max(p for _, p in cells) + new_tokens
@@ -126,9 +127,9 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         with LLM(scratch, device="cuda", random_weights=True, **options) as llm:
             start = time.perf_counter() - begin
             runner = llm.executor._worker.runner
-            print(f"{shape}: started in {start:.1f} s\n{runner.capture_report()}\n"
+            print(f"{name}: started in {start:.1f} s\n{runner.capture_report()}\n"
                   f"tiles {runner.ops.tiles}", flush=True)
-            RESULTS[f"{shape}_start_s"] = start
+            RESULTS[f"{name}_start_s"] = start
             for batch, prompt in cells:
                 time_batch(llm, model.vocab_size, batch, prompt, 8)
                 steps: int = options.get("steps_per_message", 1)
@@ -140,10 +141,10 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                 moved = bytes_per_step(model, "bfloat16", kv_dtype, batch, prompt + new_tokens // 2)
                 floor = moved / bandwidth
                 several = "" if steps == 1 else f", {steps} steps a message"
-                print(f"{shape} batch {batch:>4}, prompt {prompt:>5}{several}: {step * 1e3:7.3f} ms a step, "
+                print(f"{name} batch {batch:>4}, prompt {prompt:>5}{several}: {step * 1e3:7.3f} ms a step, "
                       f"{batch / step:9.0f} tok/s, {moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor "
                       f"({floor * 1e3:.2f} ms); bare graph {bare:.3f} ms, ratio {step * 1e3 / bare:.3f}", flush=True)
-                RESULTS[f"{shape}_{batch}x{prompt}{several}"] = {"ms": step * 1e3, "of_floor": floor / step,
+                RESULTS[f"{name}_{batch}x{prompt}{several}"] = {"ms": step * 1e3, "of_floor": floor / step,
                                                                  "bare_ms": bare}
                 if PROFILE:
                     profile(runner, graph.num_seqs)
@@ -155,6 +156,19 @@ def small(bandwidth: float) -> None:
         engine("qwen2-0.5b", [(1, 128), (32, 128)], bandwidth, new_tokens=8 * 64 + 1, steps_per_message=steps)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def impl(bandwidth: float) -> None:
+    """The native definition against the Transformers backend, on the same shape."""
+    shape, cells = "qwen2-0.5b", [(1, 128), (32, 128)]
+    for name in ("native", "transformers"):
+        engine(shape, cells, bandwidth, model_impl=name)
+        gc.collect()
+        torch.cuda.empty_cache()
+    for batch, prompt in cells:
+        native, other = (RESULTS[f"{name}_{batch}x{prompt}"]["ms"] for name in (shape, f"{shape} (transformers)"))
+        print(f"Transformers backend at batch {batch}: {native / other:.2f} of native's rate", flush=True)
+        RESULTS[f"impl_{batch}"] = native / other
 
 
 def steady() -> None:
@@ -273,6 +287,7 @@ def main() -> None:
     sections: dict[str, Callable[[], None]] = {
         "attention": lambda: attention(bandwidth),
         "small": lambda: small(bandwidth), "steady": steady,
+        "impl": lambda: impl(bandwidth),
         "serving": serving,
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,
                              max_num_batched_tokens=8192)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,12 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
     import transformers
     from transformers.models.auto import modeling_auto
 
-    from hal.models.skeleton import trace
-
+    try:
+        from hal.models.skeleton import config_object, trace
+    except ImportError as error:
+        raise ModelLoadError("this release of transformers is too old for the Transformers backend",
+                             got=f"transformers {transformers.__version__}", expected="transformers 5 or later",
+                             hint="a native definition needs no newer one: see docs/models.md") from error
     configs: Any = transformers.CONFIG_MAPPING
     causal: dict[str, Any] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
@@ -57,7 +60,7 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
                              expected=f"the causal language model of {kind}: {', '.join(classes)}")
     try:
         if known:
-            config = configs[kind].from_dict(json.loads(json.dumps(data)))
+            config = config_object(data)
         else:
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
         text = config.get_text_config(decoder=True)

@@ -204,6 +204,9 @@ def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored,
     if source.transposed:
         value = value.t()
     end = at + last - first
+    if not into.ndim:
+        into.copy_(value)
+        return
     filled = into.narrow(spec.filled, at, last - first)
     filled.copy_(value.view(filled.shape) if value.ndim != filled.ndim else value)  # a stored tensor lacks "part"
     if source is spec.sources[-1] and end < into.shape[spec.filled]:

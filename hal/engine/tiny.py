@@ -56,6 +56,8 @@ def tiny_config(kind: str, source: dict[str, Any] | None = None) -> Any:
         small: dict[str, Any] = {name: size for name, size in SIZES.items() if _may_change(full, name)}
         if "qk_rope_head_dim" in small and getattr(full, "head_dim", None) == full.qk_rope_head_dim:
             small["head_dim"] = small["qk_rope_head_dim"]
+        if "kv_lora_rank" in small and "num_key_value_heads" in small:  # keys are expanded to all heads
+            small["num_key_value_heads"] = small["num_attention_heads"]
         layers = getattr(full, "num_hidden_layers", 0)
         for name, value in values.items():
             if isinstance(value, list) and value and (len(value) == layers or name == "layer_types"):

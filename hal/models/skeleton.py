@@ -119,7 +119,16 @@ def load_config(config: ModelConfig) -> Any:
     assert config.source is not None
     if config.code:
         return transformers.AutoConfig.from_pretrained(config.code, trust_remote_code=True)
-    return transformers.CONFIG_MAPPING[config.source["model_type"]].from_dict(json.loads(json.dumps(config.source)))
+    return config_object(config.source)
+
+
+def config_object(source: Mapping[str, Any]) -> Any:
+    """Transformers' configuration object from the content of config.json, in which infinity is an object."""
+    def decoded(value: dict[str, Any]) -> Any:
+        return float(value["__float__"]) if value.keys() == {"__float__"} else value
+
+    return transformers.CONFIG_MAPPING[source["model_type"]].from_dict(
+        json.loads(json.dumps(source), object_hook=decoded))
 
 
 def trace(config: ModelConfig) -> Trace:

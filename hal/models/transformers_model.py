@@ -7,6 +7,8 @@ that get the same input are merged, which one traced forward pass shows (hal.mod
 from __future__ import annotations
 
 import fnmatch
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from hal.model_config import ModelConfig
 from hal.models import skeleton
 from hal.models.causal_lm import CausalLM
 from hal.models.layers import Build, Linear
+from hal.models.ops import Ops
 from hal.models.skeleton import AttentionCall, Trace, refuse
 from hal.weights import LinearSpec, Projection
 from hal.weights.base import canonical
@@ -200,6 +203,29 @@ class _Following(nn.Module):
         return found
 
 
+class _Norm:
+    """The forward pass of an RMSNorm as one of our operations."""
+
+    def __init__(self, ops: Ops, module: Any) -> None:
+        self.ops, self.weight, self.eps = ops, module.weight, module.variance_epsilon
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.rms_norm(x[0], self.weight, self.eps)[None]
+
+
+@cache
+def _is_rms_norm(kind: Any) -> bool:
+    """Whether a class that transformers marks as an RMSNorm computes what Ops.rms_norm does: tried on random numbers.
+    Some add 1 to the weight, or have none."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 3, 16, generator=generator), torch.rand(16, generator=generator)
+    try:
+        theirs = kind.forward(SimpleNamespace(weight=weight, variance_epsilon=1e-5), x)
+    except (AttributeError, TypeError):
+        return False
+    return torch.allclose(theirs, Ops().rms_norm(x, weight, 1e-5), rtol=1e-6, atol=1e-6)
+
+
 class _Parts:
     """Replaces the layers and parameters of a model of transformers by ours."""
 
@@ -252,6 +278,9 @@ class _Parts:
         for name, module in list(hf.named_modules()):
             if not isinstance(module, Linear):
                 self.own(name, module)
+                kind: Any = type(module)
+                if getattr(kind, "kernel_layer_name", None) == "RMSNorm" and _is_rms_norm(kind):
+                    module.forward = _Norm(self.build.ops, module)
 
     def style(self, name: str) -> str | None:
         """The entry of the tp plan for a module or parameter; None without tensor parallelism or an entry."""

@@ -1,0 +1,181 @@
+"""Models that no definition of hal runs: transformers' own code on this engine, and the certificates that admit it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hal.checkpoints.hf_config import read_config
+from hal.engine import certificates, certify
+from hal.engine.llm import LLM
+from hal.engine.tiny import save_tiny, tiny_config
+from hal.errors import ConfigError, ModelLoadError
+from hal.models.transformers_model import HfLinear, TransformersModel, _Merged, _Norm
+from hal.sampling.params import SamplingParams
+
+NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "deepseek_v3")
+
+
+@pytest.fixture(scope="module")
+def stablelm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("stablelm")
+    save_tiny(tiny_config("stablelm"), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if i else []) for i, kind in
+                                  enumerate(NOT_NATIVE)])
+def test_chunked_mixed_cached_and_decoded_tokens_are_those_of_transformers(kind: str) -> None:
+    made = certify.certify(kind)
+    assert made.admitted, made.reason
+    assert made.error is not None and made.error < certify.TOLERANCE
+    assert made.control is not None and made.control > 100 * made.error  # the cache ignored
+
+
+@pytest.mark.slow
+def test_two_ranks_of_each_kind_give_the_tokens_of_one() -> None:
+    made = certify.certify("qwen3_moe", topologies=("tp2", "pp2"))
+    assert (made.admitted, made.tp2, made.pp2) == (True, "held", "held")
+
+
+def test_the_comparison_refuses_wrong_results_and_a_test_that_cannot_fail() -> None:
+    right = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()
+    assert certify._difference([0], [float(right[0, 0])], right) == 0
+    assert certify._difference([0], [float(right[0, 0]) + 1e-3], right) == pytest.approx(1e-3)
+    assert certify._difference([1], [float(right[0, 1])], right) > 1  # its logprob is right, and the token is not
+    assert certify._difference([0], [float("nan")], right) == float("inf")
+    assert certify.judge(1e-6, 1.0) == ""
+    assert "differ" in certify.judge(1e-3, 1.0) and "differ" in certify.judge(float("nan"), 1.0)
+    assert "ignores its cache" in certify.judge(1e-6, 1e-3)
+
+
+def test_linear_layers_are_merged_and_norms_are_ours(checkpoint: Any) -> None:
+    with LLM(str(checkpoint("qwen3")), device="cpu", dtype="float32", model_impl="transformers") as llm:
+        model = llm.executor._worker.runner.model  # type: ignore[attr-defined]
+        assert isinstance(model, TransformersModel)
+        layer = model.base.layers[0]
+        assert isinstance(layer.self_attn.q_proj, _Merged) and len(layer.self_attn.q_proj.spec.projections) == 3
+        assert isinstance(layer.mlp.gate_proj, _Merged) and len(layer.mlp.gate_proj.spec.projections) == 2
+        assert isinstance(layer.self_attn.o_proj, HfLinear) and isinstance(layer.self_attn.q_norm.forward, _Norm)
+
+
+def test_both_implementations_of_one_checkpoint_give_the_same_tokens(checkpoint: Any) -> None:
+    params = SamplingParams(max_tokens=24)
+    tokens = []
+    for impl in ("native", "transformers"):
+        with LLM(str(checkpoint("qwen3")), device="cpu", dtype="float32", model_impl=impl) as llm:
+            tokens.append([o.token_ids for o in llm.generate([[5, 6, 7] * 9, [8]], params)])
+    assert tokens[0] == tokens[1]
+
+
+def test_a_native_definition_loads_no_modelling_code_of_transformers(checkpoint: Any) -> None:
+    code = ("import sys; from hal.engine.llm import LLM\n"
+            f"with LLM({str(checkpoint('qwen3'))!r}, device='cpu', dtype='float32') as llm: llm.generate([[1, 2]])\n"
+            "loaded = [m for m in sys.modules if m.startswith('transformers.models.') and '.modeling_' in m and\n"
+            "          '.auto.' not in m or m.startswith('hal.models.skeleton')]\n"
+            "assert not loaded, loaded")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize(("kind", "reason"), [
+    ("bamba", "never call the attention"), ("qwen3_next", "linear_attention"), ("falcon", "another attention function"),
+    ("llama4_text", "differ")])
+def test_a_refused_type_says_why(kind: str, reason: str) -> None:
+    row = certificates.table()["types"][kind]
+    assert not row["admitted"] and reason in row["reason"]
+
+
+def test_a_type_that_the_table_refuses_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    save_tiny(tiny_config("llama4_text"), tmp_path)
+    with pytest.raises(ModelLoadError, match="not certified") as raised:
+        LLM(str(tmp_path), device="cpu", dtype="float32")
+    assert "differ from transformers" in str(raised.value)
+
+
+def test_options_that_the_table_does_not_have_are_certified_at_load(stablelm: Path, monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def refuse(kind: str, source: Any) -> certify.Certificate:
+        asked.append(kind)
+        return certify.Certificate(kind, reason="as planted")
+
+    monkeypatch.setattr(certify, "certify", refuse)
+    certificates.admit(read_config(stablelm))  # the table has it
+    data = json.loads((stablelm / "config.json").read_text())
+    other = stablelm.parent / "other-options"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**data, "use_parallel_residual": True}))
+    with pytest.raises(ModelLoadError, match="as planted"):
+        certificates.admit(read_config(other, weights=False))
+    assert asked == ["stablelm"]
+
+
+def test_code_of_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({
+        "architectures": ["OwnForCausalLM"], "model_type": "own", "vocab_size": 96, "hidden_size": 64,
+        "num_hidden_layers": 2, "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}))
+    with pytest.raises(ModelLoadError, match="code of its own") as raised:
+        read_config(tmp_path)
+    assert "--trust-remote-code" in str(raised.value) and "certificate" in str(raised.value)
+
+
+def test_trusted_code_of_a_checkpoint_runs_and_is_said_to_be_uncertified(stablelm: Path, tmp_path: Path) -> None:
+    data = json.loads((stablelm / "config.json").read_text())
+    data |= {"model_type": "own_lm", "architectures": ["OwnForCausalLM"],
+             "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    (tmp_path / "own.py").write_text(
+        "from transformers import StableLmConfig, StableLmForCausalLM\n"
+        "class OwnConfig(StableLmConfig):\n    model_type = 'own_lm'\n"
+        "class OwnForCausalLM(StableLmForCausalLM):\n    config_class = OwnConfig\n")
+    (tmp_path / "model.safetensors").write_bytes((stablelm / "model.safetensors").read_bytes())
+    tokens = []
+    for path, options in ((stablelm, {}), (tmp_path, {"trust_remote_code": True})):
+        context = pytest.warns(UserWarning, match="no certificate") if options else pytest.MonkeyPatch.context()
+        with context, LLM(str(path), device="cpu", dtype="float32", **options) as llm:
+            tokens.append(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))[0].token_ids)
+    assert tokens[0] == tokens[1]
+
+
+def test_an_architecture_that_is_neither_native_nor_of_transformers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchForCausalLM"], "model_type": "no_such"}))
+    with pytest.raises(ModelLoadError, match="not supported") as raised:
+        read_config(tmp_path)
+    assert "NoSuchForCausalLM" in str(raised.value)
+
+
+def test_a_topology_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
+    save_tiny(tiny_config("biogpt"), tmp_path)
+    config = read_config(tmp_path)
+    from hal.config import Topology
+    from hal.contracts.communicator import LocalCommunicator
+    from hal.models import build_model
+    from hal.models.ops import Ops
+
+    with pytest.raises(ConfigError, match=r"BioGptForCausalLM: transformers declares no tensor-parallel plan"):
+        build_model(config, Topology(tp=2), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
+
+
+def test_the_documented_table_is_the_shipped_one() -> None:
+    page = Path(certificates.TABLE).parents[2] / "docs" / "architectures.md"
+    assert page.read_text(encoding="utf-8") == certificates.markdown()
+    admitted = [kind for kind, row in certificates.table()["types"].items() if row["admitted"]]
+    assert len(admitted) >= 80
+
+
+def test_a_row_of_the_shipped_table_is_current() -> None:
+    import transformers
+
+    row = certificates.table()["types"]["olmo2"]
+    if certificates.table()["transformers"] != transformers.__version__:
+        pytest.skip("the table was made with another release of transformers")
+    made = certify.certify("olmo2").row()
+    assert {n: made[n] for n in ("architecture", "admitted", "reason", "options")} == {
+        n: row[n] for n in ("architecture", "admitted", "reason", "options")}
