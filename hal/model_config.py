@@ -122,7 +122,7 @@ class ModelConfig:
         embedding_scale: multiplies the embeddings.
         experts: of the layers that have a mixture of experts.
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
-        source: the content of config.json where the Transformers backend runs the model (docs/models.md); None where a
+        source: the content of config.json where the Transformers backend runs the model (docs/transformers.md); None where a
             definition of hal.models does. code: the directory whose own Python code is the model's; None: the code is
             that of transformers.
         quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None

@@ -34,7 +34,7 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
     except ImportError as error:
         raise ModelLoadError("this release of transformers is too old for the Transformers backend",
                              got=f"transformers {transformers.__version__}", expected="transformers 5 or later",
-                             hint="a native definition needs no newer one: see docs/models.md") from error
+                             hint="a native definition needs no newer one: see docs/transformers.md") from error
     configs: Any = transformers.CONFIG_MAPPING
     causal: dict[str, Any] = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 

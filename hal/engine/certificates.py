@@ -87,8 +87,8 @@ def markdown(content: Mapping[str, Any] | None = None) -> str:
     admitted = {kind: row for kind, row in rows.items() if row["admitted"]}
     lines = ["# Architectures of the Transformers backend", "",
              f"`hal certify` made this page with transformers {content['transformers']}: {len(admitted)} types are "
-             f"admitted, {len(rows) - len(admitted)} are refused. [models.md](models.md) says what a certificate is.",
-             "", "## Admitted", "", "The error is the largest difference of a logprob from transformers in fp64. The "
+             f"admitted, {len(rows) - len(admitted)} are refused.",
+             "[transformers.md](transformers.md) says what a certificate is.", "", "## Admitted", "", "The error is the largest difference of a logprob from transformers in fp64. The "
              "control is the same for a run that ignores its cache.", "",
              "| type | class | error | control | tp=2 | pp=2 |",
              "| --- | --- | --- | --- | --- | --- |"]

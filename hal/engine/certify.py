@@ -121,8 +121,8 @@ def _compare(directory: str, oracle: Any, device: str, **topology: Any) -> tuple
 
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in _LENGTHS]
-    params = SamplingParams(max_tokens=_DECODED, logprobs=1)
-    first = SamplingParams(max_tokens=_DECODED, logprobs=1, prompt_logprobs=1)
+    params = SamplingParams(max_tokens=_DECODED, logprobs=1, ignore_eos=True)
+    first = SamplingParams(max_tokens=_DECODED, logprobs=1, prompt_logprobs=1, ignore_eos=True)
     worst = control = 0.0
     with LLM(directory, device=device, dtype="float32", block_size=4, max_num_batched_tokens=13, max_num_seqs=4,
              num_blocks=160, model_impl="transformers", **topology) as llm:

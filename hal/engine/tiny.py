@@ -62,7 +62,7 @@ def tiny_config(kind: str, source: dict[str, Any] | None = None) -> Any:
         for name, value in values.items():
             if isinstance(value, list) and value and (len(value) == layers or name == "layer_types"):
                 small[name] = (list(dict.fromkeys(value)) * LAYERS)[:LAYERS]
-        small |= {"bos_token_id": None, "eos_token_id": None}
+        small |= {"bos_token_id": 1, "eos_token_id": 2}
         if source:
             return make.from_dict({**source, **small})
         try:

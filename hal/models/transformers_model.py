@@ -210,20 +210,26 @@ class _Norm:
         self.ops, self.weight, self.eps = ops, module.weight, module.variance_epsilon
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.rms_norm(x[0], self.weight, self.eps)[None]
+        if x.ndim > 2 and len(x) == 1:
+            return self.ops.rms_norm(x[0], self.weight, self.eps)[None]
+        return self.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
 @cache
 def _is_rms_norm(kind: Any) -> bool:
-    """Whether a class that transformers marks as an RMSNorm computes what Ops.rms_norm does: tried on random numbers.
-    Some add 1 to the weight, or have none."""
+    """Whether a class of transformers computes what Ops.rms_norm does: tried on random numbers. Some of these classes
+    add 1 to the weight, or have none, or round elsewhere."""
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(1, 3, 16, generator=generator), torch.rand(16, generator=generator)
-    try:
-        theirs = kind.forward(SimpleNamespace(weight=weight, variance_epsilon=1e-5), x)
-    except (AttributeError, TypeError):
-        return False
-    return torch.allclose(theirs, Ops().rms_norm(x, weight, 1e-5), rtol=1e-6, atol=1e-6)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(1, 3, 16, generator=generator).to(dtype)
+        weight = torch.rand(16, generator=generator).to(dtype)
+        try:
+            theirs = kind.forward(SimpleNamespace(weight=weight, variance_epsilon=1e-5), x)
+        except (AttributeError, TypeError):
+            return False
+        if not torch.allclose(theirs, Ops().rms_norm(x, weight, 1e-5), rtol=1e-6, atol=1e-6):
+            return False
+    return True
 
 
 class _Parts:
@@ -279,7 +285,7 @@ class _Parts:
             if not isinstance(module, Linear):
                 self.own(name, module)
                 kind: Any = type(module)
-                if getattr(kind, "kernel_layer_name", None) == "RMSNorm" and _is_rms_norm(kind):
+                if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _is_rms_norm(kind):
                     module.forward = _Norm(self.build.ops, module)
 
     def style(self, name: str) -> str | None:
@@ -301,6 +307,8 @@ class _Parts:
         in_size = weights[0].shape[1]
         stored = [self.stored(f"{n}.weight").removesuffix(".weight") for n, _ in group]
         if module is self.hf.get_output_embeddings() and self.config.tie_embeddings:
+            if module.bias is not None:
+                raise refuse(self.config, "its head shares the embedding table, and has a bias", name)
             stored = [self.trace.embedding]
         whole = None if sharded else 1  # all ranks compute one head
         projections = tuple(Projection(n, w.shape[0], whole) for n, w in zip(stored, weights, strict=True))

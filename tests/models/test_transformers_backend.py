@@ -120,7 +120,8 @@ def test_options_that_the_table_does_not_have_are_certified_at_load(stablelm: Pa
 def test_code_of_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({
         "architectures": ["OwnForCausalLM"], "model_type": "own", "vocab_size": 96, "hidden_size": 64,
-        "num_hidden_layers": 2, "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}))
+        "num_hidden_layers": 2,
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}))
     with pytest.raises(ModelLoadError, match="code of its own") as raised:
         read_config(tmp_path)
     assert "--trust-remote-code" in str(raised.value) and "certificate" in str(raised.value)
