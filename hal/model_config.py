@@ -122,9 +122,9 @@ class ModelConfig:
         embedding_scale: multiplies the embeddings.
         experts: of the layers that have a mixture of experts.
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
-        source: the content of config.json where the Transformers backend runs the model (docs/transformers.md); None where a
-            definition of hal.models does. code: the directory whose own Python code is the model's; None: the code is
-            that of transformers.
+        source: the content of config.json where the Transformers backend runs the model (docs/transformers.md); None
+            where a definition of hal.models does. code: the directory whose own Python code is the model's; None: the
+            code is that of transformers.
         quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None
             where the weights are dense.
         eagle: of a head that proposes tokens for another model; None for a model by itself.

@@ -88,9 +88,9 @@ def markdown(content: Mapping[str, Any] | None = None) -> str:
     lines = ["# Architectures of the Transformers backend", "",
              f"`hal certify` made this page with transformers {content['transformers']}: {len(admitted)} types are "
              f"admitted, {len(rows) - len(admitted)} are refused.",
-             "[transformers.md](transformers.md) says what a certificate is.", "", "## Admitted", "", "The error is the largest difference of a logprob from transformers in fp64. The "
-             "control is the same for a run that ignores its cache.", "",
-             "| type | class | error | control | tp=2 | pp=2 |",
+             "[transformers.md](transformers.md) says what a certificate is.", "", "## Admitted", "",
+             "The error is the largest difference of a logprob from transformers in fp64. The control is the same for "
+             "a run that ignores its cache.", "", "| type | class | error | control | tp=2 | pp=2 |",
              "| --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {kind} | {row['architecture']} | {row['error']:.0e} | {row['control']:.1f} | {_cell(row['tp2'])} | "
               f"{_cell(row['pp2'])} |" for kind, row in admitted.items()]

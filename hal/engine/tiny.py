@@ -13,7 +13,7 @@ from hal.errors import ConfigError
 VOCAB, LAYERS, SHORT = 96, 4, 8  # SHORT: of windows, chunks and sparse selections
 # Sizes by the names that configurations of transformers give them.
 _SIZES = (
-    (64, "hidden_size n_embd d_model word_embed_proj_dim embedding_size attention_hidden_size"),
+    (64, "dim_model_base hidden_size n_embd d_model word_embed_proj_dim embedding_size attention_hidden_size"),
     (96, "intermediate_size ffn_dim n_inner ffn_hidden_size intermediate_size_mlp ffn_size dense_ffn_hidden_size "
         "shared_intermediate_size prefix_dense_intermediate_size"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers"),
@@ -28,12 +28,13 @@ _SIZES = (
         "moe_shared_expert_intermediate_size"),
     (256, "max_position_embeddings n_positions max_sequence_length max_seq_len seq_length"),
     (VOCAB, "vocab_size vocab_size_per_layer_input"),
-    (1, "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts moe_layer_start_index"),
+    (1, "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts moe_layer_start_index "
+        "scale_emb"),
     (0, "num_kv_shared_layers pad_token_id num_nextn_predict_layers zero_expert_num"),
     (SHORT, "sliding_window attention_window_size attention_chunk_size index_topk local_attention window_size"),
 )
 SIZES = {name: size for size, names in _SIZES for name in names.split()}
-_KEPT_NULL = ("sliding_window", "q_lora_rank", "num_global_key_value_heads", "attention_chunk_size")
+_KEPT_NULL = ("pad_token_id", "sliding_window", "q_lora_rank", "num_global_key_value_heads", "attention_chunk_size")
 
 
 def tiny_config(kind: str, source: dict[str, Any] | None = None) -> Any:
@@ -52,6 +53,9 @@ def tiny_config(kind: str, source: dict[str, Any] | None = None) -> Any:
     try:
         make: Any = CONFIG_MAPPING[kind]
         full = make.from_dict(dict(source)) if source else make()
+        if getattr(full, "sub_configs", None):
+            raise ConfigError("a model of several parts is no decoder alone", got=", ".join(sorted(full.sub_configs)),
+                              hint="its text part has a type of its own")
         values = full.to_dict()
         small: dict[str, Any] = {name: size for name, size in SIZES.items() if _may_change(full, name)}
         if "qk_rope_head_dim" in small and getattr(full, "head_dim", None) == full.qk_rope_head_dim:
@@ -69,6 +73,8 @@ def tiny_config(kind: str, source: dict[str, Any] | None = None) -> Any:
             return make(**small)
         except Exception:
             return make(**{n: v for n, v in small.items() if not isinstance(v, list)})
+    except ConfigError:
+        raise
     except Exception as error:  # the configuration class of any architecture
         raise ConfigError("this architecture's configuration cannot be made small", got=f"{kind}: {_said(error)}",
                           hint="hal certify builds a small model to compare with") from error

@@ -111,6 +111,8 @@ def make(config: ModelConfig, dtype: torch.dtype, device: str, experts: str = "g
                 model = build(load_config(config), **options)
     except Exception as error:  # the modelling code of any architecture
         raise refuse(config, "transformers cannot build it with another attention function", _said(error)) from error
+    with contextlib.suppress(Exception):  # some configurations take no None
+        model.config.pad_token_id = None  # otherwise some models look for padding in the tokens of every step
     return model.eval().requires_grad_(False)
 
 

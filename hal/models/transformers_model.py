@@ -127,6 +127,11 @@ class _Given(nn.Module):
 
     hidden: torch.Tensor
 
+    @property
+    def decoder(self) -> _Given:
+        """Some models call this part of the base model."""
+        return self
+
     def forward(self, *args: Any, **options: Any) -> _Hidden:
         return _Hidden(last_hidden_state=self.hidden)
 

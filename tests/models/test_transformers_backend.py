@@ -29,8 +29,8 @@ def stablelm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if i else []) for i, kind in
-                                  enumerate(NOT_NATIVE)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NOT_NATIVE)
 def test_chunked_mixed_cached_and_decoded_tokens_are_those_of_transformers(kind: str) -> None:
     made = certify.certify(kind)
     assert made.admitted, made.reason
@@ -65,6 +65,7 @@ def test_linear_layers_are_merged_and_norms_are_ours(checkpoint: Any) -> None:
         assert isinstance(layer.self_attn.o_proj, HfLinear) and isinstance(layer.self_attn.q_norm.forward, _Norm)
 
 
+@pytest.mark.slow
 def test_both_implementations_of_one_checkpoint_give_the_same_tokens(checkpoint: Any) -> None:
     params = SamplingParams(max_tokens=24)
     tokens = []
@@ -74,6 +75,7 @@ def test_both_implementations_of_one_checkpoint_give_the_same_tokens(checkpoint:
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.slow
 def test_a_native_definition_loads_no_modelling_code_of_transformers(checkpoint: Any) -> None:
     code = ("import sys; from hal.engine.llm import LLM\n"
             f"with LLM({str(checkpoint('qwen3'))!r}, device='cpu', dtype='float32') as llm: llm.generate([[1, 2]])\n"
@@ -171,6 +173,7 @@ def test_the_documented_table_is_the_shipped_one() -> None:
     assert len(admitted) >= 80
 
 
+@pytest.mark.slow
 def test_a_row_of_the_shipped_table_is_current() -> None:
     import transformers
 
