@@ -97,7 +97,7 @@ def controlled(args: argparse.Namespace) -> None:
         folders = {}
         for shape in filter(None, (args.shape, args.draft)):
             folders[shape] = Path(scratch) / shape
-            folders[shape].mkdir()
+            folders[shape].mkdir(exist_ok=True)
             (folders[shape] / "config.json").write_text(json.dumps(SHAPES[shape]))
         base: dict[str, Any] = {"device": "speculation:device", "random_weights": True, "max_model_len": 512,
                                 "max_num_seqs": max(args.batches), "prefix_caching": False, "graphs": not args.eager}

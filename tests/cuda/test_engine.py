@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import heads
 import parity
 import pytest
 import torch
@@ -35,6 +36,29 @@ def test_modes_agree(checkpoint: Checkpoint, name: str, options: dict[str, Any])
     """Eager, step by step, and from cached prefixes."""
     outputs, _ = parity.run(checkpoint(name), "cuda", max_num_seqs=8, **options)
     parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
+
+
+@pytest.mark.parametrize("options", [{}, parity.MODES["recompute"], {"max_num_batched_tokens": 16}], ids=str)
+@pytest.mark.parametrize("kind", ["draft", "itself", "eagle"])
+def test_drafts_of_a_model_change_nothing(checkpoint: Checkpoint, tmp_path: Path, kind: str, options: dict[str, Any],
+                                          ) -> None:
+    target = checkpoint("llama3-gqa")
+    draft = {"draft": checkpoint("qwen3"), "itself": target}.get(kind) or heads.save(
+        tmp_path / "head", vocab=checkpoints.VOCAB, hidden=64, drafts=80)
+    outputs, llm = parity.run(target, "cuda", max_num_seqs=8, speculate="eagle" if kind == "eagle" else "draft",
+                              draft_model=str(draft), **options)
+    parity.assert_parity(target, outputs, atol=5e-4)
+    stats = llm.stats()
+    assert stats.drafted_tokens > 0 and (kind != "itself" or stats.accepted_tokens > 0.95 * stats.drafted_tokens)
+
+
+@pytest.mark.parametrize("draft_tp", [1, 2])
+def test_a_draft_beside_a_target_of_two_ranks_that_share_the_gpu(checkpoint: Checkpoint, draft_tp: int) -> None:
+    target = checkpoint("llama3-gqa")
+    outputs, llm = parity.run(target, SHARED, max_num_seqs=8, memory_fraction=0.2, num_blocks=120, tp=2,
+                              speculate="draft", draft_model=str(target), draft_tp=draft_tp)
+    parity.assert_parity(target, outputs, atol=5e-4)
+    assert llm.stats().accepted_tokens > 0.9 * llm.stats().drafted_tokens > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hal.checkpoints.hf_config import read_config
-from hal.config import EngineConfig
+from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts.backend import select
 from hal.contracts.executor import make_executor
 from hal.engine.llm import LLM
@@ -81,6 +81,15 @@ def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
         runner = llm.executor._worker.runner
         assert [o.text for o in llm.generate(PROMPTS[:3])] == ANSWERS[:3]
         assert 4 in runner._views and 3 not in runner.graphs
+
+
+@pytest.mark.slow
+def test_a_draft_model_decodes_by_graphs() -> None:
+    with LLM(device="cuda", dtype="float32", speculate="draft", draft_model=str(BUNDLED_MODEL), speculative_tokens=2,
+             num_blocks=8, max_num_seqs=1, block_size=8, max_model_len=24) as llm:
+        assert llm.generate(PROMPTS[0])[0].text == ANSWERS[0]
+        stats, draft = llm.stats(), llm.executor._worker.runner.proposer.runner
+        assert draft.graphs and draft._inputs and stats.accepted_tokens == stats.drafted_tokens > 0
 
 
 def test_a_graph_that_cannot_be_captured_leaves_nothing_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
