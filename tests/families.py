@@ -39,7 +39,12 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         full_attention=_YARN, sliding_attention=dict(rope_type="default", rope_theta=5e5)))),
     "glm4": ("glm4", dict(head_dim=32)),
 }
-FAMILIES = {**DENSE}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", dict(num_local_experts=4, sliding_window=8)),
+    "qwen3-moe": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16,
+                                    mlp_only_layers=[1], norm_topk_prob=False)),
+}
+FAMILIES = {**DENSE, **MIXTURES}
 TOKENS = 64
 PROMPTS = checkpoints.prompts(3)
 LONG = [PROMPTS[0], PROMPTS[0][::-1]]  # transformers takes all of their frequencies from the long factors
@@ -63,6 +68,7 @@ def assert_parity(path: Path, prompts: list[list[int]], outputs: list[RequestOut
     """Each token is the best of transformers in fp64, or within the margin of it, after the tokens before it; and its
     log-probability is transformers'."""
     model = checkpoints.load(path, torch.float64)
+    model.config._experts_implementation = "eager"  # the grouped product has no fp64
     for prompt, output in zip(prompts, outputs, strict=True):
         logits = model(input_ids=torch.tensor([prompt + output.token_ids]), use_cache=False).logits[0]
         theirs = logits[len(prompt) - 1:-1].log_softmax(-1)

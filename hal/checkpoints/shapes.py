@@ -9,6 +9,7 @@ from typing import Any
 
 from hal.checkpoints.reader import (
     INT32,
+    MAX_EXPERTS,
     MAX_HEAD_DIM,
     MAX_HEADS,
     MAX_HIDDEN,
@@ -20,7 +21,7 @@ from hal.checkpoints.reader import (
 )
 from hal.checkpoints.stored import shown
 from hal.errors import ModelLoadError
-from hal.model_config import ModelConfig
+from hal.model_config import ExpertsConfig, ModelConfig
 
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
          "relu": "relu"}
@@ -145,6 +146,27 @@ def glm4(read: Reader, architecture: str) -> ModelConfig:
     return _decoder(read, architecture, vocab=151552, inner=13696, kv_heads=2, max_position=131072, layers=40,
                     head_dim=128, eos=(151329, 151336, 151338), eps=1.5625e-7, partial=0.5, interleaved=True,
                     qkv_bias=read.flag(True, "attention_bias"))
+
+
+def mixtral(read: Reader, architecture: str) -> ModelConfig:
+    layers, inner = read.size(32, MAX_LAYERS, "num_hidden_layers"), read.size(14336, MAX_INNER, "intermediate_size")
+    experts = ExpertsConfig(count=read.size(8, MAX_EXPERTS, "num_local_experts"), size=inner,
+                            per_token=read.size(2, MAX_EXPERTS, "num_experts_per_tok"), layers=tuple(range(layers)))
+    return _decoder(read, architecture, vocab=32000, inner=14336, kv_heads=8, max_position=131072, bos=1, eos=2,
+                    eps=1e-5, theta=1e6, experts=experts, windows=read.size(None, INT32, "sliding_window", null=None))
+
+
+def qwen3_moe(read: Reader, architecture: str) -> ModelConfig:
+    layers, bias = read.size(24, MAX_LAYERS, "num_hidden_layers"), read.flag(False, "attention_bias")
+    every, dense = read.size(1, INT32, "decoder_sparse_step"), read.layers("mlp_only_layers", layers)
+    experts = ExpertsConfig(
+        count=read.size(128, MAX_EXPERTS, "num_local_experts", "num_experts"),
+        per_token=read.size(8, MAX_EXPERTS, "num_experts_per_tok"), normalise=read.flag(False, "norm_topk_prob"),
+        size=read.size(768, MAX_INNER, "moe_intermediate_size"),
+        layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % every == 0))
+    window = read.size(4096, INT32, "sliding_window", null=None) if read.flag(False, "use_sliding_window") else None
+    return _decoder(read, architecture, vocab=151936, inner=6144, kv_heads=4, max_position=32768, hidden=2048,
+                    layers=24, qkv_bias=bias, out_bias=bias, qk_norm=True, experts=experts, windows=window)
 
 
 def _decoder(read: Reader, architecture: str, *, vocab: int, inner: int, kv_heads: int | None, max_position: int,

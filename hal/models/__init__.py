@@ -21,7 +21,7 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
 
     Raises:
         ConfigError: tp does not divide the heads or the MLP, or neither divides nor is a multiple of the key-value
-            heads; pp exceeds the layers; ep is given, and the model has no experts.
+            heads; pp exceeds the layers; ep is given, and the model has no experts or ep does not divide them.
     """
     tp, kv = topology.tp, config.num_kv_heads
     for name in ("num_heads", "intermediate_size"):
@@ -34,7 +34,13 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     if topology.pp > config.num_layers:
         raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
                           expected=f"at most num_layers ({config.num_layers})")
-    if topology.ep > 1:
+    if (experts := config.experts) is not None:
+        cut = tp // topology.ep
+        if experts.count % topology.ep or experts.size % cut:
+            raise ConfigError("the ranks cannot share the model's experts evenly",
+                              got=f"{experts.count} experts of {experts.size}, ep={topology.ep}, tp={tp}",
+                              expected="ep divides the experts, and tp / ep their inner size", hint="choose another ep")
+    elif topology.ep > 1:
         raise ConfigError("expert parallelism needs a model with experts", got=f"ep={topology.ep}",
                           expected=f"ep=1: {config.architecture} has no experts")
 

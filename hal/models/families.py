@@ -59,6 +59,8 @@ NATIVE = {
     "Phi3ForCausalLM": _family("phi3", "phi3", "dense:Phi3"),
     "Olmo2ForCausalLM": _family("olmo2", "olmo2", "dense:Olmo"),
     "Olmo3ForCausalLM": _family("olmo3", "olmo3", "dense:Olmo"),
+    "MixtralForCausalLM": _family("mixtral", "mixtral", "mixture:Mixtral"),
+    "Qwen3MoeForCausalLM": _family("qwen3_moe", "qwen3_moe", "mixture:QwenMoe"),
     "Glm4ForCausalLM": _family("glm4", "glm4", "dense:Glm4"),
 }
 

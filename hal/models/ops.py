@@ -11,7 +11,11 @@ from hal.weights.dense import DENSE
 
 if TYPE_CHECKING:
     from hal.contracts.attention import LayerAttention
+    from hal.models.experts import Experts
     from hal.models.layers import Linear
+
+
+_EXPERT_VALUES = 1 << 25  # values of experts' inner and outer layers that exist at once
 
 
 class Ops:
@@ -102,6 +106,36 @@ class Ops:
             x, residual = self.add_rms_norm(x, residual, weight, eps)
         y = layer(x)
         return (self.silu_mul(y) if gated else y), residual
+
+    def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
+        """The sum of the outputs of each token's experts, of this rank's part of them -> [n, hidden].
+
+        Args:
+            weights, chosen: [n, per_token], fp32 and the numbers of experts, of which this rank may hold only some.
+        """
+        count, k = layer.count, chosen.shape[1]
+        gate_up, down = layer.gate_up.view(count, -1, x.shape[1]), layer.down.view(count, -1, x.shape[1])
+        if not x.is_cpu:  # of one shape and without a wait for the device: every expert computes every token
+            share = torch.zeros(len(x), count + 1, device=x.device)
+            local = chosen - layer.first
+            local = local.masked_fill((local < 0) | (local >= count), count)
+            share = share.scatter_add(1, local, weights)[:, :count].t().unsqueeze(-1)
+            step = max(_EXPERT_VALUES // (len(x) * (gate_up.shape[1] + x.shape[1])), 1)  # bounds the memory
+            total = x.new_zeros(x.shape, dtype=torch.float32)
+            for i in range(0, count, step):
+                gate, up = (x @ gate_up[i:i + step].transpose(1, 2)).chunk(2, -1)
+                total += ((F.silu(gate) * up @ down[i:i + step]).float() * share[i:i + step]).sum(0)
+            return total.to(x.dtype)
+        order = chosen.flatten().argsort(stable=True)
+        loads = chosen.flatten().bincount(minlength=layer.first + count).tolist()
+        out, at = x.new_zeros(len(order), x.shape[1]), sum(loads[:layer.first])
+        for i, load in enumerate(loads[layer.first:layer.first + count]):
+            if load:
+                mine = order[at:at + load]
+                inner = self.silu_mul(F.linear(x.index_select(0, mine // k), gate_up[i]))
+                out.index_copy_(0, mine, inner @ down[i])
+                at += load
+        return (out.view(-1, k, x.shape[1]) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
                          begun: Any) -> torch.Tensor:

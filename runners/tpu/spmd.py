@@ -136,6 +136,9 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
     if engine.tp > 1 and config.qk_norm_whole:
         raise ConfigError("backend 'tpu' does not shard a norm over the whole of q and k", got=f"tp={engine.tp}",
                           expected="tp=1", hint=f"run {config.architecture} with tp=1, or on another device")
+    if engine.tp > 1 and config.experts is not None:
+        raise ConfigError("backend 'tpu' does not shard experts", got=f"tp={engine.tp}", expected="tp=1",
+                          hint=f"run {config.architecture} with tp=1, or on another device")
     mesh_ranks = Topology(engine.tp, engine.pp, ep=engine.ep).every_rank()
     topologies = [topology for topology in mesh_ranks if topology.pp_rank == pp_rank]
     communicator = MeshCommunicator(topologies[0], mesh) if engine.tp > 1 else LocalCommunicator()

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
+import torch
+import torch.nn.functional as F
+
+from hal.checkpoints.hf_config import read_config
+from hal.checkpoints.loader import load_weights
+from hal.config import Topology
+from hal.contracts.communicator import LocalCommunicator
+from hal.errors import ConfigError
+from hal.models import build_model, check_topology, ops
+from hal.models.ops import Ops
 
 Family = Callable[[str], Path]
 
@@ -44,9 +55,42 @@ def test_chunked_preempted_and_with_a_cached_prefix(family: Family, name: str) -
     assert stats.preemptions > 0 and stats.cached_tokens > before
 
 
+def test_experts_that_the_ranks_cannot_share_are_refused(family: Family) -> None:
+    config = read_config(family("qwen3-moe"))
+    check_topology(config, Topology(tp=2, ep=2))
+    for tp, ep in ((4, 4), (4, 1)):
+        model = config if ep == 4 else dataclasses.replace(config, experts=dataclasses.replace(config.experts, size=42))
+        with pytest.raises(ConfigError, match=r"cannot share the model's experts"):
+            check_topology(model, Topology(tp=tp, ep=ep))
+
+
+def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product of static shapes that devices with graphs use, beside the one that is grouped by expert."""
+    config = read_config(family("qwen3-moe"))
+    model = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("cpu"))
+    load_weights(model, family("qwen3-moe"))
+    layer = model.layers[0].mlp
+
+    monkeypatch.setattr(ops, "_EXPERT_VALUES", 9 * (80 + 64) * 2)  # two experts at once
+
+    class Elsewhere(torch.Tensor):
+        is_cpu = False
+
+    x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    weights, chosen = F.linear(x, layer.router).softmax(-1).topk(3, -1)
+    for layer.first, layer.count in ((0, 6), (2, 3)):
+        rows = slice(layer.first * layer.size, (layer.first + layer.count) * layer.size)
+        layer.gate_up = torch.nn.Parameter(model.layers[0].mlp.gate_up[:2 * layer.count * layer.size])
+        layer.down = torch.nn.Parameter(model.layers[0].mlp.down[:rows.stop - rows.start])
+        grouped = Ops().experts(x, weights, chosen, layer)
+        static = Ops().experts(x.as_subclass(Elsewhere), weights, chosen, layer)
+        torch.testing.assert_close(static.as_subclass(torch.Tensor), grouped)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "names"), [
-    ({"tp": 2}, ("phi3", "olmo2")), ({"pp": 2}, ("gemma3",))], ids=["tp2", "pp2"])
+    ({"tp": 2}, ("phi3", "olmo2", "mixtral")), ({"pp": 2}, ("gemma3",)),
+    ({"tp": 2, "ep": 2}, ("qwen3-moe",))], ids=["tp2", "pp2", "ep2"])
 def test_in_processes(family: Family, layout: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         with families.run(family(name), max_num_batched_tokens=13, **layout) as llm:
