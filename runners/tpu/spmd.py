@@ -67,16 +67,22 @@ class MeshCommunicator(LocalCommunicator):
 
     def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         """[R * n, size] -> [n, size], the same on every device."""
+        if self._is_alone(axis):
+            return super().all_reduce(x, axis)
         return lowering.shard(self._shares(x, axis).sum(0), self.mesh, None)
 
     def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         """[R * n, ...] -> [n, ...] with the shares side by side along `dim`, the same on every device."""
+        if self._is_alone(axis):
+            return super().all_gather(x, axis, dim)
         # One permutation of the sharded dimension is one all-gather; a concatenation would be a sum for each share.
         at = dim % x.ndim
         return lowering.shard(self._shares(x, axis).movedim(0, at).flatten(at, at + 1), self.mesh, None)
 
     def reduce_scatter(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
         """[R * n, ...] -> the parts of the sum along `dim`, one share after another."""
+        if self._is_alone(axis):
+            return super().reduce_scatter(x, axis, dim)
         total = self._shares(x, axis).sum(0)
         return lowering.shard(torch.cat(total.chunk(self.topology.tp, dim)), self.mesh, 0)
 
@@ -88,13 +94,21 @@ class MeshCommunicator(LocalCommunicator):
             raise InputError("a compiled program cuts all shares alike", got="send_sizes or recv_sizes",
                              expected="neither", fields=("send_sizes", "recv_sizes"),
                              hint="pad the rows for each rank to one number")
+        if self._is_alone(axis):
+            return super().all_to_all(x, axis)
         ranks, shares = self.topology.tp, self._shares(x, axis)
         parts = shares.view(ranks, ranks, -1, *x.shape[1:])
         return lowering.shard(parts.transpose(0, 1).reshape(x.shape), self.mesh, 0)
 
     def broadcast(self, x: torch.Tensor, axis: AxisName = "tp", source: int = 0) -> torch.Tensor:
         """[R * n, ...] -> [n, ...]: that share, the same on every device."""
+        if self._is_alone(axis):
+            return super().broadcast(x, axis, source)
         return lowering.shard(self._shares(x, axis)[source], self.mesh, None)
+
+    def _is_alone(self, axis: str) -> bool:
+        """Whether the axis has one rank. Every share is then complete, and a collective changes nothing."""
+        return self.topology.axis(axis).size == 1
 
     def _shares(self, x: torch.Tensor, axis: str) -> torch.Tensor:
         """[R, n, ...]. Raises BackendError: the axis is not that of the shares."""

@@ -208,6 +208,22 @@ class multiplies_in_lower_precision(Ops):
 
 
 @mutant("L2/linear")
+class takes_every_weight_for_a_dense_one(Ops):
+    schemes = None
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        return F.linear(x, layer.weight.to(x.dtype), layer.bias)
+
+
+@mutant("L2/linear")
+class forgets_the_bias_of_a_quantised_layer(Ops):
+    schemes = None
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        return super().linear(x, layer) if layer.is_dense else F.linear(x, layer.scheme.dequantize(layer))
+
+
+@mutant("L2/linear")
 class mangles_single_rows(Ops):
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         y = F.linear(x, layer.weight, layer.bias)

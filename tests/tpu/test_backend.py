@@ -54,6 +54,22 @@ def test_importing_loads_neither_torch_nor_torch_xla() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_collective_along_an_axis_of_one_rank_changes_nothing() -> None:
+    """The other axis has several ranks, whose shares lie side by side."""
+    import torch
+
+    from hal.config import Topology
+    from runners.tpu.spmd import MeshCommunicator
+
+    shares = torch.arange(12.0).view(4, 3)
+    for topology, axes in ((Topology(tp=2), ("pp", "ep")), (Topology(), ("tp", "pp", "ep"))):
+        communicator = MeshCommunicator(topology, None)
+        for axis in axes:
+            for collective in (communicator.all_reduce, communicator.all_gather, communicator.reduce_scatter,
+                               communicator.all_to_all, communicator.broadcast):
+                assert torch.equal(collective(shares, axis), shares), (topology, axis, collective)
+
+
 @pytest.mark.torch_release
 @pytest.mark.usefixtures("xla")
 def test_versions_tell_what_pjrt_sees() -> None:

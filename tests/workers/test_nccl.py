@@ -31,7 +31,7 @@ from workers.data.axes import ByAxis
 from workers.data.process_groups import TorchCommunicator
 from workers.executors.connections import connect
 from workers.links.groups import dist, make_group
-from workers.links.liveness import Lifelines
+from workers.links.liveness import PeerWatch
 from workers.worker.generic import Worker
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def close(*calls: Any) -> None:
     on_ranks(len(calls), lambda rank, _: calls[rank].close())
 
 
-def ended(thread: str = "hal-lifelines") -> bool:
+def ended(thread: str = "hal-peer-watch") -> bool:
     return all(t.name != thread for t in threading.enumerate())
 
 
@@ -77,7 +77,7 @@ class Pair:
         self.folder = tempfile.TemporaryDirectory()
         path = f"{self.folder.name}/store"
         store = dist.FileStore(path, 2)
-        self.process = subprocess.Popen([sys.executable, str(DYING), "lifelines of the data plane", path],
+        self.process = subprocess.Popen([sys.executable, str(DYING), "peers of the data plane", path],
                                         stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         kind = backend.collectives
@@ -86,7 +86,7 @@ class Pair:
         threading.Thread(target=self.meet, args=(topology, *theirs.groups()), daemon=True).start()
         self.groups: list[Group] = groups.groups()
         self.communicator = TorchCommunicator(topology, CPU, groups, kind, backend.runtime,
-                                              lifelines=Lifelines(topology, store, "the data plane"))
+                                              peers=PeerWatch(topology, store, "the data plane"))
         assert self.process.stdout.readline() == b"joined\n"
 
     @staticmethod
@@ -199,7 +199,7 @@ def test_an_error_that_nccl_reports_ends_the_groups(backend: StandInBackend) -> 
     links = joined(backend, tp=2, pp=1)
     next(g for g in backend.collectives.made if not g.small).error = ErrorType.COMM_ERROR
     communicators = [communicator for _, communicator in links]
-    lost = [c for c in communicators for _ in range(200) if time.sleep(0.01) or c._lifelines.lost][:1]
+    lost = [c for c in communicators for _ in range(200) if time.sleep(0.01) or c._peers.lost][:1]
     with pytest.raises(WorkerError, match="one is gone"):
         lost[0].check()
     close(*(link for rank in links for link in rank))
@@ -230,7 +230,7 @@ def test_ranks_that_leave_one_after_another_are_no_failure(backend: StandInBacke
     assert taken(driver)() == "tokens" and not any(group.aborted for group in mine)
     start = time.monotonic()
     driver.close()
-    assert time.monotonic() - start < 0.5 and not driver._lifelines
+    assert time.monotonic() - start < 0.5 and not driver._peers
     close(*(plane for plane, _ in links))
     assert all(group.aborted for group in backend.collectives.made)
 

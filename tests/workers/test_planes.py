@@ -162,7 +162,7 @@ class TestEveryPlane:
         # NCCL's stand-in joins threads: its other rank is a process that has the lifeline alone.
         topology, kind = Topology(pp=2), name
         if name == "nccl":
-            topology, kind = Topology(tp=2), "lifelines of the control plane"
+            topology, kind = Topology(tp=2), "peers of the control plane"
         with subprocess.Popen([sys.executable, str(DYING), kind, path], stdout=subprocess.PIPE) as other:
             plane = make(name, topology, store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"

@@ -34,7 +34,7 @@ from workers.control.planes import make_plane
 from workers.links import groups, rendezvous
 from workers.links import memory as shm
 from workers.links.groups import RendezvousStore, make_group
-from workers.links.liveness import Lifelines
+from workers.links.liveness import PeerWatch
 from workers.links.memory import Segment
 from workers.links.rendezvous import Rendezvous
 
@@ -263,12 +263,12 @@ def test_another_secret_than_the_ranks_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [b"x", b"." * 16, b"?" * 5000])
-def test_only_ranks_can_join_lifelines(first: bytes) -> None:
+def test_only_ranks_can_join(first: bytes) -> None:
     """Though others connect first, silent or not."""
     with intruder(first):
-        def join(rank: int, store: Any) -> Lifelines:
+        def join(rank: int, store: Any) -> PeerWatch:
             time.sleep(0.3 * rank)
-            return Lifelines(Topology(tp=3, rank=rank), store, "this test")
+            return PeerWatch(Topology(tp=3, rank=rank), store, "this test")
 
         made = on_ranks(3, join)
     assert len(made[0]._sockets) == 2 and not any(line.lost for line in made)

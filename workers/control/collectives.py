@@ -21,7 +21,7 @@ from hal.schema.packed import Buffer
 from workers.control.channel import Channel
 from workers.control.message import END_LIMIT, IN_FLIGHT, closed
 from workers.links.groups import Store, dist, lost, make_group
-from workers.links.liveness import Lifelines
+from workers.links.liveness import PeerWatch
 
 _NAP = 1e-3  # seconds between polls of a device, when the wait is already long
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ class CollectivePlane(ControlPlane):
         self._is_driver = topology.is_driver
         self._carrier = device if on_device else CPU
         self._stream: Any = runtime.stream(device) if on_device else None
-        self._lifelines = Lifelines(topology, store, "the control plane") if on_device else None
+        self._peers = PeerWatch(topology, store, "the control plane") if on_device else None
         self._steps, self._outputs = (Channel(self._host_memory if on_device else aligned_bytes) for _ in range(2))
         self._sending: deque[tuple[Any, torch.Tensor]] = deque()
         self._closed = False
@@ -66,8 +66,8 @@ class CollectivePlane(ControlPlane):
             self._all = make_group(collectives, store, "control", rank, topology.world_size, control=True)
             if source and rank in (0, source):
                 self._pair = make_group(collectives, store, "outputs", int(rank == source), 2, control=True)
-            if self._lifelines is not None:
-                self._lifelines.guard([group for group in (self._all, self._pair) if group is not None], collectives)
+            if self._peers is not None:
+                self._peers.guard([group for group in (self._all, self._pair) if group is not None], collectives)
                 self._meet()
         except BaseException:
             self.close()
@@ -96,8 +96,8 @@ class CollectivePlane(ControlPlane):
 
     def close(self) -> None:
         self._closed, self._all, self._pair = True, None, None
-        if self._lifelines is not None:
-            self._lifelines.close()
+        if self._peers is not None:
+            self._peers.close()
         self._sending.clear()
 
     def _meet(self) -> None:
@@ -150,18 +150,18 @@ class CollectivePlane(ControlPlane):
     def _wait(self, launch: Callable[[], Any]) -> None:
         try:
             work = self._issue(launch)
-            if self._lifelines is not None:
+            if self._peers is not None:
                 start = time.perf_counter()
                 while not work.is_completed():
-                    self._lifelines.check()
+                    self._peers.check()
                     time.sleep(min((time.perf_counter() - start) / 100, _NAP))
-                self._lifelines.check()  # an abort completes the operation too
+                self._peers.check()  # an abort completes the operation too
             work.wait()
         except RuntimeError as error:
             raise lost("the control plane", error) from error
 
     def _issue(self, launch: Callable[[], Any]) -> Any:
-        return launch() if self._lifelines is None else self._lifelines.issue(launch)
+        return launch() if self._peers is None else self._peers.issue(launch)
 
     def _gone(self, work: Any) -> bool:
         return self._stream is not None and work.is_completed()  # gloo's work cannot be polled

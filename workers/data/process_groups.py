@@ -24,7 +24,7 @@ from hal.contracts.inputs import IntermediateTensors
 from hal.guard import data_plane
 from workers.data.axes import ByAxis, all_tensors, as_bytes, check_received, cut, row_bytes, rows
 from workers.links.groups import lost
-from workers.links.liveness import LINGER, Lifelines
+from workers.links.liveness import LINGER, PeerWatch
 
 I = TypeVar("I", bound=IntermediateTensors)  # noqa: E741
 HOST = torch.device("cpu")
@@ -42,7 +42,7 @@ class TorchCommunicator:
             and, along "tp", at the end of a step. On the data plane's own group a check would meet another's
             collective.
         strict: stages compare theirs too. Gloo ends a process that is sent another size than it expects.
-        lifelines: where operations run on the device, which is then told at once that a rank is gone. Closed with the
+        peers: where operations run on the device, which is then told at once that a rank is gone. Closed with the
             rest.
 
     Raises (all methods):
@@ -52,7 +52,7 @@ class TorchCommunicator:
 
     def __init__(self, topology: Topology, device: torch.device, groups: ByAxis[Any], collectives: Collectives = GLOO,
                  runtime: DeviceRuntime | None = None, *, checks: Mapping[str, Any] | None = None, strict: bool = False,
-                 lifelines: Lifelines | None = None) -> None:
+                 peers: PeerWatch | None = None) -> None:
         self.topology, self.device, self.fingerprint = topology, device, Fingerprint()
         self._groups, self._runtime = groups, runtime or DeviceRuntime()
         self._pp: Any = groups["pp"]
@@ -60,7 +60,7 @@ class TorchCommunicator:
         self._stages = self._axes["pp"]
         on_device = collectives.on_device
         self._carrier = device if on_device else HOST
-        self._checks, self._strict, self._lifelines = checks or {}, strict, lifelines
+        self._checks, self._strict, self._peers = checks or {}, strict, peers
         self.capturable = self._on_device = on_device
         # On a device operations then run on the current stream, in order with all else there, captured or not; nothing
         # is waited for.
@@ -68,17 +68,17 @@ class TorchCommunicator:
         self._exchanges, self._source = AllToAllOptions(), BroadcastOptions()
         for options in (self._sums, self._gathers, self._parts, self._exchanges, self._source):
             options.asyncOp = False
-        if lifelines is not None:
+        if peers is not None:
             try:
-                lifelines.guard(groups.groups(), collectives)
+                peers.guard(groups.groups(), collectives)
                 self._meet()
             except BaseException:
                 self.close()
                 raise
 
     def check(self) -> None:
-        if self._lifelines is not None:
-            self._lifelines.check()
+        if self._peers is not None:
+            self._peers.check()
 
     def end_step(self) -> None:
         self.check()
@@ -183,16 +183,16 @@ class TorchCommunicator:
         return torch.frombuffer(bytearray(self.fingerprint.pack()), dtype=torch.uint8)
 
     def close(self) -> None:
-        lifelines, self._lifelines = self._lifelines, None
-        if lifelines is not None:
+        peers, self._peers = self._peers, None
+        if peers is not None:
             with contextlib.suppress(RuntimeError):  # the device has failed
                 issued, end = self._runtime.record(self.device), time.monotonic() + LINGER
-                while not (issued.query() or lifelines.lost or time.monotonic() > end):
+                while not (issued.query() or peers.lost or time.monotonic() > end):
                     time.sleep(1e-3)  # others need this rank's part, and their kernels may still use its memory
         self._groups.clear()
         self._pp, self._checks = None, {}
-        if lifelines is not None:
-            lifelines.close()
+        if peers is not None:
+            peers.close()
 
     def _meet(self) -> None:
         """Groups of a device connect at the first operation, and wait there for their ranks: here, where all come, from
@@ -245,7 +245,7 @@ class TorchCommunicator:
 
     def _run(self, what: str, launch: Callable[[], list[Any]]) -> None:
         try:
-            for work in launch() if self._lifelines is None else self._lifelines.issue(launch):
+            for work in launch() if self._peers is None else self._peers.issue(launch):
                 if work is not None:
                     work.wait()
         except RuntimeError as error:

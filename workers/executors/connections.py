@@ -20,7 +20,7 @@ from workers.data.axes import ByAxis
 from workers.data.process_groups import TorchCommunicator
 from workers.data.shared_memory import ShmCommunicator
 from workers.links.groups import Store, make_group
-from workers.links.liveness import Lifelines
+from workers.links.liveness import PeerWatch
 
 
 def connect(config: WorkerConfig, backend: Backend, device: torch.device,
@@ -60,6 +60,6 @@ def over_groups(topology: Topology, backend: Backend, device: torch.device, stor
     # Stages compare with each message that they send, and need no group for that.
     checks = ByAxis(topology, lambda axis: make("checks", GLOO, axis) if strict and axis.name != "pp" else None)
     groups = ByAxis(topology, partial(make, "data", collectives))
-    lifelines = Lifelines(topology, store, "the data plane") if collectives.on_device else None
+    peers = PeerWatch(topology, store, "the data plane") if collectives.on_device else None
     return TorchCommunicator(topology, device, groups, collectives, backend.runtime,
-                             checks=checks, strict=strict, lifelines=lifelines)
+                             checks=checks, strict=strict, peers=peers)

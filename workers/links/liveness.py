@@ -28,7 +28,7 @@ _ISSUE = 0.2  # seconds within which an operation is issued, unless the device's
 _LOOK = 1.0  # seconds between checks for errors that the collectives' library has found
 
 
-class Lifelines:
+class PeerWatch:
     """A connection between the driver and each other rank. The system closes it when one of them ends in any way. A
     rank that leaves in order says so before. All ranks make it at the same time.
 
@@ -53,10 +53,10 @@ class Lifelines:
                 host = local_address(store)
                 with socket.create_server((host, 0), backlog=topology.world_size) as server:
                     secret = os.urandom(_SECRET)
-                    store.set(f"lifelines of {name}", f"{secret.hex()} {host} {server.getsockname()[1]}")
+                    store.set(f"peers of {name}", f"{secret.hex()} {host} {server.getsockname()[1]}")
                     _admit(server, secret, topology.world_size - 1, self._sockets)
             else:
-                shown, host, port = bytes(store.get(f"lifelines of {name}")).decode().split()
+                shown, host, port = bytes(store.get(f"peers of {name}")).decode().split()
                 self._sockets.append(socket.create_connection((host, int(port)), CONNECT.total_seconds()))
                 self._sockets[0].sendall(bytes.fromhex(shown))
             for connection in self._sockets:  # a host that is gone closes nothing
@@ -69,7 +69,7 @@ class Lifelines:
         """Abort these groups, in this order, as soon as a rank is gone, or else in `close`. This ends the kernels that
         wait for the rank, and the calls that wait for the kernels. The list is emptied. Do not call this within a
         phase, since it starts a thread."""
-        self._thread = threading.Thread(target=self._watch, args=(groups, collectives), name="hal-lifelines",
+        self._thread = threading.Thread(target=self._watch, args=(groups, collectives), name="hal-peer-watch",
                                         daemon=True)
         self._thread.start()
 

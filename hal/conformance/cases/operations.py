@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from hal.config import Topology
 from hal.conformance import reference
-from hal.conformance.case import case
+from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import Context
 from hal.contracts.communicator import LocalCommunicator
 from hal.model_config import RopeConfig
-from hal.models.layers import Build, column
+from hal.models.layers import Build, Linear, column
 from hal.models.rope import cos_sin_table
-from hal.weights import Projection
+from hal.weights import Dim, LinearSpec, Projection, Scheme, WeightTensor
 
 _ROWS = (1, 2, 7, 33)  # decoding alone, a small batch, sizes that no vector width divides
 
@@ -56,6 +56,44 @@ def linear(ctx: Context) -> None:
             got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer), x.to(device))
             expected = F.linear(x.double(), w.double(), b.double() if bias else None)
             ctx.close("linear", got, expected, f"linear [{rows}, {in_size}] to {out_size}")
+
+
+class _RowScales(Scheme):
+    """int8 values and a scale for each output: a scheme that no backend can know."""
+
+    name = "conformance"
+
+    def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
+        return (WeightTensor("weight", (Dim("out"), Dim("in")), "int8"),
+                WeightTensor("scales", (Dim("out"),), "float32"))
+
+    def dequantize(self, layer: Linear) -> torch.Tensor:
+        return (layer.weight.float() * layer.get_parameter("scales")[:, None]).to(layer.dtype)
+
+
+@case(2, "linear", "checkpoints")
+def of_another_weight_scheme(ctx: Context) -> None:
+    """A weight of a scheme that the backend does not know, where its operations take every scheme."""
+    ops, device = _ops(ctx)
+    if ops.schemes is not None:
+        raise NotApplicable(f"{type(ops).__name__} takes weights of these schemes alone: {', '.join(ops.schemes)}")
+    scheme = _RowScales()
+    for rows in _ROWS:
+        for in_size, out_size, bias in ((64, 96, True), (96, 40, False)):
+            build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device, lambda name: scheme)
+            layer = column(build, in_size, [Projection("x", out_size)], bias=bias)
+            x, b = ctx.normal(rows, in_size), ctx.normal(out_size)
+            # Powers of two: the products have at most 7 significant bits, so every dtype holds them exactly.
+            scales = torch.from_numpy(2.0 ** ctx.rng.integers(-11, -8, out_size)).float()
+            values = torch.from_numpy(ctx.rng.integers(-127, 128, (out_size, in_size))).to(torch.int8)
+            layer.weight.data.copy_(values)
+            layer.get_parameter("scales").data.copy_(scales)
+            if layer.bias is not None:
+                layer.bias.data.copy_(b)
+            ops.pack_linear(layer)
+            got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer), x.to(device))
+            expected = F.linear(x.double(), values.double() * scales.double()[:, None], b.double() if bias else None)
+            ctx.close("linear", got, expected, f"linear [{rows}, {in_size}] to {out_size} of an int8 weight")
 
 
 @case(2, "norm", "checkpoints")
