@@ -122,6 +122,7 @@ def taken(communicator: Any, output: Any = "tokens") -> Callable[[], Any]:
     """What the driver's worker hands on of an output."""
     worker = Worker.__new__(Worker)
     worker.communicator, worker.runner = communicator, SimpleNamespace(fetch=lambda o: lambda: o)  # type: ignore[assignment]
+    worker.output_type = object  # type: ignore[assignment]  # outputs are any values here
     return worker.fetch(output)
 
 
