@@ -35,7 +35,7 @@ class CudaBackend(Backend):
     name = "cuda"
     priority = 10
     capabilities = Capabilities(contracts="2.0", dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64,
-                                fp8_kv=True, asynchronous=True, ray_resource="GPU")
+                                fp8_kv=True, asynchronous=True, ray_resource="GPU", token_cost=0.01)
     collectives: Collectives = NcclCollectives()
     runtime = CudaRuntime()
 
