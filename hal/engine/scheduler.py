@@ -239,8 +239,10 @@ class Scheduler:
         self._last[rows] = np.maximum(tokens[np.arange(len(rows)), counts - 1], 0)
         look = (counts < gains) | (self.length[rows] - self.unknown[rows] >= self._limit[rows]) | self._own_stops[rows]
         look |= (tokens < 0).any(1)
-        for token in self._eos.tolist():
-            look |= (tokens == token).any(1)
+        at_eos = self._ends_at_eos[rows]
+        if np.count_nonzero(at_eos):
+            for token in self._eos.tolist():
+                look |= at_eos & (tokens == token).any(1)
         failed = np.zeros(len(rows), np.int64)
         for i, (seq, of_row, count, close) in enumerate(zip(step.sampled, tokens.tolist(), counts.tolist(),
                                                             look.tolist(), strict=True)):
@@ -368,12 +370,12 @@ class Scheduler:
             steps //= 2
         else:
             return None
-        for i in short.tolist():
-            row = int(decodes[i])
+        grown, allocate = self._changes.grown, self.blocks.allocate
+        for row, count in zip(decodes[short].tolist(), missing[short].tolist(), strict=True):
             seq = self._at[row]
             assert seq is not None
-            for _ in range(int(missing[i])):
-                self._changes.grown.append((row, len(seq.blocks), block := self.blocks.allocate()))
+            for _ in range(count):
+                grown.append((row, len(seq.blocks), block := allocate()))
                 seq.blocks.append(block)
         self.capacity[decodes[short]] += missing[short] * self.block_size
         return gains if int(gains.max()) > 1 else None
