@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import families
 import parity
 import pytest
 import torch
@@ -101,3 +102,12 @@ def test_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
         LLM(path, device=TPU, async_scheduling=True, **SMALL)
     with pytest.raises((BackendError, WorkerError), match="CPU_NUM_DEVICES=2"):
         LLM(path, device=TPU, tp=2, **SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm4", "qwen3-moe"])
+def test_native_families(name: str, tmp_path: Path) -> None:
+    """An order of a head's entries of their own, and experts of static shapes."""
+    path = families.save(name, tmp_path / name)
+    with families.run(path, TPU, **{**SMALL, "max_num_batched_tokens": 13}) as llm:
+        families.assert_parity(path, families.PROMPTS, families.generate(llm, families.PROMPTS, 24))
