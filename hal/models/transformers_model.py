@@ -68,7 +68,12 @@ class TransformersModel(CausalLM):
 
     def declare_caches(self, build: Build) -> list[Any]:
         tp = build.topology.tp
-        return [_spec(self.config, call, tp) for call in self.trace.calls]
+        return [_spec(self.config, call, tp if self.shards(call) else 1) for call in self.trace.calls]
+
+    def shards(self, call: AttentionCall) -> bool:
+        """Whether the plan gives each rank some of the heads; otherwise it gathers the projections on every rank."""
+        return any(style == "colwise" and fnmatch.fnmatchcase(f"{call.module}.x", f"{pattern.rpartition('.')[0]}.x")
+                   for pattern, style in self.trace.tp_plan.items())
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
@@ -254,7 +259,7 @@ class _Parts:
             return
         if not self.trace.pp_plan:
             raise refuse(config, "transformers declares no pipeline plan for it", f"pp={topology.pp}")
-        base, before = getattr(self.hf, self.trace.base), True
+        base, table = getattr(self.hf, self.trace.base), self.hf.get_input_embeddings()
         for name in self.trace.pp_plan:
             owner = base if hasattr(base, name.rpartition(".")[2]) else self.hf
             name = name.rpartition(".")[2]
@@ -266,8 +271,7 @@ class _Parts:
                         child[i] = _Absent()
                 if not topology.is_first_stage:
                     child[stage.start].register_forward_pre_hook(self.received, with_kwargs=True)
-                before = False
-            elif not (topology.is_first_stage if before else topology.is_last_stage):
+            elif not (topology.is_first_stage if child is table else topology.is_last_stage):
                 setattr(owner, name, _Absent())
 
     def replace(self) -> None:
@@ -289,9 +293,15 @@ class _Parts:
         for name, module in list(hf.named_modules()):
             if not isinstance(module, Linear):
                 self.own(name, module)
+                if self.style(name) == "moe_tp_experts":
+                    module.register_forward_hook(self.sum)
                 kind: Any = type(module)
                 if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _is_rms_norm(kind):
                     module.forward = _Norm(self.build.ops, module)
+
+    def sum(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Each rank has a part of every expert's inner layer."""
+        return self.build.communicator.all_reduce(output)
 
     def style(self, name: str) -> str | None:
         """The entry of the tp plan for a module or parameter; None without tensor parallelism or an entry."""
