@@ -81,7 +81,8 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
 
     def chain(self) -> int:
         """The digest that the next step must carry: CRC-32 of this step's rows, tokens and blocks, over `digest`."""
-        crc = zlib.crc32(f"{self.epoch} {self.step} {self.num_steps}".encode(), self.digest)
+        step = f"{self.epoch} {self.step}" if self.num_steps == 1 else f"{self.epoch} {self.step} {self.num_steps}"
+        crc = zlib.crc32(step.encode(), self.digest)
         for array in (self.finished_rows, self.new_tokens, self.append_tokens, self.new_blocks, self.rows,
                       self.num_scheduled, self.num_computed):
             if len(array):

@@ -48,7 +48,7 @@ def _no_shard(path: Path) -> list[str]:
 
 
 def _architecture(path: Path) -> list[str]:
-    return ["--model", str(_model(path, architectures=["MambaForCausalLM"], model_type="mamba")), "1+1="]
+    return ["--model", str(_model(path, architectures=["UnheardOfForCausalLM"], model_type="unheard-of")), "1+1="]
 
 
 def _not_json(path: Path) -> list[str]:
@@ -76,8 +76,8 @@ def _more_layers(path: Path) -> list[str]:
     return ["--model", str(_model(path, num_hidden_layers=9)), "1+1="]
 
 
-def _yarn(path: Path) -> list[str]:
-    return ["--model", str(_model(path, rope_scaling={"rope_type": "yarn", "factor": 2.0})), "1+1="]
+def _unknown_rope(path: Path) -> list[str]:
+    return ["--model", str(_model(path, rope_scaling={"rope_type": "spiral", "factor": 2.0})), "1+1="]
 
 
 def _file(text: str | bytes) -> Make:
@@ -108,11 +108,10 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "weights of another vocabulary": (_other_vocabulary, ("'model.embed_tokens.weight'", "has the wrong shape",
                                                           "[16, 128]", "[17, 128]")),
     "weights of fewer layers": (_more_layers, ("lacks the tensor 'layers.4.",)),
-    "unsupported rope": (_yarn, ("rope type 'yarn', which is not supported", "llama3")),
+    "unsupported rope": (_unknown_rope, ("rope type 'spiral', which is not supported", "llama3")),
     "damaged config": (_not_json, ("config.json cannot be read", "expected: a JSON object")),
-    "unsupported architecture": (_architecture, (
-        "not supported", "MambaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM", "GPT2LMHeadModel")),
+    "unsupported architecture": (_architecture, ("architecture is not supported", "UnheardOfForCausalLM",
+                                                 "a native family, or a causal language model of transformers")),
     "damaged tokenizer": (_damaged_tokenizer, ("the tokenizer cannot be read", "give token ids")),
     "no tokenizer": (_no_tokenizer, ("no tokenizer", "prompt_token_ids")),
     "prompt longer than the context": (_args("1" * 600), ("longer than the context", "600 tokens", "at most 511")),
