@@ -104,7 +104,7 @@ class EngineConfig:
         for name, low in _INTEGERS.items():
             self._take(name, (int,), f"an integer from {low} to {_LARGEST}", low, _LARGEST)
         self._take("seed", (int,), "a 64-bit integer", -(2**63), 2**63 - 1)
-        if self.steps_per_message != "auto":
+        if not (isinstance(self.steps_per_message, str) and self.steps_per_message == "auto"):
             self._take("steps_per_message", (int,), f'an integer from 1 to {MOST_STEPS}, or "auto"', 1, MOST_STEPS)
         for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0)):
             self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)

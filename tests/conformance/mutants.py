@@ -545,14 +545,14 @@ class reuses_its_output(PagedModelRunner):
 
 @mutant("L3/output")
 class answers_before_it_is_done(PagedModelRunner):
-    late: tuple[Any, Any] | None = None
+    before: tuple[Any, Any] | None = None
 
     def execute_model(self, *args: Any) -> Any:
-        if self.late is not None:
-            self.late[0].copy_(self.late[1])
+        if self.before is not None:
+            self.before[0].copy_(self.before[1])
         out = super().execute_model(*args)
         unfinished = torch.zeros_like(out.token_ids)
-        self.late, out.token_ids = (unfinished, out.token_ids), unfinished
+        self.before, out.token_ids = (unfinished, out.token_ids), unfinished
         return out
 
 
@@ -741,7 +741,7 @@ class one_graph_is_stale(PagedModelRunner):
 class forgets_a_reduction(PagedModelRunner):
     def transform(self, model: Any) -> Any:
         for layer in model.layers:
-            layer.down.reduce = False
+            getattr(layer, "mlp", layer).down.reduce = False  # GPT-2 has no mlp
         return model
 
 

@@ -62,7 +62,7 @@ def assert_named(error: HalError, *words: str) -> None:
 
 
 @pytest.mark.parametrize(("room", "options", "what"), [
-    (32, {}, "device memory cannot hold the model's weights"),
+    (44, {}, "device memory cannot hold the model's weights"),
     (256, {"max_num_batched_tokens": 8192}, "device memory cannot hold this step"),  # that is tried at the start
     (1024, {}, "device memory cannot hold the KV cache")], ids=["weights", "step", "cache"])
 def test_memory_runs_out_at_the_start(limit: Limit, wide: Callable[..., LLM], room: int, options: dict[str, Any],
@@ -99,8 +99,8 @@ def test_memory_runs_out_while_capturing_graphs(limit: Limit, wide: Callable[...
 
     original, before = runner.capture, torch.cuda.memory_allocated()
 
-    def capture(empty: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
-        return original(empty, received, functools.partial(limited, limit, during, run), *more)
+    def capture(empty: Any, dims: Any, received: Any, run: Callable[..., Any], *more: Any) -> Any:
+        return original(empty, dims, received, functools.partial(limited, limit, during, run), *more)
 
     monkeypatch.setattr(runner, "capture", capture)
     try:

@@ -8,6 +8,7 @@ from proposing import Oracle
 from hal.engine.llm import LLM
 from hal.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("xla")
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7, 9]]
 
 
