@@ -16,7 +16,7 @@ from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
-from hal.errors import BackendError, ConfigError, StateError
+from hal.errors import BackendError, ConfigError, SchemaError, StateError
 from hal.schema import Declared
 from hal.schema.packed import Buffer
 from hal.speculation.runner import compose
@@ -64,9 +64,21 @@ class Worker(LocalOrDistributedWorkerBase):
         runner = self.backend.make_runner(self.config, self.device, communicator)
         self.runner = compose(runner, self.config, self.device, communicator)
         require_types(self.runner)
-        if self.config.engine.steps_per_message not in (1, "auto"):
-            require_steps(self.runner, self.config.engine.steps_per_message)
         self.two_phase, self.multi_step = self.runner.two_phase, self.runner.multi_step
+        steps = self.config.engine.steps_per_message
+        try:
+            if steps != 1:
+                require_steps(self.runner, steps)
+                self._require_steps_not_recorded(steps)
+        except (ConfigError, SchemaError):
+            if steps != "auto":
+                raise
+            self.multi_step = False  # the scheduler then gives one step to a message
+
+    def _require_steps_not_recorded(self, steps: int | str) -> None:
+        if self.flight_recorder is not None:
+            raise ConfigError("HAL_RECORD_ON_ERROR notes the tokens of one decode step for each message",
+                              got=f"steps_per_message={steps}", expected="steps_per_message=1")
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
