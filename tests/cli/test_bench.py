@@ -118,6 +118,7 @@ def test_a_config_file_that_nests_too_deeply(tmp_path: Path, capsys: pytest.Capt
     assert "hal: error: --model-config is neither" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_requests_that_arrive_by_themselves(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--device", "null", "--rate", "200,400", "--requests", "12", "--prompt-len", "6",
                  "--new-tokens", "5", "--num-blocks", "64", "--max-num-seqs", "4", "--json"]) == 0

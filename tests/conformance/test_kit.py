@@ -226,6 +226,7 @@ class OneDevice(NullBackend):
 one_device = OneDevice()
 
 
+@pytest.mark.slow
 def test_too_few_devices_are_no_failure() -> None:
     found = run(Options("test_kit:one_device", cases=("L5/layout/pp2_requests", "L5/failure/killed_rank_tp2"))).results
     assert [r.status for r in found] == ["n/a", "n/a"]

@@ -76,8 +76,8 @@ def test_ranks(ranks: dict[str, int]) -> None:
 
 @pytest.mark.slow
 def test_it_is_conformant() -> None:
-    report = run(Options(MODULE, examples=8))
-    assert report.verdict.startswith("Conformant L6 (float32, bfloat16)"), report.failed
+    report = run(Options(MODULE, examples=8, dtypes=("float32",)))
+    assert report.verdict.startswith("Conformant L6 (float32)"), report.failed
 
 
 @pytest.mark.parametrize("ranks", [{}, pytest.param({"pp": 2}, marks=pytest.mark.slow)])
