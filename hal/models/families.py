@@ -7,14 +7,13 @@ A package adds a family by an entry point of the group `hal.models`: its name is
 
 from __future__ import annotations
 
-import functools
 import importlib
-import os
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from hal.errors import ConfigError
+from hal.extensions import named
 
 GROUP = "hal.models"
 
@@ -100,15 +99,4 @@ def family_of(architecture: str) -> Family | None:
 
 def _others() -> dict[str, EntryPoint]:
     """By architecture."""
-    found = dict(_installed())
-    for item in filter(None, os.environ.get("HAL_MODELS", "").split(",")):
-        name, _, value = item.partition("=")
-        if not name or not all(value.partition(":")):
-            raise ConfigError("HAL_MODELS is not usable", got=item, expected="Architecture=module:attribute")
-        found[name] = EntryPoint(name, value, GROUP)
-    return found
-
-
-@functools.cache  # it reads the metadata of every installed package
-def _installed() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    return named(GROUP, "HAL_MODELS", "Architecture=module:attribute")

@@ -7,12 +7,12 @@ entry point group `hal.weights` names formats, and so does the environment varia
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from hal.errors import ConfigError, ModelLoadError
+from hal.extensions import named
 from hal.weights.base import LinearSpec, Scheme
 
 GROUP = "hal.weights"
@@ -76,10 +76,4 @@ def scheme_of(spec: LinearSpec, schemes: SchemeOf) -> Scheme:
 
 def _entries() -> dict[str, EntryPoint]:
     """By quant_method."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    for item in filter(None, os.environ.get("HAL_WEIGHTS", "").split(",")):
-        name, _, value = item.partition("=")
-        if not name or not all(value.partition(":")):
-            raise ConfigError("HAL_WEIGHTS is not usable", got=item, expected="quant_method=module:function")
-        found[name] = EntryPoint(name, value, GROUP)
-    return found
+    return named(GROUP, "HAL_WEIGHTS", "quant_method=module:function")
