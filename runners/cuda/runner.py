@@ -64,7 +64,6 @@ class CudaModelRunner(PagedModelRunner):
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
-        self._inputs: dict[int, PagedModelInput] = {}  # of a graph, by its batch size, for `decode_logits`
         self._views: dict[int, tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input, by its batch size
 
     def load_model(self, progress: Progress = no_progress) -> None:
@@ -103,7 +102,6 @@ class CudaModelRunner(PagedModelRunner):
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         super().warmup(kv_caches, progress)
         self._views.clear()
-        self._inputs.clear()
         self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
         self.ops.settle()
         self.attention.warmup(kv_caches)
@@ -238,9 +236,7 @@ class CudaModelRunner(PagedModelRunner):
         if n >= len(self._graph_at):
             return super().decode_logits(m, kv_caches)
         graph = self._graph_at[n]
-        inputs = self._inputs.get(graph.num_seqs)
-        if inputs is None:
-            inputs = self._inputs[graph.num_seqs] = self._empty(graph.dims).over(graph.staged)
+        inputs = graph.input
         for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
             inputs[name][:n].copy_(m[name])
             inputs[name][n:].zero_()  # padding writes the null block
@@ -280,9 +276,7 @@ class CudaModelRunner(PagedModelRunner):
             elementwise.advance(graph.input, token_ids, m.stop_ids, m.max_new, going, counts, out, place)
         if not self.config.topology.samples:
             return None
-        output = joined(outputs, counts) or SamplerOutput(token_ids=out.view(-1), counts=counts,
-                                                          num_computed=counts - 1)
-        return output
+        return joined(outputs, counts) or SamplerOutput(token_ids=out.view(-1), counts=counts, num_computed=counts - 1)
 
     def sample(self, forwarded: Forwarded, m: PagedModelInput) -> SamplerOutput | None:
         if forwarded.token_ids is None or m.temperature is not None or adjusting(m):
