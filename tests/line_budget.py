@@ -1,4 +1,8 @@
-"""The library's size has a ceiling: lines of hal + runners + workers that hold code.
+"""The library's size has two ceilings, in lines that hold code: one for the core and one for hal + runners + workers.
+
+The core is what a maintainer must know to change anything: contracts, schema, guard, features, paged, engine and
+workers. Its ceiling is the one that keeps ideas few. The rest are leaves (families of models, formats of weights,
+kernels, commands, the conformance kit): each is read when it is needed and deleted without touching the others.
 
 Blank lines, comments and docstrings are free, as in tinygrad, where the habit comes from: a ceiling must not make
 anybody document less.
@@ -10,7 +14,9 @@ import sys
 import tokenize
 from pathlib import Path
 
-BUDGET = 20_000
+BUDGET = 26_000
+CORE_BUDGET = 9_200
+CORE = ("hal/contracts", "hal/schema", "hal/guard", "hal/features", "hal/paged", "hal/engine", "workers")
 ROOT = Path(__file__).parents[1]
 _FREE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
          tokenize.ENDMARKER}
@@ -33,8 +39,9 @@ def code_lines(path: Path) -> int:
 def main() -> int:
     sizes = {path: code_lines(path) for top in ("hal", "runners", "workers") for path in (ROOT / top).rglob("*.py")}
     total = sum(sizes.values())
-    print(f"line budget: {total} of {BUDGET} lines of code in {len(sizes)} files")
-    return int(total > BUDGET)
+    core = sum(size for path, size in sizes.items() if path.relative_to(ROOT).as_posix().startswith(CORE))
+    print(f"line budget: {total} of {BUDGET} lines of code in {len(sizes)} files, {core} of {CORE_BUDGET} in the core")
+    return int(total > BUDGET or core > CORE_BUDGET)
 
 
 if __name__ == "__main__":
