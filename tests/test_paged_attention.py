@@ -136,10 +136,8 @@ def check_layers(cls: type[PagedAttention], specs: Sequence[AttentionSpec], dtyp
 @pytest.mark.parametrize(("spec", "name"), [(UNLIKE[1], "softcap"), (UNLIKE[2], "value_dim"), (UNLIKE[5], "value_dim"),
                                             (AttentionSpec(2, 2, 8, 0.4, sinks=torch.zeros(2)), "sinks")], ids=str)
 def test_what_an_attention_cannot_do_is_refused_with_an_alternative(spec: AttentionSpec, name: str) -> None:
-    from runners.tpu.attention import TpuAttention
-
     with pytest.raises(ConfigError, match=rf"(?s)does not support {name}.*attention layer 1.*--device cpu.*PagedAtt"):
-        TpuAttention([UNLIKE[0], spec])
+        refuse_unsupported([UNLIKE[0], spec], "mine")
     refuse_unsupported([spec], "mine", ("softcap", "value_dim", "sinks"))
 
 

@@ -25,12 +25,13 @@ class CudaAttention:
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype
-        refuse_unsupported(specs, "the CUDA attention")
+        refuse_unsupported(specs, "the CUDA attention", ("softcap", "sinks"))
         for dim in {spec.head_dim for spec in specs}:
             if dim > _MAX_DIM or dim % 2:
                 raise ConfigError("the CUDA attention kernels do not have this head_dim", got=dim,
                                   expected=f"even, at most {_MAX_DIM}",
                                   hint="run this model on --device cpu, or give the runner hal's PagedAttention")
+        self.asked = [_asked(spec) for spec in specs]
         self.kv_heads = {spec.num_kv_heads for spec in specs}
         self.units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -45,11 +46,12 @@ class CudaAttention:
 
     def warmup(self, kv_caches: Sequence[torch.Tensor]) -> None:
         """Compile all that a step of prompts and decoding sequences may need; the null block alone is read."""
-        for spec, layer in {spec: i for i, spec in enumerate(self.specs)}.items():
+        # Sinks do not count in comparisons, and whether there are any is a kernel of its own.
+        for spec, layer in {(spec, spec.sinks is None): (spec, i) for i, spec in enumerate(self.specs)}.values():
             cache = known(kv_caches[layer])
             q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
             tables, lens = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in ((1, 1), 2))
-            how: dict[str, Any] = {"scale": spec.scale, "window": spec.window}
+            how = _asked(spec)
             for few, splits in itertools.product((False, True), (1, 8, 9)):
                 kernels.decode(q, cache, tables, lens[:1], torch.empty_like(q), splits=splits, few=few, **how)
             for queries in (64, 65):
@@ -58,6 +60,11 @@ class CudaAttention:
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
+
+
+def _asked(spec: AttentionSpec) -> dict[str, Any]:
+    """Arguments of the kernels."""
+    return {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap, "sinks": spec.sinks}
 
 
 def known(cache: torch.Tensor) -> torch.Tensor:
@@ -69,7 +76,7 @@ class CudaStep:
     """One step: nothing here reads the device."""
 
     def __init__(self, attention: CudaAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
-        self.m, self.specs = m, attention.specs
+        self.m, self.specs, self.asked = m, attention.specs, attention.asked
         self.caches = [known(cache) for cache in kv_caches]
         tokens, seqs = len(m.input_ids), len(m.seq_lens)
         self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
@@ -96,10 +103,9 @@ class CudaStep:
         make = torch.empty if alone else torch.zeros
         out = make(q.shape, dtype=q.dtype, device=q.device)
         if n:
-            kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, scale=spec.scale, window=spec.window,
-                           splits=self.splits[spec.num_kv_heads], few=self.few[spec.num_kv_heads],
-                           new=new if alone else None)
+            kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, new=new if alone else None,
+                           splits=self.splits[spec.num_kv_heads], few=self.few[spec.num_kv_heads], **self.asked[layer])
         if m.max_query_len != 1 and len(m.seq_lens) > n:
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
-                            max_queries=self.max_queries, scale=spec.scale, window=spec.window)
+                            max_queries=self.max_queries, **self.asked[layer])
         return out.flatten(1)

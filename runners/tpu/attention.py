@@ -26,15 +26,16 @@ class TpuAttention:
     torch_xla's ragged kernel, which writes and gathers both at once.
 
     Args:
-        ranks: R. kernel: use the TPU's ragged kernel instead of the gather.
+        ranks: R. kernel: use the TPU's ragged kernel instead of the gather, unless a layer has a softcap or sinks.
 
     Raises:
-        ConfigError: a layer declares more than heads, a head_dim, a scale and a window.
+        ConfigError: a layer declares values of another size than keys.
     """
 
     def __init__(self, specs: Sequence[AttentionSpec], *, ranks: int = 1, kernel: bool = False) -> None:
-        refuse_unsupported(specs, "the TPU's attention")
-        self.specs, self.ranks, self.kernel = specs, ranks, kernel
+        refuse_unsupported(specs, "the TPU's attention", ("softcap", "sinks"))
+        self.specs, self.ranks = specs, ranks
+        self.kernel = kernel and all(spec.softcap is None and spec.sinks is None for spec in specs)
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
         return 1, num_blocks, block_size, self.ranks * 2 * spec.num_kv_heads, spec.head_dim
@@ -111,7 +112,13 @@ class TpuStep:
         q = q.view(ranks, tiles, self.queries, kv, heads // kv, dim)
         pages = pages.view(tiles, -1, ranks, kv, 2, dim)
         scores = torch.einsum("rnqkgd,ncrkd->rnkgqc", q, pages[..., 0, :]).float() * spec.scale
-        weights = scores.masked_fill(hidden[None, :, None, None], _HIDDEN).softmax(-1).to(q.dtype)
+        if spec.softcap is not None:
+            scores = torch.tanh(scores / spec.softcap) * spec.softcap
+        scores = scores.masked_fill(hidden[None, :, None, None], _HIDDEN)
+        if spec.sinks is not None:
+            sinks = spec.sinks.float().view(ranks, 1, kv, heads // kv, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., :hidden.shape[-1]].to(q.dtype)
         values = pages[..., 1, :].masked_fill(self.foreign, 0)
         out = torch.einsum("rnkgqc,ncrkd->rnqkgd", weights, values)
         out = out.reshape(ranks, tiles * self.queries, heads * dim)

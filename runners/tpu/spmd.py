@@ -10,7 +10,7 @@ summed; the compiler (GSPMD, arXiv 2105.04663) makes an all-reduce of the sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -182,6 +182,9 @@ def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: An
                 moved[parameter] = _together([found[name] for found in modules], key, parameter in multiplied, mesh)
             del module._parameters[key]
             setattr(module, key, moved[parameter])
+    for spec in model.attention_specs:
+        if spec.sinks is not None:
+            object.__setattr__(spec, "sinks", moved[cast(nn.Parameter, spec.sinks)])
     if hasattr(model, "embed"):
         tied = hasattr(model, "head") and getattr(model.head, "weight", None) is model.embed.weight
         model.embed = Embedding(model.embed.weight, tied, communicator)  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from test_paged_attention import draw_tensors, make_cache, one_by_one, specs_of
 
 from hal.contracts.advance import Taken
+from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.features.stopping import STOP_IDS
 from hal.models.ops import Ops
@@ -60,6 +62,28 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
         got, expected = (cache.permute(1, 3, 0, 2, 4)[~free(m, cache)]
                          for cache in (on_device[layer].cpu(), caches[layer]))
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), softcap=st.sampled_from((None, 0.7)),
+       sinks=st.booleans(), heads=st.sampled_from(((4, 4), (6, 2))), window=st.sampled_from((None, 3)),
+       splits=st.sampled_from((1, 2, 9)), units=st.sampled_from((1, 10_000)))
+@settings(max_examples=EXAMPLES // 2, deadline=None)
+def test_softcap_and_sinks(alone: bool, m: PagedModelInput, seed: int, softcap: float | None, sinks: bool,
+                           heads: tuple[int, int], window: int | None, splits: int, units: int) -> None:
+    """In decoding, whose contexts may be split, and in prompts. A part without a key may be the one with the sink."""
+    from runners.cuda.attention import CudaAttention
+
+    m = decoding(m) if alone and (m.query_start_loc.diff() > 0).all() else m
+    scores = torch.randn(heads[0], generator=torch.Generator().manual_seed(seed)) * 3 if sinks else None
+    spec = AttentionSpec(*heads, 16, 0.4, window, softcap=softcap, sinks=scores)
+    here = dataclasses.replace(spec, sinks=None if scores is None else scores.to(DEVICE))
+    attention = CudaAttention([here], device=DEVICE, dtype=torch.float32)
+    attention.dtype, attention.splits, attention.units = torch.float32, lambda *_: splits, units
+    cache = make_cache(attention, spec, m, seed)
+    q, k, v = draw_tensors(m, spec, seed, torch.float32)
+    got = attention.begin(moved(m), [cache.to(DEVICE)])(0, *(x.to(DEVICE) for x in (q, k, v)))
+    close(got, one_by_one(m, cache, spec, q, k, v), torch.float32)
 
 
 def free(m: PagedModelInput, cache: torch.Tensor) -> torch.Tensor:

@@ -72,9 +72,17 @@ def _tile(base, tables, start, end, kv_offset, block_stride, DIM: tl.constexpr, 
 
 
 @triton.jit
-def _attend(query, k, v, seen, best, total, acc, scale, PRECISION: tl.constexpr):
+def _capped(score, CAP: tl.constexpr):
+    """CAP * tanh(score / CAP); without a CAP, the score itself."""
+    if CAP > 0:
+        score = CAP - 2 * CAP / (tl.exp2(score * (2 * 1.4426950408889634 / CAP)) + 1)
+    return score
+
+
+@triton.jit
+def _attend(query, k, v, seen, best, total, acc, scale, CAP: tl.constexpr, PRECISION: tl.constexpr):
     """One tile into the running maximum, sum and output; it has a key."""
-    score = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * scale
+    score = _capped(tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * scale, CAP)
     score = tl.where(seen[None], score, -float("inf"))
     now = tl.maximum(best, tl.max(score, 1))
     old = tl.exp2((best - now) * 1.4426950408889634)
@@ -84,12 +92,12 @@ def _attend(query, k, v, seen, best, total, acc, scale, PRECISION: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
-def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, splits,
-            q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
+def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, sinks, part_out, part_max, part_sum, out,
+            splits, q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
             KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
-            JOINED: tl.constexpr, WRITE: tl.constexpr, ROTARY: tl.constexpr, EARLY: tl.constexpr,
-            BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-            PDL: tl.constexpr):
+            CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr, WRITE: tl.constexpr, ROTARY: tl.constexpr,
+            EARLY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+            PRECISION: tl.constexpr, PDL: tl.constexpr):
     if not EARLY:
         wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -130,17 +138,20 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
     total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     some, start = begin < end, begin
+    if SINKS:  # a head's sink is the score of a key without a value, which the first part has seen
+        best = tl.where(split == 0, tl.load(sinks + heads, mask=group < GROUP, other=0.0).to(tl.float32), best)
+        total = tl.where(split == 0, 1.0, total)
     if EARLY:
         if some:
-            best, total, acc = _attend(query, k, v, seen, best, total, acc, scale, PRECISION)
+            best, total, acc = _attend(query, k, v, seen, best, total, acc, scale, CAP, PRECISION)
         start += BLOCK_N
     for at in range(start, end, BLOCK_N):
         k, v, seen = _tile(base, mine, at, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
-        best, total, acc = _attend(query, k, v, seen, best, total, acc, scale, PRECISION)
+        best, total, acc = _attend(query, k, v, seen, best, total, acc, scale, CAP, PRECISION)
     if WRITE:
         some = some | writes
         if writes:
-            last = tl.sum(query.to(tl.float32) * k_last.to(tl.float32)[None], 1) * scale
+            last = _capped(tl.sum(query.to(tl.float32) * k_last.to(tl.float32)[None], 1) * scale, CAP)
             now = tl.maximum(best, last)
             old = tl.exp2((best - now) * 1.4426950408889634)
             p_last = tl.exp2((last - now) * 1.4426950408889634)
@@ -155,6 +166,8 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, part_
         inside = group < GROUP
         tl.store(part_max + part, best, mask=inside)
         tl.store(part_sum + part, total, mask=inside)
+        if SINKS:
+            some = some | (split == 0)
         if some:
             tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
@@ -179,10 +192,10 @@ def _join(part_out, part_max, part_sum, out, splits, DIM: tl.constexpr, BLOCK_S:
 
 
 @triton.jit(do_not_specialize=["first_seq", "table_stride"])
-def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_stride, kv_offset, block_stride,
+def _prefill(q, cache, tables, lens, starts, sinks, out, first_seq, q_stride, table_stride, kv_offset, block_stride,
              head_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
-             WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-             PRECISION: tl.constexpr, PDL: tl.constexpr):
+             WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     seq, head = tl.program_id(2) + first_seq, tl.program_id(1)
     start = tl.load(starts + seq)
@@ -198,12 +211,15 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
         place = length - queries + m  # of each query in its sequence
         best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
+        if SINKS:
+            best = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+            total += 1.0
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         base = cache + head // GROUP * head_stride
         lowest = length - queries + tile * BLOCK_M
         end = tl.minimum(lowest + BLOCK_M, length)
         begin = tl.maximum(lowest - WINDOW + 1, 0) // BLOCK_N * BLOCK_N if WINDOW > 0 else 0
-        factor = scale * 1.4426950408889634
+        factor = scale if CAP > 0 else scale * 1.4426950408889634
         for n in range(begin, end, BLOCK_N):
             key = n + at
             there = key < end
@@ -212,6 +228,8 @@ def _prefill(q, cache, tables, lens, starts, out, first_seq, q_stride, table_str
             real = there[:, None] & (dim[None] < DIM)
             k = tl.load(row[:, None] + dim[None], mask=real, other=0.0).to(query.dtype)
             score = tl.dot(query, tl.trans(k), input_precision=PRECISION) * factor
+            if CAP > 0:
+                score = _capped(score, CAP) * 1.4426950408889634
             if n + BLOCK_N > lowest or WINDOW > 0:
                 seen = key[None] <= place[:, None]
                 if WINDOW > 0:
@@ -259,9 +277,9 @@ def write_kv(q: torch.Tensor, new: New, cache: torch.Tensor) -> torch.Tensor:
 
 
 def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, out: torch.Tensor, *,
-           scale: float, window: int | None, splits: int, new: New | None = None,
-           few: bool = False) -> None:
-    """One query a sequence.
+           scale: float, window: int | None, splits: int, new: New | None = None, few: bool = False,
+           softcap: float | None = None, sinks: torch.Tensor | None = None) -> None:
+    """One query a sequence. scale, window, softcap, sinks: as in AttentionSpec.
 
     Args:
         q: [n, heads, head_dim], tokens may have gaps. tables: [n, blocks] int32. lens: [n] int32; 0 gives zeros.
@@ -283,20 +301,23 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     k, v, slots, rotary = new or New(q, q, lens)
     positions, table = rotary or (lens, lens)
     _decode[(n, kv_heads, splits)](
-        q, k, v, cache, tables, lens, slots, positions, table, part_out, part_max, part_sum, out, splits, q.stride(0),
-        k.stride(0), v.stride(0), tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), scale,
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size, WINDOW=window or 0, JOINED=splits > 1,
-        WRITE=new is not None, ROTARY=rotary is not None, EARLY=few and new is not None,
-        BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d, BLOCK_N=block_n,
-        PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages, **launch_options(q))
+        q, k, v, cache, tables, lens, slots, positions, table, lens if sinks is None else sinks, part_out, part_max,
+        part_sum, out, splits, q.stride(0), k.stride(0), v.stride(0), tables.stride(0), cache.stride(0),
+        cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
+        WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1, WRITE=new is not None,
+        ROTARY=rotary is not None, EARLY=few and new is not None, BLOCK_G=max(triton.next_power_of_2(group), 16),
+        BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages,
+        **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, splits, DIM=dim,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))
 
 
 def prefill(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, starts: torch.Tensor,
-            out: torch.Tensor, *, first_seq: int, max_queries: int, scale: float, window: int | None) -> None:
-    """Several queries a sequence, causal; their own keys are in the cache by now.
+            out: torch.Tensor, *, first_seq: int, max_queries: int, scale: float, window: int | None,
+            softcap: float | None = None, sinks: torch.Tensor | None = None) -> None:
+    """Several queries a sequence, causal; their own keys are in the cache by now. scale, window, softcap, sinks: as in
+    AttentionSpec.
 
     Args:
         q: [n, heads, head_dim] of the whole step, tokens may have gaps. starts: [seqs + 1] int32.
@@ -309,7 +330,8 @@ def prefill(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: to
     block_m, block_n = (32, 32) if wide or block_d > 128 else (128 if max_queries > 64 else 64, 64)
     grid = (triton.cdiv(max_queries, block_m), heads, lens.shape[0] - first_seq)
     _prefill[grid](
-        q, cache, tables, lens, starts, out, first_seq, q.stride(0), tables.stride(0), cache.stride(0), cache.stride(1),
-        cache.stride(2), scale, HEADS=heads, GROUP=heads // kv_heads, DIM=dim, SIZE=size, WINDOW=window or 0,
-        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32",
-        num_warps=8 if block_m == 128 else 4, num_stages=2 if wide or block_d > 128 else 3, **launch_options(q))
+        q, cache, tables, lens, starts, lens if sinks is None else sinks, out, first_seq, q.stride(0), tables.stride(0),
+        cache.stride(0), cache.stride(1), cache.stride(2), scale, HEADS=heads, GROUP=heads // kv_heads, DIM=dim,
+        SIZE=size, WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, BLOCK_M=block_m, BLOCK_D=block_d,
+        BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m == 128 else 4,
+        num_stages=2 if wide or block_d > 128 else 3, **launch_options(q))
