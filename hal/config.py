@@ -24,7 +24,8 @@ _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
              "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
              "draft_tp": 1}  # and the smallest value of each
-_OPTIONAL = ("max_model_len", "num_blocks", "async_scheduling", "speculate", "draft_model")  # may be None
+_OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling", "speculate",
+             "draft_model")  # may be None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,8 @@ class EngineConfig:
             whole experts, so ep adds no rank.
         max_model_len: longest prompt + output in tokens; None takes the model's context length.
         max_num_seqs: sequences in one step. max_num_batched_tokens: tokens in one step (longer prompts are chunked).
-        block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from free memory * memory_fraction.
+        block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from kv_cache_bytes, the bytes
+            that each rank gives its KV cache, or else from free memory * memory_fraction.
         num_cpu_blocks: host blocks that preempted sequences are swapped to; 0 recomputes them instead.
         prefix_caching: reuse the KV blocks of equal prefixes.
         async_scheduling: prepare a step before the tokens of the one before it are known on the host; None: where the
@@ -81,6 +83,7 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int | None = None
     num_cpu_blocks: int = 0
+    kv_cache_bytes: int | None = None
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     async_scheduling: bool | None = None
@@ -103,6 +106,7 @@ class EngineConfig:
         """Raises ConfigError, naming the option. Numbers of numpy and torch become Python's own."""
         for name, low in _INTEGERS.items():
             self._take(name, (int,), f"an integer from {low} to {_LARGEST}", low, _LARGEST)
+        self._take("kv_cache_bytes", (int,), "a number of bytes", 1, 2**63 - 1)
         self._take("seed", (int,), "a 64-bit integer", -(2**63), 2**63 - 1)
         if not (isinstance(self.steps_per_message, str) and self.steps_per_message == "auto"):
             self._take("steps_per_message", (int,), f'an integer from 1 to {MOST_STEPS}, or "auto"', 1, MOST_STEPS)

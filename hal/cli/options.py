@@ -26,6 +26,7 @@ ENGINE_HELP = {
     "block_size": "tokens per KV block",
     "num_blocks": "KV blocks",
     "num_cpu_blocks": "KV blocks on the host, for preempted sequences; 0 recomputes them",
+    "kv_cache_bytes": "bytes of each rank's KV cache, where num_blocks does not size it",
     "memory_fraction": "share of the free memory that the KV cache may take",
     "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
     "steps_per_message": "decode steps that ranks take for one message, or auto: 8 while no request waits",
@@ -45,7 +46,7 @@ ENGINE_HELP = {
     "model_impl": "a definition of hal, or transformers' modelling code",
 }
 _UNSET = {"speculate": "nothing", "draft_model": "none",
-         "max_model_len": "the model's context", "num_blocks": "from free memory",
+         "max_model_len": "the model's context", "num_blocks": "from free memory", "kv_cache_bytes": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}
 

@@ -138,6 +138,12 @@ def test_given_size_is_checked() -> None:
     assert count_blocks(given, free=10_000, reserve=100, per_block=10, host_memory=True) == 20
     with pytest.raises(CapacityError, match="memory cannot hold"):
         count_blocks(given, free=300, reserve=100, per_block=10, host_memory=True)
+    by_bytes = config(kv_cache_bytes=209)
+    assert count_blocks(by_bytes, free=10_000, reserve=100, per_block=10, host_memory=True) == 20
+    with pytest.raises(CapacityError, match="memory cannot hold"):
+        count_blocks(by_bytes, free=300, reserve=100, per_block=10, host_memory=True)
+    with pytest.raises(CapacityError, match="too small for one sequence"):
+        count_blocks(config(kv_cache_bytes=169), free=10_000, reserve=0, per_block=10, host_memory=True)
     small = dataclasses.replace(given, engine=engine(num_blocks=16))
     with pytest.raises(CapacityError, match="too small for one sequence") as error:
         count_blocks(small, free=10_000, reserve=0, per_block=10, host_memory=True)

@@ -18,8 +18,8 @@ IDLE = WorkerInput()  # shared by all steps without moves, which are most; never
 
 def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: int, host_memory: bool,
                  row_states: bool = False) -> int:
-    """KV blocks of this rank, the null block included: EngineConfig.num_blocks, or what the memory holds. 0 where the
-    rank keeps no blocks, and the model no states of rows.
+    """KV blocks of this rank, the null block included: EngineConfig.num_blocks, or as many as kv_cache_bytes or the
+    memory hold. 0 where the rank keeps no blocks, and the model no states of rows.
 
     Args:
         free: bytes this rank may allocate, its weights already loaded. reserve: bytes of them that steps need.
@@ -38,12 +38,16 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
     each = -(-length // engine.block_size)
     # Blocks cost nothing on a rank that keeps none. The scheduler still counts tokens by them.
     fitting = max(budget, 0) // per_block if per_block else max(engine.num_blocks or 0, engine.max_num_seqs * each + 1)
-    wanted = engine.num_blocks or each + 1
+    asked = engine.num_blocks
+    if asked is None and engine.kv_cache_bytes is not None and per_block:
+        asked = engine.kv_cache_bytes // per_block
+    wanted = each + 1 if asked is None else asked
     if wanted < each + 1:
         raise CapacityError("the KV cache is too small for one sequence of max_model_len",
                             got=f"num_blocks={wanted} of {engine.block_size} tokens, one of them the null block",
                             expected=f"at least {each + 1} blocks for {length} tokens",
-                            hint=f"raise num_blocks, or lower max_model_len to {(wanted - 1) * engine.block_size}")
+                            hint="raise num_blocks or kv_cache_bytes, or lower max_model_len to "
+                                 f"{max(wanted - 1, 0) * engine.block_size}")
     if wanted > fitting:
         most = max(fitting - 1, 0) * engine.block_size
         raise CapacityError("memory cannot hold the KV cache",
@@ -53,8 +57,8 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
                             hint=f"num_blocks of at most {fitting}, max_model_len of at most {most}, or a smaller "
                                  "max_num_batched_tokens, which reserves less" if most else
                                  "free memory, or ask for a smaller model, max_num_batched_tokens or max_num_seqs")
-    if engine.num_blocks:
-        return engine.num_blocks
+    if asked is not None:
+        return asked
     return min(fitting, engine.max_num_seqs * each + 1) if host_memory else fitting
 
 

@@ -16,6 +16,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from hal.checkpoints.hf_config import read_config
 from hal.contracts.executor import StepHandle, make_executor
 from hal.errors import ConfigError, StateError
+from hal_vllm.fields import refuse_unknown
 from hal_vllm.options import backend_of, engine_config
 from hal_vllm.outputs import take_output
 from hal_vllm.platform import HalPlatform
@@ -123,6 +124,8 @@ class HalExecutor(Executor):
         submitted, self._submitted = self._submitted, None
         if submitted is None:
             raise StateError("vLLM asks for tokens of a step that it has not submitted")
+        if grammar_output is not None:
+            refuse_unknown(grammar_output)
         step = submitted.step
         masks = {} if grammar_output is None else dict(zip(grammar_output.structured_output_request_ids,
                                                            grammar_output.grammar_bitmask, strict=False))
@@ -190,5 +193,7 @@ def checkpoint_directory(config: Any) -> str:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "tokenizer*"]
-    found: str = snapshot_download(name, revision=config.model_config.revision, allow_patterns=patterns)
+    found: str = snapshot_download(name, revision=config.model_config.revision, allow_patterns=patterns,
+                                   cache_dir=config.load_config.download_dir, token=config.model_config.hf_token,
+                                   ignore_patterns=config.load_config.ignore_patterns)
     return found

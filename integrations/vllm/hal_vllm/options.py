@@ -10,14 +10,11 @@ from hal.contracts.backend import Backend, select
 from hal.errors import ConfigError
 
 ASKED = "HAL_DEVICE"
+EXECUTOR = "hal_vllm.executor.HalExecutor"
 _OWN = ("device", "wire", "control_plane", "executor", "heartbeat", "ep")  # keys of additional_config["hal"]
-_NONE = ("speculative_config", "lora_config", "kv_transfer_config", "ec_transfer_config", "kv_events_config",
-         "watermark_config", "quant_config")  # of VllmConfig
-_OFF = {"model_config": ("enable_sleep_mode", "enable_prompt_embeds", "enable_return_routed_experts"),
-        "parallel_config": ("enable_eplb", "enable_dbo", "enable_expert_parallel"),
-        "cache_config": ("kv_offloading_size",)}
-_ONE = ("data_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size", "nnodes")
 _LOADS = {"auto": False, "safetensors": False, "hf": False, "dummy": True}  # by load_format: whether weights are random
+_KV_DTYPES = {"auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8"}
+_IMPLS = {"auto": "auto", "transformers": "transformers"}  # of the model
 
 
 def backend_of(config: Any) -> Backend:
@@ -27,52 +24,34 @@ def backend_of(config: Any) -> Backend:
 
 def _own(config: Any) -> dict[str, Any]:
     given = config.additional_config
-    own = given.get("hal", {}) if isinstance(given, dict) else {}
+    own = given.get("hal", {}) if isinstance(given, dict) and set(given) <= {"hal"} else given
     if not isinstance(own, dict) or not set(own) <= set(_OWN):
-        raise ConfigError("additional_config['hal'] is not usable", got=own, expected=f"some of {', '.join(_OWN)}",
+        raise ConfigError("additional_config is not usable", got=own,
+                          expected=f"the key hal alone, and in it some of {', '.join(_OWN)}",
                           hint="vLLM's own options set everything else")
     return own
 
 
 def check_config(config: Any) -> None:
-    """Raises ConfigError: a vLLM option is set that hal's ranks would not honour. It names the option."""
-    for name in _NONE:
-        if getattr(config, name, None) is not None:
-            raise _unsupported(name, getattr(config, name), "none")
-    for part, names in _OFF.items():
-        for name in names:
-            if getattr(getattr(config, part), name, None):
-                raise _unsupported(f"{part}.{name}", getattr(getattr(config, part), name), "not set")
-    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config
-    for name in _ONE:
-        if getattr(parallel, name, 1) > 1:
-            raise _unsupported(name, getattr(parallel, name), "1", "hal runs tensor and pipeline parallel ranks")
+    """Raises ConfigError: an allowed option has a value that hal's ranks would not honour. It names the option."""
+    model, cache, load = config.model_config, config.cache_config, config.load_config
+    _own(config)
     if model is None:
         return
-    if model.runner_type != "generate":
-        raise _unsupported("runner", model.runner_type, "generate")
-    if model.quantization is not None:
-        raise _unsupported("quantization", model.quantization, "none")
-    if model.hf_overrides:
-        raise _unsupported("hf_overrides", model.hf_overrides, "none", "hal reads the checkpoint's own config.json")
-    if model.logits_processors:
-        raise _unsupported("logits_processors", model.logits_processors, "none", "write a step feature of hal")
-    if model.logprobs_mode != "raw_logprobs":
-        raise _unsupported("logprobs_mode", model.logprobs_mode, "raw_logprobs")
-    if config.load_config.load_format not in _LOADS:
-        raise _unsupported("load_format", config.load_config.load_format, " or ".join(_LOADS))
-    if cache.cache_dtype not in _KV_DTYPES and cache.cache_dtype != str(model.dtype).removeprefix("torch."):
-        raise _unsupported("kv_cache_dtype", cache.cache_dtype, " or ".join(_KV_DTYPES))
-    if cache.kv_cache_memory_bytes is not None:
-        raise _unsupported("kv_cache_memory_bytes", cache.kv_cache_memory_bytes, "none",
-                           "set num_gpu_blocks_override or gpu_memory_utilization")
+    dtypes = {*_KV_DTYPES, str(model.dtype).removeprefix("torch.")}
+    for name, got, values in (
+            ("runner", model.runner_type, ("generate",)), ("quantization", model.quantization, (None,)),
+            ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)), ("model_impl", model.model_impl, _IMPLS),
+            ("load_format", load.load_format, _LOADS), ("kv_cache_dtype", cache.cache_dtype, dtypes),
+            ("distributed_executor_backend", config.parallel_config.distributed_executor_backend,
+             (None, "uni", "mp", EXECUTOR))):
+        if got not in values:
+            raise ConfigError(f"vLLM's option {name} has a value that is not supported under hal", got=got,
+                              expected=" or ".join(map(str, values)), hint=_HINTS.get(name))
 
 
-_KV_DTYPES = {"auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8"}
-
-
-def _unsupported(name: str, got: object, expected: str, hint: str | None = None) -> ConfigError:
-    return ConfigError(f"vLLM's option {name} is not supported under hal", got=got, expected=expected, hint=hint)
+_HINTS = {"logprobs_mode": "hal reports log probabilities of the model's own scores",
+          "distributed_executor_backend": """set additional_config '{"hal": {"executor": "ray"}}' for Ray"""}
 
 
 def runs_ahead(config: Any, backend: Backend) -> bool:
@@ -98,7 +77,8 @@ def engine_config(config: Any, backend: Backend, directory: str) -> EngineConfig
         model=directory, dtype=dtype, tp=parallel.tensor_parallel_size, pp=parallel.pipeline_parallel_size,
         max_model_len=model.max_model_len, max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens, block_size=cache.block_size,
-        num_blocks=cache.num_gpu_blocks_override, memory_fraction=cache.gpu_memory_utilization,
+        num_blocks=cache.num_gpu_blocks_override, kv_cache_bytes=cache.kv_cache_memory_bytes,
+        memory_fraction=cache.gpu_memory_utilization,
         prefix_caching=bool(cache.enable_prefix_caching), async_scheduling=bool(scheduler.async_scheduling),
         graphs=not model.enforce_eager, random_weights=_LOADS[config.load_config.load_format],
-        trust_remote_code=model.trust_remote_code, seed=model.seed or 0, **own)
+        model_impl=_IMPLS[model.model_impl], trust_remote_code=model.trust_remote_code, seed=model.seed or 0, **own)

@@ -3,9 +3,9 @@ a later vLLM, is refused by name as soon as a request uses it."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-import msgspec
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -29,9 +29,8 @@ REFUSED = frozenset((
     "watermarking", "prompt_logprob_token_ids", "prompt_logprob_start", "logprob_token_ids", "extra_args",
     "thinking_token_budget", "routed_experts_prompt_start", "trace_decode_token_ids"))
 
+_OFF = {"watermarking": False, "extra_args": {}}  # other values that ask for nothing
 _GREEDY_BELOW = 1e-5  # the temperature below which vLLM samples greedily
-_DEFAULTS = SamplingParams()
-_MUST_BE_UNSET = tuple(sorted(set(SamplingParams.__struct_fields__) - CARRIED - ENGINE))
 _PENALTIES = (("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0))
 
 
@@ -43,11 +42,11 @@ def check_params(params: Any, vocab_size: int) -> None:
     """
     if not isinstance(params, SamplingParams):
         raise VLLMValidationError(f"hal's ranks generate text, and the request asks for {type(params).__name__}")
-    for name in _MUST_BE_UNSET:
-        if _used(getattr(params, name), getattr(_DEFAULTS, name)):
+    for name, default in must_be_unset(type(params)):
+        value = getattr(params, name)
+        if not same(value, default) and not same(value, _OFF.get(name, default)) and not _derived(params, name):
             known = "is not supported under hal" if name in REFUSED else "is not known to this version of hal-vllm"
-            raise VLLMValidationError(f"the sampling parameter {name!r} {known}", parameter=name,
-                                      value=repr(getattr(params, name)))
+            raise VLLMValidationError(f"the sampling parameter {name!r} {known}", parameter=name, value=repr(value))
     for name in ("logprobs", "prompt_logprobs"):
         if (asked := number_of_logprobs(getattr(params, name), vocab_size)) > MOST:
             raise VLLMValidationError(f"{name} is {asked}, and hal reports at most {MOST} tokens", parameter=name,
@@ -60,11 +59,29 @@ def check_params(params: Any, vocab_size: int) -> None:
                                   parameter="logit_bias", value=sorted(params.logit_bias))
 
 
-def _used(value: Any, default: Any) -> bool:
-    if value is None or value is msgspec.UNSET:
+@cache
+def must_be_unset(kind: type[SamplingParams]) -> tuple[tuple[str, Any], ...]:
+    """The parameters that are on no list of supported ones, and their defaults. Private ones follow from others."""
+    defaults = kind()
+    return tuple((name, getattr(defaults, name)) for name in kind.__struct_fields__
+                 if name not in CARRIED | ENGINE and not name.startswith("_"))
+
+
+def _derived(params: SamplingParams, name: str) -> bool:
+    """Whether vLLM derives the value of an unknown parameter from supported ones."""
+    if name in REFUSED:
         return False
-    equal = value == default
-    return not (equal if isinstance(equal, bool) else False) and value not in (False, {}, [], ())
+    own = {field: getattr(params, field) for field in type(params).__struct_fields__
+           if field in CARRIED | ENGINE and not field.startswith("_")}
+    return same(getattr(type(params)(**own), name), getattr(params, name))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality that is False for arrays, since a value beside an array asks for something."""
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except (TypeError, ValueError):
+        return False
 
 
 def number_of_logprobs(asked: int | None, vocab_size: int) -> int:

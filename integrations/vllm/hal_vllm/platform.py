@@ -12,9 +12,8 @@ import torch
 from vllm.platforms.interface import Platform, PlatformEnum
 
 from hal.contracts.backend import select
-from hal_vllm.options import ASKED, backend_of, check_config, runs_ahead
-
-_EXECUTOR = "hal_vllm.executor.HalExecutor"
+from hal_vllm.allowed import check_options
+from hal_vllm.options import ASKED, EXECUTOR, backend_of, check_config, runs_ahead
 
 
 class HalPlatform(Platform):
@@ -74,12 +73,14 @@ class HalPlatform(Platform):
         """Raises ConfigError, BackendError: the configuration asks for something that hal would not honour."""
         from vllm.config import CompilationMode
 
+        if vllm_config.parallel_config.worker_cls != EXECUTOR:  # not a copy of a configuration that was checked
+            check_options(vllm_config)
         check_config(vllm_config)
         backend = backend_of(vllm_config)
         parallel, scheduler, cache = (vllm_config.parallel_config, vllm_config.scheduler_config,
                                       vllm_config.cache_config)
-        parallel.distributed_executor_backend = _EXECUTOR
-        parallel.worker_cls = _EXECUTOR  # vLLM resolves the name, and makes no worker
+        parallel.distributed_executor_backend = EXECUTOR
+        parallel.worker_cls = EXECUTOR  # vLLM resolves the name, and makes no worker
         scheduler.async_scheduling = runs_ahead(vllm_config, backend)
         vllm_config.compilation_config.mode = CompilationMode.NONE
         if cache is not None and cache.block_size is None:

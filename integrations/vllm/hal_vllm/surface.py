@@ -17,7 +17,12 @@ RECORDED = Path(__file__).with_name("surfaces")
 _CLASSES = {"v1/executor/abstract.py": ("Executor",), "sampling_params.py": ("SamplingParams",),
             "v1/core/sched/output.py": ("SchedulerOutput", "NewRequestData", "CachedRequestData", "GrammarOutput"),
             "v1/outputs.py": ("ModelRunnerOutput", "LogprobsLists", "LogprobsTensors"),
-            "v1/kv_cache_interface.py": ("FullAttentionSpec",), "platforms/interface.py": ("Platform",)}
+            "v1/kv_cache_interface.py": ("FullAttentionSpec",), "platforms/interface.py": ("Platform",),
+            "config/vllm.py": ("VllmConfig",), "config/model.py": ("ModelConfig",), "config/load.py": ("LoadConfig",),
+            "config/cache.py": ("CacheConfig",), "config/parallel.py": ("ParallelConfig",),
+            "config/scheduler.py": ("SchedulerConfig",), "config/observability.py": ("ObservabilityConfig",),
+            "config/structured_outputs.py": ("StructuredOutputsConfig",), "config/logging.py": ("LoggingConfig",)}
+_OPTIONS = "config/"  # of these classes the methods are vLLM's own affair
 _CALLS = {"v1/engine/core.py": "model_executor"}  # the calls that vLLM's engine makes, in the order of its source
 Surface = dict[str, dict[str, str]]
 
@@ -40,7 +45,7 @@ def surface(directory: Path) -> Surface:
         tree = ast.parse((directory / file).read_text())
         classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         for name in names:
-            found[name] = _members(classes[name])
+            found[name] = _members(classes[name], methods=not file.startswith(_OPTIONS))
     for file, attribute in _CALLS.items():
         calls = [node.attr for node in ast.walk(ast.parse((directory / file).read_text()))
                  if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute)
@@ -49,12 +54,12 @@ def surface(directory: Path) -> Surface:
     return found
 
 
-def _members(node: ast.ClassDef) -> dict[str, str]:
+def _members(node: ast.ClassDef, methods: bool) -> dict[str, str]:
     members = {}
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             members[item.target.id] = ast.unparse(item.annotation)
-        elif isinstance(item, ast.FunctionDef) and not item.name.startswith("__"):
+        elif methods and isinstance(item, ast.FunctionDef) and not item.name.startswith("__"):
             members[item.name] = f"({ast.unparse(item.args)})"
     return members
 

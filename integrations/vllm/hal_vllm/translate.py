@@ -6,12 +6,11 @@ V2 model runner it comes as a new one. Under both, ranks are expected to remembe
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import derive_seed
@@ -19,33 +18,13 @@ from hal.errors import RequestError
 from hal.features import COLUMNS
 from hal.features.pending import PENDING_TOKEN
 from hal_vllm.constraints import Constraints, Words
+from hal_vllm.fields import refuse_unknown
 from hal_vllm.params import columns, needs_tokens, number_of_logprobs
 from hal_vllm.rows import Request, Step
 
-# Fields that the translation reads, and fields that have no meaning for ranks. All others must be empty.
-_READ = {
-    SchedulerOutput: (
-        "scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens", "total_num_scheduled_tokens",
-        "finished_req_ids", "preempted_req_ids", "has_structured_output_requests", "kv_cache_block_copies",
-        "pending_structured_output_tokens", "scheduled_encoder_input_stats", "num_common_prefix_blocks",
-        "new_block_ids_to_zero", "free_encoder_mm_hashes", "ec_manager_metadata"),
-    NewRequestData: ("req_id", "prompt_token_ids", "sampling_params", "block_ids", "num_computed_tokens",
-                     "prefill_token_ids", "prompt_is_token_ids"),
-    CachedRequestData: ("req_ids", "resumed_req_ids", "new_token_ids", "all_token_ids", "new_block_ids",
-                        "num_computed_tokens", "num_output_tokens")}
-_MUST_BE_EMPTY = {kind: tuple(f.name for f in dataclasses.fields(kind) if f.name not in names)
-                  for kind, names in _READ.items()}
 _NONE = np.zeros(0, np.int32)
 _NO_FLOATS = np.zeros((0, len(COLUMNS["float"])), np.float32)
 _NO_INTS = np.zeros((0, len(COLUMNS["int"])), np.int64)
-
-
-def refuse_unknown(source: Any) -> None:
-    """Raises RequestError: a field has content that would be ignored. It names the field."""
-    for name in _MUST_BE_EMPTY[type(source)]:
-        if getattr(source, name):
-            raise RequestError(f"vLLM's {type(source).__name__}.{name} is not supported under hal",
-                               got=repr(getattr(source, name))[:200], expected="nothing")
 
 
 class Translator:
@@ -86,6 +65,7 @@ class Translator:
         """
         refuse_unknown(so)
         cached = so.scheduled_cached_reqs
+        refuse_unknown(cached)
         for req_id in so.preempted_req_ids or ():
             self._leave(req_id)
         for req_id in so.finished_req_ids:

@@ -136,27 +136,37 @@ def test_penalties_are_the_same_when_steps_are_scheduled_ahead() -> None:
     assert repetition != free and output != free
 
 
-@pytest.mark.parametrize("asked", [{"logprob_token_ids": [1]}, {"extra_args": {"x": 1}}, {"thinking_token_budget": 3},
-                                   {"trace_decode_token_ids": [5, 5]}, {"watermarking": True}], ids=str)
+@pytest.mark.parametrize("asked", [
+    {"logprob_token_ids": [1]}, {"extra_args": {"x": 1}}, {"thinking_token_budget": 0},
+    {"trace_decode_token_ids": [5, 5]}, {"watermarking": True}, {"routed_experts_prompt_start": 1},
+    {"prompt_logprob_token_ids": np.array([[1]])}], ids=str)
 def test_unsupported_parameters_are_refused_by_name(cpu: Any, asked: dict[str, Any]) -> None:
     name, = asked
     with pytest.raises(VLLMValidationError, match=name):
         cpu.generate("1+1=", SamplingParams(**asked), use_tqdm=False)
-    assert tokens_of(cpu.generate("37+85=", SamplingParams(temperature=0.0), use_tqdm=False)) == [[5, 6, 6, 2]]
+    free = SamplingParams(temperature=0.0, watermarking=False, extra_args={})
+    assert tokens_of(cpu.generate("37+85=", free, use_tqdm=False)) == [[5, 6, 6, 2]]
 
 
-def test_a_new_parameter_of_a_later_vllm_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hal_vllm import params
+class LaterParams(SamplingParams):
+    """SamplingParams of a later vLLM."""
 
-    monkeypatch.setattr(params, "_MUST_BE_UNSET", (*params._MUST_BE_UNSET, "top_z"))
-    monkeypatch.setattr(params, "_DEFAULTS", type("Defaults", (), {
-        **{name: getattr(params._DEFAULTS, name) for name in params.SamplingParams.__struct_fields__}, "top_z": 0}))
-    asked = SamplingParams()
-    asked.top_z = 0
-    params.check_params(asked, VOCAB)
-    asked.top_z = 3
-    with pytest.raises(VLLMValidationError, match="'top_z' is not known"):
-        params.check_params(asked, VOCAB)
+    top_z: float = 0.5
+    stop_at: int = 0  # derived from another parameter
+    _memory: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stop_at = self.stop_at or (self.max_tokens or 0) + 1
+        self._memory = self.max_tokens or 0
+
+
+def test_a_new_parameter_of_a_later_vllm_is_refused_by_name(cpu: Any) -> None:
+    cpu.generate("1+1=", LaterParams(max_tokens=3), use_tqdm=False)
+    for asked in ({"top_z": 0.0}, {"stop_at": 3}):
+        name, = asked
+        with pytest.raises(VLLMValidationError, match=f"'{name}' is not known"):
+            cpu.generate("1+1=", LaterParams(max_tokens=3, **asked), use_tqdm=False)
 
 
 @pytest.mark.parametrize(("device", "options"), [

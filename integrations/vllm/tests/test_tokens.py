@@ -75,8 +75,13 @@ def test_a_repeated_prompt_hits_the_prefix_cache(cpu: Any) -> None:
         assert [one[t].logprob for t in one] == pytest.approx([other[t].logprob for t in one], abs=1e-5)
 
 
-def test_both_count_the_same_blocks() -> None:
-    for options in ({"num_gpu_blocks_override": 9}, {"num_gpu_blocks_override": None}):
-        with serving("null", **options) as llm:
+@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel_size": 2}], ids=str)
+def test_both_count_the_same_blocks(layout: dict[str, int]) -> None:
+    """A number of blocks, a number of bytes, and what is free; the larger stage decides."""
+    for options in ({"num_gpu_blocks_override": 9}, {"kv_cache_memory_bytes": 1 << 20}, {"gpu_memory_utilization": .5}):
+        with serving("null", **{"num_gpu_blocks_override": None, **options, **layout}) as llm:
             core = llm.llm_engine.engine_core.engine_core
-            assert core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == core.model_executor._hal.num_blocks
+            hal_executor = core.model_executor._hal
+            assert core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == hal_executor.num_blocks
+            if "kv_cache_memory_bytes" in options:
+                assert hal_executor.num_blocks == (1 << 20) // hal_executor.kv_bytes_per_block
