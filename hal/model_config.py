@@ -57,9 +57,16 @@ class ExpertsConfig:
         layers: the layers that have experts; the others have an MLP.
         normalise: the weights of a token's experts are made to sum to one. They are a softmax over all experts, which
             with this is one over the chosen experts.
+        sigmoid: the weights are sigmoids instead, and a stored correction is added to them for the choice alone
+            (arXiv 2412.19437). wide: the router computes in fp32.
+        groups, top_groups: experts come from the best groups alone. A group's score is its best weight, with `sigmoid`
+            the sum of its best two.
+        scaling: multiplies the weights.
         bias: router and experts have biases.
-        limit: the gate and the other factor are clamped to it, and SiLU is x * sigmoid(1.702 x) (gpt-oss); None: SiLU.
+        limit: the gate and the other factor are clamped to it, SiLU is x * sigmoid(1.702 x), and one is added to the
+            other factor (gpt-oss); None: SiLU.
         shared_size: of the inner layer of an MLP that computes every token beside its experts; 0: there is none.
+        shared_gate: a sigmoid for each token multiplies the output of that MLP.
     """
 
     count: int
@@ -67,9 +74,15 @@ class ExpertsConfig:
     size: int
     layers: tuple[int, ...]
     normalise: bool = True
+    sigmoid: bool = False
+    wide: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scaling: float = 1.0
     bias: bool = False
     limit: float | None = None
     shared_size: int = 0
+    shared_gate: bool = False
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ExpertsConfig:

@@ -60,6 +60,9 @@ def save_model(kind: str, options: dict[str, Any], directory: Path, seed: int = 
                 parameter.normal_(0.0, 0.2, generator=generator)
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+        for key, buffer in model.named_buffers():
+            if key.endswith("correction_bias"):
+                buffer.uniform_(0.0, 0.3, generator=generator)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(directory, max_shard_size=shard_size)
     return directory

@@ -43,6 +43,14 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", dict(num_local_experts=4, sliding_window=8)),
     "qwen3-moe": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16,
                                     mlp_only_layers=[1], norm_topk_prob=False)),
+    "qwen2-moe": ("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40,
+                                    shared_expert_intermediate_size=48, use_sliding_window=True, sliding_window=8,
+                                    num_hidden_layers=2)),
+    "gpt-oss": ("gpt_oss", dict(num_local_experts=6, num_experts_per_tok=3, head_dim=16, swiglu_limit=1.5,
+                                sliding_window=8, num_hidden_layers=2, rope_parameters={**_YARN, "truncate": False})),
+    "glm4-moe": ("glm4_moe", dict(n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16,
+                                  use_qk_norm=True, attention_bias=True, routed_scaling_factor=1.5,
+                                  num_hidden_layers=2)),
 }
 FAMILIES = {**DENSE, **MIXTURES}
 TOKENS = 64

@@ -164,6 +164,12 @@ def _check_shape(config: ModelConfig) -> None:
     experts = config.experts
     if experts is not None and experts.per_token > experts.count:
         raise ModelLoadError("a token has more experts than there are", got=f"{experts.per_token} of {experts.count}")
+    if experts is not None and (experts.count % experts.groups or experts.top_groups > experts.groups or (
+            experts.top_groups * experts.count // experts.groups < experts.per_token) or (
+            experts.sigmoid and experts.count < 2 * experts.groups)):
+        raise ModelLoadError("the groups of experts in config.json are not usable", got=f"{experts.count} experts in "
+                             f"{experts.groups} groups, of which a token chooses {experts.top_groups}",
+                             expected=f"equal groups, in which a token finds {experts.per_token} experts")
     if config.num_params > MAX_PARAMS:
         raise ModelLoadError("config.json describes a model of impossible size", got=f"{config.num_params} parameters",
                              expected=f"at most {MAX_PARAMS}")

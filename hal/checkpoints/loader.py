@@ -190,9 +190,8 @@ def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored,
     spec, into = spec_of(parameter), parameter.data
     first, last = source.local(topology.axis(spec.mesh_axis))
     tensor = open_tensor(file, stored)
-    index = () if source.dim is None else (*(slice(None),) * source.dim, slice(first, last))
     try:
-        value = tensor[index]
+        value = source.picked(tensor[source.index(first, last)])
     except SafetensorError as error:
         raise ModelLoadError(f"{_at(stored)} cannot be read", got=f"{stored.path}: {error}") from None
     if value.ndim == 1 and value.is_floating_point():
@@ -201,8 +200,6 @@ def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored,
         value = value.to(into.dtype) + spec.added
     if spec.below is not None:
         _check_range(value, spec.below, stored)
-    if source.transposed:
-        value = value.t()
     end = at + last - first
     if not into.ndim:
         into.copy_(value)

@@ -169,6 +169,66 @@ def qwen3_moe(read: Reader, architecture: str) -> ModelConfig:
                     layers=24, qkv_bias=bias, out_bias=bias, qk_norm=True, experts=experts, windows=window)
 
 
+def qwen2_moe(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2407.10671."""
+    layers, every = read.size(24, MAX_LAYERS, "num_hidden_layers"), read.size(1, INT32, "decoder_sparse_step")
+    dense, windowed = read.layers("mlp_only_layers", layers), read.flag(False, "use_sliding_window")
+    experts = ExpertsConfig(
+        count=read.size(60, MAX_EXPERTS, "num_experts"), per_token=read.size(4, MAX_EXPERTS, "num_experts_per_tok"),
+        normalise=read.flag(False, "norm_topk_prob"), size=read.size(1408, MAX_INNER, "moe_intermediate_size"),
+        shared_size=read.size(5632, MAX_INNER, "shared_expert_intermediate_size"), shared_gate=True,
+        layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % every == 0))
+    window = read.size(4096, INT32, "sliding_window", null=None) if windowed else None
+    last = read.get(int, 28, "max_window_layers")
+    types = ["sliding_attention" if window and i % 2 == 0 and i < last else "full_attention" for i in range(layers)]
+    return _decoder(read, architecture, vocab=151936, inner=5632, kv_heads=16, max_position=32768, hidden=2048,
+                    layers=24, heads=16, qkv_bias=read.flag(True, "qkv_bias"), experts=experts,
+                    windows=read.windows(layers, window, types))
+
+
+def gpt_oss(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2508.10925."""
+    read.refuse("swiglu_alpha", "another factor in the activation of its experts", 1.702)
+    layers, bias = read.size(36, MAX_LAYERS, "num_hidden_layers"), read.flag(True, "attention_bias")
+    window = read.size(128, INT32, "sliding_window", null=None)
+    experts = ExpertsConfig(
+        count=read.size(128, MAX_EXPERTS, "num_local_experts", "num_experts"), layers=tuple(range(layers)),
+        per_token=read.size(4, MAX_EXPERTS, "num_experts_per_tok", "experts_per_token"), bias=True,
+        size=read.size(2880, MAX_INNER, "intermediate_size"), limit=read.number(7.0, 1e-3, 1e6, "swiglu_limit"))
+    yarn = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+    return _decoder(read, architecture, vocab=201088, inner=2880, kv_heads=8, max_position=131072, hidden=2880,
+                    layers=36, heads=64, head_dim=64, eps=1e-5, theta=150000.0, default_rope=yarn, qkv_bias=bias,
+                    out_bias=bias, sinks=True, experts=experts, windows=read.windows(layers, window, [
+                        "full_attention" if i % 2 else "sliding_attention" for i in range(layers)]))
+
+
+def glm4_moe(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2508.06471."""
+    layers = read.size(46, MAX_LAYERS, "num_hidden_layers")
+    experts = _deepseek_experts(read, layers, count=128, size=1408, shared=1, scaling=1.0, groups=1, top_groups=1,
+                                dense=1, sigmoid=True, normalise=read.flag(True, "norm_topk_prob"))
+    return _decoder(read, architecture, vocab=151552, inner=10944, kv_heads=8, max_position=131072, layers=46, heads=96,
+                    head_dim=128, eps=1e-5, partial=0.5, qkv_bias=read.flag(False, "attention_bias"),
+                    qk_norm=read.flag(False, "use_qk_norm"), experts=experts)
+
+
+def _deepseek_experts(read: Reader, layers: int, *, count: int, size: int, shared: int, scaling: float,
+                      groups: int | None, top_groups: int | None, dense: int, sigmoid: bool, normalise: bool,
+                      ) -> ExpertsConfig:
+    """The experts as DeepSeek configures them; the arguments are the architecture's own defaults."""
+    size = read.size(size, MAX_INNER, "moe_intermediate_size")
+    first = read.get(int, dense, "first_k_dense_replace", null=0)
+    if first < 0:
+        raise read.unusable("first_k_dense_replace", first, "at least 0")
+    return ExpertsConfig(
+        count=read.size(count, MAX_EXPERTS, "n_routed_experts"), size=size, layers=tuple(range(first, layers)),
+        per_token=read.size(8, MAX_EXPERTS, "num_experts_per_tok", null=1), normalise=normalise, sigmoid=sigmoid,
+        groups=read.size(groups, MAX_EXPERTS, "n_group", null=None) or 1, wide=True,
+        top_groups=read.size(top_groups, MAX_EXPERTS, "topk_group", null=None) or 1,
+        scaling=read.number(scaling, 1e-6, 1e6, "routed_scaling_factor"),
+        shared_size=size * (read.size(shared, MAX_EXPERTS, "n_shared_experts", null=None) or 0))
+
+
 def _decoder(read: Reader, architecture: str, *, vocab: int, inner: int, kv_heads: int | None, max_position: int,
              hidden: int = 4096, layers: int = 32, heads: int = 32, head_dim: int | None = None, bos: int | None = None,
              eos: int | tuple[int, ...] | None = None, eps: float = 1e-6, tied: bool = False, silu: bool = True,

@@ -1,10 +1,13 @@
 """A mixture of experts as a part of a decoder layer.
 
 Every tensor-parallel rank has all tokens of a step. So a rank computes with the part of the experts that it has: whole
-experts along the axis ep, and a part of each inner layer along the other ranks of tp. One all_reduce sums the results.
+experts along the axis ep, and a part of each inner layer along the other ranks of tp. One all_reduce sums the results,
+and with them those of an MLP that computes every token.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,46 +15,102 @@ from torch import nn
 
 from hal.model_config import ModelConfig
 from hal.models.layers import Build
-from hal.models.mlp import apply_norm
+from hal.models.mlp import GatedMLP, apply_norm
 from hal.weights.sharding import ParameterSpec, StoredSlice
+
+
+class ExpertNames(NamedTuple):
+    """Names below that of the layer's block in the checkpoint.
+
+    Attributes:
+        parts: gate, up and down of an expert, whose tensors are stored one by one; None: the tensors of all experts are
+            stored as one, gate and up in turns ("experts.gate_up_proj", as gpt-oss has it).
+    """
+
+    router: str = "gate"
+    parts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
+    shared: str = "shared_experts"
 
 
 class Experts(nn.Module):
     """The router and the experts of a layer. Sources: arXiv 2101.03961, 2401.04088.
 
     Args:
-        name: in the checkpoint ("layers.0.mlp"). parts: names of gate, up and down in an expert.
+        name: in the checkpoint ("layers.0.mlp").
 
     Attributes:
+        config: the model's ExpertsConfig.
         first, count: of the experts that this rank holds.
         gate_up: [count * 2 * size, hidden], of each expert the gate and then up. down: [count * size, hidden].
+        gate_up_bias, down_bias: [count * 2 * size] and [count * hidden], or None. Of the ranks that share experts, one
+            has the second.
+        router: [all experts, hidden]. router_bias, correction: [all experts], or None.
+        shared: the MLP that computes every token, or None; shared_gate: [1, hidden], or None.
     """
 
-    def __init__(self, config: ModelConfig, build: Build, name: str, parts: tuple[str, str, str]) -> None:
+    def __init__(self, config: ModelConfig, build: Build, name: str, names: ExpertNames) -> None:
         super().__init__()
         c, e, t = config, config.experts, build.topology
         assert e is not None
-        self.ops, self.communicator, self.eps, self.tp = build.ops, build.communicator, c.norm_eps, t.tp
-        self.per_token, self.normalise = e.per_token, e.normalise
-        self.count, self.size = e.count // t.ep, e.size // (t.tp // t.ep)
-        self.first, start = t.ep_rank * self.count, t.tp_rank % (t.tp // t.ep) * self.size
-        self.router = build.replicated(f"{name}.gate.weight", e.count, c.hidden_size)
+        self.ops, self.communicator, self.eps, self.tp, self.config = build.ops, build.communicator, c.norm_eps, t.tp, e
+        cut = t.tp // t.ep
+        self.count, self.size = e.count // t.ep, e.size // cut
+        self.first, place = t.ep_rank * self.count, t.tp_rank % cut
+        wide = torch.float32 if e.wide else None
+        self.router = build.replicated(f"{name}.{names.router}.weight", e.count, c.hidden_size, dtype=wide)
+        self.router_bias = self.correction = None
+        self.gate_up_bias: nn.Parameter | None = None
+        self.down_bias: nn.Parameter | None = None
+        if e.sigmoid:
+            self.correction = build.replicated(f"{name}.{names.router}.e_score_correction_bias", e.count,
+                                               dtype=torch.float32)
+        self._hold(build, f"{name}.experts", names.parts, e.size, place * self.size, c.hidden_size)
+        if e.bias:
+            self.router_bias = build.replicated(f"{name}.{names.router}.bias", e.count)
+            self._hold_biases(build, f"{name}.experts", e.count, e.size, place * self.size, c.hidden_size)
+        self.shared = self.shared_gate = None
+        if e.shared_size:
+            self.shared = GatedMLP(c, build, f"{name}.{names.shared}", e.shared_size)
+        if e.shared_gate:
+            self.shared_gate = build.replicated(f"{name}.{names.shared}_gate.weight", 1, c.hidden_size)
+
+    def _hold(self, build: Build, name: str, parts: tuple[str, str, str] | None, whole: int, start: int,
+              hidden: int) -> None:
+        """Declare the weights, of which a rank has the range of `size` from `start` on of an inner layer of `whole`."""
+        size, wide, back = self.size, list[StoredSlice](), list[StoredSlice]()
+        for i in range(self.first, self.first + self.count):
+            if parts is None:
+                all_ = self.config.count
+                wide += [StoredSlice(f"{name}.gate_up_proj", (all_, hidden, 2 * whole), 2, size, start, transposed=True,
+                                     entry=i, step=2, offset=offset) for offset in (0, 1)]
+                back.append(StoredSlice(f"{name}.down_proj", (all_, whole, hidden), 1, size, start, entry=i))
+            else:
+                gate, up, down = (f"{name}.{i}.{part}.weight" for part in parts)
+                wide += [StoredSlice(part, (whole, hidden), 0, size, start) for part in (gate, up)]
+                back.append(StoredSlice(down, (hidden, whole), 1, size, start, transposed=True))
+        rows = self.count * size
+        self.gate_up = build.parameter((2 * rows, hidden), ParameterSpec(0, 0, tuple(wide)))
+        self.down = build.parameter((rows, hidden), ParameterSpec(0, 0, tuple(back)))
+
+    def _hold_biases(self, build: Build, name: str, count: int, whole: int, start: int, hidden: int) -> None:
         mine = range(self.first, self.first + self.count)
-        gate, up, down = parts
-        wide = tuple(StoredSlice(f"{name}.experts.{i}.{part}.weight", (e.size, c.hidden_size), 0, self.size, start)
-                     for i in mine for part in (gate, up))
-        back = tuple(StoredSlice(f"{name}.experts.{i}.{down}.weight", (c.hidden_size, e.size), 1, self.size, start,
-                                 transposed=True) for i in mine)
-        rows = self.count * self.size
-        self.gate_up = build.parameter((2 * rows, c.hidden_size), ParameterSpec(0, 0, wide))
-        self.down = build.parameter((rows, c.hidden_size), ParameterSpec(0, 0, back))
+        wide = tuple(StoredSlice(f"{name}.gate_up_proj_bias", (count, 2 * whole), 1, self.size, start, entry=i, step=2,
+                                 offset=offset) for i in mine for offset in (0, 1))
+        self.gate_up_bias = build.parameter((2 * self.count * self.size,), ParameterSpec(0, 0, wide))
+        if start == 0:
+            back = tuple(StoredSlice(f"{name}.down_proj_bias", (count, hidden), 1, hidden, entry=i) for i in mine)
+            self.down_bias = build.parameter((self.count * hidden,), ParameterSpec(0, 0, back))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor | None,
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """As GatedMLP."""
-        x, residual = apply_norm(self.ops, x, residual, norm, self.eps)
-        weights, chosen = F.linear(x, self.router).float().softmax(-1).topk(self.per_token, -1)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        y = self.ops.experts(x, weights, chosen, self)
+        ops = self.ops
+        x, residual = apply_norm(ops, x, residual, norm, self.eps)
+        weights, chosen = ops.route(x, self)
+        y = ops.experts(x, weights, chosen, self)
+        if self.shared is not None:
+            beside = ops.linear(ops.silu_mul(self.shared.gate_up(x)), self.shared.down)
+            if self.shared_gate is not None:
+                beside = beside * F.linear(x, self.shared_gate).sigmoid()
+            y = y + beside
         return (self.communicator.all_reduce(y) if self.tp > 1 else y), residual

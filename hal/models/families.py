@@ -59,7 +59,10 @@ NATIVE = {
     "Olmo2ForCausalLM": _family("olmo2", "olmo2", "dense:Olmo"),
     "Olmo3ForCausalLM": _family("olmo3", "olmo3", "dense:Olmo"),
     "MixtralForCausalLM": _family("mixtral", "mixtral", "mixture:Mixtral"),
+    "Qwen2MoeForCausalLM": _family("qwen2_moe", "qwen2_moe", "mixture:QwenMoe"),
     "Qwen3MoeForCausalLM": _family("qwen3_moe", "qwen3_moe", "mixture:QwenMoe"),
+    "GptOssForCausalLM": _family("gpt_oss", "gpt_oss", "mixture:GptOss"),
+    "Glm4MoeForCausalLM": _family("glm4_moe", "glm4_moe", "mixture:MixtureDecoder"),
     "Glm4ForCausalLM": _family("glm4", "glm4", "dense:Glm4"),
 }
 

@@ -107,13 +107,39 @@ class Ops:
         y = layer(x)
         return (self.silu_mul(y) if gated else y), residual
 
+    def expert_gated(self, gate_up: torch.Tensor, limit: float | None) -> torch.Tensor:
+        """The activation of an expert, [..., 2 * m] -> [..., m]. `limit` is that of ExpertsConfig."""
+        gate, up = gate_up.chunk(2, -1)
+        if limit is None:
+            return F.silu(gate) * up
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
+
+    def route(self, x: torch.Tensor, layer: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights, fp32 [n, per_token], and the numbers, [n, per_token], of each token's experts."""
+        e = layer.config
+        logits = F.linear(x.to(layer.router.dtype), layer.router, layer.router_bias).float()
+        scores = logits.sigmoid() if e.sigmoid else logits.softmax(-1)
+        found = scores if layer.correction is None else scores + layer.correction
+        if e.top_groups < e.groups:
+            of_groups = found.view(len(x), e.groups, -1)
+            best = of_groups.topk(2, -1).values.sum(-1) if e.sigmoid else of_groups.amax(-1)
+            others = torch.ones_like(best, dtype=torch.bool).scatter(1, best.topk(e.top_groups, -1).indices, False)
+            found = of_groups.masked_fill(others.unsqueeze(-1), -torch.inf).flatten(1)
+        chosen = found.topk(e.per_token, -1).indices
+        weights = scores.gather(1, chosen)
+        if e.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * e.scaling, chosen
+
     def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
         """The sum of the outputs of each token's experts, of this rank's part of them -> [n, hidden].
 
         Args:
-            weights, chosen: [n, per_token], fp32 and the numbers of experts, of which this rank may hold only some.
+            weights, chosen: of `route`; this rank may hold only some of the experts.
         """
-        count, k = layer.count, chosen.shape[1]
+        count, k, limit = layer.count, chosen.shape[1], layer.config.limit
+        biases, offsets = layer.gate_up_bias, layer.down_bias
         gate_up, down = layer.gate_up.view(count, -1, x.shape[1]), layer.down.view(count, -1, x.shape[1])
         if not x.is_cpu:  # of one shape and without a wait for the device: every expert computes every token
             share = torch.zeros(len(x), count + 1, device=x.device)
@@ -123,8 +149,11 @@ class Ops:
             step = max(_EXPERT_VALUES // (len(x) * (gate_up.shape[1] + x.shape[1])), 1)  # bounds the memory
             total = x.new_zeros(x.shape, dtype=torch.float32)
             for i in range(0, count, step):
-                gate, up = (x @ gate_up[i:i + step].transpose(1, 2)).chunk(2, -1)
-                total += ((F.silu(gate) * up @ down[i:i + step]).float() * share[i:i + step]).sum(0)
+                inner = x @ gate_up[i:i + step].transpose(1, 2)
+                inner = inner if biases is None else inner + biases.view(count, 1, -1)[i:i + step]
+                y = self.expert_gated(inner, limit) @ down[i:i + step]
+                y = y if offsets is None else y + offsets.view(count, 1, -1)[i:i + step]
+                total += (y.float() * share[i:i + step]).sum(0)
             return total.to(x.dtype)
         order = chosen.flatten().argsort(stable=True)
         loads = chosen.flatten().bincount(minlength=layer.first + count).tolist()
@@ -132,8 +161,11 @@ class Ops:
         for i, load in enumerate(loads[layer.first:layer.first + count]):
             if load:
                 mine = order[at:at + load]
-                inner = self.silu_mul(F.linear(x.index_select(0, mine // k), gate_up[i]))
-                out.index_copy_(0, mine, inner @ down[i])
+                inner = F.linear(x.index_select(0, mine // k), gate_up[i],
+                                 None if biases is None else biases.view(count, -1)[i])
+                inner = self.silu_mul(inner) if limit is None else self.expert_gated(inner, limit)
+                y = inner @ down[i]
+                out.index_copy_(0, mine, y if offsets is None else y + offsets.view(count, -1)[i])
                 at += load
         return (out.view(-1, k, x.shape[1]) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 

@@ -10,6 +10,7 @@ from hal.errors import ConfigError
 from hal.weights.base import Dim, LinearSpec, Projection, WeightTensor
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -26,6 +27,8 @@ class StoredSlice:
         shards: equal parts that the range is cut into, one for each rank. They are fewer than tp where ranks share one
             (key-value heads); the last may be shorter (the vocabulary).
         transposed: the parameter has the two dimensions the other way round.
+        entry: only this entry of the stored tensor's first dimension is read, without that dimension.
+        step, offset: the range is of every `step`-th entry of `dim` from `offset` on; `start` and `size` count these.
     """
 
     name: str
@@ -35,6 +38,23 @@ class StoredSlice:
     start: int = 0
     shards: int = 1
     transposed: bool = False
+    entry: int | None = None
+    step: int = 1
+    offset: int = 0
+
+    def index(self, first: int, last: int) -> tuple[slice, ...]:
+        """What to read of the stored tensor for the range from `first` to `last`; `picked` takes the rest from it."""
+        if self.dim is None:
+            return ()
+        along = [slice(None)] * self.dim + [slice(first * self.step, last * self.step)]
+        return tuple(along if self.entry is None else [slice(self.entry, self.entry + 1), *along[1:]])
+
+    def picked(self, value: torch.Tensor) -> torch.Tensor:
+        """The range, out of what `index` reads."""
+        if self.step > 1 and self.dim is not None:
+            value = value[(*[slice(None)] * self.dim, slice(self.offset, None, self.step))]
+        value = value if self.entry is None else value[0]
+        return value.t() if self.transposed else value
 
     def local(self, axis: Axis) -> tuple[int, int]:
         """The rank's range along `dim`: the first entry, and the one behind the last. `axis` is the mesh axis that the

