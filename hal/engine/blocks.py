@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from hashlib import blake2b
 
+_EMPTY = blake2b(digest_size=16)  # a copy of it is made in less time than a new one
+
 
 def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], block_size: int, count: int) -> None:
     """Grow `hashes` to the first `count` full blocks; `tokens(start, end)` gives the token ids there. A block's
@@ -15,9 +17,9 @@ def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], 
     construct a collision."""
     pack = _packer(block_size)
     for i in range(len(hashes), count):
-        parent = hashes[i - 1] if i else b""
-        block = pack(*tokens(i * block_size, (i + 1) * block_size))
-        hashes.append(blake2b(parent + block, digest_size=16).digest())
+        address = _EMPTY.copy()
+        address.update((hashes[i - 1] if i else b"") + pack(*tokens(i * block_size, (i + 1) * block_size)))
+        hashes.append(address.digest())
 
 
 @cache
@@ -64,6 +66,16 @@ class BlockManager:
             self._forget(block)
         self.refs[block] = 1
         return block
+
+    def take(self, count: int) -> list[int]:
+        """`count` times `allocate`."""
+        if count > len(self._unused):
+            return [self.allocate() for _ in range(count)]
+        ids = self._unused[:-count - 1:-1]
+        del self._unused[len(self._unused) - count:]
+        for block in ids:
+            self.refs[block] = 1
+        return ids
 
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the longest cached prefix. They get no holder: `share` them before anything is allocated."""

@@ -115,7 +115,8 @@ class Changes:
                 **values: Any) -> ExecuteModelRequest:
         """Args: rows, counts, computed: int [num_seqs]. append_rows: int [num_appended].
             append_tokens, append_counts: see ExecuteModelRequest."""
-        new, grown = self.entered, self.grown
+        new = self.entered
+        grown_rows, columns, blocks = map(list, zip(*self.grown, strict=True)) if self.grown else ([], [], [])
         of_features: dict[str, Any] = {}
         for feature in _WITH_ARRAYS if new else ():
             of_features |= feature.request_fields(new)
@@ -127,10 +128,10 @@ class Changes:
             new_ints=np.array([s.numbers(COLUMNS["int"]) for s in new], np.int64) if new else _NO_INTS,
             append_rows=append_rows.astype(np.int32), append_tokens=append_tokens.astype(np.int32),
             append_counts=None if append_counts is None else append_counts.astype(np.int32),
-            block_rows=_ints([s.row for s in new] + [row for row, _, _ in grown]),
-            block_starts=_ints([0] * len(new) + [column for _, column, _ in grown]),
-            block_counts=_ints([len(s.blocks) for s in new] + [1] * len(grown)),
-            new_blocks=_ints([b for s in new for b in s.blocks] + [block for _, _, block in grown]),
+            block_rows=_ints([s.row for s in new] + grown_rows),
+            block_starts=_ints([0] * len(new) + columns),
+            block_counts=_ints([len(s.blocks) for s in new] + [1] * len(blocks)),
+            new_blocks=_ints([b for s in new for b in s.blocks] + blocks),
             rows=rows.astype(np.int32), num_scheduled=counts.astype(np.int32), num_computed=computed.astype(np.int32),
             blocks_to_copy=_pairs(self.copies), blocks_to_swap_in=_pairs(self.swap_in),
             blocks_to_swap_out=_pairs(self.swap_out), rows_to_swap_in=_pairs(self.rows_in),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
+from itertools import islice
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -77,6 +78,9 @@ class Scheduler:
         self._needs_tokens = self._per_row(np.bool_)
         self._one_step = self._per_row(np.bool_)  # the host, or more stop tokens than a step carries, has a say
         self._stop_ids = np.full((self.max_rows, STOP_IDS if self.steps > 1 else 0), -1, np.int32)
+        # The tokens that each row gained last, and how many; 0 where they are not kept.
+        self._recent = np.zeros((self.max_rows, self.steps if self.steps > 1 else 0), np.int32)
+        self._num_recent = self._per_row(np.int64)
         self._known = self._per_row(np.int64)  # tokens of the sequence when it entered the row
         self._num_in_flight = 0
         self._several = False  # a sequence has gained several tokens in one step
@@ -216,6 +220,8 @@ class Scheduler:
         rows = step.sampled_rows
         ended = self._end_failed(step, tokens) if np.count_nonzero(tokens < 0) else []
         self._last[rows] = tokens
+        if self.steps > 1:
+            self._recent[rows, 0], self._num_recent[rows] = tokens, 1
         for seq, token in zip(step.sampled, tokens.tolist(), strict=True):
             if seq.finish_reason is None:
                 seq.output_ids.append(token)
@@ -236,22 +242,29 @@ class Scheduler:
         """tokens: [num_rows, width]; counts, gains: [num_rows]. Returns the sequences that have ended. The sequences
         count as longer by `gains` since the step was issued."""
         rows, ended = step.sampled_rows, list[Sequence]()
-        self._last[rows] = np.maximum(tokens[np.arange(len(rows)), counts - 1], 0)
         look = (counts < gains) | (self.length[rows] - self.unknown[rows] >= self._limit[rows]) | self._own_stops[rows]
-        look |= (tokens < 0).any(1)
+        known, ends = tokens, tokens < 0
+        if np.count_nonzero(ends):
+            look |= ends.any(1)
+            known = np.maximum(tokens, 0)
+        self._last[rows] = known[np.arange(len(rows)), counts - 1]
+        self._recent[rows, :known.shape[1]], self._num_recent[rows] = known, counts
         at_eos = self._ends_at_eos[rows]
-        if np.count_nonzero(at_eos):
-            for token in self._eos.tolist():
-                look |= at_eos & (tokens == token).any(1)
+        for token in self._eos.tolist() if np.count_nonzero(at_eos) else ():
+            ends = tokens == token
+            if np.count_nonzero(ends):
+                look |= at_eos & ends.any(1)
         failed = np.zeros(len(rows), np.int64)
-        for i, (seq, of_row, count, close) in enumerate(zip(step.sampled, tokens.tolist(), counts.tolist(),
-                                                            look.tolist(), strict=True)):
+        of_rows = tokens.tolist()
+        if np.count_nonzero(counts != tokens.shape[1]):
+            of_rows = [of_row[:count] for of_row, count in zip(of_rows, counts.tolist(), strict=True)]
+        for i, (seq, of_row, close) in enumerate(zip(step.sampled, of_rows, look.tolist(), strict=True)):
             if seq.finish_reason is not None:
                 continue
             if not close:
-                seq.output_ids += of_row[:count]
+                seq.output_ids += of_row
                 continue
-            gained, reason = self._append_until_end(seq, of_row[:count])
+            gained, reason = self._append_until_end(seq, of_row)
             if reason == "error":
                 failed[i] = -1
             elif reason is not None:
@@ -278,6 +291,7 @@ class Scheduler:
                       num_computed: np.ndarray | None) -> list[Sequence]:
         """tokens: [num_rows, width]; counts, num_computed: [num_rows]. Returns the sequences that have ended."""
         self._several = True
+        self._num_recent[step.sampled_rows] = 0
         failed, ended = np.zeros(len(tokens), np.int64), list[Sequence]()
         for i, (seq, count) in enumerate(zip(step.sampled, counts.tolist(), strict=True)):
             if seq.finish_reason is not None:
@@ -332,52 +346,49 @@ class Scheduler:
     def _grow(self, decodes: np.ndarray) -> np.ndarray:
         """Give each decode the block that it may need, and a sequence that gained several tokens all that it needs.
         Returns the decodes that can run."""
-        short = self.length[decodes] > self.capacity[decodes]
-        count = int(np.count_nonzero(short))
-        if count and self._several:
-            missing = (self.length - self.capacity)[decodes[short]]
-            count = int((-(-missing // self.block_size)).sum())
-        if count > self.blocks.num_free:
-            decodes = self._make_room(decodes)
-            short = self.length[decodes] > self.capacity[decodes]
-        while count:
-            for row in decodes[short].tolist():
-                seq = self._at[row]
-                assert seq is not None
-                block = self.blocks.allocate()
-                self._changes.grown.append((row, len(seq.blocks), block))
-                seq.blocks.append(block)
-            self.capacity[decodes[short]] += self.block_size
-            if not self._several:
-                break
-            short = self.length[decodes] > self.capacity[decodes]
-            count = int(np.count_nonzero(short))
+        rows = decodes[self.length[decodes] > self.capacity[decodes]]
+        if len(rows):
+            missing = self._missing(rows)
+            if missing.sum() > self.blocks.num_free:
+                decodes = self._make_room(decodes)
+                rows = decodes[self.length[decodes] > self.capacity[decodes]]
+                missing = self._missing(rows)
+            self._give(rows, missing)
         return decodes
+
+    def _missing(self, rows: np.ndarray, more: np.ndarray | int = 0) -> np.ndarray:
+        """How many blocks rows lack for the tokens that they have and `more`; 0 or less where they lack none."""
+        blocks: np.ndarray = -((self.capacity[rows] - self.length[rows] - more) // self.block_size)
+        return blocks
+
+    def _give(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Give rows further blocks. counts: how many each row gets; there are enough."""
+        given, grown, at = iter(self.blocks.take(int(counts.sum()))), self._changes.grown, self._at
+        self.capacity[rows] += counts * self.block_size
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            seq = at[row]
+            assert seq is not None
+            blocks = seq.blocks
+            for block in islice(given, count):
+                grown.append((row, len(blocks), block))
+                blocks.append(block)
 
     def _look_ahead(self, decodes: np.ndarray) -> np.ndarray | None:
         """Give decodes the blocks for several steps, as many as there are blocks for without preempting anybody.
         Returns how many tokens each of them gets, at least 1, or None where it is one each."""
         if np.count_nonzero(self._one_step[decodes]):
             return None
-        steps, length, capacity = self.steps, self.length[decodes], self.capacity[decodes]
-        room = self._limit[decodes] - length
+        steps, room = self.steps, self._limit[decodes] - self.length[decodes]
         while steps > 1:
             gains = np.minimum(room, steps)
-            missing = -(-(length + gains - 1 - capacity) // self.block_size)
+            missing = self._missing(decodes, gains - 1)
             short = np.flatnonzero(missing > 0)
             if int(missing[short].sum()) <= self.blocks.num_free:
                 break
             steps //= 2
         else:
             return None
-        grown, allocate = self._changes.grown, self.blocks.allocate
-        for row, count in zip(decodes[short].tolist(), missing[short].tolist(), strict=True):
-            seq = self._at[row]
-            assert seq is not None
-            for _ in range(count):
-                grown.append((row, len(seq.blocks), block := allocate()))
-                seq.blocks.append(block)
-        self.capacity[decodes[short]] += missing[short] * self.block_size
+        self._give(decodes[short], missing[short])
         return gains if int(gains.max()) > 1 else None
 
     def _grow_all(self, rows: np.ndarray, decodes: np.ndarray, more: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -579,13 +590,21 @@ class Scheduler:
         counts = self.length[rows] - self._told[rows]
         if (counts == 1).all():
             return last, None
+        unknown, most = self.unknown[rows], self._recent.shape[1]
+        pending = unknown > 0
+        if most and not np.count_nonzero(np.where(pending, unknown, self._num_recent[rows]) != counts):
+            # The ranks lack what each row gained last, and nothing before it.
+            gained = self._recent[rows]
+            gained[pending] = PENDING_TOKEN
+            whole = not np.count_nonzero(counts != most)
+            return gained.ravel() if whole else gained[np.arange(most) < counts[:, None]], counts
         tokens = list[int]()
-        for row, count, unknown in zip(rows.tolist(), counts.tolist(), self.unknown[rows].tolist(), strict=True):
+        for row, count, still in zip(rows.tolist(), counts.tolist(), unknown.tolist(), strict=True):
             seq = self._at[row]
             assert seq is not None
-            if count > unknown:
-                tokens += seq.output_ids[unknown - count:]
-            tokens += [PENDING_TOKEN] * unknown
+            if count > still:
+                tokens += seq.output_ids[still - count:]
+            tokens += [PENDING_TOKEN] * still
         return np.array(tokens, np.int64), counts
 
     def _count_as_computed(self, rows: np.ndarray, ends: np.ndarray, sampled: np.ndarray,

@@ -28,7 +28,7 @@ _EXTRA_SYMBOLS["sample_counts"] = ["num_verified"]
 _ALWAYS = tuple(i for i, f in enumerate(FEATURES) if f.always)
 _ASKED = tuple(i for i, f in enumerate(FEATURES) if not f.always)
 _FOR_SAMPLING = tuple(i for i, f in enumerate(FEATURES) if f.for_sampling)
-_PER_STEP = tuple(next(iter(f.request)) for f in FEATURES if f.per_step)  # an array of each feature that a step brings
+_PER_STEP = tuple((next(iter(f.request)), i) for i, f in enumerate(FEATURES) if f.per_step and not f.always)
 
 # (dims, scalars of a step) -> (larger dims, optional arrays that must be present)
 ChooseShape = Callable[[Mapping[str, int], Mapping[str, Any]], tuple[Mapping[str, int], Iterable[str]]]
@@ -121,7 +121,12 @@ class BatchState:
                 self.token_ids[rows, lens] = request.append_tokens
                 self.num_tokens[rows] = lens + 1
             else:
-                self.token_ids[np.repeat(rows, counts), _each_place(lens, counts)] = request.append_tokens
+                most = int(counts.max())
+                if len(rows) * most == len(request.append_tokens):  # each gained as many: an outer product of places
+                    places = lens[:, None] + np.arange(most)
+                    self.token_ids[rows[:, None], places] = request.append_tokens.reshape(-1, most)
+                else:
+                    self.token_ids[np.repeat(rows, counts), _each_place(lens, counts)] = request.append_tokens
                 self.num_tokens[rows] = lens + counts
         if len(request.block_rows):
             self._set_blocks(request.block_rows.astype(np.intp), request.block_starts, request.block_counts,
@@ -159,10 +164,11 @@ class BatchState:
                         np.zeros(0, np.intp))
         for i in _ALWAYS:
             found |= FEATURES[i].prepare(step, self._states[i])
-        if np.count_nonzero(self._special[rows]) or any(request[name] is not None for name in _PER_STEP):
+        special = bool(np.count_nonzero(self._special[rows]))
+        if special:
             self._gather(step)
-            for i in _ASKED:
-                found |= FEATURES[i].prepare(step, self._states[i])
+        for i in _ASKED if special else [i for name, i in _PER_STEP if request[name] is not None]:
+            found |= FEATURES[i].prepare(step, self._states[i])
         targets = step.targets
         ahead = request.num_steps - 1
         width = min(-(-(int(ends.max()) + ahead) // size), self.block_tables.shape[1]) if n else 0

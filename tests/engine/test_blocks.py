@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hal.engine.blocks import BlockManager, extend_hashes
 
-NAMES = "allocate", "register", "share", "release", "distrust"
+NAMES = "allocate", "take", "register", "share", "release", "distrust"
 OPERATIONS = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 50)), max_size=60)
 
 
@@ -25,6 +25,14 @@ def test_no_block_has_two_owners_or_none(num_blocks: int, operations: list[tuple
             assert block in unused if unused else block == released.pop(0)
             cached = {key: b for key, b in cached.items() if b != block}
             held.append(block)
+        elif name == "take":
+            count = n % (pool.num_free + 1)
+            unused = set(range(1, num_blocks)) - set(held) - set(released)
+            blocks = pool.take(count)
+            evicted, released = released[:max(count - len(unused), 0)], released[max(count - len(unused), 0):]
+            assert set(blocks) - unused == set(evicted) and len(set(blocks)) == count
+            cached = {key: b for key, b in cached.items() if b not in blocks}
+            held += blocks
         elif name == "register" and held:
             block, key = held[n % len(held)], bytes([n % 7])
             pool.register(block, key, bytes([n % 7 % 2]))
