@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: demo test test-fast test-xla test-vllm fuzz lint clean
+.PHONY: demo test test-fast test-xla test-vllm test-vllm-slow fuzz lint clean
 
 # The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
 demo: .venv/.made
@@ -45,7 +45,11 @@ test-xla: .venv-xla/.made
 	touch $@
 
 test-vllm: .venv-vllm/.made
-	.venv-vllm/bin/python -m pytest integrations/vllm/tests
+	.venv-vllm/bin/python -m pytest integrations/vllm/tests -m "not slow"
+
+# Servers whose ranks fail in every way, and the others that take long.
+test-vllm-slow: .venv-vllm/.made
+	.venv-vllm/bin/python -m pytest integrations/vllm/tests -m slow
 
 test-fast: .venv/.made
 	.venv/bin/python -m pytest -q tests -m "not slow"

@@ -16,6 +16,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from hal.checkpoints.hf_config import read_config
 from hal.contracts.executor import StepHandle, make_executor
 from hal.errors import ConfigError, StateError
+from hal_vllm.exit_status import report_failure
 from hal_vllm.fields import refuse_unknown
 from hal_vllm.options import backend_of, engine_config
 from hal_vllm.outputs import take_output
@@ -65,7 +66,7 @@ class HalExecutor(Executor):
                               got=f"a model of architecture {config.model_config.architecture}",
                               expected="layers with a paged KV cache alone", hint="use hal's own engine")
         self._translator = Translator(engine.max_num_seqs, model.vocab_size, engine.seed)
-        self._hal.on_failure(lambda error: logger.error("hal's ranks have failed: %s", error))
+        self._hal.on_failure(_failed)
 
     # Start-up
 
@@ -108,12 +109,16 @@ class HalExecutor(Executor):
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Submit a step. vLLM asks for its output by `sample_tokens`, unless no token is scheduled."""
-        if self._translator.must_wait(scheduler_output):
-            self.take_until(None)
-        step = self._translator.translate(scheduler_output)
-        if step is None:
-            return _given(EMPTY_MODEL_RUNNER_OUTPUT, non_block)
-        handle = self._hal.execute_model(step.request, sampling_follows=step.grammar)
+        try:
+            if self._translator.must_wait(scheduler_output):
+                self.take_until(None)
+            step = self._translator.translate(scheduler_output)
+            if step is None:
+                return _given(EMPTY_MODEL_RUNNER_OUTPUT, non_block)
+            handle = self._hal.execute_model(step.request, sampling_follows=step.grammar)
+        except Exception as error:  # vLLM's engine does not survive it
+            report_failure(error)
+            raise
         self._submitted = StepFuture(self, step, handle)
         self._in_flight.append(self._submitted)
         return _given(None, non_block)
@@ -142,6 +147,7 @@ class HalExecutor(Executor):
             try:
                 future.set_result(take_output(self._translator, future.step, future.handle.result()))
             except Exception as error:
+                report_failure(error)
                 future.set_exception(error)
                 if last is None:
                     raise
@@ -173,6 +179,11 @@ class HalExecutor(Executor):
         name = method if isinstance(method, str) else getattr(method, "__qualname__", repr(method))
         raise StateError("hal's ranks do not have this call of vLLM", got=name,
                          expected=f"one of {', '.join(sorted(_NOTHING))}")
+
+
+def _failed(error: Exception) -> None:
+    logger.error("hal's ranks have failed: %s", error)
+    report_failure(error)
 
 
 def _given(value: Any, non_block: bool) -> Any:

@@ -13,6 +13,7 @@ from vllm.platforms.interface import Platform, PlatformEnum
 
 from hal.contracts.backend import select
 from hal_vllm.allowed import check_options
+from hal_vllm.exit_status import watch_for_failure
 from hal_vllm.options import ASKED, EXECUTOR, backend_of, check_config, runs_ahead
 
 
@@ -76,6 +77,7 @@ class HalPlatform(Platform):
         if vllm_config.parallel_config.worker_cls != EXECUTOR:  # not a copy of a configuration that was checked
             check_options(vllm_config)
         check_config(vllm_config)
+        watch_for_failure()
         backend = backend_of(vllm_config)
         parallel, scheduler, cache = (vllm_config.parallel_config, vllm_config.scheduler_config,
                                       vllm_config.cache_config)

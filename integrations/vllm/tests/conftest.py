@@ -46,3 +46,13 @@ def cpu() -> Iterator[Any]:
 
     with serving() as llm:
         yield llm
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts vLLM's API servers."""
+    from servers import Servers
+
+    started = Servers(tmp_path_factory.mktemp("servers"))
+    yield started
+    started.close()
