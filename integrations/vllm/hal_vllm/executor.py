@@ -16,7 +16,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from hal.checkpoints.hf_config import read_config
 from hal.contracts.executor import StepHandle, make_executor
 from hal.errors import ConfigError, StateError
-from hal_vllm.exit_status import report_failure
+from hal_vllm.exit_status import fatal, report_failure
 from hal_vllm.fields import refuse_unknown
 from hal_vllm.options import backend_of, engine_config
 from hal_vllm.outputs import take_output
@@ -107,22 +107,20 @@ class HalExecutor(Executor):
 
     # Steps
 
+    @fatal
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         """Submit a step. vLLM asks for its output by `sample_tokens`, unless no token is scheduled."""
-        try:
-            if self._translator.must_wait(scheduler_output):
-                self.take_until(None)
-            step = self._translator.translate(scheduler_output)
-            if step is None:
-                return _given(EMPTY_MODEL_RUNNER_OUTPUT, non_block)
-            handle = self._hal.execute_model(step.request, sampling_follows=step.grammar)
-        except Exception as error:  # vLLM's engine does not survive it
-            report_failure(error)
-            raise
+        if self._translator.must_wait(scheduler_output):
+            self.take_until(None)
+        step = self._translator.translate(scheduler_output)
+        if step is None:
+            return _given(EMPTY_MODEL_RUNNER_OUTPUT, non_block)
+        handle = self._hal.execute_model(step.request, sampling_follows=step.grammar)
         self._submitted = StepFuture(self, step, handle)
         self._in_flight.append(self._submitted)
         return _given(None, non_block)
 
+    @fatal
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         """Complete the step that was submitted last. Where a request follows a grammar, its sampling begins here: vLLM
         computed the grammar's masks while the device ran the forward pass."""

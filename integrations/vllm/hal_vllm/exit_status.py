@@ -10,8 +10,13 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _PATH = "HAL_VLLM_FAILURE"  # names the server's file in memory for the processes that it starts
 
 
@@ -46,6 +51,18 @@ def report_failure(error: BaseException) -> None:
             Path(path).write_text(f"{type(error).__name__}: {error}"[:1 << 14])
         except OSError:
             pass  # the server's process has ended before
+
+
+def fatal(method: Callable[P, R]) -> Callable[P, R]:
+    """Report the exceptions of a method that vLLM's engine does not survive."""
+    @wraps(method)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            report_failure(error)
+            raise
+    return reporting
 
 
 def _is_program_of_vllm() -> bool:
