@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import random
 import statistics
 import tempfile
@@ -120,6 +121,7 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[shape]))
         impl = options.get("model_impl", "native")
         model, name = read_config(scratch), shape if impl == "native" else f"{shape} ({impl})"
+        name += f" (tp {options['tp']})" if "tp" in options else ""
         begin = time.perf_counter()
         most = max(b for b, _ in cells)
         longest = max(p for _, p in cells) + new_tokens
@@ -129,6 +131,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
             runner = llm.executor._worker.runner
             print(f"{name}: started in {start:.1f} s\n{runner.capture_report()}\n"
                   f"tiles {runner.ops.tiles}", flush=True)
+            for size, (own, other) in sums_measured(llm).items():
+                print(f"all_reduce of {size >> 10:>5} KiB: {own:6.1f} us over peer memory, {other:6.1f} us by NCCL")
             RESULTS[f"{name}_start_s"] = start
             for batch, prompt in cells:
                 time_batch(llm, model.vocab_size, batch, prompt, 8)
@@ -136,10 +140,11 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                 runs = [time_batch(llm, model.vocab_size, batch, prompt, new_tokens) for _ in range(3)]
                 step = statistics.median(run.decode_step for run in runs) / steps
                 graph = next(g for n, g in sorted(runner.graphs.items()) if n >= batch)
-                bare = milliseconds(graph.graph.replay)
+                alone = "tp" not in options  # else the other ranks would have to replay theirs
+                bare = milliseconds(graph.graph.replay) if alone else math.nan
                 kv_dtype = options.get("kv_dtype", "auto")
                 moved = bytes_per_step(model, "bfloat16", kv_dtype, batch, prompt + new_tokens // 2)
-                floor = moved / bandwidth
+                floor = moved / bandwidth / options.get("tp", 1)
                 several = "" if steps == 1 else f", {steps} steps a message"
                 print(f"{name} batch {batch:>4}, prompt {prompt:>5}{several}: {step * 1e3:7.3f} ms a step, "
                       f"{batch / step:9.0f} tok/s, {moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor "
@@ -148,6 +153,12 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                                                                  "bare_ms": bare}
                 if PROFILE:
                     profile(runner, graph.num_seqs)
+
+
+def sums_measured(llm: LLM) -> dict[int, tuple[float, float]]:
+    """What the driver's rank measured at start-up, by size."""
+    ways = getattr(llm.executor._worker.communicator, "_faster", {})
+    return ways["tp"].measured if "tp" in ways else {}
 
 
 def small(bandwidth: float) -> None:
@@ -169,6 +180,19 @@ def impl(bandwidth: float) -> None:
         native, other = (RESULTS[f"{name}_{batch}x{prompt}"]["ms"] for name in (shape, f"{shape} (transformers)"))
         print(f"Transformers backend at batch {batch}: {native / other:.2f} of native's rate", flush=True)
         RESULTS[f"impl_{batch}"] = native / other
+
+
+def ranks(bandwidth: float) -> None:
+    """The 8B shape over all GPUs of the machine (tp), beside one."""
+    cells, several = [(1, 128), (32, 1024), (128, 1024)], torch.cuda.device_count()
+    for tp in (1, several):
+        engine("llama-3-8b", cells, bandwidth, max_num_batched_tokens=8192, **({"tp": tp} if tp > 1 else {}))
+        gc.collect()
+        torch.cuda.empty_cache()
+    for batch, prompt in cells:
+        one, all_ = (RESULTS[f"llama-3-8b{name}_{batch}x{prompt}"]["ms"] for name in ("", f" (tp {several})"))
+        print(f"tp {several} at batch {batch}: {one / all_:.2f} times one GPU", flush=True)
+        RESULTS[f"tp{several}_{batch}"] = one / all_
 
 
 def steady() -> None:
@@ -288,6 +312,7 @@ def main() -> None:
         "attention": lambda: attention(bandwidth),
         "small": lambda: small(bandwidth), "steady": steady,
         "impl": lambda: impl(bandwidth),
+        "ranks": lambda: ranks(bandwidth),
         "serving": serving,
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,
                              max_num_batched_tokens=8192)}

@@ -3,6 +3,7 @@ its collectives (Collectives). So workers/ name no device's library. Importing t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -65,6 +66,27 @@ class DeviceRuntime:
         return torch.get_device_module(device)
 
 
+class PeerSums(Protocol):
+    """all_reduce of small tensors by another way than the group's, for instance over memory that the devices of one
+    host read of each other. It runs in the order of the current stream, and may be captured."""
+
+    def settle(self, other: Callable[[torch.Tensor], object]) -> None:
+        """Called once by all ranks, before the first sum. Measure this way beside `other`, which is the group's own
+        all_reduce, in place, and decide which sizes `takes` accepts: the same ones on all ranks."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether this way is the faster one for a tensor of x's size and dtype."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' tensors, a new tensor; the same bits on all ranks. x is contiguous."""
+
+    def abort(self) -> None:
+        """End the waiting for a rank that is gone, on the device too. Another thread calls this."""
+
+    def close(self) -> None:
+        """Give memory back; no rank uses it any more. Idempotent."""
+
+
 class Collectives:
     """The process groups by which the ranks of a device reach each other.
 
@@ -106,6 +128,11 @@ class Collectives:
         options.store, options.group_rank, options.group_size, options.timeout = store, rank, size, timeout
         options.group_id, options.global_ranks_in_group = "", []
         return plugin.creator_fn(options, None)
+
+    def sums(self, store: Any, rank: int, size: int, device: torch.device) -> PeerSums | None:
+        """A faster way to add small tensors up over ranks 0 to size - 1, which all call this; None for all of them if
+        there is none. `store`: as for process_group."""
+        return None
 
     def failed(self, group: Any) -> bool:
         """Whether a group's library has found an error by itself. Called once a second if `on_device`."""

@@ -1,5 +1,5 @@
-"""NCCL's process groups, which the backend supplies to workers/. Runners do not use this module. Importing it loads no
-torch."""
+"""NCCL's process groups, and sums over peer memory, which the backend supplies to workers/. Runners do not use this
+module. Importing it loads no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hal.contracts.device import Collectives
+from hal.contracts.device import Collectives, PeerSums
 from hal.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
 
 # Groups read these variables when they are made. By default PyTorch's threads end the process, which may be the user's,
 # if an operation fails or takes long, or if the device fails or is slow to answer. hal watches the ranks by itself.
 SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
-            "TORCH_NCCL_BLOCKING_WAIT": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+            "TORCH_NCCL_BLOCKING_WAIT": "0", "TORCH_NCCL_ENABLE_MONITORING": "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+            "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "0"}  # one stream issues all of a group's anyway
 
 
 class NcclCollectives(Collectives):
@@ -37,7 +41,15 @@ class NcclCollectives(Collectives):
         if control:
             options.config.max_ctas = 1
         with _environment(SETTINGS):
-            return dist.ProcessGroupNCCL(store, rank, size, options)
+            group = dist.ProcessGroupNCCL(store, rank, size, options)
+            # Connected now, stages send over the same communicator as all else. Later each pair would make its own.
+            group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+            return group
+
+    def sums(self, store: Any, rank: int, size: int, device: torch.device) -> PeerSums | None:
+        from runners.cuda.peer_memory import nvlink_sums
+
+        return nvlink_sums(store, rank, size, device)
 
 
 @contextmanager

@@ -88,3 +88,12 @@ def test_the_rest(dtype: torch.dtype) -> None:
     elementwise.add_rms_norm(x, x, x[0], 1e-5)
     elementwise.silu_mul(x)
     elementwise.rotary(x.view(3, 10, 100), ints, torch.zeros(9, 100))
+
+
+@pytest.mark.parametrize("count", [4096, 524288])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sums_over_peer_memory(dtype: torch.dtype, count: int) -> None:
+    from runners.cuda.kernels.sums import PROGRAMS, peer_sum
+
+    addresses, epochs = torch.zeros(4, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int32)
+    peer_sum(torch.zeros(count // dtype.itemsize * 2, dtype=dtype), addresses, addresses, epochs, epochs[:1], 1, 4)

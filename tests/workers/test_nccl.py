@@ -296,6 +296,9 @@ def test_no_thread_of_pytorch_may_end_the_process(monkeypatch: pytest.MonkeyPatc
         def __init__(self, is_high_priority_stream: bool) -> None:
             super().__init__(is_high_priority_stream=is_high_priority_stream, config=SimpleNamespace())
 
+        def eager_connect_single_device(self, device: torch.device) -> None:
+            assert device == torch.device("cuda", 0)
+
     def nccl(store: Any, rank: int, size: int, options: Any) -> Any:
         seen.append({name: os.environ[name] for name in SETTINGS})
         return options
@@ -305,7 +308,55 @@ def test_no_thread_of_pytorch_may_end_the_process(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     large, small = (make_group(NcclCollectives(), dist.HashStore(), "x", 0, 1, control=c) for c in (False, True))
     assert seen == [SETTINGS] * 2 and os.environ.get(name) == before
     assert large._timeout.days == small._timeout.days == 3650
     assert small.config.max_ctas == 1 and small.is_high_priority_stream and not large.is_high_priority_stream
+
+
+class TenfoldSums:
+    """A PeerSums that takes tensors of up to 8 elements. Its "sum" shows which way a tensor went."""
+
+    def __init__(self) -> None:
+        self.settled, self.calls, self.aborted, self.closed = False, 0, 0, 0
+
+    def settle(self, other: Callable[[torch.Tensor], object]) -> None:
+        x = torch.ones(9)
+        other(x)
+        self.settled = x.tolist() == [2.0] * 9
+
+    def takes(self, x: torch.Tensor) -> bool:
+        return self.settled and x.numel() <= 8
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * 10
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_small_sums_go_the_way_that_the_backend_supplies(backend: StandInBackend,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[TenfoldSums] = []
+
+    def sums(self: Any, store: Any, rank: int, size: int, device: torch.device) -> TenfoldSums:
+        ways.append(TenfoldSums())
+        return ways[-1]
+
+    monkeypatch.setattr(type(backend.collectives), "sums", sums)
+    ranks = joined(backend, 2, 1)
+
+    def add(rank: int, _: Any) -> list[list[float]]:
+        communicator = ranks[rank][1]
+        return [communicator.all_reduce(torch.full((n,), rank + 1.0)).tolist() for n in (8, 9)]
+
+    assert on_ranks(2, add) == [[[10.0] * 8, [3.0] * 9], [[20.0] * 8, [3.0] * 9]]
+    assert [way.calls for way in ways] == [1, 1]
+    close(*(communicator for _, communicator in ranks))
+    assert all(way.aborted == way.closed == 1 for way in ways)
+    close(*(plane for plane, _ in ranks))

@@ -12,14 +12,14 @@ from hal.config import Axis, Topology, WorkerConfig
 from hal.contracts.backend import Backend
 from hal.contracts.communicator import Communicator, LocalCommunicator
 from hal.contracts.control_plane import ControlPlane
-from hal.contracts.device import GLOO, Collectives
+from hal.contracts.device import GLOO, Collectives, PeerSums
 from hal.errors import BackendError
 from workers.control.collectives import CollectivePlane
 from workers.control.planes import log_without_memory, make_plane
 from workers.data.axes import ByAxis
 from workers.data.process_groups import TorchCommunicator
 from workers.data.shared_memory import ShmCommunicator
-from workers.links.groups import Store, make_group
+from workers.links.groups import Store, dist, make_group
 from workers.links.liveness import PeerWatch
 
 
@@ -57,9 +57,13 @@ def over_groups(topology: Topology, backend: Backend, device: torch.device, stor
     def make(what: str, kind: Collectives, axis: Axis) -> Any:
         return make_group(kind, store, f"{what} {axis.name}{axis.ranks[0]}", axis.rank, axis.size)
 
+    def make_sums(axis: Axis) -> PeerSums | None:
+        own = dist.PrefixStore(f"sums {axis.name}{axis.ranks[0]}", store)
+        return None if axis.name == "pp" else collectives.sums(own, axis.rank, axis.size, device)
+
     # Stages compare with each message that they send, and need no group for that.
     checks = ByAxis(topology, lambda axis: make("checks", GLOO, axis) if strict and axis.name != "pp" else None)
     groups = ByAxis(topology, partial(make, "data", collectives))
     peers = PeerWatch(topology, store, "the data plane") if collectives.on_device else None
-    return TorchCommunicator(topology, device, groups, collectives, backend.runtime,
+    return TorchCommunicator(topology, device, groups, collectives, backend.runtime, sums=ByAxis(topology, make_sums),
                              checks=checks, strict=strict, peers=peers)

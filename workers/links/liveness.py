@@ -11,7 +11,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hal.config import Topology
@@ -65,11 +65,11 @@ class PeerWatch:
             self.close()
             raise lost("connecting", error) from error
 
-    def guard(self, groups: list[Any], collectives: Collectives) -> None:
+    def guard(self, groups: list[Any], collectives: Collectives, before: Sequence[Callable[[], None]] = ()) -> None:
         """Abort these groups, in this order, as soon as a rank is gone, or else in `close`. This ends the kernels that
-        wait for the rank, and the calls that wait for the kernels. The list is emptied. Do not call this within a
-        phase, since it starts a thread."""
-        self._thread = threading.Thread(target=self._watch, args=(groups, collectives), name="hal-peer-watch",
+        wait for the rank, and the calls that wait for the kernels. The list is emptied. The functions in `before` end
+        what else waits for a rank; they are called first. Do not call this within a phase, since it starts a thread."""
+        self._thread = threading.Thread(target=self._watch, args=(groups, collectives, before), name="hal-peer-watch",
                                         daemon=True)
         self._thread.start()
 
@@ -102,11 +102,14 @@ class PeerWatch:
         for connection in (*self._sockets, self._wake, self._woken):
             connection.close()
 
-    def _watch(self, groups: list[Any], collectives: Collectives) -> None:
+    def _watch(self, groups: list[Any], collectives: Collectives, before: Sequence[Callable[[], None]]) -> None:
         """The thread: until a rank is gone or this one leaves, then the groups are aborted."""
         self._until_lost_or_closing(groups, collectives)
         if self._issuing.acquire(timeout=_ISSUE):
             self._issuing.release()
+        for end in before:
+            with contextlib.suppress(RuntimeError):  # the device has failed
+                end()
         while groups:
             with contextlib.suppress(RuntimeError):
                 # This ends kernels at once, and then waits for graphs that have captured any.
