@@ -18,6 +18,7 @@ BUNDLED_MODEL = Path(__file__).parent / "assets" / "add-tiny"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 WirePolicy = Literal["model-input", "request", "none"]
 KVDType = Literal["auto", "fp8"]
+Quantize = Literal["fp8", "int8", "int4"]
 ExecutorName = Literal["multiprocess", "ray"]
 MOST_STEPS = 64  # decode steps of one message
 _LARGEST = 2**31 - 1
@@ -36,6 +37,8 @@ class EngineConfig:
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
         kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3, unscaled) holds twice the tokens of 16
             bits at some loss of accuracy.
+        quantize: the form that the linear layers' weights of a dense checkpoint get as they are read: "fp8" and "int8"
+            have a scale for each output, "int4" a scale and a zero point for 64 inputs. None keeps them as they are.
         tp, pp: tensor and pipeline parallel sizes; the engine has tp * pp ranks.
         ep: expert parallel size, a divisor of tp: the tp ranks of a stage are grouped anew for the layers that hold
             whole experts, so ep adds no rank.
@@ -74,6 +77,7 @@ class EngineConfig:
     device: str = "auto"
     dtype: DType = "auto"
     kv_dtype: KVDType = "auto"
+    quantize: Quantize | None = None
     tp: int = 1
     pp: int = 1
     ep: int = 1
@@ -123,8 +127,10 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName),
-                           ("model_impl", ModelImpl)):
+                           ("model_impl", ModelImpl), ("quantize", Quantize)):
             value = plain(getattr(self, name))
+            if value is None and name == "quantize":
+                continue
             if not isinstance(value, str) or value not in get_args(kind):
                 raise ConfigError(f"unknown {name}", got=described(value), expected=", ".join(get_args(kind)))
             object.__setattr__(self, name, value)

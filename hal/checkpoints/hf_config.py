@@ -15,7 +15,7 @@ from typing import Any
 from hal.checkpoints.reader import MAX_HIDDEN, MAX_LAYERS, MAX_PARAMS, Reader
 from hal.checkpoints.shapes import llama
 from hal.checkpoints.stored import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
-from hal.errors import ModelLoadError
+from hal.errors import ConfigError, ModelLoadError
 from hal.model_config import EagleConfig, ModelConfig, ModelImpl
 from hal.models.families import architectures, family_of, native
 from hal.weights.formats import check_known
@@ -25,7 +25,7 @@ _STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": 
 
 
 def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl = "auto",
-                trust_remote_code: bool = False) -> ModelConfig:
+                trust_remote_code: bool = False, quantize: str | None = None) -> ModelConfig:
     """The shape of the model in a checkpoint directory. As in transformers' `generate`, end-of-sequence ids in
     generation_config.json replace those of config.json.
 
@@ -36,8 +36,10 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
         impl: "native" takes a definition of hal.models, "transformers" the Transformers backend, and "auto" a
             definition of hal.models where there is one.
         trust_remote_code: the Transformers backend may run the checkpoint's own Python code.
+        quantize: as in EngineConfig.
 
     Raises:
+        ConfigError: `quantize` is given for a checkpoint whose weights are not dense.
         ModelLoadError: the directory or config.json is missing, is not JSON, or describes something unsupported; the
             files of the weights are damaged.
     """
@@ -53,7 +55,17 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
         ids = Reader(read_json(generation), generation.name).eos(None)
         if ids:
             config = dataclasses.replace(config, eos_token_ids=ids)
-    return _as_stored(config, Reader(data).dtype_name(), directory) if weights and has_weights(directory) else config
+    if weights and has_weights(directory):
+        config = _as_stored(config, Reader(data).dtype_name(), directory)
+    return config if quantize is None else _to_quantize(config, quantize)
+
+
+def _to_quantize(config: ModelConfig, scheme: str) -> ModelConfig:
+    if config.quantization is not None:
+        raise ConfigError("the checkpoint's weights are quantised already",
+                          got=f"quantize={scheme!r}, quant_method={config.quantization['quant_method']!r}",
+                          expected="quantize=None")
+    return dataclasses.replace(config, quantization={"quant_method": "on-load", "scheme": scheme})
 
 
 def _is_native(data: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,28 @@ def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no
                 files[stored.path] = stack.enter_context(open_file(stored.path, "pt"))
             _fill(parameter, source, at, stored, files[stored.path], model.topology)
     progress("loading weights", len(work), len(work))
+    _quantize(model, tensors, progress)
     model.pack()
+
+
+def _quantize(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress) -> None:
+    """Make the tensors of layers whose scheme is `on_load`. One dense weight exists at a time, and its file is mapped
+    into memory for as long."""
+    layers = [module for module in model.modules() if isinstance(module, Linear) and module.dense is not None]
+    for done, layer in enumerate(layers):
+        progress("quantizing weights", done, len(layers))
+        shape, spec = layer.dense or ((), None)
+        device = next(layer.parameters()).device
+        dense = nn.Parameter(torch.empty(shape, dtype=model.dtype, device=device), requires_grad=False)
+        dense.spec = spec  # type: ignore[attr-defined]
+        for source, at in _parts(dense, model.topology):
+            stored = tensors[source.name]
+            with open_file(stored.path, "pt") as file:
+                _fill(dense, source, at, stored, file, model.topology)
+        for name, value in layer.scheme.quantize(dense.data).items():
+            layer.get_parameter(name).data.copy_(value)
+    if layers:
+        progress("quantizing weights", len(layers), len(layers))
 
 
 def random_weights(model: CausalLM, seed: int = 0) -> None:
@@ -115,7 +136,7 @@ def random_weights(model: CausalLM, seed: int = 0) -> None:
             bound = spec.below or torch.iinfo(flat.dtype).max
             flat.copy_(torch.randint(0, bound, flat.shape, dtype=torch.int64, generator=generator))
             continue
-        if parameter.ndim == 1 and spec.sources[0].name.endswith("weight"):
+        if parameter.ndim == 1 and spec.sources and spec.sources[0].name.endswith("weight"):
             flat.fill_(1.0)
             continue
         begin = 0
@@ -141,8 +162,9 @@ def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
     whole = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
     linears = [m for m in whole.modules() if isinstance(m, Linear)]
     ignored = {f"{p.name}.{name}" for m in linears for p in m.spec.projections for name in m.scheme.ignored}
-    return ({s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources},
-            ignored.union(whole.ignored))
+    expected = {s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources}
+    expected |= {s.name: _Expected(s, torch.float32) for m in linears if m.dense for s in m.dense[1].sources}
+    return expected, ignored.union(whole.ignored)
 
 
 def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: set[str]) -> None:
@@ -165,13 +187,18 @@ def _missing(name: str, directory: Path) -> ModelLoadError:
 
 def _check_tensor(expected: _Expected, stored: Stored, file: safe_open) -> None:
     tensor, source = open_tensor(file, stored), expected.source
-    if tuple(tensor.get_shape()) != source.shape:
+    if _without_ones(tensor.get_shape()) != _without_ones(source.shape):
         raise ModelLoadError(f"{_at(stored)} has the wrong shape", got=tensor.get_shape(), expected=list(source.shape),
                              hint="config.json does not belong to these weights")
     dtypes = list(_FLOATS.values()) if expected.dtype in _FLOATS else [_OTHERS[expected.dtype]]
     if tensor.get_dtype() not in dtypes:
         raise ModelLoadError(f"{_at(stored)} has an unsupported dtype", got=tensor.get_dtype(),
                              expected=", ".join(dtypes))
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    """Tools differ in whether a scale is stored as [], [1] or, for outputs, as [out] or [out, 1]."""
+    return [size for size in shape if size != 1]
 
 
 def _refuse_other_head(embeddings: Stored, head: Stored | None) -> None:
@@ -191,10 +218,11 @@ def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored,
     first, last = source.local(topology.axis(spec.mesh_axis))
     tensor = open_tensor(file, stored)
     try:
-        value = source.picked(tensor[source.index(first, last)])
+        index, whole = source.index(first, last), tuple(tensor.get_shape()) != source.shape
+        value = source.picked(tensor[()].reshape(source.shape)[index] if whole else tensor[index])
     except SafetensorError as error:
         raise ModelLoadError(f"{_at(stored)} cannot be read", got=f"{stored.path}: {error}") from None
-    if value.ndim == 1 and value.is_floating_point():
+    if value.is_floating_point() and (value.ndim == 1 or not source.name.endswith("weight")):
         value = _finite(value.to(into.dtype), stored)
     if spec.added:
         value = value.to(into.dtype) + spec.added
@@ -217,13 +245,14 @@ def _check_range(value: torch.Tensor, below: int, stored: Stored) -> None:
 
 
 def _finite(vector: torch.Tensor, stored: Stored) -> torch.Tensor:
-    """Only vectors (norms, biases, scales) are checked, at no cost. A matrix would need a second pass over memory."""
-    finite = vector.isfinite()
+    """Only norms, biases and scales are checked, at no cost. A matrix would need a second pass over memory."""
+    finite = vector.isfinite().flatten()
     if not finite.all():
         at = int(finite.logical_not().nonzero()[0])
         dtype = str(vector.dtype).removeprefix("torch.")
         raise ModelLoadError(f"{_at(stored)} has values that are not finite in {dtype}",
-                             got=f"{vector[at].item()} at {at}, {int(finite.logical_not().sum())} of {len(vector)}",
+                             got=f"{vector.flatten()[at].item()} at {at}, {int(finite.logical_not().sum())} of "
+                                 f"{len(finite)}",
                              hint="the checkpoint is damaged" if dtype != "float16" else
                                   "the checkpoint is damaged, or its values need dtype bfloat16 or float32")
     return vector

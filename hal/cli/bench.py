@@ -112,7 +112,8 @@ def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     blocks = largest * -(-length // EngineConfig(**chosen).block_size)
     config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
                              "num_blocks": 2 + blocks + blocks // 64, **chosen, "prefix_caching": False})
-    model = read_config(config.model, weights=not config.random_weights, impl=config.model_impl)
+    model = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
+                        quantize=config.quantize)
     backend = backends.select(config.device)
     dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
     bandwidth = measure.read_bandwidth(backend)
@@ -136,7 +137,8 @@ def _open_loop(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]
     from hal.cli import measure, open_loop
     from hal.contracts import backend as backends
 
-    model, backend = read_config(config.model, weights=not config.random_weights), backends.select(config.device)
+    model, backend = read_config(
+        config.model, weights=not config.random_weights, quantize=config.quantize), backends.select(config.device)
     served = open_loop.run(config, model, args.rate, args.requests, args.prompt_len, args.new_tokens,
                            progress=sys.stderr.isatty())
     return {**_facts(args, config, model, backend), "threads": measure.threads(), "requests": args.requests,

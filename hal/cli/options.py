@@ -17,6 +17,7 @@ ENGINE_HELP = {
     "device": "auto, a backend's name (`hal env` lists them), or module:attribute of a backend",
     "dtype": "of weights and KV cache",
     "kv_dtype": "of the KV cache, where it is not the weights'",
+    "quantize": "bits that a dense checkpoint's weights keep as they are read",
     "tp": "tensor-parallel processes",
     "pp": "pipeline stages",
     "ep": "expert-parallel groups of the tensor-parallel ranks; a divisor of tp",
@@ -45,7 +46,7 @@ ENGINE_HELP = {
     "trust_remote_code": "run the checkpoint's own Python where its tokenizer or its model is made of that",
     "model_impl": "a definition of hal, or transformers' modelling code",
 }
-_UNSET = {"speculate": "nothing", "draft_model": "none",
+_UNSET = {"quantize": "all", "speculate": "nothing", "draft_model": "none",
          "max_model_len": "the model's context", "num_blocks": "from free memory", "kv_cache_bytes": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}

@@ -84,7 +84,7 @@ class LLM:
                  **options: Any) -> None:
         self.config = config = _config(model, options)
         self.model_config = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
-                                        trust_remote_code=config.trust_remote_code)
+                                        trust_remote_code=config.trust_remote_code, quantize=config.quantize)
         admit(self.model_config)
         self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors

@@ -10,7 +10,7 @@ from torch import nn
 
 from hal.contracts.attention import ForwardContext
 from hal.model_config import ModelConfig, RopeConfig
-from hal.models.layers import Build, column, row
+from hal.models.layers import Build, Linear, column, row
 from hal.models.rope import head_order
 from hal.weights import Projection
 
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
     def arrange(self) -> None:
         """Put the outputs of q and k into the order in which the rotary embedding wants them. It is called once, after
         the weights are filled. The heads are put in order in every step where the weights are not dense."""
-        if self.order is None or not self.qkv.is_dense:
+        if self.order is None or not isinstance(self.qkv, Linear) or not self.qkv.is_dense:
             return
         qk = self.heads + self.kv_heads
         stored = [(self.qkv.weight, qk), (self.qkv.bias, qk), (self.q_norm, -1), (self.k_norm, -1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from hal.errors import ConfigError
 from hal.models.ops import Ops
 from hal.weights import LinearSpec, Projection, Scheme, WeightTensor
 from hal.weights.dense import BIAS, DENSE
-from hal.weights.formats import SchemeOf, scheme_of
+from hal.weights.formats import SchemeOf, mergeable
 from hal.weights.sharding import ParameterSpec, StoredSlice, local_outputs, shard
 
 
@@ -64,15 +65,18 @@ class Build:
     def linear_tensor(self, spec: LinearSpec, tensor: WeightTensor, scheme: Scheme) -> nn.Parameter:
         """This rank's part of one tensor of a linear layer. Raises ConfigError where tp cuts a group of its values."""
         dtype = None if tensor.dtype is None else getattr(torch, tensor.dtype)
-        return self.parameter(*shard(spec, tensor, scheme.name, self.topology), dtype)
+        shape, declared = shard(spec, tensor, scheme.name, self.topology)
+        if scheme.on_load and tensor is not BIAS:
+            declared = dataclasses.replace(declared, sources=())  # the checkpoint has no such tensor
+        return self.parameter(shape, declared, dtype)
 
     def scheme(self, spec: LinearSpec) -> Scheme:
         """The scheme of a layer.
 
         Raises:
-            ConfigError: the device's operations cannot multiply by it, or the layer merges different ones.
+            ConfigError: the device's operations cannot multiply by it.
         """
-        scheme, can = scheme_of(spec, self.schemes), self.ops.schemes
+        scheme, can = self.schemes(spec.name), self.ops.schemes  # projections of one layer have equal schemes
         if can is not None and scheme.name not in can:
             raise ConfigError(f"this device cannot multiply by weights of the scheme {scheme.name!r}", got=spec.name,
                               expected=f"one of the schemes of {type(self.ops).__name__}: {', '.join(can)}",
@@ -88,7 +92,8 @@ class Linear(nn.Module):
         scheme: how the weight is stored. Its tensors are attributes of the layer under their declared names.
         outputs: of each projection, on this rank.
         weight: of the dense scheme, [out, in] of this rank, or what Ops.pack_linear made of it.
-        reduce: the outputs are summed over the tp ranks.
+        reduce: the outputs are summed over the tp ranks. in_size: inputs of this rank.
+        dense: shape and declaration of the rank's dense weight, where the scheme's tensors are made of it on load.
         dtype: of the inputs and outputs.
     """
 
@@ -103,11 +108,16 @@ class Linear(nn.Module):
         self.is_dense = self.scheme.name == DENSE.name
         self.outputs = local_outputs(spec, build.topology)
         self.reduce = spec.sharded == "in" and build.topology.tp > 1
+        ranks = build.topology.axis(spec.mesh_axis).size if spec.sharded == "in" else 1
+        self.in_size = -(-spec.in_size // ranks)
+        self.dense: tuple[tuple[int, ...], ParameterSpec] | None = None
         if weight is not None:
             self.weight = weight
         else:
             for tensor in self.scheme.tensors(spec):
                 self.register_parameter(tensor.name, build.linear_tensor(spec, tensor, self.scheme))
+            if self.scheme.on_load:
+                self.dense = shard(spec, DENSE.tensors(spec)[0], DENSE.name, build.topology)
         self.bias = build.linear_tensor(spec, BIAS, self.scheme) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,10 +126,27 @@ class Linear(nn.Module):
         return self.communicator.all_reduce(y) if self.reduce else y
 
 
+class Unmerged(nn.Module):
+    """The layers of projections whose weights cannot be merged, side by side. It stands for a Linear whose weight is
+    not dense."""
+
+    is_dense = reduce = False
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], -1)
+
+
 def column(build: Build, in_size: int, projections: Sequence[Projection], *, bias: bool, transposed: bool = False,
-           ) -> Linear:
+           ) -> Linear | Unmerged:
     """A column-parallel layer: every rank computes a part of each projection, side by side, from the whole input."""
-    return Linear(build, LinearSpec(in_size, tuple(projections), "out", transposed), bias=bias)
+    spec = LinearSpec(in_size, tuple(projections), "out", transposed)
+    if mergeable(spec, build.schemes):
+        return Linear(build, spec, bias=bias)
+    return Unmerged([Linear(build, dataclasses.replace(spec, projections=(p,)), bias=bias) for p in projections])
 
 
 def row(build: Build, name: str, in_size: int, out_size: int, *, bias: bool, transposed: bool = False) -> Linear:

@@ -12,7 +12,7 @@ from hal.weights.dense import DENSE
 if TYPE_CHECKING:
     from hal.contracts.attention import LayerAttention
     from hal.models.experts import Experts
-    from hal.models.layers import Linear
+    from hal.models.layers import Linear, Unmerged
 
 
 _EXPERT_VALUES = 1 << 25  # values of experts' inner and outer layers that exist at once
@@ -95,8 +95,8 @@ class Ops:
         gate, up = gate_up.chunk(2, -1)
         return self.activation(gate, kind).mul_(up)
 
-    def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
-                    eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def norm_linear(self, layer: Linear | Unmerged, x: torch.Tensor, residual: torch.Tensor | None,
+                    weight: torch.Tensor, eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """`layer` applied to the RMS norm of x + residual, and the sum x + residual itself. Without a residual, x
         stands for the sum. With `gated` the layer's outputs are a gate and up, and the first result is their
         `silu_mul`. A device overrides this method where one kernel does all of it."""

@@ -26,6 +26,7 @@ from hal.models.ops import Ops
 from hal.models.skeleton import AttentionCall, Trace, refuse
 from hal.weights import LinearSpec, Projection
 from hal.weights.base import canonical
+from hal.weights.formats import mergeable
 from hal.weights.sharding import ParameterSpec, StoredSlice
 
 # Of transformers' tp plan: the dimension that is sharded.
@@ -283,7 +284,7 @@ class _Parts:
                 continue
             group = groups.get(name, [name])
             if len({self.style(n) for n in group}) > 1 or self.style(name) == "packed_colwise" or any(
-                    (modules[n].bias is None) != (module.bias is None) for n in group):
+                    (modules[n].bias is None) != (module.bias is None) for n in group) or not self.mergeable(group):
                 group = [name]
             followers.update(group[1:])
             made = self.linears([(n, modules[n]) for n in group])
@@ -298,6 +299,12 @@ class _Parts:
                 kind: Any = type(module)
                 if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _is_rms_norm(kind):
                     module.forward = _Norm(self.build.ops, module)
+
+    def mergeable(self, group: list[str]) -> bool:
+        names = group if len(group) > 1 else []
+        parts = tuple(Projection(self.stored(f"{n}.weight").removesuffix(".weight"),
+                                 self.hf.get_submodule(n).out_features) for n in names)
+        return not parts or mergeable(LinearSpec(1, parts, "out"), self.build.schemes)
 
     def sum(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         """Each rank has a part of every expert's inner layer."""

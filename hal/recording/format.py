@@ -105,7 +105,7 @@ class Recording:
         else:
             engine = replace(engine, model=self._checkpoint(model))
             found = read_config(engine.model, impl=engine.model_impl,
-                                    trust_remote_code=engine.trust_remote_code)
+                                    trust_remote_code=engine.trust_remote_code, quantize=engine.quantize)
             for name in SHAPE:
                 if getattr(found, name) != getattr(self.model, name):
                     raise ConfigError("the recording is of another model than the checkpoint",

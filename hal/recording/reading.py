@@ -15,8 +15,8 @@ from hal.model_config import ModelConfig
 
 FORMAT = 3
 # The options that a run takes from a file. The numbers of blocks follow from the steps. The caller gives all others.
-HONOURED = ("dtype", "kv_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "graphs",
-            "seed")
+HONOURED = ("dtype", "kv_dtype", "quantize", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+            "graphs", "seed")
 LIMITS = {"max_model_len": 1 << 24, "max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 24, "block_size": 1 << 12,
            "num_blocks": 2**31 - 1, "num_cpu_blocks": 1 << 24}
 _TOKENS = 1 << 28  # tokens that the rows of all sequences may hold: 1 GiB on the host

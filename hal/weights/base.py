@@ -147,10 +147,12 @@ class Scheme(abc.ABC):
     Attributes:
         name: in errors, and in Ops.schemes.
         ignored: names, as WeightTensor.name, of stored tensors that may be there and have no effect.
+        on_load: the checkpoint stores a dense weight, of which `quantize` makes the tensors.
     """
 
     name: str
     ignored: tuple[str, ...] = ()
+    on_load: bool = False
 
     @abc.abstractmethod
     def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
@@ -163,6 +165,10 @@ class Scheme(abc.ABC):
     @abc.abstractmethod
     def dequantize(self, layer: Linear) -> torch.Tensor:
         """The rank's weight [out, in] in `layer.dtype`. The declared tensors are attributes of `layer`."""
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By name, the tensors that come closest to a rank's dense weight [out, in]; for schemes that are `on_load`."""
+        raise NotImplementedError
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         """x [n, in] in the model's dtype times the transposed weight, plus the bias -> [n, out], on any device that

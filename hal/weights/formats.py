@@ -16,6 +16,8 @@ from hal.extensions import named
 from hal.weights.base import LinearSpec, Scheme
 
 GROUP = "hal.weights"
+BUILT_IN = {name: f"hal.weights.configs:{name.replace('-', '_')}"
+            for name in ("awq", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4", "on-load")}
 SchemeOf = Callable[[str], Scheme]  # of a projection's name, as in the checkpoint without the prefix "model."
 Format = Callable[[Mapping[str, Any]], SchemeOf]
 
@@ -59,21 +61,16 @@ def schemes(quantization: Mapping[str, Any] | None) -> SchemeOf:
     return found(quantization)
 
 
-def scheme_of(spec: LinearSpec, schemes: SchemeOf) -> Scheme:
-    """The scheme of a layer.
-
-    Raises:
-        ConfigError: the layer merges projections of different schemes.
-    """
+def mergeable(spec: LinearSpec, schemes: SchemeOf) -> bool:
+    """Whether one layer can hold all of a spec's projections: their schemes are equal, and no entry of a tensor belongs
+    to outputs of two projections."""
     found = [schemes(projection.name) for projection in spec.projections]
-    for projection, scheme in zip(spec.projections, found, strict=True):
-        if scheme != found[0]:
-            raise ConfigError("a layer merges projections whose weight schemes differ",
-                              got=f"{spec.name}: {found[0].name}, {projection.name}: {scheme.name}",
-                              expected="one scheme", hint="take a checkpoint that quantises these projections alike")
-    return found[0]
+    dims = [tensor.merged[1] for tensor in found[0].tensors(spec)]
+    return all(scheme == found[0] for scheme in found) and not any(
+        projection.size % dim.per for projection in spec.projections[:-1] for dim in dims)
 
 
 def _entries() -> dict[str, EntryPoint]:
-    """By quant_method."""
-    return named(GROUP, "HAL_WEIGHTS", "quant_method=module:function")
+    """By quant_method. What the user and packages name comes before what is built in."""
+    built_in = {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    return {**built_in, **named(GROUP, "HAL_WEIGHTS", "quant_method=module:function")}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.contracts.attention import LayerAttention
-from hal.models.layers import Linear
+from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
 from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import elementwise
@@ -52,9 +52,9 @@ class CudaOps(Ops):
             return super().linear(x, layer)
         return self._apply(x, layer.weight, layer.bias, Use(layer.weight.shape), None)[0]
 
-    def norm_linear(self, layer: Linear, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
-                    eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer.reduce or not layer.is_dense:
+    def norm_linear(self, layer: Linear | Unmerged, x: torch.Tensor, residual: torch.Tensor | None,
+                    weight: torch.Tensor, eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(layer, Unmerged) or layer.reduce or not layer.is_dense:
             return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
         use = Use(layer.weight.shape, gated, True)
         return self._apply(x, layer.weight, layer.bias, use, Norm(weight, eps, residual))

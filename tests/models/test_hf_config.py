@@ -155,7 +155,7 @@ def test_features_reach_the_config() -> None:
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"architectures": None, "model_type": None}, "architectures"),
     ({"model_type": "qwen2"}, "qwen2"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"quantization_config": {"quant_method": "exl2"}}, "quantization_config"),
     ({"rope_scaling": {"type": "yarn"}}, "factor"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}}, "type of layer"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),

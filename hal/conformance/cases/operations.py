@@ -14,7 +14,7 @@ from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import Context
 from hal.contracts.communicator import LocalCommunicator
 from hal.model_config import RopeConfig
-from hal.models.layers import Build, Linear, column
+from hal.models.layers import Build, Linear
 from hal.models.rope import cos_sin_table
 from hal.weights import Dim, LinearSpec, Projection, Scheme, WeightTensor
 
@@ -46,7 +46,7 @@ def linear(ctx: Context) -> None:
     for rows in _ROWS:
         for in_size, out_size, bias in ((64, 96, True), (96, 40, False), (256, 64, False)):
             build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device)
-            layer = column(build, in_size, [Projection("x", out_size)], bias=bias)
+            layer = Linear(build, LinearSpec(in_size, (Projection("x", out_size),), "out"), bias=bias)
             x, w = ctx.normal(rows, in_size), ctx.normal(out_size, in_size, scale=in_size**-0.5)
             b = ctx.normal(out_size)
             layer.weight.data.copy_(w)
@@ -81,7 +81,7 @@ def of_another_weight_scheme(ctx: Context) -> None:
     for rows in _ROWS:
         for in_size, out_size, bias in ((64, 96, True), (96, 40, False)):
             build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device, lambda name: scheme)
-            layer = column(build, in_size, [Projection("x", out_size)], bias=bias)
+            layer = Linear(build, LinearSpec(in_size, (Projection("x", out_size),), "out"), bias=bias)
             x, b = ctx.normal(rows, in_size), ctx.normal(out_size)
             # Powers of two: the products have at most 7 significant bits, so every dtype holds them exactly.
             scales = torch.from_numpy(2.0 ** ctx.rng.integers(-11, -8, out_size)).float()

@@ -1,0 +1,53 @@
+"""MXFP4: 4-bit floating-point values (e2m1) in blocks of 32, each with a scale that is a power of two (e8m0).
+
+Source: OCP Microscaling Formats, v1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from hal.weights.base import Dim, LinearSpec, Scheme, WeightTensor
+
+if TYPE_CHECKING:
+    from hal.models.layers import Linear
+
+BLOCK = 32
+_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def decoded(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values that blocks stand for.
+
+    Args:
+        blocks: [..., blocks, 16] uint8, two values in a byte, the lower bits first. gpt-oss stores experts so.
+        scales: [..., blocks] uint8, exponents of two plus 127.
+
+    Returns:
+        [..., blocks * 32] in `dtype`.
+    """
+    table = torch.tensor([*_VALUES, *(-v for v in _VALUES)], device=blocks.device)
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    # exp2 is not exact on every device, and ldexp would form a power of two that fp32 does not hold.
+    half = (scales.int() - 127).div(2, rounding_mode="floor")
+    powers = torch.tensor([2.0 ** e for e in range(-64, 66)], device=blocks.device)
+    low, high = powers[(half + 64).long()], powers[(scales.int() - 127 - half + 64).long()]
+    return (table[codes.long()] * low.unsqueeze(-1) * high.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+class Mxfp4(Scheme):
+    """The mxfp4-pack-quantized layout of compressed-tensors: [out, in / 2] bytes and [out, in / 32] exponents."""
+
+    name = "mxfp4"
+
+    def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
+        return (WeightTensor("weight_packed", (Dim("out"), Dim("in", per=BLOCK, holds=BLOCK // 2)), "uint8"),
+                WeightTensor("weight_scale", (Dim("out"), Dim("in", per=BLOCK)), "uint8", below=255))
+
+    def dequantize(self, layer: Linear) -> torch.Tensor:
+        packed = layer.get_parameter("weight_packed")
+        blocks = packed.view(len(packed), -1, BLOCK // 2)
+        return decoded(blocks, layer.get_parameter("weight_scale"), layer.dtype)[:, :layer.in_size]
