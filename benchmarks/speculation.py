@@ -35,6 +35,7 @@ from hal.engine.llm import LLM
 from hal.sampling.params import SamplingParams
 from hal.sampling.verification import drafts_behind, verify
 
+_END = 12  # tokens before the end of a request that are not timed
 RIGHT = 1.0  # the probability with which a draft is right; None: as the model has it
 
 
@@ -72,17 +73,20 @@ device = None  # set by `main`: what the engine finds as "speculation:device"
 
 
 def rate(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
-    """Tokens a second after the first of every request."""
+    """Tokens a second while all requests decode: from the first token of the last one, until one of them nears its end,
+    where it gets fewer drafts."""
     for prompt in prompts:
         llm.add_request(prompt, params)
-    first, tokens, begin = set[int](), 0, 0.0
+    first, tokens, begin, found = set[int](), 0, 0.0, 0.0
     while llm.unfinished:
         outputs = llm.step(text=False)
         if len(first) < len(prompts):
             first |= {o.request_id for o in outputs}
             if len(first) == len(prompts):
                 begin, tokens = time.perf_counter(), -llm.stats().decode_tokens
-    return (tokens + llm.stats().decode_tokens) / (time.perf_counter() - begin)
+        elif not found and any(len(o.token_ids) > params.max_tokens - _END for o in outputs):
+            found = (tokens + llm.stats().decode_tokens) / (time.perf_counter() - begin)
+    return found
 
 
 def hold(llm: LLM, count: int) -> None:
@@ -112,13 +116,15 @@ def controlled(args: argparse.Namespace) -> None:
         for kind, shape, options in kinds:
             with LLM(str(folders[shape]), **base, **options) as llm:
                 if isinstance(kind, int):
+                    print(f"k={kind}: rounds measured at the start, [sequences, drafts, ms]:",
+                          [(n, k, round(each * 1e3, 2)) for n, k, each in llm.executor.round_times], flush=True)
                     hold(llm, kind)
                 for batch in args.batches:
                     prompts = [[random.randrange(250) for _ in range(64)] for _ in range(batch)]
-                    params = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
-                    rate(llm, prompts, params)
+                    rate(llm, prompts, SamplingParams(max_tokens=_END + 8, ignore_eos=True))
                     for right in (0.0, args.right) if isinstance(kind, int) else (None,):
                         RIGHT, before = right, llm.stats()  # type: ignore[assignment]
+                        params = SamplingParams(max_tokens=args.tokens if right else args.tokens // 2, ignore_eos=True)
                         speed = statistics.median(rate(llm, prompts, params) for _ in range(args.repeat))
                         now = llm.stats()
                         times[kind, batch, right] = batch / speed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from hal.config import EngineConfig
@@ -53,6 +53,8 @@ class Executor(Protocol):
             sequence swaps its row's state too.
         tokens_per_row: the most new tokens that a step gives a sequence.
         multi_step: ranks take several decode steps for one request (ExecuteModelRequest.num_steps).
+        round_times: of an engine that speculates, where its runners measure them: sequences, drafts of each, and the
+            seconds of a round that verifies and proposes so many (hal.speculation.rounds). On all ranks the same.
         input_type, output_type: the classes of a step's input and of its output, as the model runner declares them.
     """
 
@@ -62,6 +64,7 @@ class Executor(Protocol):
     has_row_states: bool
     tokens_per_row: int
     multi_step: bool
+    round_times: Sequence[Sequence[float]]
     input_type: type[ModelInput]
     output_type: type[Declared]
 

@@ -46,6 +46,9 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
             step's input names each sequence's row.
         row_states: the tensors of these states on this rank; dimension 1 counts rows.
         intermediate_type: the class of the tensors between pipeline stages; set by load_model when pp > 1.
+        rounds: the sizes (sequences, drafts of each) of rounds of speculative decoding whose time is worth measuring
+            after the warm-up, since the runner has prepared programs for them; such a runner has `dummy_round`. The
+            sizes of every number of sequences begin with 0 drafts.
         compiled: the number of programs compiled or graphs captured so far. `warmup` makes the last of them, unless the
             user limits its time. late: how many of them steps have made later. uncompiled: how many no step has needed
             yet.
@@ -60,6 +63,7 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     intermediate_type: type[IntermediateTensors] | None = None
     has_row_states: bool = False
     row_states: Sequence[torch.Tensor] = ()
+    rounds: Sequence[tuple[int, int]] = ()
     compiled: int = 0
     late: int = 0
     uncompiled: int = 0

@@ -108,6 +108,8 @@ class LLM:
             raise ConfigError("async_scheduling prepares a step before it is known how many tokens a sequence gained",
                               got=f"a model runner that gives up to {self.executor.tokens_per_row} tokens a step",
                               expected="async_scheduling=None or False: then steps are scheduled one after another")
+        if self._speculation is not None:
+            self._speculation.take_times(self.executor.round_times)
         self.scheduler = self._make_scheduler()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()

@@ -1,10 +1,15 @@
 """The engine's part of speculative decoding: where drafts come from between two steps, and how many are worth a step.
 
-The number of drafts follows from counts alone, not from times: with wire="none" every rank has an engine, and all of
-them must schedule alike.
+The number of drafts follows from counts, and from times that the ranks have measured before the first request
+(Executor.round_times), or else from the costs that backend and proposer declare. It does not follow from the times of
+steps: with wire="none" every rank has an engine, and all of them must schedule alike.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
 
 from hal.config import EngineConfig
 from hal.contracts.backend import Backend
@@ -35,6 +40,13 @@ class Speculation:
         self.count, self.drafted, self.accepted = self._most, 0, 0
         self._right, self._trials = _PRIOR
         self._rested = 0
+        self._times: dict[int, list[float]] = {}  # of a round with 0, 1, ... drafts, by its number of sequences
+
+    def take_times(self, measured: Sequence[Sequence[float]]) -> None:
+        """The executor's `round_times`. Between two measured numbers of drafts the time is taken as linear."""
+        for rows in sorted({int(rows) for rows, _, _ in measured}):
+            drafts, seconds = zip(*[(k, each) for n, k, each in measured if n == rows], strict=True)
+            self._times[rows] = np.interp(np.arange(self._most + 1), drafts, seconds).tolist()
 
     def before(self, step: ScheduledStep) -> None:
         """Called before the step is executed."""
@@ -73,13 +85,23 @@ class Speculation:
         n sequences gives 1 + p + ... + p^k tokens of each, where p is the share of right drafts."""
         if not rows:
             return
-        rate, step_time = self._right / self._trials, 1 + self._token_cost * (rows - 1)
-        each = self._cost + self._token_cost * rows / step_time
-        best, tokens, self.count = 1.0, 1.0, 0
+        times = self._round_times(rows)
+        if times is None:
+            self.count = 0
+            return
+        rate, tokens, best, self.count = self._right / self._trials, 1.0, 1 / times[0], 0
         for k in range(1, self._most + 1):
             tokens += rate**k
-            if tokens / (1 + each * k) > best:
-                best, self.count = tokens / (1 + each * k), k
+            if tokens / times[k] > best:
+                best, self.count = tokens / times[k], k
         self._rested = 0 if self.count else self._rested + 1
         if self._rested == _PROBE:
             self.count, self._rested = 1, 0
+
+    def _round_times(self, rows: int) -> list[float] | None:
+        """The time of a round of `rows` sequences with 0, 1, ... drafts of each, in any unit. None where times were
+        measured, but not for so many sequences: then no program is prepared for a round."""
+        if self._times:
+            return next((times for n, times in self._times.items() if n >= rows), None)
+        each = self._cost + self._token_cost * rows / (1 + self._token_cost * (rows - 1))
+        return [1 + each * k for k in range(self._most + 1)]

@@ -30,7 +30,7 @@ class PendingTokens:
 
     def keep(self, m: PagedModelInput, token_ids: torch.Tensor | None) -> None:
         """token_ids [num_samples] int32 on the rank that samples; its tensor-parallel peers give None, and get them."""
-        several = m.num_steps > 1
+        several = m.stop_ids is not None
         if not (several or m.sampled_rows is not None) or not m.num_samples:
             return
         if self.communicator.topology.tp > 1:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 
 from hal.checkpoints.loader import check_weights, load_weights, random_weights
@@ -13,7 +14,7 @@ from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext, MakeAttention
 from hal.contracts.cache import RowState
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
@@ -21,13 +22,14 @@ from hal.models import build_model
 from hal.models.causal_lm import CausalLM
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
-from hal.paged.batch import BatchState
+from hal.paged.batch import BatchState, exact_shape
 from hal.paged.pending import PendingTokens
 from hal.paged.row_states import RowStates
 from hal.paged.steps import take_steps
 from hal.profiling import span
 from hal.sampling.sampler import Sampler, TokenLogprobs, logprobs
-from hal.sampling.verification import drafts_behind, verify
+from hal.sampling.verification import drafts_behind, verified_tokens, verify
+from hal.schema import Packed
 
 
 class Forwarded(NamedTuple):
@@ -55,12 +57,15 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     Attributes:
         taps: layers whose inputs a proposer reads; it sets them before the model is loaded.
+        queries: the numbers of tokens of a sequence, above one, in the steps of a round of speculative decoding,
+            ascending: a device may prepare programs for them. A proposer sets those of its draft likewise.
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
     two_phase = verifies = multi_step = True
     model: CausalLM
     taps: tuple[int, ...] = ()
+    queries: tuple[int, ...] = ()
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,
                  attention: MakeAttention = PagedAttention, ops: Ops | None = None,
@@ -76,6 +81,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
                                 self.input_type,
                                 asynchronous=bool(engine.async_scheduling) and self.tokens_per_row == 1)
         self.pending = PendingTokens(engine.max_num_seqs, device, communicator)
+        self.queries = verified_tokens(engine.speculative_tokens) if engine.speculate else ()
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.model = self.transform(self.make_model(progress))
@@ -143,20 +149,35 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def dummy_input(self, num_seqs: int, queries: int) -> PagedModelInput:
         """Prompts of `queries` tokens (decoding sequences when it is 1) that write the null block alone."""
-        size, tokens = self.config.engine.block_size, num_seqs * queries
-        packed = self.input_type.schema.allocate(
-            {"num_tokens": tokens, "num_seqs": num_seqs, "max_blocks": -(-queries // size), "num_logits": num_seqs},
-            ["state_rows"] if self.has_row_states else (), block_size=size,
-            num_decode_seqs=num_seqs if queries == 1 else 0, num_samples=num_seqs, max_query_len=queries)
-        if self.has_row_states:
-            packed.fill("state_rows")
-        for name, value in (("input_ids", 0), ("positions", torch.arange(tokens) % queries), ("seq_lens", queries),
-                            ("slot_mapping", NULL_BLOCK * size), ("block_tables", NULL_BLOCK),
-                            ("query_start_loc", torch.arange(num_seqs + 1) * queries),
-                            ("logits_indices", (torch.arange(num_seqs) + 1) * queries - 1)):
-            packed.arrays[name][...] = value
-        result: PagedModelInput = packed.to(self.device)
+        result: PagedModelInput = self._dummy(num_seqs, queries, False).to(self.device)
         return result
+
+    def dummy_round(self, num_seqs: int, drafts: int) -> PagedModelInput:
+        """As dummy_input: a round of speculative decoding that verifies `drafts` drafts of each sequence and proposes
+        as many, prepared as that of a request is."""
+        return self.stage(self._dummy(num_seqs, 1 + drafts, True))
+
+    def _dummy(self, num_seqs: int, queries: int, verified: bool) -> Packed[PagedModelInput]:
+        size, tokens, samples = self.config.engine.block_size, num_seqs * queries, num_seqs
+        values: dict[str, Any] = {"block_size": size, "num_decode_seqs": num_seqs if queries == 1 else 0,
+                                  "max_query_len": queries}
+        also = {"state_rows"} if self.has_row_states else set()
+        if verified:
+            samples, also = tokens, also | ({"sample_counts"} if queries > 1 else set())
+            values |= {"num_proposals": queries - 1, "max_samples": queries}
+        values["num_samples"] = samples
+        dims = {"num_tokens": tokens, "num_seqs": num_seqs, "max_blocks": -(-queries // size), "num_logits": samples}
+        if verified:
+            larger, more = self.padding({**dims, "num_targets": 0}, values)
+            dims, also = {**dims, "num_verified": num_seqs if queries > 1 else 0, **larger}, also | {*more}
+        packed: Packed[PagedModelInput] = self.input_type.schema.allocate(dims, also, **values)
+        at, counts = np.arange(tokens), np.full(num_seqs, queries)
+        fields = {"positions": at % queries, "seq_lens": counts, "sample_counts": counts,
+                  "query_start_loc": np.arange(num_seqs + 1) * queries,
+                  "logits_indices": at if verified else at[queries - 1::queries]}
+        for name in packed.arrays:
+            packed.fill(name, fields.get(name))  # 0 is the null block, too
+        return packed
 
     def dummy_intermediate(self, tokens: int) -> IntermediateTensors | None:
         """Zeros in place of the earlier stage's output; None on the first stage."""
@@ -168,7 +189,19 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
-        return self.state.prepare(request).to(self.device)
+        return self.stage(self.state.prepare(request, self.padding))
+
+    def padding(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Iterable[str]]:
+        """The larger sizes, and the optional fields, that a step of these sizes and scalars is prepared with."""
+        return exact_shape(dims, values)
+
+    def stage(self, packed: Packed[PagedModelInput]) -> PagedModelInput:
+        """Bring an input that was made with `padding` to the device."""
+        return packed.to(self.device)
+
+    def on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        """A copy on the device, for which the host does not wait where the device runs behind it."""
+        return torch.from_numpy(values).to(self.device)
 
     def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
         return self.state.prepare_sampling(sampling).to(self.device)
@@ -216,13 +249,6 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         if not context.taps:
             return found
         return found._replace(taps=torch.cat([cast(torch.Tensor, context.taps[i]) for i in self.taps], -1))
-
-    def decode_logits(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The logits [num_seqs, vocab_size] of a step that ModelInput.advance made on the device, of which every
-        sequence is sampled. They are valid until the next step."""
-        found = self.forward(m, kv_caches, None)
-        assert isinstance(found, Forwarded)
-        return found.logits
 
     def head(self, hidden: torch.Tensor, m: PagedModelInput) -> Forwarded:
         """hidden [num_tokens, hidden_size] of the last stage -> what sampling starts from."""

@@ -48,7 +48,7 @@ class RecordingExecutor:
         self.input_type, self.output_type = executor.input_type, executor.output_type
         self.has_row_states = executor.has_row_states
         self.tokens_per_row, self.multi_step = executor.tokens_per_row, executor.multi_step
-        self.kv_bytes_per_block = executor.kv_bytes_per_block
+        self.kv_bytes_per_block, self.round_times = executor.kv_bytes_per_block, executor.round_times
         dtype = cast(DType, resolve_dtype(backend, config.engine.dtype, config.model.dtype))
         # A recorded request has its drafts, so no run of the recording needs the proposer.
         speculate = None if config.engine.speculate is None else "ngram"

@@ -17,6 +17,15 @@ from hal.contracts.outputs import SamplerOutput
 _OF_PLACES = ("logprobs", "ranks", "top_ids", "top_logprobs")
 
 
+def verified_tokens(most: int) -> tuple[int, ...]:
+    """The numbers of tokens of a sequence for which programs are prepared, where a step verifies up to `most` drafts:
+    1 + most, and one token behind each half of the drafts before, so that fewer drafts cost less."""
+    found = [most]
+    while found[-1] > 2:
+        found.append(-(-found[-1] // 2))
+    return tuple(1 + n for n in reversed(found))
+
+
 def drafts_behind(m: PagedModelInput) -> torch.Tensor:
     """int32 [num_samples]: the token behind each place to sample. Behind the last place of a row it has no meaning."""
     return m.input_ids[(m.logits_indices[:m.num_samples] + 1).clamp(max=len(m.input_ids) - 1)]

@@ -14,17 +14,19 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from hal.checkpoints.draft import read_draft
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.contracts.advance import Taken
 from hal.contracts.communicator import LocalCommunicator
-from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
+from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.proposer import RankProposer
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import ConfigError
 from hal.features import FEATURES
+from hal.features.stopping import STOP_IDS
 from hal.model_config import ModelConfig
 from hal.models import check_topology
 from hal.paged.runner import Forwarded, PagedModelRunner
@@ -48,6 +50,20 @@ class Rows(NamedTuple):
     gained: torch.Tensor
     tokens: torch.Tensor
     padding: int
+
+
+class Known(NamedTuple):
+    """Of each sampled row, int32 [n] on the device, what the host knows before the step has sampled.
+
+    Attributes:
+        firsts: the first new token, in the step of the draft. places: the first place, among the places to sample.
+        lens: the context length before its places. seqs: its sequence.
+    """
+
+    firsts: torch.Tensor
+    places: torch.Tensor
+    lens: torch.Tensor
+    seqs: torch.Tensor
 
 
 class DraftProposer(RankProposer):
@@ -77,6 +93,7 @@ class DraftProposer(RankProposer):
         among = communicator if engine.draft_tp > 1 else LocalCommunicator()
         self.runner: PagedModelRunner = type(target)(WorkerConfig(own, model, place), device, among)
         self.runner.make_attention, self.runner.sampler = target.make_attention, target.sampler
+        self.runner.queries = tuple(sorted({2, *(n + 1 - self.behind for n in target.queries)}))
         self.scratch = -(-engine.speculative_tokens // engine.block_size) + 1  # blocks of a row, see `_tables`
         self.num_blocks = 0
 
@@ -135,45 +152,46 @@ class DraftProposer(RankProposer):
                 ) -> torch.Tensor | None:
         if not self.runs:
             return None
-        rows, model = self._rows(m, output), self.runner.model
-        step, places = self._whole(m, rows)
-        hidden = self.compute(step, self.inputs(m, forwarded), kv_caches)
+        rows = self._rows(m, output)
+        step, known = self._whole(m, rows)
+        found = self.runner.forward(step, kv_caches, self.given(m, forwarded))
+        assert isinstance(found, Forwarded)
         if not m.num_proposals or not len(rows.seqs):
             return None
-        hidden, tokens, found = hidden[places], rows.tokens, []
-        logits, step = model.compute_logits(hidden), self._before(m, rows, step.block_tables)
-        for number in range(m.num_proposals):
-            going = step.seq_lens < self.config.max_model_len
-            before, step = step, step.advance(Taken(tokens, going))
-            if number:
-                logits, hidden = self.next(before, step, hidden, kv_caches)
-            tokens = self.runner.sampler(logits, step).token_ids.clamp(min=0)
-            found.append(tokens.where(step.seq_lens < self.config.max_model_len, -1))
-        if not self.config.topology.samples:
+        limit, step = self.config.max_model_len, self._before(m, rows, known, step.block_tables)
+        before, step = step, step.advance(Taken(rows.tokens, step.seq_lens < limit))
+        tokens = self.runner.sampler(found.logits, step).token_ids.clamp(min=0)
+        first = tokens.where(step.seq_lens < limit, -1)[:, None]
+        more = first[:, :0] if m.num_proposals == 1 else self.further(before, step, tokens, found.hidden,
+                                                                      m.num_proposals - 1, kv_caches)
+        if more is None or not self.config.topology.samples:
             return None
-        return torch.nn.functional.pad(torch.stack(found, 1), (0, 0, 0, rows.padding), value=-1)
+        return F.pad(torch.cat((first, more), 1), (0, 0, 0, rows.padding), value=-1)
 
-    def inputs(self, m: PagedModelInput, forwarded: Forwarded) -> torch.Tensor | None:
-        """Hidden states of the target that the draft reads, [num_tokens, hidden_size]; None: it reads none."""
+    def given(self, m: PagedModelInput, forwarded: Forwarded) -> IntermediateTensors | None:
+        """What the draft reads of the target's forward pass; None: nothing."""
         return None
 
-    def next(self, before: PagedModelInput, step: PagedModelInput, hidden: torch.Tensor,
-             kv_caches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits behind the tokens of `step`, one of each row, and the hidden states that they come from, for the
-        next call. `before`: the step before, whose hidden states are given."""
-        return self.runner.decode_logits(step, kv_caches), hidden
+    def further(self, before: PagedModelInput, step: PagedModelInput, tokens: torch.Tensor,
+                hidden: torch.Tensor | None, count: int, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The next `count` proposals, int32 [n, count], one decode step each; -1 behind the last that fits into the
+        context. None on ranks that do not sample.
 
-    def compute(self, step: PagedModelInput, hidden: torch.Tensor | None, kv_caches: Sequence[torch.Tensor],
-                ) -> torch.Tensor:
-        """The hidden states of a step of the draft, the argument of its `compute_logits`."""
-        model = self.runner.model
-        given = None if hidden is None else model.make_intermediate(hidden)
-        result = model(step.input_ids, step.positions, self.runner.forward_context(step, kv_caches), given)
-        assert isinstance(result, torch.Tensor)
-        return result
-
-    def _on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.int32)).to(self.device, non_blocking=True)
+        Args:
+            before, step: inputs of one token a row: `step` holds the last known one, and `before` is the one before.
+            tokens: int32 [n], the proposals behind `step`. hidden: the hidden states that they come from.
+        """
+        n, limit = len(tokens), self.config.max_model_len
+        step = step.advance(Taken(tokens, step.seq_lens < limit))
+        step.num_steps, step.max_new = count, limit - step.seq_lens
+        step.stop_ids = torch.full((n, STOP_IDS), -1, dtype=torch.int32, device=self.device)
+        output = self.runner.execute_steps(step, kv_caches)
+        if output is None:
+            return None
+        assert output.counts is not None
+        proposed = output.token_ids.view(n, -1)  # on a CPU fewer, where all sequences have ended
+        inside = torch.arange(proposed.shape[1], device=self.device) < step.max_new.minimum(output.counts)[:, None]
+        return F.pad(proposed.where(inside, -1), (0, count - proposed.shape[1]), value=-1)
 
     def _rows(self, m: PagedModelInput, output: SamplerOutput) -> Rows:
         counts = np.ones(m.num_samples, np.int64)
@@ -187,33 +205,40 @@ class DraftProposer(RankProposer):
         last = tokens.gather(1, (gained - 1)[:, None].long())[:, 0].clamp(min=0)
         return Rows(seqs, counts[:n], gained[:n], last[:n], len(counts) - n)
 
-    def _whole(self, m: PagedModelInput, rows: Rows) -> tuple[PagedModelInput, torch.Tensor]:
-        """The step in which the draft computes what the target computed, and the index of each row's last token in it.
-        A sampled sequence has one token more than in `m`. What lies behind its last token is junk: it writes slots that
-        no token has yet, and no earlier token attends to it."""
+    def _whole(self, m: PagedModelInput, rows: Rows) -> tuple[PagedModelInput, Known]:
+        """The step in which the draft computes what the target computed, with logits behind each row's last token. A
+        sampled sequence has one token more than in `m`. What lies behind its last token is junk: it writes slots that
+        no token has yet, and no earlier token attends to it. The host prepares it while the target computes."""
         size, starts, lens = m.block_size, on_host(m, "query_start_loc"), on_host(m, "seq_lens").astype(np.int64)
-        extra = np.zeros(len(lens), np.int64)
+        computed, extra = np.diff(starts), np.zeros(len(lens), np.int64)
         extra[rows.seqs] = 1 - self.behind
-        queries = np.diff(starts) + extra
+        queries = computed + extra
         begin = np.concatenate(([0], np.cumsum(queries)))
         seq_of = np.repeat(np.arange(len(lens)), queries)
         within = np.arange(begin[-1]) - begin[seq_of]
-        positions = np.minimum((lens - np.diff(starts))[seq_of] + within, self.config.max_model_len - 1)
-        tables = self._tables(m, rows, lens)
-        packed = type(m).schema.allocate({"num_tokens": len(positions), "num_seqs": len(lens), "num_logits": 0,
-                                          "max_blocks": tables.shape[1]}, (), block_size=size,
-                                         max_query_len=int(queries.max(initial=0)))
+        positions = np.minimum((lens - computed)[seq_of] + within, self.config.max_model_len - 1)
+        tables, at = self._tables(m, rows, lens), rows.seqs
+        wanted = len(at) if m.num_proposals else 0
+        dims = {"num_tokens": len(positions), "num_seqs": len(lens), "num_logits": wanted,
+                "max_blocks": tables.shape[1], "num_targets": 0}
+        values = {"block_size": size, "max_query_len": int(queries.max(initial=0)), "num_samples": wanted}
+        larger, also = self.runner.padding(dims, values)
+        packed = type(m).schema.allocate({**dims, **larger}, also, **values)
         source = np.minimum(starts[seq_of] + within + self.behind, starts[seq_of + 1] - 1)
-        for name, value in (("input_ids", source), ("positions", positions), ("query_start_loc", begin),
-                            ("seq_lens", lens + extra), ("block_tables", tables),
-                            ("slot_mapping", tables[seq_of, positions // size] * size + positions % size)):
-            packed.arrays[name][...] = value
-        step: PagedModelInput = packed.to(self.device)
-        firsts = begin[rows.seqs] + np.diff(starts)[rows.seqs] - rows.counts - self.behind  # places of first new tokens
-        places = (self._on_device(firsts) + rows.gained).long()
+        fields = {"input_ids": source, "positions": positions, "query_start_loc": begin, "seq_lens": lens + extra,
+                  "block_tables": tables, "slot_mapping": tables[seq_of, positions // size] * size + positions % size}
+        for name in packed.arrays:
+            packed.fill(name, fields.get(name))
+        step: PagedModelInput = self.runner.stage(packed)
+        known = Known(*self.runner.on_device(np.stack((
+            begin[at] + computed[at] - rows.counts - self.behind, np.cumsum(rows.counts) - rows.counts,
+            lens[at] - rows.counts, at)).astype(np.int32)))
+        places = (known.firsts + rows.gained).long()
         ids = self.target.pending.input_ids(m)[step.input_ids.long()]
-        step.input_ids = ids.index_copy_(0, places, rows.tokens)
-        return step, places
+        step.input_ids.copy_(ids.index_copy_(0, places, rows.tokens))  # in place: a graph may read them there
+        if wanted:
+            step.logits_indices[:wanted].copy_(places)
+        return step, known
 
     def _tables(self, m: PagedModelInput, rows: Rows, lens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Block tables that reach to the last proposal. Where a row has no block yet, a block behind the scheduler's,
@@ -225,17 +250,15 @@ class DraftProposer(RankProposer):
         own = self.num_blocks + np.arange(len(rows.seqs))[:, None] * self.scratch + ahead
         at = rows.seqs[:, None]
         tables[at, columns] = np.where(tables[at, columns] == NULL_BLOCK, own, tables[at, columns])
-        return tables
+        return tables[:, :-(-self.config.max_model_len // size)]
 
-    def _before(self, m: PagedModelInput, rows: Rows, tables: torch.Tensor) -> PagedModelInput:
+    def _before(self, m: PagedModelInput, rows: Rows, known: Known, tables: torch.Tensor) -> PagedModelInput:
         """A step of one token a row, the one before the row's last, with what sampling needs behind that token."""
-        n, size, counts = len(rows.seqs), m.block_size, self._on_device(rows.counts)
-        lens = self._on_device(on_host(m, "seq_lens")[rows.seqs] - rows.counts) + rows.gained
+        n, size, lens = len(rows.seqs), m.block_size, known.lens + rows.gained
         starts = torch.arange(n + 1, dtype=torch.int32, device=self.device)
-        # Of a row's places, that of its last token says what follows.
-        chosen = counts.cumsum(0) - counts + rows.gained - 1
+        chosen = known.places + rows.gained - 1  # of a row's places, that of its last token says what follows
         carried: dict[str, Any] = {name: m[name][chosen] for name in _CARRIED if m[name] is not None}
         nothing = torch.zeros_like(rows.tokens)
         return type(m)(input_ids=nothing, positions=lens - 1, slot_mapping=nothing, query_start_loc=starts,
-                       seq_lens=lens, block_tables=tables[self._on_device(rows.seqs)], logits_indices=starts[:-1],
+                       seq_lens=lens, block_tables=tables[known.seqs], logits_indices=starts[:-1],
                        block_size=size, num_decode_seqs=n, max_query_len=1, num_samples=n, **carried)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hal.config import EngineConfig, WorkerConfig
-from hal.contracts.inputs import PagedModelInput
+from hal.contracts.advance import Taken
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import ConfigError
 from hal.model_config import ModelConfig
@@ -61,17 +62,23 @@ class EagleProposer(DraftProposer):
     def warmup(self, kv_caches: Any, progress: Progress = no_progress) -> None:
         """Nothing: the target's warm-up has no hidden states for the head."""
 
-    def inputs(self, m: PagedModelInput, forwarded: Forwarded) -> torch.Tensor:
+    def given(self, m: PagedModelInput, forwarded: Forwarded) -> IntermediateTensors:
         model = self.runner.model
         assert isinstance(model, Eagle3) and forwarded.taps is not None
-        return model.combine(forwarded.taps[:int(on_host(m, "query_start_loc")[-1])])
+        return model.make_intermediate(model.combine(forwarded.taps[:int(on_host(m, "query_start_loc")[-1])]))
 
-
-    def next(self, before: PagedModelInput, step: PagedModelInput, hidden: torch.Tensor,
-             kv_caches: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        before.input_ids = step.input_ids  # the head reads a token at the place before the token's own
-        hidden = self.compute(before, hidden, kv_caches)
-        return self.runner.model.compute_logits(hidden), hidden
+    def further(self, before: PagedModelInput, step: PagedModelInput, tokens: torch.Tensor,
+                hidden: torch.Tensor | None, count: int, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
+        assert hidden is not None
+        limit, proposed = self.config.max_model_len, []
+        for _ in range(count):
+            before, step = step, step.advance(Taken(tokens, step.seq_lens < limit))
+            before.input_ids = step.input_ids  # the head reads a token at the place before the token's own
+            found = self.runner.forward(before, kv_caches, self.runner.model.make_intermediate(hidden))
+            assert isinstance(found, Forwarded) and found.hidden is not None
+            hidden, tokens = found.hidden, self.runner.sampler(found.logits, step).token_ids.clamp(min=0)
+            proposed.append(tokens.where(step.seq_lens < limit, -1))
+        return torch.stack(proposed, 1)
 
 
 class _Whole(torch.nn.Module):

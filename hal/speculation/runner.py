@@ -69,6 +69,14 @@ class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
     def uncompiled(self) -> int:  # type: ignore[override]
         return self.target.uncompiled
 
+    @property
+    def rounds(self) -> Sequence[tuple[int, int]]:  # type: ignore[override]
+        return self.target.rounds
+
+    def dummy_round(self, num_seqs: int, drafts: int) -> PagedModelInput:
+        made: PagedModelInput = self.target.dummy_round(num_seqs, drafts)  # type: ignore[attr-defined]
+        return made
+
     def load_model(self, progress: Progress = no_progress) -> None:
         self.target.load_model(progress)
         self.intermediate_type, self.has_row_states = self.target.intermediate_type, self.target.has_row_states

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hal.config import WorkerConfig
@@ -15,18 +16,21 @@ from hal.contracts.backend import Backend, Capabilities
 from hal.contracts.communicator import AxisName, Communicator
 from hal.contracts.device import DeviceRuntime
 from hal.contracts.inputs import PagedModelInput, SamplingInput
-from hal.contracts.request import ExecuteModelRequest, SamplingRequest
+from hal.contracts.request import SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, OutputT
 from hal.paged.runner import PagedModelRunner
+from hal.schema import Packed
 from hal.testing.fake_device import Device, DeviceTensor, Event, Watch, refuse, taken
 
 
 class FakeRunner(PagedModelRunner):
     """The default runner, copying as on a device that runs behind the host: no copy waits in a step."""
 
-    def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
-        self.state.apply(request)
-        return self.state.prepare(request).to(self.device, non_blocking=True)  # nobody writes this buffer again
+    def stage(self, packed: Packed[PagedModelInput]) -> PagedModelInput:
+        return packed.to(self.device, non_blocking=True)  # nobody writes this buffer again
+
+    def on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
         return self.state.prepare_sampling(sampling).to(self.device, non_blocking=True)

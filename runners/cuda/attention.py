@@ -19,6 +19,9 @@ _MAX_DIM = 256
 class CudaAttention:
     """A hal.contracts.attention.Attention, whose layers may differ in heads and sizes.
 
+    Attributes:
+        queries: up to so many queries a sequence, in each sequence of a step, are attended to as decodes are; 0: none.
+
     Raises:
         ConfigError: the kernels do not have a layer's head_dim, or something else that it declares.
     """
@@ -33,6 +36,7 @@ class CudaAttention:
                                   hint="run this model on --device cpu, or give the runner hal's PagedAttention")
         self.asked = [_asked(spec) for spec in specs]
         self.kv_heads = {spec.num_kv_heads for spec in specs}
+        self.queries = 0
         self.units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
@@ -43,6 +47,11 @@ class CudaAttention:
         from what a graph fixes, so replays need no other."""
         wanted = 4 * self.units // max(num_seqs * kv_heads, 1)
         return max(min(wanted, -(-context // 64), kernels.MAX_SPLITS), 1)
+
+    def expect(self, queries: int) -> None:
+        """Declare that steps will verify drafts: up to `queries` tokens a sequence."""
+        fits = (kernels.most_queries(s.num_heads // s.num_kv_heads, s.head_dim, self.dtype) for s in self.specs)
+        self.queries = queries if queries <= min(fits, default=0) else 0
 
     def warmup(self, kv_caches: Sequence[torch.Tensor]) -> None:
         """Compile all that a step of prompts and decoding sequences may need; the null block alone is read."""
@@ -57,6 +66,9 @@ class CudaAttention:
             for queries in (64, 65):
                 kernels.prefill(q, cache, tables, lens[:1], lens, torch.empty_like(q), first_seq=0, max_queries=queries,
                                 **how)
+            for splits in (1, 8, 9) if self.queries else ():
+                kernels.extend(q, cache, tables, lens[:1], lens, torch.empty_like(q), queries=self.queries,
+                               splits=splits, **how)
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
@@ -80,6 +92,9 @@ class CudaStep:
         self.caches = [known(cache) for cache in kv_caches]
         tokens, seqs = len(m.input_ids), len(m.seq_lens)
         self.decodes = min(seqs, tokens) if m.max_query_len == 1 else m.num_decode_seqs
+        self.queries = attention.queries if 1 < m.max_query_len <= attention.queries else 0
+        if self.queries:
+            self.decodes = seqs
         context = m.block_tables.shape[1] * m.block_size
         self.splits = {n: attention.splits(self.decodes, context, n) for n in attention.kv_heads}
         self.few = {n: self.decodes * n * splits < attention.units for n, splits in self.splits.items()}
@@ -96,15 +111,20 @@ class CudaStep:
 
     def _attend(self, layer: int, q: torch.Tensor, new: kernels.New) -> torch.Tensor:
         m, spec, cache, n = self.m, self.specs[layer], self.caches[layer], self.decodes
-        alone = n == len(q)  # then decoding does it all in one launch
+        alone = n == len(q) and not self.queries  # then decoding does it all in one launch
         if not alone:
             q = kernels.write_kv(q, new, cache)
-        # No kernel writes the padding of a step that is not all decodes.
-        make = torch.empty if alone else torch.zeros
+        splits = self.splits[spec.num_kv_heads]
+        # Otherwise no kernel writes the padding of a step.
+        make = torch.empty if alone or (self.queries and splits > 1) else torch.zeros
         out = make(q.shape, dtype=q.dtype, device=q.device)
+        if self.queries:
+            kernels.extend(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, queries=self.queries,
+                           splits=splits, **self.asked[layer])
+            return out.flatten(1)
         if n:
             kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, new=new if alone else None,
-                           splits=self.splits[spec.num_kv_heads], few=self.few[spec.num_kv_heads], **self.asked[layer])
+                           splits=splits, few=self.few[spec.num_kv_heads], **self.asked[layer])
         if m.max_query_len != 1 and len(m.seq_lens) > n:
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
                             max_queries=self.max_queries, **self.asked[layer])

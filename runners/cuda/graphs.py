@@ -1,4 +1,5 @@
-"""Decode steps as CUDA graphs: one for each prepared batch size, all in one memory pool."""
+"""Steps as CUDA graphs, all in one memory pool: decode steps, one for each prepared batch size, and in an engine that
+speculates the steps of a few tokens a sequence."""
 
 from __future__ import annotations
 
@@ -15,26 +16,30 @@ from hal.schema.packed import Packed
 from runners.cuda.staging import end_of
 
 _SEGMENT = 24 << 20  # bytes that the allocator may take beyond a request
-PENDING = ("pending_rows", "sampled_rows")  # optional fields that every graph's input has
+_TOKENS = 512  # of the largest graph with several tokens a sequence; above it launching hardly counts
+PENDING = ("pending_rows", "sampled_rows")  # optional fields that the input of a decode step's graph has
 
 Results = IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
 Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeGraph:
+class StepGraph:
     """Attributes:
+        num_seqs, queries: the sequences, and the most tokens of one. A step may have fewer of both: its tokens lie side
+            by side, and padding lies behind them.
         dims: the sizes of a step that it runs, by symbol.
         input: the input that it reads, as views of `staged`.
         staged: uint8 on the device. The graph reads its first `size` bytes, a packed input. Behind them is room for the
             sampling fields of a step, which the graph does not read.
         received: the tensors of the previous pipeline stage, which the graph reads; None on the first stage.
-        results: the tensors that a replay writes: on the last stage the logits [num_seqs, vocab_size] and the most
-            likely tokens, int32 [num_seqs]; on other stages the tensors for the next stage.
+        results: the tensors that a replay writes: on the last stage the logits [num_logits, vocab_size] and the most
+            likely tokens, int32 [num_logits]; on other stages the tensors for the next stage.
         seconds, bytes: the time and memory that the capture took.
     """
 
     num_seqs: int
+    queries: int
     dims: Mapping[str, int]
     input: PagedModelInput
     staged: torch.Tensor
@@ -52,20 +57,28 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < max_num_seqs), max_num_seqs)
 
 
-def graph_plan(max_num_seqs: int) -> ShapePlan:
-    """A graph for each batch size of decode steps; steps of no other kind are captured."""
-    return ShapePlan({"decode": {"num_seqs": batch_sizes(max_num_seqs)}})
+def graph_plan(max_num_seqs: int, queries: tuple[int, ...] = ()) -> ShapePlan:
+    """A graph for each batch size of decode steps, and for each of these `queries` a sequence; see
+    PagedModelRunner.queries."""
+    kinds = {"decode": {"num_seqs": batch_sizes(max_num_seqs)}}
+    if queries:
+        kinds["several"] = {"num_seqs": batch_sizes(max(min(max_num_seqs, _TOKENS // queries[-1]), 1)),
+                            "queries": queries}
+    return ShapePlan(kinds)
 
 
-def graph_dims(num_seqs: int, max_blocks: int) -> dict[str, int]:
-    """The sizes of a decode step of which every sequence is sampled."""
-    return {"num_tokens": num_seqs, "num_seqs": num_seqs, "num_logits": num_seqs, "num_sampled": num_seqs,
-            "max_blocks": max_blocks}
+def graph_dims(num_seqs: int, max_blocks: int, queries: int = 1, logits: int | None = None) -> dict[str, int]:
+    """The sizes of a decode step of which every sequence is sampled, or of a step of `queries` tokens and `logits` rows
+    to sample a sequence, whose sampling fields the graph does not read."""
+    dims = {"num_tokens": num_seqs * queries, "num_seqs": num_seqs, "max_blocks": max_blocks}
+    if logits is None:
+        return {**dims, "num_logits": num_seqs, "num_sampled": num_seqs}
+    return {**dims, "num_logits": num_seqs * logits}
 
 
 def capture(empty: Packed[Any], dims: Mapping[str, int], received: IntermediateTensors | None, run: Run, pool: Any,
-            room: int, device: torch.device) -> DecodeGraph:
-    """`empty`: a decode input of the sizes `dims` in which every sequence is padding. `run`: what is captured."""
+            room: int, device: torch.device) -> StepGraph:
+    """`empty`: an input of the sizes `dims` in which every sequence is padding. `run`: what is captured."""
     begin, free = time.perf_counter(), torch.cuda.mem_get_info(device)[0]
     with torch.inference_mode(False):  # it is written in every step, without entering that mode
         staged = torch.empty(empty.buffer.size + room, dtype=torch.uint8, device=device)
@@ -83,4 +96,5 @@ def capture(empty: Packed[Any], dims: Mapping[str, int], received: IntermediateT
         results = run(m, received)
     torch.cuda.synchronize(device)
     spent = time.perf_counter() - begin, max(free - torch.cuda.mem_get_info(device)[0], 0)
-    return DecodeGraph(dims["num_seqs"], dims, m, staged, end_of(empty, PENDING[-1]), graph, received, results, *spent)
+    size = max(end_of(empty, name) for name in empty.arrays)
+    return StepGraph(dims["num_seqs"], m.max_query_len, dims, m, staged, size, graph, received, results, *spent)

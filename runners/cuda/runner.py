@@ -1,4 +1,4 @@
-"""The CUDA runner: the default runner with Triton kernels, staged inputs, and decode steps as CUDA graphs."""
+"""The CUDA runner: the default runner with Triton kernels, staged inputs, and steps of few tokens as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +16,7 @@ from hal.contracts.advance import Taken
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors, PagedModelInput, SamplingInput
 from hal.contracts.outputs import SamplerOutput
-from hal.contracts.request import ExecuteModelRequest, SamplingRequest
+from hal.contracts.request import SamplingRequest
 from hal.contracts.runner import OutputT, Progress, no_progress
 from hal.errors import BackendError, CapacityError
 from hal.features import adjusting
@@ -26,7 +27,7 @@ from hal.paged.steps import joined
 from hal.schema import stays
 from hal.schema.packed import Packed, packed_source
 from runners.cuda.attention import CudaAttention
-from runners.cuda.graphs import PENDING, DecodeGraph, Results, capture, graph_dims, graph_plan
+from runners.cuda.graphs import PENDING, Results, StepGraph, capture, graph_dims, graph_plan
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.sampling import greedy
 from runners.cuda.ops import CudaOps
@@ -34,18 +35,20 @@ from runners.cuda.sampler import CudaSampler
 from runners.cuda.staging import Fetcher, PinnedRing
 
 _ADVANCED = "input_ids", "positions", "slot_mapping", "seq_lens", "pending_rows"  # of a graph's input, by one kernel
+_MEASURED = {1, 2, 4, 8, 16, 32, 64, 128, 256}  # sequences of rounds of speculative decoding that are measured
 _ROOM = 64 << 10  # bytes behind a graph's input for the sampling fields of a step
 _GRAPH_BYTES = 1 << 30  # that graphs are expected to take beside their pool's activations
 
 
 class CudaModelInput(PagedModelInput):
-    """A paged batch. A decode step is padded to a batch size for which there is a graph."""
+    """A paged batch. A step that runs as a graph is padded to the sizes of that graph."""
 
 
 class CudaModelRunner(PagedModelRunner):
     """Attributes:
-        plan: the batch sizes that have a graph; none when every step is eager.
-        graphs: by batch size.
+        plan: the sizes that have a graph; none when every step is eager.
+        graphs: of decode steps, by batch size.
+        several: of steps with several tokens a sequence, by batch size and tokens of a sequence (see `queries`).
     """
 
     input_type = CudaModelInput
@@ -58,20 +61,23 @@ class CudaModelRunner(PagedModelRunner):
         if engine.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise BackendError(f"{torch.cuda.get_device_name(device)} has no fp8", got="kv_dtype=fp8",
                                expected="kv_dtype=auto", hint="fp8 needs compute capability 8.9 or more")
-        self.plan = graph_plan(engine.max_num_seqs) if communicator.capturable and engine.graphs else ShapePlan({})
-        self.graphs: dict[int, DecodeGraph] = {}
-        self._graph_at: list[DecodeGraph] = []  # for each number of sequences the graph that holds them
+        self.plan = ShapePlan({})
+        self.graphs: dict[int, StepGraph] = {}
+        self.several: dict[tuple[int, int], StepGraph] = {}
+        self._logits = torch.empty(0, device=device)  # that all of `several` write, since one is replayed at a time
+        self._graph_at: list[StepGraph] = []  # for each number of sequences the graph that holds them
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
-        self._views: dict[int, tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input, by its batch size
+        self._views: dict[tuple[int, int], tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input
 
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
-        if self.has_row_states or self.taps:
-            # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
-            self.plan = ShapePlan({})
+        self.attention.expect(max(self.queries, default=0))
+        # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
+        if self.communicator.capturable and self.config.engine.graphs and not (self.has_row_states or self.taps):
+            self.plan = graph_plan(self.config.engine.max_num_seqs, self.queries)
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -107,24 +113,34 @@ class CudaModelRunner(PagedModelRunner):
         self.attention.warmup(kv_caches)
         if self.config.topology.samples:
             self._warm_sampler()
-        if self.config.engine.steps_per_message != 1:
+        if self.config.engine.steps_per_message != 1 or self.queries:
             self._warm_advance()
         pool = torch.cuda.graph_pool_handle() if self.plan.kinds else None
         # No closure here: after an out-of-memory error the traceback would keep the closure alive, and with it the
         # device memory.
-        run = functools.partial(self._decode, kv_caches)
+        decode, several = (functools.partial(run, kv_caches) for run in (self._decode, self._several))
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
             for done, bucket in enumerate(self.plan.buckets()):  # the largest first: the others fit into its memory
                 progress("capturing graphs", done, len(self.plan))
-                num_seqs = bucket.dims["num_seqs"]
-                dims = graph_dims(num_seqs, self.width)
-                self.graphs[num_seqs] = capture(self._empty(dims), dims, self.dummy_intermediate(num_seqs), run, pool,
-                                                _ROOM, self.device)
+                num_seqs, queries = bucket.dims["num_seqs"], bucket.dims.get("queries", 1)
+                if queries == 1:
+                    dims = graph_dims(num_seqs, self.width)
+                    self.graphs[num_seqs] = capture(self._empty(dims), dims, self.dummy_intermediate(num_seqs), decode,
+                                                    pool, _ROOM, self.device)
+                else:
+                    # A draft needs logits behind one token of each sequence alone.
+                    dims = graph_dims(num_seqs, self.width, queries, queries if self.config.engine.speculate else 1)
+                    self.several[num_seqs, queries] = capture(
+                        self._empty(dims, queries), dims, self.dummy_intermediate(num_seqs * queries), several, pool,
+                        _ROOM, self.device)
                 self.compiled += 1
         if self.graphs:
             progress("capturing graphs", len(self.plan), len(self.plan))
             holding = (self.plan.bucket_for("decode", {"num_seqs": n}) for n in range(max(self.graphs) + 1))
             self._graph_at = [self.graphs[bucket.dims["num_seqs"]] for bucket in holding]
+
+        self.rounds = [(n, drafts) for n in sorted({n for n, _ in self.several} & _MEASURED)
+                       for drafts in (0, *(q - 1 for q in self.queries))] if self.config.engine.speculate else ()
 
     def _decode(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
                 ) -> Results:
@@ -137,6 +153,19 @@ class CudaModelRunner(PagedModelRunner):
             return cast(IntermediateTensors, hidden)
         logits = self.model.compute_logits(hidden)
         return logits, greedy(logits, m.sampled_rows, last)  # on every rank, since all have the same logits
+
+    def _several(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
+                 ) -> Results:
+        """What a graph of several tokens a sequence does. None of them is pending, since an engine that speculates
+        waits for each step."""
+        hidden = self.model(m.input_ids, m.positions, self.forward_context(m, kv_caches), received)
+        if not isinstance(hidden, torch.Tensor):
+            return cast(IntermediateTensors, hidden)
+        logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices))
+        if not len(self._logits):  # of the largest, which comes first; the graphs' pool keeps results apart otherwise
+            self._logits = torch.empty_like(logits)
+        logits = self._logits[:len(logits)].copy_(logits)
+        return logits, greedy(logits)
 
     def _warm_advance(self) -> None:
         """Compile what advances a graph's input."""
@@ -157,17 +186,16 @@ class CudaModelRunner(PagedModelRunner):
             for m.top_k, m.top_p in ((None, None), (None, one), (row.int(), None)):
                 self.sampler(logits, m)
 
-    def _empty(self, dims: Mapping[str, int]) -> Packed[Any]:
-        """A decode input in which every sequence is padding: it writes the null block."""
+    def _empty(self, dims: Mapping[str, int], queries: int = 1) -> Packed[Any]:
+        """A graph's input in which every sequence is padding: it writes the null block."""
         packed = self.input_type.schema.allocate(
-            dims, PENDING, block_size=self.config.engine.block_size, max_query_len=1, num_samples=dims["num_seqs"])
+            dims, PENDING if queries == 1 else (), block_size=self.config.engine.block_size, max_query_len=queries,
+            num_samples=dims["num_logits"])
         for name, array in packed.arrays.items():
             array[...] = -1 if name in PENDING else NULL_BLOCK
         return packed
 
-    def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
-        self.state.apply(request)
-        packed = self.state.prepare(request, self._padding)
+    def stage(self, packed: Packed[PagedModelInput]) -> PagedModelInput:
         graph = self._graph_for(packed.values["max_query_len"], packed.dims)
         if graph is not None and packed.buffer.size <= graph.staged.numel():
             staged = graph.staged
@@ -176,10 +204,16 @@ class CudaModelRunner(PagedModelRunner):
         self.pinned.copy(packed.buffer, staged)
         if graph is None or staged is not graph.staged:
             return packed.over(staged)
-        kept = self._views.get(graph.num_seqs)
+        key = graph.num_seqs, graph.queries
+        kept = self._views.get(key)
         if kept is None or kept[0] is not packed.layout:  # otherwise it is as in the step before
-            kept = self._views[graph.num_seqs] = packed.layout, packed.views(staged)
+            kept = self._views[key] = packed.layout, packed.views(staged)
         return packed.over(staged, kept[1])
+
+    def on_device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        into = torch.empty(values.nbytes, dtype=torch.uint8, device=self.device)
+        self.pinned.copy(values.reshape(-1).view(np.uint8), into)
+        return into.view(getattr(torch, values.dtype.name)).view(values.shape)
 
     def prepare_sampling_input(self, sampling: SamplingRequest) -> SamplingInput:
         packed = self.state.prepare_sampling(sampling)
@@ -187,33 +221,55 @@ class CudaModelRunner(PagedModelRunner):
         self.pinned.copy(packed.buffer, staged)
         return packed.over(staged)
 
-    def _graph_for(self, max_query_len: int, dims: Mapping[str, int]) -> DecodeGraph | None:
+    def _graph_for(self, max_query_len: int, dims: Mapping[str, int]) -> StepGraph | None:
         """The graph that a step of these sizes runs as, once it is padded; None where the step runs eagerly. Graphs
-        run the steps in which every sequence decodes and is sampled, and of which nothing else is wanted."""
+        run the steps in which every sequence decodes and is sampled, or has a few tokens, and of which nothing else is
+        wanted."""
         n, at = dims["num_seqs"], self._graph_at
-        if max_query_len == 1 and dims["num_logits"] == n < len(at) and not dims["num_targets"]:
-            return at[n]
-        return None
+        if max_query_len == 1:
+            return at[n] if dims["num_logits"] == n < len(at) and not dims["num_targets"] else None
+        if not self.several or dims["num_targets"]:
+            return None
+        most = self.plan.kinds["several"]
+        if not (n <= most["num_seqs"][-1] and 1 < max_query_len <= most["queries"][-1]):
+            return None
+        sizes = self.plan.bucket_for("several", {"num_seqs": n, "queries": max_query_len}).dims
+        graph = self.several[sizes["num_seqs"], sizes["queries"]]
+        return graph if all(dims[name] <= graph.dims[name] for name in ("num_tokens", "num_logits")) else None
 
-    def _padding(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Sequence[str]]:
+    def padding(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Sequence[str]]:
         """The sizes, and the optional fields, of the graph that a step runs as."""
         graph = self._graph_for(values["max_query_len"], dims)
-        return ({}, ()) if graph is None else (graph.dims, PENDING)
+        return ({}, ()) if graph is None else (graph.dims, PENDING if graph.queries == 1 else ())
 
-    def _runs_as(self, m: PagedModelInput) -> DecodeGraph | None:
+    def _runs_as(self, m: PagedModelInput) -> StepGraph | None:
         """The graph that this input runs as; None where it runs eagerly."""
         packed = packed_source(m)
         graph = None if packed is None else self._graph_for(m.max_query_len, packed.dims)
-        if packed is None or packed.moved is None or graph is None or m.pending_rows is None or not (
-                graph.dims.items() <= packed.dims.items()):
+        if packed is None or packed.moved is None or graph is None or not graph.dims.items() <= packed.dims.items():
             return None
-        return graph
+        # Pending tokens, or room for them, are in the layout that a graph of decode steps reads, and in no other.
+        return graph if (m.pending_rows is not None) == (graph.queries == 1) else None
 
-    def _stage(self, m: PagedModelInput, graph: DecodeGraph) -> None:
+    def _stage(self, m: PagedModelInput, graph: StepGraph) -> None:
         """Bring the input to where its graph reads it."""
         moved = packed_source(m).moved  # type: ignore[union-attr]  # an input that runs as a graph has it
         if moved is not graph.staged:
             graph.staged[:graph.size].copy_(moved[:graph.size])
+
+    def _take_in(self, m: PagedModelInput) -> StepGraph | None:
+        """The graph of a decode step, which gets the input: one that was staged, or one that was made on the device."""
+        graph, n = self._runs_as(m), len(m.seq_lens)
+        if graph is not None:
+            self._stage(m, graph)
+        elif packed_source(m) is None and m.max_query_len == 1 and m.num_samples == n < len(self._graph_at):
+            graph = self._graph_at[n]
+            for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
+                graph.input[name][:n].copy_(m[name])
+                graph.input[name][n:].zero_()  # padding writes the null block
+            width = min(m.block_tables.shape[1], self.width)
+            graph.input.block_tables[:n, :width].copy_(m.block_tables[:, :width])
+        return graph
 
     def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                 intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
@@ -231,30 +287,14 @@ class CudaModelRunner(PagedModelRunner):
         logits, token_ids = graph.results
         return Forwarded(logits[:m.num_samples], None, token_ids[:m.num_samples])
 
-    def decode_logits(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
-        n = len(m.seq_lens)
-        if n >= len(self._graph_at):
-            return super().decode_logits(m, kv_caches)
-        graph = self._graph_at[n]
-        inputs = graph.input
-        for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
-            inputs[name][:n].copy_(m[name])
-            inputs[name][n:].zero_()  # padding writes the null block
-        width = min(m.block_tables.shape[1], self.width)
-        inputs.block_tables[:n, :width].copy_(m.block_tables[:, :width])
-        graph.graph.replay()
-        logits: torch.Tensor = graph.results[0]  # type: ignore[index]
-        return logits[:n]
-
     def execute_steps(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput | None:
         """Replays of one graph. Between them the device samples and advances the graph's input, without the host."""
-        graph = self._runs_as(m)
-        if graph is None or m.stop_ids is None:
+        graph = None if m.stop_ids is None else self._take_in(m)
+        if graph is None:
             return super().execute_steps(m, kv_caches)
-        self._stage(m, graph)
-        m, n, steps = copy.copy(m), m.num_samples, m.num_steps
+        m, n, steps, rows = copy.copy(m), m.num_samples, m.num_steps, len(m.seq_lens)
         for name in _ADVANCED:  # what sampling reads of them advances too
-            setattr(m, name, graph.input[name])
+            setattr(m, name, graph.input[name][:rows])
         others = [f for f in type(m).schema.fields if f.array and f.name not in _ADVANCED and f.advance is not stays
                   and m[f.name] is not None and f.name not in ("query_start_loc", "logits_indices")]
         drawn = m.temperature is not None or bool(adjusting(m))
@@ -282,9 +322,11 @@ class CudaModelRunner(PagedModelRunner):
         if forwarded.token_ids is None or m.temperature is not None or adjusting(m):
             with _memory("this step's sampling", "a smaller max_num_seqs or memory_fraction"):
                 return super().sample(forwarded, m)
-        if m.num_logprobs < 0:  # the graph has kept these tokens as the rows' last ones, too
-            return SamplerOutput(token_ids=forwarded.token_ids) if self.config.topology.samples else None
-        return self.draw(forwarded.logits, m)
+        if m.num_logprobs >= 0:
+            output = self.draw(forwarded.logits, m)
+        else:  # a decode step's graph has kept these tokens as the rows' last ones, too
+            output = SamplerOutput(token_ids=forwarded.token_ids) if self.config.topology.samples else None
+        return output if output is None or m.sample_counts is None else self.verify(output, m)
 
     def draw(self, logits: torch.Tensor, m: PagedModelInput) -> SamplerOutput | None:
         with _memory("this step's sampling", "a smaller max_num_seqs or memory_fraction"):
@@ -295,10 +337,12 @@ class CudaModelRunner(PagedModelRunner):
 
     def capture_report(self) -> str:
         """The cost of the graphs, as a table."""
-        rows = [f"{'batch':>6} {'seconds':>8} {'MiB':>7}"]
-        rows += [f"{n:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}" for n, g in sorted(self.graphs.items())]
-        total = sum(g.seconds for g in self.graphs.values()), sum(g.bytes for g in self.graphs.values()) / 2**20
-        return "\n".join([*rows, f"{'all':>6} {total[0]:8.2f} {total[1]:7.1f}"])
+        rows, graphs = [f"{'batch':>6} {'tokens':>6} {'seconds':>8} {'MiB':>7}"], [*self.graphs.values(),
+                                                                                   *self.several.values()]
+        rows += [f"{g.num_seqs:>6} {g.queries:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}"
+                 for g in sorted(graphs, key=lambda g: (g.queries, g.num_seqs))]
+        total = sum(g.seconds for g in graphs), sum(g.bytes for g in graphs) / 2**20
+        return "\n".join([*rows, f"{'all':>13} {total[0]:8.2f} {total[1]:7.1f}"])
 
 
 class _memory:

@@ -21,6 +21,7 @@ from hal.engine.llm import LLM
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
 from hal.errors import CapacityError
+from hal.paged.runner import PagedModelRunner
 from hal.sampling.params import SamplingParams
 
 PROMPTS, ANSWERS = ["37+85=", "123+456=", "999+1=", "7+8=", "250+250="], ["122", "579", "1000", "15", "500"]
@@ -80,17 +81,44 @@ def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
     with LLM(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24, max_model_len=24) as llm:
         runner = llm.executor._worker.runner
         assert [o.text for o in llm.generate(PROMPTS[:3])] == ANSWERS[:3]
-        assert 4 in runner._views and 3 not in runner.graphs
+        assert (4, 1) in runner._views and 3 not in runner.graphs
+
+
+def replays_of(graphs: Any) -> list[Any]:
+    """The keys of graphs, as they are replayed from now on."""
+    seen: list[Any] = []
+    for key, graph in graphs.items():
+        def counted(key: Any = key, replay: Callable[[], None] = graph.graph.replay) -> None:
+            seen.append(key)
+            replay()
+
+        graph.graph.replay = counted
+    return seen
 
 
 @pytest.mark.slow
-def test_a_draft_model_decodes_by_graphs() -> None:
-    with LLM(device="cuda", dtype="float32", speculate="draft", draft_model=str(BUNDLED_MODEL), speculative_tokens=2,
-             num_blocks=8, max_num_seqs=1, block_size=8, max_model_len=24) as llm:
-        assert llm.generate(PROMPTS[0])[0].text == ANSWERS[0]
-        stats, draft = llm.stats(), llm.executor._worker.runner.proposer.runner
-        assert stats.accepted_tokens == stats.drafted_tokens > 0
-        assert draft.graphs[1].input.seq_lens[0] > 0  # a step of the draft wrote it, and no other does
+def test_a_round_of_a_draft_model_is_replays_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy, and drawn with penalties and logprobs; alone, and as two sequences of unequal drafts. The tokens are
+    those of plain decoding, and nothing but prompts is computed without a graph."""
+    sizes = {"num_blocks": 24, "max_num_seqs": 2, "block_size": 8, "max_model_len": 24, "dtype": "float32"}
+    params = [SamplingParams(max_tokens=6), SamplingParams(max_tokens=6),
+              SamplingParams(max_tokens=6, temperature=0.5, seed=3, repetition_penalty=1.2, logprobs=2)]
+    batches = [PROMPTS[:1], params[:1]], [PROMPTS[1:3], params[1:]]
+    with LLM(device="cuda", **sizes) as llm:
+        plain = [[o.token_ids for o in llm.generate(*batch)] for batch in batches]
+    with LLM(device="cuda", speculate="draft", draft_model=str(BUNDLED_MODEL), speculative_tokens=2, **sizes) as llm:
+        composed = llm.executor._worker.runner
+        target, draft = composed.target, composed.proposer.runner
+        captured, seen = composed.compiled, [replays_of(r.several) for r in (target, draft)]
+        eager = list[int]()
+        forward = PagedModelRunner.forward
+        monkeypatch.setattr(PagedModelRunner, "forward", lambda self, m, *more: (
+            eager.append(m.max_query_len), forward(self, m, *more))[1])
+        assert [[o.token_ids for o in llm.generate(*batch)] for batch in batches] == plain
+        stats = llm.stats()
+        assert stats.accepted_tokens == stats.drafted_tokens > 0 and composed.compiled == captured
+        assert {n for n, _ in seen[0]} == {1, 2} and {(1, 4), (2, 4)} <= {*seen[1]}
+        assert min(eager) > 4 and draft.graphs[1].input.seq_lens[0] > 0
 
 
 def test_a_graph_that_cannot_be_captured_leaves_nothing_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,20 +205,14 @@ def test_several_decode_steps_are_replays_without_the_host_between() -> None:
     sizes = {"num_blocks": 40, "max_num_seqs": 3, "block_size": 4, "max_model_len": 24, "dtype": "float32"}
     params = [SamplingParams(max_tokens=5, ignore_eos=True), SamplingParams(max_tokens=8, logprobs=1),
               SamplingParams(max_tokens=5, temperature=0.5, seed=3, repetition_penalty=1.2, logprobs=2)]
-    found, replays = [], [0]
+    found = []
     for steps in (1, 4):
         with LLM(device="cuda", steps_per_message=steps, **sizes) as llm:
             runner = llm.executor._worker.runner
-            replays[0] = 0
-            for graph in runner.graphs.values():
-                def counted(replay: Callable[[], None] = graph.graph.replay) -> None:
-                    replays[0] += 1
-                    replay()
-
-                graph.graph.replay = counted
+            replays = replays_of(runner.graphs)
             outputs = [o for p in (params[:1], params[1:]) for o in llm.generate(PROMPTS[:len(p)], p)]
             found.append([(o.token_ids, o.text, o.finish_reason, [x.token_id for x in o.logprobs or ()],
                            [x.rank for x in o.logprobs or ()]) for o in outputs])
             if steps > 1:
-                assert replays[0] > llm.stats().steps
+                assert len(replays) > llm.stats().steps
     assert found[0] == found[1]

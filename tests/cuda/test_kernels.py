@@ -39,15 +39,17 @@ def moved(m: PagedModelInput) -> PagedModelInput:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((8, 64, 80, 128)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1), (1, 1))), windows=st.sampled_from(((None,), (3,), (17, None))),
-       splits=st.sampled_from((1, 2, 9)))
+       splits=st.sampled_from((1, 2, 9)), few=st.booleans())
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
-                   windows: tuple[int | None, ...], splits: int) -> None:
+                   windows: tuple[int | None, ...], splits: int, few: bool) -> None:
+    """`few`: in the kernel that verifies drafts, where a sequence has not too many queries for it."""
     from runners.cuda.attention import CudaAttention
 
     specs = specs_of(*heads, dim, windows)
     attention = CudaAttention(specs, device=DEVICE, dtype=dtype)
     attention.dtype = dtype
+    attention.expect(m.max_query_len if few else 0)
     attention.splits = lambda *_: splits
     caches = [make_cache(attention, spec, m, seed + i) for i, spec in enumerate(specs)]
     on_device = [cache.to(DEVICE) for cache in caches]
@@ -67,11 +69,12 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
 @pytest.mark.parametrize("alone", [False, True])
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), softcap=st.sampled_from((None, 0.7)),
        sinks=st.booleans(), heads=st.sampled_from(((4, 4), (6, 2))), window=st.sampled_from((None, 3)),
-       splits=st.sampled_from((1, 2, 9)), units=st.sampled_from((1, 10_000)))
+       splits=st.sampled_from((1, 2, 9)), units=st.sampled_from((1, 10_000)), few=st.booleans())
 @settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_softcap_and_sinks(alone: bool, m: PagedModelInput, seed: int, softcap: float | None, sinks: bool,
-                           heads: tuple[int, int], window: int | None, splits: int, units: int) -> None:
-    """In decoding, whose contexts may be split, and in prompts. A part without a key may be the one with the sink."""
+                           heads: tuple[int, int], window: int | None, splits: int, units: int, few: bool) -> None:
+    """In decoding, whose contexts may be split, in prompts, and with `few` queries a sequence. A part without a key may
+    be the one with the sink."""
     from runners.cuda.attention import CudaAttention
 
     m = decoding(m) if alone and (m.query_start_loc.diff() > 0).all() else m
@@ -80,6 +83,7 @@ def test_softcap_and_sinks(alone: bool, m: PagedModelInput, seed: int, softcap: 
     here = dataclasses.replace(spec, sinks=None if scores is None else scores.to(DEVICE))
     attention = CudaAttention([here], device=DEVICE, dtype=torch.float32)
     attention.dtype, attention.splits, attention.units = torch.float32, lambda *_: splits, units
+    attention.expect(m.max_query_len if few else 0)
     cache = make_cache(attention, spec, m, seed)
     q, k, v = draw_tensors(m, spec, seed, torch.float32)
     got = attention.begin(moved(m), [cache.to(DEVICE)])(0, *(x.to(DEVICE) for x in (q, k, v)))
@@ -142,14 +146,15 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
 
 
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), seqs=st.integers(0, 3),
-       tokens=st.integers(0, 5), blocks=st.integers(0, 3))
+       tokens=st.integers(0, 5), blocks=st.integers(0, 3), few=st.booleans(), splits=st.sampled_from((1, 2)))
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: int) -> None:
+def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: int, few: bool, splits: int) -> None:
     from runners.cuda.attention import CudaAttention
 
     spec, dims = specs_of(4, 2, 64, (None,))[0], m.dims
     attention = CudaAttention([spec], device=DEVICE, dtype=torch.float32)
-    attention.dtype = torch.float32
+    attention.dtype, attention.splits = torch.float32, lambda *_: splits
+    attention.expect(m.max_query_len if few else 0)
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
                     max_blocks=dims["max_blocks"] + blocks)
     cache = make_cache(attention, spec, m, seed).to(DEVICE)
@@ -169,6 +174,7 @@ def test_warming_up_leaves_the_cache_alone() -> None:
 
     specs = specs_of(6, 2, 64, (None, 3))
     attention = CudaAttention(specs, device=DEVICE, dtype=torch.float16)
+    attention.expect(3)
     caches = [torch.randn(attention.cache_shape(spec, 2, 16), device=DEVICE).half() for spec in specs]
     kept = [cache.clone() for cache in caches]
     attention.warmup(caches)

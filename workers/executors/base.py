@@ -61,6 +61,7 @@ class ExecutorBase(abc.ABC):
     tokens_per_row: int
     kv_bytes_per_block: int
     multi_step: bool
+    round_times: Sequence[Sequence[float]] = ()
 
     def __init__(self, world_size: int) -> None:
         self._torch = TorchState(threads_of_driver(world_size))

@@ -96,6 +96,7 @@ class DriverExecutor(ExecutorBase):
         worker.initialize_cache(blocks)
         worker.warmup(progress)
         self._expect("ready")
+        self.round_times = worker.round_times
         return blocks
 
     def _unless_one_fails(self, call: Callable[[], R]) -> R:

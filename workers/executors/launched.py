@@ -81,7 +81,8 @@ class LaunchedExecutor(ExecutorBase):
         blocks = fewest([report["blocks"] for report in reports])
         worker.initialize_cache(blocks)
         worker.warmup(progress)
-        self._agree(facts={})
+        # Each rank has an engine, and all of them must schedule alike: by the times of the first.
+        self.round_times = self._agree(facts={}, times=worker.round_times)[0]["times"]
         next(self._stage)
         return blocks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class WorkerBase(abc.ABC):
         input_type, output_type: the classes of a step's input and output; known after load_model.
         tokens_per_row: the most new tokens that a step gives a sequence; known after load_model.
         multi_step: a step may be several decode steps (ModelRunnerBase.multi_step).
+        round_times: see hal.contracts.executor.Executor; known after warmup.
         two_phase: the worker has `sample`, so execute_model takes a request whose sampling follows.
     """
 
@@ -42,6 +43,7 @@ class WorkerBase(abc.ABC):
     output_type: type[Declared]
     two_phase = multi_step = False
     tokens_per_row: int = 1
+    round_times: Sequence[Sequence[float]] = ()
 
     def __init__(self, config: WorkerConfig, backend: Backend) -> None:
         self.config, self.backend, self.topology = config, backend, config.topology

@@ -19,6 +19,7 @@ from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.errors import BackendError, ConfigError, SchemaError, StateError
 from hal.schema import Declared
 from hal.schema.packed import Buffer
+from hal.speculation.rounds import measured_rounds
 from hal.speculation.runner import compose
 from workers.worker.base import LocalOrDistributedWorkerBase
 from workers.worker.cache import IDLE, CacheEngine, count_blocks
@@ -117,6 +118,8 @@ class Worker(LocalOrDistributedWorkerBase):
 
     def warmup(self, progress: Progress = no_progress) -> None:
         self.runner.warmup(self.cache.device, progress)
+        if self.config.engine.speculate is not None and self.topology.pp == 1:
+            self.round_times = measured_rounds(self.runner, self.cache.device)
         self.cache.reserve_host(self.config.engine.num_cpu_blocks, self.backend.runtime)
         self.backend.runtime.synchronize(self.device)
 

@@ -1,7 +1,8 @@
 """Paged attention. A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim].
 
-Decoding is split over the context: programs of one (sequence, kv head) each reduce a part of it for the group's query
-heads at once, and a second kernel joins the parts (Flash-Decoding; online softmax: arXiv 1805.02867, 2205.14135).
+Decoding, also of a few tokens a sequence, is split over the context: programs of one (sequence, kv head) each reduce a
+part of it for the group's query heads at once, and a second kernel joins the parts (Flash-Decoding; online softmax:
+arXiv 1805.02867, 2205.14135).
 """
 
 from __future__ import annotations
@@ -172,13 +173,15 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, sinks
             tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["splits"])
-def _join(part_out, part_max, part_sum, out, splits, DIM: tl.constexpr, BLOCK_S: tl.constexpr,
-          BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+@triton.jit(do_not_specialize=["splits", "seqs"])
+def _join(part_out, part_max, part_sum, out, starts, splits, seqs, HEADS: tl.constexpr, DIM: tl.constexpr,
+          BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
-    row = tl.program_id(0).to(tl.int64)  # of sequences times heads
+    row = tl.program_id(0).to(tl.int64)  # of tokens times heads
     split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     there = split < splits
+    if starts is not None:  # tokens behind the last sequence have no parts, and their output is zero
+        there = there & (row < tl.load(starts + seqs) * HEADS)
     best = tl.load(part_max + row * splits + split, mask=there, other=-float("inf"))
     top = tl.max(best)
     used = best > -float("inf")
@@ -189,6 +192,61 @@ def _join(part_out, part_max, part_sum, out, splits, DIM: tl.constexpr, BLOCK_S:
     parts = tl.where(used[:, None], parts, 0.0)
     acc = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + row * DIM + dim, acc.to(out.dtype.element_ty), mask=dim < DIM)
+
+
+@triton.jit(do_not_specialize=["table_stride", "splits"])
+def _extend(q, cache, tables, lens, starts, sinks, part_out, part_max, part_sum, out, splits, q_stride, table_stride,
+            kv_offset, block_stride, head_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+            SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+            PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts + seq)
+    queries = tl.load(starts + seq + 1) - start
+    if queries > 0:
+        length = tl.load(lens + seq)
+        m, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        inside, heads = m // GROUP < queries, kv_head * GROUP + m % GROUP
+        row = (start + m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + heads
+        real = inside[:, None] & (dim[None] < DIM)
+        source = q + (start + m // GROUP).to(tl.int64) * q_stride + heads * DIM
+        query = tl.load(source[:, None] + dim[None], mask=real, other=0.0)
+        place = length - queries + m // GROUP  # of each query in its sequence
+        first = tl.maximum(length - queries + 1 - WINDOW, 0) if WINDOW > 0 else 0
+        each = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
+        begin = first + split * each
+        end = tl.minimum(begin + each, length)
+        best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        if SINKS:  # as in _decode
+            sink = tl.load(sinks + heads, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+            best, total = tl.where(split == 0, sink, best), tl.where(split == 0, 1.0, total)
+        base, mine = cache + kv_head * head_stride, tables + seq * table_stride
+        for at in range(begin, end, BLOCK_N):
+            k, v, seen = _tile(base, mine, at, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
+            key = at + tl.arange(0, BLOCK_N)
+            seen = seen[None] & (key[None] <= place[:, None])
+            if WINDOW > 0:
+                seen = seen & (key[None] > place[:, None] - WINDOW)
+            score = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * scale
+            score = tl.where(seen, _capped(score, CAP) * 1.4426950408889634, -float("inf"))
+            now = tl.maximum(best, tl.max(score, 1))
+            safe = tl.where(now > -float("inf"), now, 0.0)  # a query may see no key of this part
+            old, p = tl.exp2(best - safe), tl.exp2(score - safe[:, None])
+            acc = acc * old[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
+            total = total * old + tl.sum(p, 1)
+            best = now
+        if not JOINED:
+            value = acc / tl.where(total > 0, total, 1.0)[:, None]
+            tl.store(out + row[:, None] * DIM + dim[None], value.to(out.dtype.element_ty), mask=real)
+        else:
+            part = row * splits + split
+            tl.store(part_max + part, best * 0.6931471805599453, mask=inside)  # _join counts in natural logarithms
+            tl.store(part_sum + part, total, mask=inside)
+            if (begin < end) | (SINKS & (split == 0)):
+                tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["first_seq", "table_stride"])
@@ -309,7 +367,44 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages,
         **launch_options(q))
     if splits > 1:
-        _join[(n * heads,)](part_out, part_max, part_sum, out, splits, DIM=dim,
+        _join[(n * heads,)](part_out, part_max, part_sum, out, None, splits, 0, HEADS=heads, DIM=dim,
+                            BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))
+
+
+def most_queries(group: int, dim: int, dtype: torch.dtype) -> int:
+    """The most queries of a sequence that `extend` takes, with `group` query heads for a kv head: what a program holds
+    in registers and shared memory."""
+    return min((32 << 10) // (max(triton.next_power_of_2(dim), 16) * dtype.itemsize), 128) // group
+
+
+def extend(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, starts: torch.Tensor,
+           out: torch.Tensor, *, queries: int, splits: int, scale: float, window: int | None,
+           softcap: float | None = None, sinks: torch.Tensor | None = None) -> None:
+    """A few queries a sequence, causal, such as drafts to verify; their own keys are in the cache by now. The context
+    is split as `decode` splits it, and is read once for all queries and heads of a group.
+
+    Args:
+        q: [n, heads, head_dim], tokens may have gaps. starts: [seqs + 1] int32. tables, lens: of all sequences.
+        queries: the most of a sequence, see `most_queries`. splits: programs that share a sequence's context.
+        out: [n, heads, head_dim], contiguous. Rows behind the last token become zero if splits is above 1; otherwise
+            they are left alone.
+    """
+    n, heads, dim = q.shape
+    kv_heads, size, seqs = cache.shape[2], cache.shape[3], lens.shape[0]
+    group, block_d = heads // kv_heads, max(triton.next_power_of_2(dim), 16)
+    parts = n * heads * splits if splits > 1 else 1
+    part_out = torch.empty(parts, block_d if splits > 1 else 1, dtype=torch.float32, device=q.device)
+    part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
+    wide, block_m = q.dtype == torch.float32, max(triton.next_power_of_2(queries * group), 16)
+    block_n, stages = (32, 2) if wide or block_d > 128 else (64, 3)
+    _extend[(seqs, kv_heads, splits)](
+        q, cache, tables, lens, starts, sinks, part_out, part_max, part_sum, out, splits, q.stride(0), tables.stride(0),
+        cache.stride(0), cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
+        WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1, BLOCK_M=block_m,
+        BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m > 64 else 4,
+        num_stages=stages, **launch_options(q))
+    if splits > 1:
+        _join[(n * heads,)](part_out, part_max, part_sum, out, starts, splits, seqs, HEADS=heads, DIM=dim,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))
 
 
