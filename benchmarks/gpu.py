@@ -121,7 +121,7 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[shape]))
         impl = options.get("model_impl", "native")
         model, name = read_config(scratch), shape if impl == "native" else f"{shape} ({impl})"
-        name += f" (tp {options['tp']})" if "tp" in options else ""
+        name += "".join(f" ({axis} {options[axis]})" for axis in ("tp", "ep") if axis in options)
         begin = time.perf_counter()
         most = max(b for b, _ in cells)
         longest = max(p for _, p in cells) + new_tokens
@@ -144,6 +144,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                 bare = milliseconds(graph.graph.replay) if alone else math.nan
                 kv_dtype = options.get("kv_dtype", "auto")
                 moved = bytes_per_step(model, "bfloat16", kv_dtype, batch, prompt + new_tokens // 2)
+                if model.experts is not None:
+                    moved += experts_moved(llm, model, batch, prompt)
                 floor = moved / bandwidth / options.get("tp", 1)
                 several = "" if steps == 1 else f", {steps} steps a message"
                 print(f"{name} batch {batch:>4}, prompt {prompt:>5}{several}: {step * 1e3:7.3f} ms a step, "
@@ -159,6 +161,40 @@ def sums_measured(llm: LLM) -> dict[int, tuple[float, float]]:
     """What the driver's rank measured at start-up, by size."""
     ways = getattr(llm.executor._worker.communicator, "_faster", {})
     return ways["tp"].measured if "tp" in ways else {}
+
+
+def experts_moved(llm: LLM, model: Any, batch: int, prompt: int) -> float:
+    """Bytes of the experts that decode steps choose, counted in eager steps on one GPU, less those that
+    `bytes_per_step` expects; 0 on several GPUs, whose steps must stay alike."""
+    runner, e = llm.executor._worker.runner, model.experts
+    if runner.config.topology.tp > 1:
+        return 0.0
+    counts, experts, graphs = [], runner.ops.experts, runner._graph_at
+
+    def counting(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Any) -> torch.Tensor:
+        if len(x) == batch:
+            counts.append(len(chosen.unique()))
+        return experts(x, weights, chosen, layer)
+
+    runner.ops.experts, runner._graph_at = counting, []
+    time_batch(llm, model.vocab_size, batch, prompt, 8)
+    del runner.ops.experts
+    runner._graph_at = graphs
+    touched = statistics.mean(counts)
+    print(f"  experts that a layer's batch of {batch} chooses: {touched:.1f} of {e.count}", flush=True)
+    expected = e.count * (1 - (1 - e.per_token / e.count) ** batch)
+    return (touched - expected) * 3 * e.size * model.hidden_size * len(e.layers) * 2
+
+
+def moe(bandwidth: float) -> None:
+    """Qwen3-30B-A3B, against the bytes of the experts that the batch chooses; on two GPUs with experts cut (tp) and
+    whole (ep)."""
+    layouts: list[dict[str, int]] = [{}] + ([{"tp": 2}, {"tp": 2, "ep": 2}] if torch.cuda.device_count() > 1 else [])
+    for layout in layouts:
+        print(f"layout {layout or 'one GPU'}:", flush=True)
+        engine("qwen3-30b-a3b", [(1, 128), (32, 128)], bandwidth, max_num_batched_tokens=4096, **layout)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def small(bandwidth: float) -> None:
@@ -311,7 +347,7 @@ def main() -> None:
     sections: dict[str, Callable[[], None]] = {
         "attention": lambda: attention(bandwidth),
         "small": lambda: small(bandwidth), "steady": steady,
-        "impl": lambda: impl(bandwidth),
+        "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth),
         "ranks": lambda: ranks(bandwidth),
         "serving": serving,
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,

@@ -181,9 +181,12 @@ def _shape(name: str) -> dict[str, Any]:
 def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, context: int) -> float:
     """Bytes of weights and KV cache that a decode step has to read, over all ranks. A step reads only the batch's rows
     of the input embedding, unless the embedding is the output head as well. Each layer reads its window of the
-    context."""
+    context, and those experts that the batch's tokens choose if they choose at random."""
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     weights = model.num_params - (0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size)
+    if (e := model.experts) is not None:
+        left = e.count * (1 - e.per_token / e.count) ** batch
+        weights -= round(left * 3 * e.size * model.hidden_size * len(e.layers))
     seen = sum(min(context, window or context) for window in model.windows)
     kv_item = 1 if kv_dtype == "fp8" else item
     return float(item * weights + kv_item * batch * seen * 2 * model.num_kv_heads * model.head_dim)

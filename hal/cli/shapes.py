@@ -30,6 +30,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": _shape("llama", 4096, 32, 32, 8, 14336, 128256, 8192, **_LLAMA3),
     "mistral-7b": _shape("mistral", 4096, 32, 32, 8, 14336, 32000, 32768, rope_theta=10000.0, rms_norm_eps=1e-5,
                          sliding_window=4096),
+    "qwen3-30b-a3b": _shape("qwen3_moe", 2048, 48, 32, 4, 6144, 151936, 40960, rope_theta=1e6, head_dim=128,
+                            num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True),
     "tiny": _shape("llama", 64, 2, 4, 2, 128, 256, 512, torch_dtype="float32", tie_word_embeddings=True),
     "gpt2": {"model_type": "gpt2", "torch_dtype": "bfloat16", "bos_token_id": None, "eos_token_id": None},
 }

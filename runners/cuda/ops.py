@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from hal.contracts.attention import LayerAttention
+from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
 from runners.cuda.attention import CudaStep
-from runners.cuda.kernels import elementwise
+from runners.cuda.kernels import elementwise, experts
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
+_ROUTER = Tile(1, 2048, 2)  # a router has few rows
 _ROUNDS, _MOVED = 20, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
 
 
@@ -98,6 +101,33 @@ class CudaOps(Ops):
             for tile, graph in graphs.items():
                 spent[tile] = min(spent[tile], _milliseconds(graph))
         return min(spent, key=lambda tile: spent[tile])
+
+    def route(self, x: torch.Tensor, layer: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+        e = layer.config
+        if e.sigmoid or e.top_groups < e.groups:
+            return super().route(x, layer)
+        x = x.to(layer.router.dtype)
+        if len(x) == 1 and x.dtype != torch.float32:
+            logits = gemv(x, layer.router, layer.router_bias, _ROUTER)[0]
+        else:
+            logits = F.linear(x, layer.router, layer.router_bias)
+        return experts.route(logits, e.per_token, e.normalise, e.scaling)
+
+    def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
+        return experts.experts(x, weights, chosen, experts.Held(
+            layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, layer.first, layer.count,
+            layer.config.limit))
+
+    def warm_experts(self, model: nn.Module, most: int) -> None:
+        """Compile what the experts of a step of up to `most` tokens may need."""
+        layer = next((module for module in model.modules() if isinstance(module, Experts)), None)
+        if layer is None:
+            return
+        k, count = layer.config.per_token, layer.count
+        choices = 1, 17, 65, count + 1, 257, experts.FEW + 1, 96 * count + experts.FEW
+        for tokens in {min(-(-n // k), most) for n in choices}:
+            x = layer.router.new_zeros(tokens, layer.router.shape[1], dtype=layer.gate_up.dtype)
+            self.experts(x, *self.route(x, layer), layer)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.rms_norm(x, weight, eps)

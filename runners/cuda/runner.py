@@ -110,6 +110,7 @@ class CudaModelRunner(PagedModelRunner):
         self._views.clear()
         self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
         self.ops.settle()
+        self.ops.warm_experts(self.model, self.config.engine.max_num_batched_tokens)
         self.attention.warmup(kv_caches)
         if self.config.topology.samples:
             self._warm_sampler()

@@ -7,8 +7,10 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -197,6 +199,15 @@ def test_masks_that_arrive_after_a_replay_hold_for_its_tokens() -> None:
         assert all(token % 3 == i for i, token in enumerate(seqs[0].output_ids[:3]))
         found.append([seq.output_ids for seq in seqs])
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_gpt_oss(tmp_path: Path) -> None:
+    """Experts with biases, sinks, windows: tokens and logprobs are those of transformers in fp64."""
+    path = families.save("gpt-oss", tmp_path / "model")
+    with families.run(path, "cuda", max_model_len=32, num_blocks=12, max_num_seqs=1, max_num_batched_tokens=13) as llm:
+        asked = families.PROMPTS[1:2]
+        families.assert_parity(path, asked, families.generate(llm, asked, 4))
 
 
 @pytest.mark.slow

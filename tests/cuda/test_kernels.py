@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hal.contracts.advance import Taken
 from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.features.stopping import STOP_IDS
+from hal.model_config import ExpertsConfig
 from hal.models.ops import Ops
 from hal.paged.steps import goes_on
 from hal.testing.strategies import instances
@@ -247,6 +250,41 @@ def test_norm_and_gemv(dtype: torch.dtype, added: bool, rows: int, size: int) ->
         close(y, expected, dtype)
         assert torch.equal(sums, total)
         close(gemv(x, weight, bias, tile, gated=True, norm=given)[0], torch.nn.functional.silu(gate) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "first", "few"), [(1, 4, 1024), (20, 5, 1024), (20, 5, 1)])
+def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for each choice, for each expert, and for each tile of sorted choices; with all experts on the rank,
+    and with some. What no token chooses is not read."""
+    from runners.cuda.kernels import experts
+    from runners.cuda.ops import CudaOps
+
+    monkeypatch.setattr(experts, "FEW", few)
+    generator, hidden, size, count, k = torch.Generator().manual_seed(tokens), 72, 40, 12 - first, 3
+    gate_up, down, x, router, biases, offsets = (
+        torch.randn(*shape, generator=generator).div(4).to(DEVICE, dtype) for shape in (
+            (count * 2 * size, hidden), (count * size, hidden), (tokens, hidden), (12, hidden), (count * 2 * size,),
+            (count * hidden,)))
+    for biased, limit in ((False, None), (True, 0.5)):
+        config = ExpertsConfig(count=12, per_token=k, size=size, layers=(0,), bias=biased, limit=limit, scaling=1.5)
+        layer: Any = SimpleNamespace(config=config, first=first, count=count, size=size, gate_up=gate_up.clone(),
+                                     down=down.clone(), router=router, router_bias=None, correction=None,
+                                     gate_up_bias=biases if biased else None, down_bias=offsets if biased else None)
+        weights, chosen = CudaOps().route(x, layer)
+        for got, expected in zip((weights, chosen), Ops().route(x, layer), strict=True):
+            close(got, expected, dtype)
+        expected = Ops().experts(x.cpu(), weights.cpu(), chosen.long().cpu(), on_host(layer))
+        for expert in set(range(first, 12)) - set(chosen.flatten().tolist()):
+            layer.gate_up.view(count, -1)[expert - first] = torch.nan
+            layer.down.view(count, -1)[expert - first] = torch.nan
+        close(CudaOps().experts(x, weights, chosen, layer), expected, dtype)
+
+
+def on_host(layer: Any) -> Any:
+    """The layer with its tensors on the CPU, where Ops groups the tokens by expert."""
+    return SimpleNamespace(**{name: value.cpu() if isinstance(value, torch.Tensor) else value
+                              for name, value in vars(layer).items()})
 
 
 @pytest.mark.parametrize("count, padded, size", [(1, 1, 16), (5, 8, 4), (200, 224, 1)])
