@@ -77,24 +77,6 @@ def test_the_model_of_the_cpu_gives_the_same_tokens() -> None:
             assert (a.token_id, a.rank) == (b.token_id, b.rank) and abs(a.logprob - b.logprob) < 1e-3
 
 
-@pytest.mark.parametrize("wire, plane", [("model-input", "shm"), ("model-input", "gloo"), ("request", "shm"),
-                                         ("request", "gloo")])
-@pytest.mark.slow
-def test_a_round_is_one_message(wire: str, plane: str) -> None:
-    for steps in (1, 8):
-        with LLM(device="null", tp=2, wire=wire, control_plane=plane, steps_per_message=steps, **SMALL) as llm:
-            own = llm.executor._worker.plane  # type: ignore[attr-defined]
-            sent, broadcast = [0], own.broadcast
-
-            def counted(parts: Any, sent: list[int] = sent, broadcast: Any = broadcast) -> None:
-                sent[0] += 1
-                broadcast(parts)
-
-            own.broadcast = counted
-            llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1 + 2 * 8, ignore_eos=True))
-            assert sent[0] == llm.stats().steps == 1 + 2 * 8 // steps
-
-
 def test_a_stream_grows_by_several_tokens_and_an_abort_ends_it() -> None:
     with LLM(device="null", steps_per_message=8, **SMALL) as llm:
         seen = [len(o.token_ids) for o in llm.stream([1, 2], SamplingParams(max_tokens=20, ignore_eos=True))]

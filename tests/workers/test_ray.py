@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 from launch_case import alone, generate, generated_by_launched
+from messages_case import counted
 from rank_threads import on_ranks
+from test_messages import check as check_rounds
 from worker_cases import Driver, executor
 
 from hal.config import Topology
@@ -79,6 +81,12 @@ def test_bundled_model_is_right_on_two_nodes(ray: Any, plane: str) -> None:
 @pytest.mark.parametrize(("tp", "pp", "wire"), [(2, 1, "model-input"), (2, 2, "request")])
 def test_steps_through_ray_give_the_tokens_of_one_process(ray: Any, tp: int, pp: int, wire: str) -> None:
     assert generate(tp=tp, pp=pp, wire=wire, executor="ray", control_plane="ray") == alone()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "wire"), [("steps", "model-input"), ("drafts", "request")])
+def test_a_round_through_ray_is_one_message(ray: Any, mode: str, wire: str) -> None:
+    check_rounds(mode, counted(mode, tp=2, wire=wire, executor="ray", control_plane="ray"))
 
 
 @pytest.mark.slow
