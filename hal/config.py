@@ -20,6 +20,7 @@ WirePolicy = Literal["model-input", "request", "none"]
 KVDType = Literal["auto", "fp8"]
 Quantize = Literal["fp8", "int8", "int4"]
 ExecutorName = Literal["multiprocess", "ray"]
+Pooling = Literal["auto", "none", "cls", "mean", "mean_sqrt", "max", "last"]
 MOST_STEPS = 64  # decode steps of one message
 _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
@@ -67,6 +68,9 @@ class EngineConfig:
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
             definition where there is one.
+        pooling: how the hidden states of a text become its embedding. "auto" takes the checkpoint's modules.json, and a
+            checkpoint without that file generates; "none" lets a model generate that has it; the other values are those
+            of hal.model_config.EmbeddingConfig.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
         trust_remote_code: run the checkpoint's own Python code where its tokenizer or its model is made of that. No
             certificate covers a model of such code.
@@ -102,6 +106,7 @@ class EngineConfig:
     heartbeat: float = 30.0
     graphs: bool = True
     model_impl: ModelImpl = "auto"
+    pooling: Pooling = "auto"
     random_weights: bool = False
     trust_remote_code: bool = False
     seed: int = 0
@@ -127,7 +132,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName),
-                           ("model_impl", ModelImpl), ("quantize", Quantize)):
+                           ("model_impl", ModelImpl), ("quantize", Quantize), ("pooling", Pooling)):
             value = plain(getattr(self, name))
             if value is None and name == "quantize":
                 continue

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 ModelImpl = Literal["auto", "native", "transformers"]
+PoolingKind = Literal["cls", "mean", "mean_sqrt", "max", "last"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,53 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DenseConfig:
+    """A linear layer between the pooled vector and the embedding.
+
+    Attributes:
+        folder: below the checkpoint directory, with the layer's weights in model.safetensors.
+    """
+
+    folder: str
+    in_size: int
+    out_size: int
+    bias: bool
+    activation: Literal["identity", "tanh", "relu", "gelu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingConfig:
+    """How the hidden states of a text become its embedding.
+
+    Attributes:
+        pooling: the pooled vector is the hidden state of the first token ("cls") or of the last one, or the mean or the
+            maximum over all tokens; "mean_sqrt" divides the sum by the square root of their number.
+        dense: layers behind the pooling, in order. normalise: the result is divided by its Euclidean norm.
+        max_length: tokens of a text, special tokens included. A longer text is cut.
+        prompts: texts that are put before a text, by name. default_prompt: the name of the one that is used where the
+            caller names none; None: none is used.
+        strip, lower_case: what is done to a text before it is tokenised.
+    """
+
+    pooling: PoolingKind
+    max_length: int
+    normalise: bool = True
+    dense: tuple[DenseConfig, ...] = ()
+    prompts: dict[str, str]
+    default_prompt: str | None = None
+    strip: bool = False
+    lower_case: bool = False
+
+    def dim(self, hidden_size: int) -> int:
+        """Entries of an embedding, of a model with hidden states of this size."""
+        return self.dense[-1].out_size if self.dense else hidden_size
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> EmbeddingConfig:
+        return cls(**{**data, "dense": tuple(DenseConfig(**layer) for layer in data["dense"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EagleConfig:
     """What an EAGLE-3 head has beside a decoder layer. Source: arXiv 2503.01840.
 
@@ -141,10 +189,12 @@ class ModelConfig:
         quantization: the quantization_config of config.json, whose quant_method names a format of hal.weights; None
             where the weights are dense.
         eagle: of a head that proposes tokens for another model; None for a model by itself.
+        causal: a token sees the tokens before it alone; False: all tokens of its text.
+        embedding: of a model that turns texts into vectors, and so has no head; None for a model that generates.
         extra: what only a family's own definition reads.
     """
 
-    family: Literal["llama", "gpt2", "eagle3", "transformers"]
+    family: Literal["llama", "gpt2", "bert", "eagle3", "transformers"]
     architecture: str
     vocab_size: int
     hidden_size: int
@@ -179,6 +229,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     quantization: dict[str, Any] | None = None
     eagle: EagleConfig | None = None
+    causal: bool = True
+    embedding: EmbeddingConfig | None = None
     source: dict[str, Any] | None = None
     code: str | None = None
     extra: dict[str, Any] | None = None
@@ -203,7 +255,7 @@ class ModelConfig:
     def _params(self, experts_used: int) -> int:
         qkvo = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
-        embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings or self.embedding else 2)
         if (e := self.experts) is None:
             return self.num_layers * (qkvo + mlp) + embed
         mixture = self.hidden_size * (e.count + 3 * (experts_used * e.size + e.shared_size))
@@ -218,4 +270,6 @@ class ModelConfig:
         made["experts"] = ExpertsConfig.from_dict(data["experts"]) if data["experts"] else None
         eagle = data.get("eagle")
         made["eagle"] = EagleConfig(**{**eagle, "taps": tuple(eagle["taps"])}) if eagle else None
+        embedding = data.get("embedding")
+        made["embedding"] = EmbeddingConfig.from_dict(embedding) if embedding else None
         return cls(**{**data, **made})

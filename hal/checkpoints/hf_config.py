@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hal.checkpoints.reader import MAX_HIDDEN, MAX_LAYERS, MAX_PARAMS, Reader
+from hal.checkpoints.sentence import embedding_of
 from hal.checkpoints.shapes import llama
 from hal.checkpoints.stored import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
+from hal.config import Pooling
 from hal.errors import ConfigError, ModelLoadError
 from hal.model_config import EagleConfig, ModelConfig, ModelImpl
-from hal.models.families import architectures, family_of, native
+from hal.models.families import EMBEDDERS, architectures, family_of, native
 from hal.weights.formats import check_known
 
 EAGLE3 = "LlamaForCausalLMEagle3"
@@ -25,7 +27,8 @@ _STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": 
 
 
 def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl = "auto",
-                trust_remote_code: bool = False, quantize: str | None = None) -> ModelConfig:
+                trust_remote_code: bool = False, quantize: str | None = None,
+                pooling: Pooling = "auto") -> ModelConfig:
     """The shape of the model in a checkpoint directory. As in transformers' `generate`, end-of-sequence ids in
     generation_config.json replace those of config.json.
 
@@ -37,6 +40,7 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
             definition of hal.models where there is one.
         trust_remote_code: the Transformers backend may run the checkpoint's own Python code.
         quantize: as in EngineConfig.
+        pooling: as in EngineConfig.
 
     Raises:
         ConfigError: `quantize` is given for a checkpoint whose weights are not dense.
@@ -55,6 +59,9 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
         ids = Reader(read_json(generation), generation.name).eos(None)
         if ids:
             config = dataclasses.replace(config, eos_token_ids=ids)
+    embedding = embedding_of(directory, config, pooling)
+    if embedding is not None:
+        config = dataclasses.replace(config, embedding=embedding)
     if weights and has_weights(directory):
         config = _as_stored(config, Reader(data).dtype_name(), directory)
     return config if quantize is None else _to_quantize(config, quantize)
@@ -120,7 +127,7 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
     if family is None:
         raise ModelLoadError("this architecture is not supported", got="neither architectures nor model_type in "
                              "config.json" if architecture is None else shown(architecture),
-                             expected=", ".join(architectures()),
+                             expected=", ".join([*architectures(), *EMBEDDERS]),
                              hint="a package can add it: see docs/models.md")
     if kind not in (None, family.model_type):
         raise ModelLoadError("architectures and model_type of config.json contradict each other",

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hal.checkpoints.stored import HEAD, Stored, equal, locate, open_file, open_tensor, shown
-from hal.config import Topology
-from hal.contracts.communicator import LocalCommunicator
+from hal.config import Topology, WorkerConfig
+from hal.contracts.communicator import Communicator, LocalCommunicator
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig
@@ -145,6 +145,20 @@ def random_weights(model: CausalLM, seed: int = 0) -> None:
             flat[begin:begin + count] = pool[at:at + count]
             begin, at = begin + count, (at + count) % _POOL
     model.pack()
+
+
+def load_model(config: WorkerConfig, communicator: Communicator, ops: Ops, dtype: torch.dtype, device: torch.device,
+               progress: Progress = no_progress) -> CausalLM:
+    """A rank's part of the engine's model, with its weights. The checkpoint is checked before memory is allocated.
+    Raises as build_model, check_weights and load_weights do."""
+    engine = config.engine
+    checked = None if engine.random_weights else check_weights(config.model, engine.model)
+    model = build_model(config.model, config.topology, communicator, ops, dtype, device, config.max_model_len)
+    if engine.random_weights:
+        random_weights(model, engine.seed)
+    else:
+        load_weights(model, engine.model, progress, checked=checked)
+    return model
 
 
 def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[StoredSlice, int]]:

@@ -95,10 +95,12 @@ def gemma3(read: Reader, architecture: str) -> ModelConfig:
 
 def _gemma(read: Reader, architecture: str, *, every: int, attention_softcap: float | None,
            logits_softcap: float | None, **features: Any) -> ModelConfig:
-    """Of `every` layers the last one sees the whole context, and the others a window of it."""
-    read.refuse("use_bidirectional_attention", "attention in both directions", False)
+    """Of `every` layers the last one sees the whole context, and the others a window of it. Where attention goes in
+    both directions, the window is divided between them."""
     layers, bias = read.size(26, MAX_LAYERS, "num_hidden_layers"), read.flag(False, "attention_bias")
     window = read.size(4096, INT32, "sliding_window", null=None)
+    if read.flag(False, "use_bidirectional_attention"):
+        window, features["causal"] = window and window // 2 + 1, False
     types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
     hidden = read.size(2304, MAX_HIDDEN, "hidden_size")
     activation = read.get(str, "gelu_pytorch_tanh", "hidden_activation", null="gelu_pytorch_tanh")
@@ -283,3 +285,43 @@ def gpt2(read: Reader, architecture: str) -> ModelConfig:
         embedding_name="wte", windows=(None,) * layers, tie_embeddings=read.get(bool, True, "tie_word_embeddings"),
         qkv_bias=True, out_bias=True, mlp_bias=True, bos_token_id=read.bos(50256), eos_token_ids=read.eos(50256),
         dtype=read.dtype())
+
+
+def bert(read: Reader, architecture: str) -> ModelConfig:
+    """An encoder (arXiv 1810.04805)."""
+    return _encoder(read, architecture, vocab=30522, pad=None)
+
+
+def roberta(read: Reader, architecture: str) -> ModelConfig:
+    """Positions begin behind the padding token's id (arXiv 1907.11692)."""
+    return _encoder(read, architecture, vocab=50265, pad=1)
+
+
+def xlm_roberta(read: Reader, architecture: str) -> ModelConfig:
+    return _encoder(read, architecture, vocab=30522, pad=1)
+
+
+def _encoder(read: Reader, architecture: str, *, vocab: int, pad: int | None) -> ModelConfig:
+    """`pad`: the default of pad_token_id where positions count from it; None: they count from 0."""
+    read.refuse("is_decoder", "an encoder that is used as a decoder", False)
+    read.refuse("add_cross_attention", "cross attention", False)
+    read.refuse("position_embedding_type", "positions relative to each other", "absolute")
+    act = read.get(str, "gelu", "hidden_act")
+    if act not in _GELU:
+        raise read.unusable("hidden_act", act, ", ".join(_GELU))
+    hidden, heads = read.size(768, MAX_HIDDEN, "hidden_size"), read.size(12, MAX_HEADS, "num_attention_heads")
+    if hidden % heads:
+        raise ModelLoadError("num_attention_heads does not divide hidden_size", got=f"{heads} and {hidden}")
+    layers, rows = (read.size(default, most, name) for default, most, name in (
+        (12, MAX_LAYERS, "num_hidden_layers"), (512, MAX_POSITIONS, "max_position_embeddings")))
+    first = 0 if pad is None else read.get(int, pad, "pad_token_id") + 1
+    if not 0 <= first < rows:
+        raise read.unusable("pad_token_id", first - 1, f"an integer from 0 to {rows - 2}")
+    return ModelConfig(
+        family="bert", architecture=architecture, vocab_size=read.size(vocab, MAX_VOCAB, "vocab_size"),
+        hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=heads, head_dim=hidden // heads,
+        intermediate_size=read.size(3072, MAX_INNER, "intermediate_size"), max_position=rows - first, causal=False,
+        norm_eps=read.eps(1e-12, "layer_norm_eps"), activation=_GELU[act], gated=False,  # type: ignore[arg-type]
+        embedding_name="embeddings.word_embeddings", windows=(None,) * layers, qkv_bias=True, out_bias=True,
+        mlp_bias=True, dtype=read.dtype(),
+        extra={"first_position": first, "token_types": read.size(2, INT32, "type_vocab_size")})

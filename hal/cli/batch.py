@@ -41,10 +41,10 @@ class Refused:
     id: RequestId | None = None
 
 
-def argument_jobs(prompts: list[str], params: SamplingParams) -> list[Job]:
+def argument_jobs(prompts: list[str], params: SamplingParams | None) -> list[Job]:
     """The requests of the command line. Python leaves the bytes of a character as they are when the locale's encoding
     does not have it; they are decoded as UTF-8 here."""
-    return [Job(_decoded(prompt), params) for prompt in prompts]
+    return [Job(_decoded(prompt), params or SamplingParams()) for prompt in prompts]
 
 
 def _decoded(argument: str) -> str:
@@ -54,12 +54,13 @@ def _decoded(argument: str) -> str:
         return argument
 
 
-def read_jobs(path: str, options: dict[str, Any]) -> list[Job | Refused]:
+def read_jobs(path: str, options: dict[str, Any] | None, *, plain: bool = False) -> list[Job | Refused]:
     """The requests in a JSON Lines file, "-" for standard input: UTF-8 in any locale, with or without a byte order
     mark. Blank lines are skipped.
 
     Args:
-        options: sampling parameters of lines that do not give their own.
+        options: sampling parameters of lines that do not give their own; None: a line gives none.
+        plain: a line is a text, and no JSON.
 
     Raises:
         ConfigError: the file cannot be read, or does not consist of lines.
@@ -67,16 +68,16 @@ def read_jobs(path: str, options: dict[str, Any]) -> list[Job | Refused]:
     try:
         if path != "-":
             with open(path, "rb") as file:
-                return list(_parse(path, file, options))
+                return list(_parse(path, file, options, plain))
         if sys.stdin is None:
             raise ConfigError("the standard input is closed", expected="requests, since --input - was given")
-        return list(_parse("standard input", sys.stdin.buffer, options))
+        return list(_parse("standard input", sys.stdin.buffer, options, plain))
     except OSError as error:
         raise ConfigError("the input file cannot be read", got=f"{path}: {error}",
                           expected='a JSON Lines file in UTF-8, or "-" for standard input') from None
 
 
-def _parse(name: str, file: BinaryIO, options: dict[str, Any]) -> Iterator[Job | Refused]:
+def _parse(name: str, file: BinaryIO, options: dict[str, Any] | None, plain: bool) -> Iterator[Job | Refused]:
     number = 0
     while line := file.readline(_LONGEST_LINE):
         number += 1
@@ -88,10 +89,18 @@ def _parse(name: str, file: BinaryIO, options: dict[str, Any]) -> Iterator[Job |
                               expected=f"less than {_LONGEST_LINE >> 20} MiB")
         line = line.strip()
         if line and line != codecs.BOM_UTF8:
-            yield _line(line, options, f"{name}, line {number}")
+            origin = f"{name}, line {number}"
+            yield _plain(line, origin) if plain else _line(line, options, origin)
 
 
-def _line(line: bytes, options: dict[str, Any], origin: str) -> Job | Refused:
+def _plain(line: bytes, origin: str) -> Job | Refused:
+    try:
+        return Job(_text(line), SamplingParams(), origin)
+    except RequestError as error:
+        return Refused(at(error, origin))
+
+
+def _line(line: bytes, options: dict[str, Any] | None, origin: str) -> Job | Refused:
     found: RequestId | None = None
     try:
         data = _object(line)
@@ -110,12 +119,16 @@ def at(error: HalError, origin: str) -> HalError:
     return error
 
 
-def _object(line: bytes) -> dict[str, Any]:
+def _text(line: bytes) -> str:
     try:
-        text = line.decode("utf-8-sig")  # in a file joined from several, any line may begin with a byte order mark
+        return line.decode("utf-8-sig")  # in a file joined from several, any line may begin with a byte order mark
     except UnicodeDecodeError as error:
         raise RequestError("this is not UTF-8", got=f"byte 0x{line[error.start]:02x} at {error.start}: "
                            f"{line[max(error.start - 20, 0):error.start + 20]!r}") from None
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    text = _text(line)
     try:
         data = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except RequestError:
@@ -148,7 +161,7 @@ def _id(data: dict[str, Any]) -> RequestId | None:
     return found
 
 
-def _request(data: dict[str, Any], options: dict[str, Any]) -> tuple[str | list[int], SamplingParams]:
+def _request(data: dict[str, Any], options: dict[str, Any] | None) -> tuple[str | list[int], SamplingParams]:
     given = [name for name in ("prompt", "prompt_token_ids") if name in data]
     if len(given) != 1:
         raise RequestError("a request has either prompt or prompt_token_ids", got=" and ".join(given) or
@@ -158,8 +171,9 @@ def _request(data: dict[str, Any], options: dict[str, Any]) -> tuple[str | list[
         raise RequestError("prompt is not a text", got=repr(prompt)[:80])
     if given[0] == "prompt_token_ids" and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
         raise RequestError("prompt_token_ids is not a list of integers", got=repr(prompt)[:80])
-    unknown = sorted(data.keys() - _PARAMETERS)
+    known = _PARAMETERS if options is not None else frozenset[str]()
+    unknown = sorted(data.keys() - known)
     if unknown:
         raise RequestError("a request has keys that mean nothing here", got=", ".join(unknown),
-                           expected=f"id, prompt, prompt_token_ids, {', '.join(sorted(_PARAMETERS))}")
-    return prompt, SamplingParams(**{**options, **data})
+                           expected=", ".join(["id", "prompt", "prompt_token_ids", *sorted(known)]))
+    return prompt, SamplingParams(**{**(options or {}), **data})

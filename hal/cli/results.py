@@ -57,6 +57,10 @@ class Results:
             prompt = output.prompt if output.prompt is not None else _ids(output.prompt_token_ids)
             self._put(index, f"> {prompt}\n{text(output)}\n")
 
+    def write(self, index: int, name: RequestId | None, content: dict[str, Any]) -> None:
+        """Write a result of another kind than an output of tokens, as JSON."""
+        self._put(index, self._line(index, name, content))
+
     def report(self, output: RequestOutput) -> None:
         """Count an output that ended with an error, and say why."""
         if output.error is not None:

@@ -11,7 +11,7 @@ from hal.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from hal.contracts.inputs import PagedModelInput
+    from hal.contracts.inputs import ModelInput, PagedModelInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class ForwardContext:
     """
 
     attention: LayerAttention
-    model_input: PagedModelInput
+    model_input: ModelInput
     states: StepStates | None = None
     taps: dict[int, torch.Tensor | None] | None = None
 

@@ -46,6 +46,7 @@ class Capabilities:
             cluster's nodes offer.
         token_cost: the time by which one token more lengthens a decode step, in decode steps of one token. Speculative
             decoding weighs it against the tokens that it expects to gain.
+        embeddings: the backend's runner turns texts into vectors where the model has an EmbeddingConfig.
         checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
     """
 
@@ -60,6 +61,7 @@ class Capabilities:
     host_memory: bool | None = None
     ray_resource: str = "CPU"
     token_cost: float = 0.1
+    embeddings: bool = False
     checkpoints: bool = True
 
 
@@ -201,7 +203,8 @@ def mesh(backend: Backend, engine: EngineConfig) -> Topology:
     return Topology(engine.tp, engine.pp, ep=engine.ep)
 
 
-def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int) -> None:
+def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int,
+            embeddings: bool = False) -> None:
     """Check a configuration against the declared capabilities.
 
     Raises:
@@ -215,6 +218,10 @@ def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, nu
     if pp > can.max_pp:
         raise BackendError(f"backend {backend.name!r} cannot split layers this far", got=f"pp={pp}",
                            expected=f"at most {can.max_pp}")
+    if embeddings and not can.embeddings:
+        raise BackendError(f"backend {backend.name!r} makes no embeddings", got="a model of embeddings",
+                           expected='a model that generates, or pooling="none" where the model has a head',
+                           hint="run it on --device cpu")
     if kv_dtype == "fp8" and not can.fp8_kv:
         raise BackendError(f"backend {backend.name!r} has no fp8 KV cache", got=f"kv_dtype={kv_dtype}",
                            expected="kv_dtype=auto")

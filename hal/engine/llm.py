@@ -5,21 +5,33 @@ from __future__ import annotations
 import difflib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import numpy as np
 
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts import backend as backends
 from hal.contracts.executor import StepHandle, make_executor
-from hal.contracts.outputs import SamplerOutput
+from hal.contracts.outputs import EmbeddingOutput, SamplerOutput
 from hal.contracts.runner import no_progress
 from hal.engine.calls import Calls
 from hal.engine.certificates import admit
+from hal.engine.embedder import Embedder
 from hal.engine.progress import LoadProgress, RequestProgress
-from hal.engine.prompts import Prompt, Prompts, as_params, as_prompts, as_token_ids, check_length
+from hal.engine.prompts import (
+    Prompt,
+    Prompts,
+    as_params,
+    as_prompts,
+    as_token_ids,
+    check_length,
+    check_vocabulary,
+    require_text,
+)
 from hal.engine.request_output import RequestOutput
 from hal.engine.request_state import Logprobs, RequestState
 from hal.engine.scheduled_step import ScheduledStep
@@ -84,7 +96,8 @@ class LLM:
                  **options: Any) -> None:
         self.config = config = _config(model, options)
         self.model_config = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
-                                        trust_remote_code=config.trust_remote_code, quantize=config.quantize)
+                                        trust_remote_code=config.trust_remote_code, quantize=config.quantize,
+                                        pooling=config.pooling)
         admit(self.model_config)
         self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
@@ -97,11 +110,13 @@ class LLM:
         finally:
             if bars is not None:
                 bars.close()
-        if not issubclass(self.executor.output_type, SamplerOutput):
+        embeds = self.model_config.embedding is not None
+        wanted = EmbeddingOutput if embeds else SamplerOutput
+        if not issubclass(self.executor.output_type, wanted):
             self.executor.shutdown()
-            raise ConfigError("LLM generates tokens, and this device's model runner does not",
-                              got=f"a runner that yields {self.executor.output_type.__name__}",
-                              expected="a runner that yields a SamplerOutput",
+            raise ConfigError(f"LLM {'makes embeddings' if embeds else 'generates tokens'}, and this device's model "
+                              "runner does not", got=f"a runner that yields {self.executor.output_type.__name__}",
+                              expected=f"a runner that yields {wanted.__name__}",
                               hint="drive its executor yourself: hal.contracts.executor.make_executor")
         if config.async_scheduling and self.executor.tokens_per_row > 1:
             self.executor.shutdown()
@@ -110,7 +125,7 @@ class LLM:
                               expected="async_scheduling=None or False: then steps are scheduled one after another")
         if self._speculation is not None:
             self._speculation.take_times(self.executor.round_times)
-        self.scheduler = self._make_scheduler()
+        self._begin()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
         self._pending: deque[tuple[ScheduledStep, StepHandle]] = deque()
@@ -121,6 +136,12 @@ class LLM:
         self._next_id = 0
         self._stop_texts = 0  # the number of unfinished requests with stop texts
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
+
+    def _begin(self) -> None:
+        """The engine's own part for new workers: a scheduler, and for a model of embeddings an Embedder."""
+        self.scheduler = self._make_scheduler()
+        self._embedder = None if self.model_config.embedding is None else Embedder(
+            self.executor, self.config, self.model_config, self.tokenizer)
 
     def _make_scheduler(self) -> Scheduler:
         ahead = self.executor.tokens_per_row == 1 and backends.resolve_async(self.backend, self.config)
@@ -175,6 +196,29 @@ class LLM:
                 bar.close()
         return [r.output for r in requests]
 
+    def embed(self, texts: Prompts, *, prompt_name: str | None = None, truncate: bool = True) -> np.ndarray:
+        """The embeddings of texts, fp32 [num_texts, dim], in their order.
+
+        Args:
+            texts: a text, token ids (a list, tuple, range or one-dimensional array), or a list of these.
+            prompt_name: of the model's prompts, the one that is put before each text; None: its default, if it has one.
+                Token ids stay as they are.
+            truncate: cut longer texts to the model's longest one; False refuses them.
+
+        Raises:
+            RequestError: a text is refused, which the error names by its index; or this model makes no embeddings.
+            NumericsError: a vector is not finite. WorkerError: a rank failed. StateError: see the class.
+        """
+        several = as_prompts(texts)
+        if self._embedder is None:
+            raise RequestError("this model generates tokens and makes no embeddings",
+                               got=self.model_config.architecture, expected="a sentence-transformers directory, or a "
+                               "pooling", hint="LLM(..., pooling=\"last\") pools the model's hidden states (--pooling)")
+        prompt = self._embedder.prompt(prompt_name)
+        ids = self._each(several, [(prompt, truncate)] * len(several), self._embedder.token_ids)
+        with self._calls.begin():
+            return self._embedder.steps.run(ids, self._embedder.dim)
+
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield the output each time it has grown, and when it has ended. It is the same object each time, and its text
         never shows a part of a stop text. Closing the iterator aborts the request. Several streams may take turns. This
@@ -210,11 +254,20 @@ class LLM:
 
     def _checked(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[list[int]]:
         """The token ids of all prompts, none of which is enqueued yet."""
+        if self._embedder is not None:
+            raise RequestError("this model makes embeddings and generates no tokens",
+                               got=self.model_config.architecture, expected="a call of embed",
+                               hint="LLM(..., pooling=\"none\") lets a model generate that has a head")
+        return self._each(prompts, [(each,) for each in params], self._check)
+
+    def _each(self, prompts: list[Prompt], options: Several[tuple[Any, ...]], ids_of: Callable[..., list[int]],
+              ) -> list[list[int]]:
+        """The token ids of each prompt; an error names the prompt."""
         token_ids = []
         with self._calls.begin(reads=True):
-            for i, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            for i, (prompt, each) in enumerate(zip(prompts, options, strict=True)):
                 try:
-                    token_ids.append(self._check(prompt, each))
+                    token_ids.append(ids_of(prompt, *each))
                 except HalError as error:
                     error.what = f"prompt {i}: {error.what}" if len(prompts) > 1 else error.what
                     raise
@@ -225,14 +278,9 @@ class LLM:
         hint = None if self.max_model_len == self.model_config.max_position else (
             f"max_model_len may be up to {self.model_config.max_position}")
         if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the model has no tokenizer", got="a text prompt", expected="token ids",
-                                   hint=f"add tokenizer files to {self.config.model}, or give prompt_token_ids")
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:  # half a surrogate pair: how Python shows bytes that are not UTF-8
-                raise RequestError("the prompt is not a text", got=str(error), expected="text in UTF-8") from None
+            require_text(self.tokenizer, prompt, self.config.model)
             ids = encode(self.tokenizer, prompt)
+            check_vocabulary(ids, vocab)
             check_length(len(ids), self.max_model_len - 1, hint)
         else:
             ids = as_token_ids(prompt, self.max_model_len - 1, vocab, hint)
@@ -324,6 +372,8 @@ class LLM:
     def stats(self) -> Stats:
         live = [r.seq for r in self._requests.values()]
         counts = self._counts.copy()
+        if self._embedder is not None:
+            counts |= {"steps": self._embedder.steps.steps, "prefill_tokens": self._embedder.steps.tokens}
         counts["cached_tokens"] += sum(s.num_cached for s in live)
         counts["preemptions"] += sum(s.preemptions for s in live)
         running = sum(s.row >= 0 for s in live)
@@ -347,7 +397,7 @@ class LLM:
             while self._cancelled:
                 self._drop(self._cancelled.popleft())
             self.executor = make_executor(self.config, self.model_config, self.backend)
-            self.scheduler = self._make_scheduler()
+            self._begin()
             self._stop_texts = sum(bool(r.seq.params.stop) for r in self._requests.values())
             try:
                 for request in list(self._requests.values()):

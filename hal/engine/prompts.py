@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hal.errors import RequestError
 from hal.sampling.params import SamplingParams
@@ -63,6 +63,25 @@ def as_token_ids(prompt: Prompt, most: int, vocab_size: int, hint: str | None = 
                                expected=f"an integer from 0 to {vocab_size - 1}")
         ids.append(int(token))
     return ids
+
+
+def require_text(tokenizer: Any, text: str, directory: str) -> None:
+    """Raises RequestError: there is no tokenizer, or the text is not valid UTF-8."""
+    if tokenizer is None:
+        raise RequestError("the model has no tokenizer", got="a text prompt", expected="token ids",
+                           hint=f"add tokenizer files to {directory}, or give prompt_token_ids")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair: how Python shows bytes that are not UTF-8
+        raise RequestError("the prompt is not a text", got=str(error), expected="text in UTF-8") from None
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
+    """Raises RequestError: a tokenizer's id has no row in the embedding table."""
+    if ids and max(ids) >= vocab_size:
+        raise RequestError("the tokenizer has a token that the model does not have", got=f"the token id {max(ids)}",
+                           expected=f"below the vocabulary's size, {vocab_size}",
+                           hint="the tokenizer's files belong to another model, or have tokens that were added later")
 
 
 def check_length(count: int, most: int, hint: str | None = None) -> None:

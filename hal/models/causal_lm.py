@@ -1,4 +1,4 @@
-"""The base of all decoders: embeddings on the first stage, the head on the last, and the tensors between stages."""
+"""The base of all models: embeddings on the first stage, the head on the last, and the tensors between stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hal.schema import Array
 
 
 class CausalLM(nn.Module, abc.ABC):
-    """One rank's part of a decoder. Its memory is uninitialised until `hal.checkpoints.loader` fills it.
+    """One rank's part of a model. A model that makes embeddings has no head. The memory is uninitialised until
+    `hal.checkpoints.loader` fills it.
 
     Attributes:
         caches: of all layers of the model, on this rank.
@@ -35,7 +36,9 @@ class CausalLM(nn.Module, abc.ABC):
         topology = build.topology
         if topology.is_first_stage and (config.eagle is None or config.eagle.own_embeddings):
             self.embed = VocabEmbedding(build, config.embedding_name, config.vocab_size, config.hidden_size)
-        if topology.is_last_stage:
+        if config.embedding is not None:
+            self.ignored = (*self.ignored, "lm_head.weight")
+        elif topology.is_last_stage:
             shared = self.embed if config.tie_embeddings and topology.is_first_stage else None
             name = config.embedding_name if config.tie_embeddings else "lm_head"
             rows = config.vocab_size if config.eagle is None else config.eagle.draft_vocab_size

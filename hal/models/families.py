@@ -66,15 +66,25 @@ NATIVE = {
     "Glm4ForCausalLM": _family("glm4", "glm4", "dense:Glm4"),
 }
 
+# Those without a head, by which only an embedding can be computed.
+EMBEDDERS = {
+    **dict.fromkeys(("BertModel", "BertForMaskedLM"), _family("bert", "bert", "bert:Bert")),
+    **dict.fromkeys(("RobertaModel", "RobertaForMaskedLM"), _family("roberta", "roberta", "bert:Bert")),
+    **dict.fromkeys(("XLMRobertaModel", "XLMRobertaForMaskedLM"), _family("xlm-roberta", "xlm_roberta", "bert:Bert")),
+    "LlamaModel": NATIVE["LlamaForCausalLM"], "MistralModel": NATIVE["MistralForCausalLM"],
+    "Qwen2Model": NATIVE["Qwen2ForCausalLM"], "Qwen3Model": NATIVE["Qwen3ForCausalLM"],
+    "Gemma3TextModel": NATIVE["Gemma3ForCausalLM"],
+}
+
 
 def architectures() -> list[str]:
-    """All that are known, the native ones first. The modules of others are not imported."""
+    """All that generate, the native ones first. The modules of others are not imported."""
     return [*NATIVE, *sorted(_others())]
 
 
 def native(model_type: str) -> list[str]:
-    """The native architectures of a model_type."""
-    return [name for name, family in NATIVE.items() if family.model_type == model_type]
+    """The native architectures of a model_type, those that generate first."""
+    return [name for name, family in {**NATIVE, **EMBEDDERS}.items() if family.model_type == model_type]
 
 
 def family_of(architecture: str) -> Family | None:
@@ -83,8 +93,9 @@ def family_of(architecture: str) -> Family | None:
     Raises:
         ConfigError: its entry point cannot be imported, or is no Family.
     """
-    if architecture in NATIVE:
-        return NATIVE[architecture]
+    own = NATIVE.get(architecture) or EMBEDDERS.get(architecture)
+    if own is not None:
+        return own
     entry = _others().get(architecture)
     if entry is None:
         return None

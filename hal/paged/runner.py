@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from hal.checkpoints.loader import check_weights, load_weights, random_weights
+from hal.checkpoints.loader import load_model
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext, MakeAttention
 from hal.contracts.cache import RowState
@@ -18,7 +18,6 @@ from hal.contracts.inputs import IntermediateTensors, PagedModelInput, SamplingI
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
-from hal.models import build_model
 from hal.models.causal_lm import CausalLM
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
@@ -94,15 +93,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def make_model(self, progress: Progress = no_progress) -> CausalLM:
         """This rank's part of the model, with its weights. Raises as load_model."""
-        engine = self.config.engine
-        checked = None if engine.random_weights else check_weights(self.config.model, engine.model)
-        model = build_model(self.config.model, self.config.topology, self.communicator, self.ops, self.dtype,
-                            self.device, self.config.max_model_len)
-        if engine.random_weights:
-            random_weights(model, engine.seed)
-        else:
-            load_weights(model, engine.model, progress, checked=checked)
-        return model
+        return load_model(self.config, self.communicator, self.ops, self.dtype, self.device, progress)
 
     def transform(self, model: CausalLM) -> CausalLM:
         """Compile or rewrite the loaded model. The result is called like the model."""

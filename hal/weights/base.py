@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from hal.models.layers import Linear
 
 
-_PREFIX = re.compile(r"^(model|transformer)\.(?!lm_head\.)")
+_PREFIX = re.compile(r"^(model|transformer|bert|roberta)\.(?!lm_head\.)")
 
 
 def canonical(name: str) -> str:
-    """A stored tensor's name without the prefix "model." or "transformer."."""
+    """A stored tensor's name without the prefix of its model, such as "model." or "bert."."""
     return _PREFIX.sub("", name)
 
 

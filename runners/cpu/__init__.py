@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal.contracts.backend import Backend, Capabilities
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
     from hal.config import WorkerConfig
     from hal.contracts.communicator import Communicator
-    from runners.cpu.runner import CpuModelRunner
+    from hal.contracts.runner import ModelRunnerBase
 
 
 class CpuBackend(Backend):
     name = "cpu"
-    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64,
+                                embeddings=True)
 
     def unavailable(self) -> str | None:
         return None
@@ -33,10 +34,12 @@ class CpuBackend(Backend):
 
         return free_memory()
 
-    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> CpuModelRunner:
-        from runners.cpu.runner import CpuModelRunner
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator,
+                    ) -> ModelRunnerBase[Any]:
+        from runners.cpu.runner import CpuEmbeddingRunner, CpuModelRunner
 
-        return CpuModelRunner(config, device, communicator)
+        kind = CpuModelRunner if config.model.embedding is None else CpuEmbeddingRunner
+        return kind(config, device, communicator)
 
     def versions(self) -> Mapping[str, str]:
         found = {}

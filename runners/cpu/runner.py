@@ -7,6 +7,7 @@ import torch
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import PagedModelInput
+from hal.embedding.runner import EmbeddingRunner
 from hal.paged.runner import PagedModelRunner
 from runners.cpu.attention import CpuAttention
 from runners.cpu.ops import CpuOps
@@ -22,4 +23,10 @@ class CpuModelRunner(PagedModelRunner):
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         super().__init__(config, device, communicator, attention=CpuAttention, sampler=CpuSampler())
+        self.ops = CpuOps(self.dtype)
+
+
+class CpuEmbeddingRunner(EmbeddingRunner):
+    def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
+        super().__init__(config, device, communicator)
         self.ops = CpuOps(self.dtype)

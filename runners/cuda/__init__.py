@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal import profiling
 from hal.contracts.backend import Backend, Capabilities
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from hal.config import WorkerConfig
     from hal.contracts.communicator import Communicator
-    from runners.cuda.runner import CudaModelRunner
+    from hal.contracts.runner import ModelRunnerBase
 
 
 class CudaRuntime(DeviceRuntime):
@@ -35,7 +35,7 @@ class CudaBackend(Backend):
     name = "cuda"
     priority = 10
     capabilities = Capabilities(contracts="2.0", dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64,
-                                fp8_kv=True, asynchronous=True, ray_resource="GPU", token_cost=0.01)
+                                fp8_kv=True, embeddings=True, asynchronous=True, ray_resource="GPU", token_cost=0.01)
     collectives: Collectives = NcclCollectives()
     runtime = CudaRuntime()
 
@@ -75,7 +75,12 @@ class CudaBackend(Backend):
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
 
-    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> CudaModelRunner:
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator,
+                    ) -> ModelRunnerBase[Any]:
+        if config.model.embedding is not None:
+            from runners.cuda.embeddings import CudaEmbeddingRunner
+
+            return CudaEmbeddingRunner(config, device, communicator)
         from runners.cuda.runner import CudaModelRunner
 
         return CudaModelRunner(config, device, communicator)

@@ -102,7 +102,7 @@ def test_no_file_raises_anything_but_its_lines_errors(content: bytes) -> None:
     """Each line that is not blank is a request, or an error that names it; the others are as if it were not there."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         content = b"\n" + content
-    found = list(batch._parse("file", io.BytesIO(content), {}))
+    found = list(batch._parse("file", io.BytesIO(content), {}, False))
     told = [line.strip() for line in content.split(b"\n")]
     places = [n for n, line in enumerate(told, 1) if line and line != b"\xef\xbb\xbf"]
     assert len(found) == len(places)

@@ -58,7 +58,7 @@ class HalExecutor(Executor):
         self._submitted: StepFuture | None = None  # the step that sample_tokens completes
         backend = backend_of(config)
         engine = engine_config(config, backend, checkpoint_directory(config))
-        model = read_config(engine.model, weights=not engine.random_weights)
+        model = read_config(engine.model, weights=not engine.random_weights, pooling="none")
         self._hal = make_executor(engine, model, backend)
         if self._hal.has_row_states or not self._hal.num_blocks:
             self._hal.shutdown()
