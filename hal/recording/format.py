@@ -104,7 +104,7 @@ class Recording:
                                     expected=f"{size:,} bytes", hint="use a device with more memory")
         else:
             engine = replace(engine, model=self._checkpoint(model))
-            found = read_config(engine.model, impl=engine.model_impl,
+            found = read_config(engine.model, impl=engine.model_impl, pooling=engine.pooling,
                                     trust_remote_code=engine.trust_remote_code, quantize=engine.quantize)
             for name in SHAPE:
                 if getattr(found, name) != getattr(self.model, name):
