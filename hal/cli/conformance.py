@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="TOML or JSON of expected failures: case, reason, link, dtype")
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; the report says so; repeatable")
-    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument("--list", action="store_true", help="print the cases, and those not written yet, and end")
+    parser.add_argument("--verify", type=options.path, metavar="FILE",
+                        help="say whether a report.json is complete and consistent, and end")
+    parser.add_argument("--diff", type=options.path, nargs="+", metavar="FILE",
+                        help="compare the first report.json with each other one, and end; with --report DIR also write "
+                             "a page with all of them side by side")
 
 
 def _seed(text: str) -> int:
@@ -57,11 +62,18 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("the conformance kit needs hypothesis", hint="pip install 'hal-runtime[test]'")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads: ranks would spin for each other's cores
     from hal.conformance.case import all_cases
+    from hal.conformance.must_pass import UNWRITTEN
 
     if args.list:
         for case in all_cases():
             print(f"{case.name:<48} {case.doc}")
+        for text in UNWRITTEN:
+            print(f"not written yet: {text}")
         return 0
+    if args.verify:
+        return _verify(args.verify)
+    if args.diff:
+        return _diff(args.diff, args.report)
     if args.backend is None:
         args.usage_error("give --backend NAME")
     from hal.conformance import report as reports
@@ -77,6 +89,33 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(f"{name}: {value}" for name, value in report.header.items()), end="\n\n")
     print(reports.terminal(report))
     return int(bool(report.failed))
+
+
+def _verify(path: str) -> int:
+    from hal.conformance.verify import verify
+
+    verdict, wrong = verify(path)
+    print("\n".join([*wrong, "", f"{path} may not be relied on: {len(wrong)} faults"]) if wrong
+          else f"{path} is complete and consistent\n{verdict}")
+    return int(bool(wrong))
+
+
+def _diff(paths: list[str], directory: str | None) -> int:
+    from hal.conformance import diff
+    from hal.conformance.report import read
+
+    page = Path(directory) / "side-by-side.html" if directory else None
+    if page is not None:
+        files.check_writable("--report", page)
+    reports = [read(path) for path in paths]
+    for path, other in zip(paths[1:], reports[1:], strict=True):
+        print("\n".join([f"{paths[0]} -> {path}", *(f"  {line}" for line in diff.diff(reports[0], other)), ""]))
+    for path, found in zip(paths, reports, strict=True):
+        print(f"{path}\n{diff.table(diff.matrix(found))}\n")
+    if page is not None:
+        with files.replacing(page) as temporary:
+            temporary.write_text(diff.page(reports), encoding="utf-8")
+    return 0
 
 
 def _show(result: Result) -> None:

@@ -10,7 +10,7 @@ from hal.conformance.case import LEVELS
 from hal.conformance.report import cell
 from hal.conformance.run import Report, Result
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1d2430 }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .verdict { font-size: 1.2rem; font-weight: 600; padding: .6rem 1rem; border-left: 6px solid #2b8a5a;
@@ -20,12 +20,17 @@ table { border-collapse: collapse; margin: .8rem 0 }
 th, td { padding: .35rem .8rem; border: 1px solid #d5dae3; text-align: left }
 th { background: #f3f5f9 } td.pass { background: #dff2e7 } td.bad { background: #f8d9d5 }
 td.na { background: #eceff4; color: #667 } td.xfail { background: #fcf0cf }
-code { background: #f3f5f9; padding: .1rem .3rem; border-radius: 3px; font-size: .85em }
+code { background: #f3f5f9; padding: .1rem .3rem; border-radius: 3px; font-size: .85em; overflow-wrap: anywhere }
 pre { background: #f3f5f9; padding: .6rem; overflow-x: auto; white-space: pre-wrap; font-size: .82rem }
 .plots { display: flex; flex-wrap: wrap } figure { width: 320px; margin: 0 1.5rem 1.5rem 0 }
 .note { color: #667; font-size: .9rem } details { margin: .4rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .8rem 0 }
 dt { color: #667 } dd { margin: 0; overflow-wrap: anywhere }
+.wide { overflow-x: auto }
+@media (max-width: 40rem) {
+body { margin: 1rem auto } th, td { padding: .25rem .4rem; font-size: .85rem }
+dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } figure { width: 100%; margin-right: 0 }
+}
 """
 _LOW, _HIGH, _WIDTH, _HEIGHT = -10, 1, 320, 130  # decades shown; pixels
 
@@ -33,7 +38,8 @@ _LOW, _HIGH, _WIDTH, _HEIGHT = -10, 1, 320, 130  # decades shown; pixels
 def html(report: Report) -> str:
     bad = bool(report.failed)
     parts = ["<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-             f"<title>Conformance of {escape(report.header['backend'])}</title><style>{_STYLE}</style></head><body>",
+             "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+             f"<title>Conformance of {escape(report.header['backend'])}</title><style>{STYLE}</style></head><body>",
              f"<h1>Conformance of {escape(report.header['backend'])}</h1>",
              f"<p class='verdict{' bad' if bad else ''}'>{escape(report.verdict)}</p>", _table(report)]
     parts += [_section("Failures", report, ("fail", "error"), opened=True),
@@ -50,7 +56,8 @@ def html(report: Report) -> str:
 
 
 def _table(report: Report) -> str:
-    lines = ["<table><tr><th>level</th>" + "".join(f"<th>{escape(d)}</th>" for d in report.dtypes) + "</tr>"]
+    lines = ["<div class='wide'><table><tr><th>level</th>",
+             "".join(f"<th>{escape(d)}</th>" for d in report.dtypes) + "</tr>"]
     for level in sorted({r.case.level for r in report.results}):
         cells = []
         for dtype in report.dtypes:
@@ -59,8 +66,8 @@ def _table(report: Report) -> str:
                 "pass" if "pass" in counts else "na")
             cells.append(f"<td class='{kind}'>{escape(cell(report, level, dtype))}</td>")
         lines.append(f"<tr><th>L{level} {LEVELS[level]}</th>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</table><p class='note'>Passes of what is applicable; what is not applicable is no pass."
-                      "</p>"])
+    return "\n".join([*lines, "</table></div><p class='note'>Passes of what is applicable; what is not applicable is "
+                      "no pass.</p>"])
 
 
 def _section(title: str, report: Report, statuses: tuple[str, ...], opened: bool = False) -> str:

@@ -10,8 +10,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 from hal import files
-from hal.conformance.case import LEVELS
-from hal.conformance.run import Report, Result
+from hal.conformance import must_pass
+from hal.conformance.case import LEVELS, Case
+from hal.conformance.run import ONCE, Report, Result
+from hal.errors import ConfigError
 
 FILES = "report.md", "report.html", "report.json", "junit.xml"
 
@@ -85,8 +87,50 @@ def as_json(report: Report) -> str:
     errors = [{"operation": op, "dtype": dtype, "elements": int(sum(map(len, found))),
                "worst": float(max(e.max() for e in found)), "median": float(np.median(np.concatenate(found))),
                "tolerance": report.tolerances(op, dtype)} for (op, dtype), found in report.errors.items()]
-    return json.dumps({"verdict": report.verdict, "header": report.header, "levels": table, "errors": errors,
+    return json.dumps({"verdict": report.verdict, "header": report.header, "dtypes": report.dtypes,
+                       "capabilities": report.capabilities, "must_pass": must_pass.digest(must_pass.current()),
+                       "partial": report.partial, "levels": table, "errors": errors,
                        "results": [_result(r) for r in report.results]}, indent=1)
+
+
+def read(path: str) -> dict[str, Any]:
+    """A report.json, of which the kinds of values are checked and nothing else; see hal.conformance.verify.
+
+    Raises:
+        ConfigError: there is no such file, or it is no report.
+    """
+    kinds: dict[str, type] = {"verdict": str, "header": dict, "dtypes": list, "capabilities": dict, "must_pass": str,
+                              "partial": bool, "levels": dict, "errors": list, "results": list}
+    entries: dict[str, dict[str, type | tuple[type, ...]]] = {
+        "results": {"case": str, "level": int, "area": str, "dtype": str, "status": str, "text": str,
+                    "seconds": (int, float), "command": str, "link": str},
+        "errors": {"operation": str, "dtype": str, "elements": int, "worst": (int, float), "tolerance": (int, float)}}
+    try:
+        data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        wrong = [name for name, kind in kinds.items() if not isinstance(data[name], kind)]
+        wrong += [f"{name}.{key}" for name, keys in entries.items() for entry in data[name]
+                  for key, kind in keys.items() if not isinstance(entry[key], kind)]
+        wrong += [name for name in ("header", "dtypes") for value in (*data[name], *(data["header"].values()))
+                  if not isinstance(value, str)]
+        if wrong:
+            raise TypeError(f"{wrong[0]} has a value of another kind")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError("the report cannot be read", got=f"{path}: {type(error).__name__}: {error}",
+                          expected="the report.json that `hal conformance --report DIR` wrote") from None
+    return data
+
+
+def loaded(data: dict[str, Any]) -> Report:
+    """The report that `read` gave, without the measured errors."""
+    def case(entry: dict[str, Any]) -> Case:
+        return Case(entry["case"], entry["level"], entry["area"], _no_check, (), entry["dtype"] == ONCE, "")
+
+    return Report(data["header"], tuple(data["dtypes"]), [
+        Result(case(r), r["dtype"], r["status"], r["text"], float(r["seconds"]), r["command"], r["link"])
+        for r in data["results"]], partial=data["partial"], capabilities=data["capabilities"])
+
+
+def _no_check(context: object) -> None: ...
 
 
 def junit(report: Report) -> str:

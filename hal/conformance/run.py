@@ -87,6 +87,7 @@ class Report:
         header: facts about the run and the machine. results: in the order in which the cases ran.
         errors: (operation, dtype) -> all measured errors.
         partial: only some cases were asked for, so there is no verdict.
+        capabilities: what the backend declares, as JSON holds it.
     """
 
     header: dict[str, str]
@@ -95,6 +96,7 @@ class Report:
     errors: dict[tuple[str, str], list[np.ndarray]] = field(default_factory=dict)
     tolerances: Tolerances = field(default_factory=Tolerances)
     partial: bool = False
+    capabilities: dict[str, Any] = field(default_factory=dict)
 
     def cell(self, level: int, dtype: str) -> dict[str, int]:
         """The number of cases of a level by outcome, for a dtype. Cases without a dtype count for every dtype."""
@@ -225,7 +227,7 @@ def run(options: Options, progress: Callable[[Result], None] = lambda _: None) -
     """All chosen cases in this process. Raises as Kit."""
     kit = Kit(options)
     report = Report(header(kit.backend, options), kit.dtypes, errors=kit.errors, tolerances=options.tolerances,
-                    partial=options.cases != ("*",))
+                    partial=options.cases != ("*",), capabilities=declared(kit.backend))
     with tempfile.TemporaryDirectory(prefix="hal-conformance-") as scratch, strict():
         for case, dtype in kit.work():
             report.results.append(kit.result(case, dtype, Path(scratch)))
@@ -285,6 +287,13 @@ def strict() -> Iterator[None]:
             guard.uninstall()
             if tier is not None:
                 guard.install(strict=False)
+
+
+def declared(backend: Backend) -> dict[str, Any]:
+    """The capabilities as JSON gives them back: tuples become lists."""
+    capabilities = backend.capabilities
+    found: dict[str, Any] = json.loads(json.dumps({n: getattr(capabilities, n) for n in capabilities.__slots__}))
+    return found
 
 
 def header(backend: Backend, options: Options) -> dict[str, str]:
