@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import random
@@ -102,6 +103,53 @@ def attention(bandwidth: float) -> None:
     RESULTS["attention_prefill_vs_flash"] = flash / ours
 
 
+def few_bits(bandwidth: float) -> None:
+    """Products of few rows with each form of weight, in each tile, beside PyTorch's product in bfloat16."""
+    from hal.weights.configs import ON_LOAD
+    from runners.cuda.kernels.few_bits import few_bits as packed
+    from runners.cuda.kernels.few_bits import multiply
+
+    for out, size in ((28672, 4096), (4096, 14336), (6144, 4096)):
+        dense = torch.randn(out, size, device="cuda").mul_(0.02).bfloat16()
+        for name, scheme in ON_LOAD.items():
+            weight = packed(grid_of(scheme, dense))
+            assert weight is not None
+            moved = sum(x.nbytes for x in (weight.values, weight.scales, weight.zeros) if x is not None)
+            for rows in (1, 2, 16):
+                x = torch.randn(rows, size, device="cuda").bfloat16()
+                plain = graphed(lambda: F.linear(x, dense))  # noqa: B023
+                spent = {}
+                for tile in itertools.product((2, 4, 8, 16) if rows == 1 else (16, 32, 64),
+                                              (8, 16, 32) if rows == 1 else (16, 32, 64), (2, 4, 8)):
+                    how = dict(zip(("rows", "width", "warps"), tile, strict=True))
+                    try:
+                        spent[tile] = graphed(lambda: multiply(x, weight, None, **how))  # noqa: B023
+                    except Exception as error:  # a tile that does not fit
+                        print(f"    {tile}: {type(error).__name__}: {str(error)[:80]}")
+                usual = graphed(lambda: multiply(x, weight, None))  # noqa: B023
+                best = min(spent, key=lambda tile: spent[tile])
+                print(f"{name} {out}x{size}, {rows:>2} rows: {usual * 1e3:6.1f} us, "
+                      f"{moved / usual * 1e3 / bandwidth:.2f} of copy; best tile {best} {spent[best] * 1e3:6.1f} us, "
+                      f"{moved / spent[best] * 1e3 / bandwidth:.2f}; bfloat16 {plain * 1e3:6.1f} us", flush=True)
+                RESULTS[f"few_bits_{name}_{out}x{size}_{rows}"] = {"us": usual * 1e3, "tile": best,
+                                                                   "best_us": spent[best] * 1e3, "bf16_us": plain * 1e3}
+
+
+def grid_of(scheme: Any, dense: torch.Tensor) -> Any:
+    """The grid of a weight that loses bits on load."""
+    from hal.config import Topology
+    from hal.contracts.communicator import LocalCommunicator
+    from hal.models.layers import Build, Linear
+    from hal.models.ops import Ops
+    from hal.weights import LinearSpec, Projection
+
+    build = Build(Topology(), LocalCommunicator(), Ops(), dense.dtype, dense.device, lambda _: scheme)
+    layer = Linear(build, LinearSpec(dense.shape[1], (Projection("x", dense.shape[0]),), "out"), bias=False)
+    for name, value in scheme.quantize(dense).items():
+        layer.get_parameter(name).data.copy_(value)
+    return scheme.grid(layer)
+
+
 def profile(runner: Any, batch: int) -> None:
     """Where a replay's time goes, by kernel."""
     from torch.profiler import ProfilerActivity
@@ -120,7 +168,9 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[shape]))
         impl = options.get("model_impl", "native")
-        model, name = read_config(scratch), shape if impl == "native" else f"{shape} ({impl})"
+        model = read_config(scratch, quantize=options.get("quantize"))
+        name = " ".join([shape, *(str(options[n]) for n in ("quantize", "kv_dtype") if options.get(n))])
+        name = name if impl == "native" else f"{name} ({impl})"
         name += "".join(f" ({axis} {options[axis]})" for axis in ("tp", "ep") if axis in options)
         begin = time.perf_counter()
         most = max(b for b, _ in cells)
@@ -336,6 +386,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("sections", nargs="*", default=["attention", "small", "steady", "8b", "serving"])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quantize", choices=("fp8", "int8", "int4"), help="of the section 8b")
+    parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"), help="of the section 8b")
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     args = parser.parse_args()
     global PROFILE
@@ -350,8 +402,9 @@ def main() -> None:
         "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth),
         "ranks": lambda: ranks(bandwidth),
         "serving": serving,
-        "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth,
-                             max_num_batched_tokens=8192)}
+        "few_bits": lambda: few_bits(bandwidth),
+        "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth, quantize=args.quantize,
+                             kv_dtype=args.kv_dtype, max_num_batched_tokens=8192)}
     for name in args.sections:
         sections[name]()
         torch.cuda.empty_cache()

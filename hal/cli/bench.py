@@ -147,7 +147,10 @@ def _open_loop(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]
 
 def _facts(args: argparse.Namespace, config: EngineConfig, model: ModelConfig, backend: Backend) -> dict[str, Any]:
     """What a reader needs to know about a run."""
-    return {"model": args.model_config or Path(config.model).name, "parameters": model.num_params,
+    from hal.models.memory import memory_line
+
+    return {"memory": memory_line(config, model, resolve_dtype(backend, config.dtype, model.dtype)),
+            "model": args.model_config or Path(config.model).name, "parameters": model.num_params,
             "random_weights": config.random_weights, "device": backend.name, "versions": dict(backend.versions()),
             "dtype": resolve_dtype(backend, config.dtype, model.dtype), "tp": config.tp, "pp": config.pp,
             "wire": config.wire, "prompt_len": args.prompt_len, "new_tokens": args.new_tokens}
@@ -183,20 +186,26 @@ def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, co
     of the input embedding, unless the embedding is the output head as well. Each layer reads its window of the
     context, and those experts that the batch's tokens choose if they choose at random."""
     item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-    weights = model.num_params - (0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size)
+    unread = 0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size
     if (e := model.experts) is not None:
         left = e.count * (1 - e.per_token / e.count) ** batch
-        weights -= round(left * 3 * e.size * model.hidden_size * len(e.layers))
+        unread += round(left * 3 * e.size * model.hidden_size * len(e.layers))
+    weights = float(item * model.num_params)
+    if model.quantization is not None:
+        from hal.models.memory import weight_bytes
+
+        weights = sum(held.bytes for held in weight_bytes(model, dtype).values())
     seen = sum(min(context, window or context) for window in model.windows)
     kv_item = 1 if kv_dtype == "fp8" else item
-    return float(item * weights + kv_item * batch * seen * 2 * model.num_kv_heads * model.head_dim)
+    return float(weights - item * unread + kv_item * batch * seen * 2 * model.num_kv_heads * model.head_dim)
 
 
 def _table(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     kind = "random weights" if report["random_weights"] else "checkpoint"
     lines = [f"{report['model']} ({report['parameters'] / 1e9:.2f}B, {kind}), {report['dtype']}, {report['device']}"
-             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank"]
+             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank",
+             report["memory"]]
     if "requests" in report:
         from hal.cli import open_loop
 

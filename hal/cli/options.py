@@ -69,7 +69,7 @@ def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, tex
         options |= {"type": _number_or_auto, "metavar": "N"}
         group.add_argument(flag, **options)
         return
-    if isinstance(hint, types.UnionType):  # X | None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
@@ -104,6 +105,11 @@ class LLM:
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.backend = backends.select(config.device)
         self._speculation = None if config.speculate is None else Speculation(config, self.backend)
+        if progress and (self.model_config.quantization is not None or config.kv_dtype != "auto"):
+            from hal.models.memory import memory_line
+
+            print(memory_line(config, self.model_config, backends.resolve_dtype(
+                self.backend, config.dtype, self.model_config.dtype)), file=sys.stderr)
         bars = LoadProgress() if progress else None
         try:
             self.executor = make_executor(config, self.model_config, self.backend, bars or no_progress)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,7 @@ class Linear(nn.Module):
         outputs: of each projection, on this rank.
         weight: of the dense scheme, [out, in] of this rank, or what Ops.pack_linear made of it.
         reduce: the outputs are summed over the tp ranks. in_size: inputs of this rank.
+        packed: what Ops.pack_linear made of a weight that is not dense, in place of the scheme's tensors, or None.
         dense: shape and declaration of the rank's dense weight, where the scheme's tensors are made of it on load.
         dtype: of the inputs and outputs.
     """
@@ -110,6 +112,7 @@ class Linear(nn.Module):
         self.reduce = spec.sharded == "in" and build.topology.tp > 1
         ranks = build.topology.axis(spec.mesh_axis).size if spec.sharded == "in" else 1
         self.in_size = -(-spec.in_size // ranks)
+        self.packed: Any = None
         self.dense: tuple[tuple[int, ...], ParameterSpec] | None = None
         if weight is not None:
             self.weight = weight

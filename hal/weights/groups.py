@@ -47,7 +47,7 @@ class Packed(GridScheme):
     Attributes:
         group: inputs; None: a whole row is one group. symmetric: there are no zero points. act_order: g_idx says to
             which group each input belongs.
-        on_load: the zero points are bytes then.
+        on_load: the scales are bfloat16 and the zero points bytes then.
     """
 
     bits: int = 4
@@ -63,7 +63,7 @@ class Packed(GridScheme):
     def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
         groups: Dim | int = 1 if self.group is None else Dim("in", per=self.group, replicated=self.act_order)
         found = [WeightTensor("weight_packed", (Dim("out"), Dim("in", per=32 // self.bits)), "int32"),
-                 WeightTensor("weight_scale", (Dim("out"), groups), "float32")]
+                 WeightTensor("weight_scale", (Dim("out"), groups), "bfloat16" if self.on_load else "float32")]
         if not self.symmetric:
             zeros = Dim("out") if self.on_load else Dim("out", per=32 // self.bits)
             found.append(WeightTensor("weight_zero_point", (zeros, groups), "uint8" if self.on_load else "int32"))
@@ -73,7 +73,7 @@ class Packed(GridScheme):
         return found
 
     def grid(self, layer: Linear) -> Grid:
-        packed, scales = layer.get_parameter("weight_packed"), layer.get_parameter("weight_scale")
+        packed, scales = layer.get_parameter("weight_packed"), layer.get_parameter("weight_scale").float()
         index = layer.get_parameter("weight_g_idx") if self.act_order else None
         inputs = layer.in_size if index is None else index.shape[1]
         values = unpacked(packed, 1, self.bits)[:, :inputs].to(torch.uint8)
@@ -89,8 +89,8 @@ class Packed(GridScheme):
         pad = -inputs % self.group
         grouped = F.pad(weight.float(), (0, pad)).view(out, -1, self.group)
         low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-        scales = ((high - low) / ((1 << self.bits) - 1)).clamp(min=1e-12)
-        zeros = (-low / scales).round()
+        scales = ((high - low) / ((1 << self.bits) - 1)).clamp(min=1e-12).bfloat16().float()
+        zeros = (-low / scales).round().clamp_(0, (1 << self.bits) - 1)
         values = (grouped / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round_().clamp_(0, (1 << self.bits) - 1)
         return {"weight_packed": packed(values.flatten(1)[:, :inputs], self.bits), "weight_scale": scales,
                 "weight_zero_point": zeros.to(torch.uint8)}

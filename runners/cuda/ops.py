@@ -15,8 +15,10 @@ from hal.contracts.attention import LayerAttention
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
+from hal.weights.grid import LARGEST, GridScheme, encoded
 from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import elementwise, experts
+from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
 _ROUTER = Tile(1, 2048, 2)  # a router has few rows
@@ -43,6 +45,10 @@ class CudaOps(Ops):
         self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     def pack_linear(self, layer: Linear) -> None:
+        if isinstance(layer.scheme, GridScheme):
+            layer.packed = few_bits(layer.scheme.grid(layer))
+            for tensor in layer.scheme.tensors(layer.spec) if layer.packed is not None else ():
+                delattr(layer, tensor.name)
         if layer.is_dense and layer.weight.dtype != torch.float32:
             self._weights.setdefault(tuple(layer.weight.shape), []).append(layer.weight.data)
 
@@ -52,7 +58,7 @@ class CudaOps(Ops):
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         if not layer.is_dense:
-            return super().linear(x, layer)
+            return super().linear(x, layer) if layer.packed is None else self._few_bits(x, layer, layer.packed)
         return self._apply(x, layer.weight, layer.bias, Use(layer.weight.shape), None)[0]
 
     def norm_linear(self, layer: Linear | Unmerged, x: torch.Tensor, residual: torch.Tensor | None,
@@ -61,6 +67,21 @@ class CudaOps(Ops):
             return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
         use = Use(layer.weight.shape, gated, True)
         return self._apply(x, layer.weight, layer.bias, use, Norm(weight, eps, residual))
+
+    def _few_bits(self, x: torch.Tensor, layer: Linear, weight: FewBits) -> torch.Tensor:
+        """Few rows are multiplied by the weight as it is stored, and are not rounded themselves. Of many rows, those of
+        FP8 are rounded as their scheme says, so that tensor cores multiply FP8; other weights are dequantised."""
+        if weight.order is not None:
+            x = x.index_select(1, weight.order)
+        if 0 < len(x) <= MOST_ROWS:
+            return multiply(x, weight, layer.bias)
+        if weight.values.dtype == torch.float8_e4m3fn and _multiplies_fp8(x, layer, weight):
+            x = F.pad(x, (0, weight.values.shape[1] - x.shape[1]))
+            scale = (x.abs().amax(1, keepdim=True).float() / LARGEST["fp8"]).clamp(min=1e-12)
+            y = torch._scaled_mm(encoded(x, scale, "fp8"), weight.values.t(), scale_a=scale,
+                                 scale_b=weight.scales.float().t(), out_dtype=x.dtype, use_fast_accum=True)
+            return y if layer.bias is None else y + layer.bias
+        return F.linear(x, weight.dequantized(x.dtype), layer.bias)
 
     def _apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, use: Use, norm: Norm | None,
                ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,6 +171,14 @@ class CudaOps(Ops):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
+
+
+def _multiplies_fp8(x: torch.Tensor, layer: Linear, weight: FewBits) -> bool:
+    """Whether tensor cores multiply rounded inputs by the weight: PyTorch has it for scales of rows, with results in
+    bfloat16."""
+    return (layer.scheme.inputs in ("token", "tensor") and weight.scales.shape[1] == 1 and x.dtype == torch.bfloat16
+            and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+            and weight.values.shape[0] % 16 == 0 and weight.values.shape[1] % 16 == 0)
 
 
 def _captured(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> torch.cuda.CUDAGraph:

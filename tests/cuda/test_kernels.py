@@ -22,6 +22,7 @@ from hal.model_config import ExpertsConfig
 from hal.models.ops import Ops
 from hal.paged.steps import goes_on
 from hal.testing.strategies import instances
+from hal.weights.grid import Grid
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else the interpreter
 EXAMPLES = int(os.environ.get("HAL_EXAMPLES", 60 if DEVICE.type == "cuda" else 25))  # few, under compute-sanitizer
@@ -326,3 +327,80 @@ def test_advance_in_place_is_what_the_fields_declare(count: int, padded: int, si
         for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
             assert torch.equal(own[name], m[name]), name
         assert torch.equal(own.pending_rows[:count], m.pending_rows[:count])
+
+
+def grids(draw: int) -> list[Grid]:
+    """Weights of every form: rows, groups and blocks of scales, zero points, and an order of inputs of their own."""
+    generator = torch.Generator().manual_seed(draw)
+
+    def positive(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) * 0.01 + 0.005
+
+    out, wide = 40, 200
+    eight = torch.randint(-127, 128, (out, wide), generator=generator).to(torch.int8)
+    fp8 = torch.randn(out, wide, generator=generator).mul(50).to(torch.float8_e4m3fn)
+    four = torch.randint(0, 16, (out, wide), generator=generator).to(torch.uint8)
+    zeros = torch.randint(0, 16, (out, 2), generator=generator).float()
+    index = (torch.randperm(wide, generator=generator) >= 128).int()  # 128 inputs of the first group
+    return [Grid(eight, positive(out, 1), wide, (out,)), Grid(fp8, positive(out, 1), wide, (out,)),
+            Grid(fp8, positive(out, 2), 128, (out,)), Grid(eight, positive(out, 7), 32, (out,)),
+            Grid(four, positive(out, 2), 128, (out,), zeros), Grid(four, positive(out, 4), 64, (out,)),
+            Grid(four, positive(out, 7), 32, (out,), torch.full((out, 7), 8.0)),
+            Grid(four, positive(out, 13), 16, (out,)), Grid(four, positive(out, 1), wide, (out,), zeros[:, :1]),
+            Grid(four, positive(out, 2), 128, (24, 16), zeros, index.expand(2, -1))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_weights_of_few_bits(dtype: torch.dtype, rows: int) -> None:
+    from runners.cuda.kernels.few_bits import few_bits, multiply
+
+    for i, grid in enumerate(grids(rows)):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(rows, 200, generator=generator).to(dtype)
+        bias = torch.randn(40, generator=generator).to(dtype) if i % 2 else None
+        product = x.double() @ grid.dequantized(torch.float64).t()
+        expected = product + (0 if bias is None else bias.double())
+        moved = dataclasses.replace(grid, **{name: getattr(grid, name).to(DEVICE) for name in (
+            "values", "scales", "zeros", "index") if getattr(grid, name) is not None})
+        weight = few_bits(moved)
+        assert weight is not None
+        ours = x.to(DEVICE) if weight.order is None else x.to(DEVICE)[:, weight.order]
+        got = multiply(ours.contiguous(), weight, None if bias is None else bias.to(DEVICE))
+        close(got / 10, expected / 10, dtype)  # products of 200 terms, whose weights tensor cores take in the dtype
+        close(ours @ weight.dequantized(dtype).t() / 10, product / 10, dtype)
+
+
+def test_forms_that_no_kernel_has() -> None:
+    from runners.cuda.kernels.few_bits import few_bits
+
+    values = torch.zeros(8, 48, dtype=torch.uint8)
+    assert few_bits(Grid(values, torch.ones(8, 4), 12, (8,))) is None
+    index = torch.arange(48).view(2, 24).t().flatten() // 24
+    assert few_bits(Grid(values, torch.ones(8, 2), 24, (4, 4), None, torch.stack((index, index.flip(0))))) is None
+    assert few_bits(Grid(values + 200, torch.ones(8, 3), 16, (8,))) is None  # integers of 8 bits from 0 on
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+def test_layers_of_few_bits(name: str, rows: int) -> None:
+    """A layer keeps the kernels' form alone, and gives what the reference gives, rounding inputs aside."""
+    from hal.config import Topology
+    from hal.contracts.communicator import LocalCommunicator
+    from hal.models.layers import Build, Linear
+    from hal.weights import LinearSpec, Projection
+    from hal.weights.configs import ON_LOAD
+    from runners.cuda.ops import CudaOps
+
+    ops = CudaOps()
+    build = Build(Topology(), LocalCommunicator(), ops, torch.float32, DEVICE, lambda _: ON_LOAD[name])
+    layer = Linear(build, LinearSpec(160, (Projection("x", 24), Projection("y", 24)), "out"), bias=True)
+    dense = torch.randn(48, 160, generator=torch.Generator().manual_seed(rows))
+    for tensor, value in layer.scheme.quantize(dense).items():
+        layer.get_parameter(tensor).data.copy_(value)
+    layer.bias.data.fill_(0.5)
+    expected = layer.scheme.dequantize(layer).double().cpu()
+    ops.pack_linear(layer)
+    assert set(dict(layer.named_parameters())) == {"bias"}
+    x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(0))
+    close(ops.linear(x.to(DEVICE), layer), x.double() @ expected.t() + 0.5, torch.float32)
