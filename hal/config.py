@@ -22,6 +22,7 @@ Quantize = Literal["fp8", "int8", "int4"]
 ExecutorName = Literal["multiprocess", "ray"]
 Pooling = Literal["auto", "none", "cls", "mean", "mean_sqrt", "max", "last"]
 MOST_STEPS = 64  # decode steps of one message
+AUTO_STEPS = 8  # steps_per_message="auto"
 _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
              "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,

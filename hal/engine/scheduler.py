@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hal.config import EngineConfig
+from hal.config import AUTO_STEPS, EngineConfig
 from hal.engine.blocks import BlockManager, extend_hashes
 from hal.engine.request_output import FinishReason
 from hal.engine.scheduled_step import Changes, ScheduledStep
@@ -29,7 +29,6 @@ from hal.features.pending import PENDING_TOKEN
 from hal.features.stopping import STOP_IDS
 
 _AGE = attrgetter("request_id")
-AUTO_STEPS = 8  # steps_per_message="auto"
 
 
 class Scheduler:

@@ -59,7 +59,7 @@ def bucket_for(plan: ShapePlan, packed: Packed[TpuModelInput]) -> Bucket:
 
 def fit(packed: Packed[TpuModelInput], plan: ShapePlan, widths: Mapping[str, int]) -> Packed[TpuModelInput]:
     """The batch in its bucket's shapes, or the same object if it has them already. It has the sampling fields of one
-    sampling program, or none.
+    sampling program, or none; where it stands for several steps, those by which sequences stop too.
 
     Args:
         widths: sizes of the symbols that only sampling fields have.
@@ -72,7 +72,7 @@ def fit(packed: Packed[TpuModelInput], plan: ShapePlan, widths: Mapping[str, int
     for fields in (DRAWN, FILTERED, ADJUSTED):
         if any(name in here for name in fields if name not in present):
             present = set(fields)
-    if present:
+    if present or "max_new" in here:
         sizes["num_sampled"] = seqs
     if len(present) == len(ADJUSTED):
         sizes |= widths

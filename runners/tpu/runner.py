@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from hal.config import WorkerConfig
+from hal.config import AUTO_STEPS, WorkerConfig
 from hal.contracts.attention import ForwardContext
 from hal.contracts.cache import RowState
 from hal.contracts.communicator import Communicator
@@ -42,6 +42,7 @@ from runners.tpu.inputs import ADJUSTED, DRAWN, FILTERED, TpuModelInput, bucket_
 from runners.tpu.plan import budget, by_need, make_plan
 from runners.tpu.sampler import most_likely, sample
 from runners.tpu.spmd import load
+from runners.tpu.steps import KINDS, STOPPING, Steps, kind_of, trace_steps
 
 FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
 SAMPLERS = {"drawn": DRAWN, "filtered": FILTERED, "adjusted": ADJUSTED}
@@ -60,8 +61,9 @@ def schema_dims(name: str) -> tuple[Dim, ...]:
 
 class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     """Programs, by name: ("step", bucket) from a step's input to logits and the most likely token; ("drawn" and so on,
-    sequences) the samplers; ("logprobs", rows); ("head", tokens) logits of prompt tokens. Token ids leave the device,
-    and logprobs where they were asked for.
+    sequences) the samplers; ("logprobs", rows); ("head", tokens) logits of prompt tokens; ("steps",
+    (bucket, kind)) several decode steps with their sampling. Token ids leave the device, and logprobs where they were
+    asked for.
 
     Attributes:
         plan: the shapes. mesh: the devices of tensor parallelism, or None.
@@ -70,13 +72,15 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     """
 
     input_type, output_type = TpuModelInput, SamplerOutput
-    verifies = True
+    verifies = multi_step = True
     model: CausalLM
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         super().__init__(config, device, communicator)
         engine = config.engine
         self.tokens_per_row = engine.max_samples
+        steps = AUTO_STEPS if engine.steps_per_message == "auto" else engine.steps_per_message
+        self.steps = steps if engine.pp == engine.max_samples == 1 else 1  # of one program
         if engine.async_scheduling:
             raise BackendError("backend 'tpu' does not keep pending tokens on the device", got="async_scheduling=True",
                                expected="async_scheduling=False")
@@ -129,7 +133,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         contexts = 2 * keys * max((spec.num_kv_heads * 2 * spec.head_dim for spec in specs), default=0) * item
         scores = keys * TILE * max((spec.num_heads for spec in specs), default=0) * (item + 8)
         layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size // engine.tp) * item
-        samples = min(engine.max_num_seqs * engine.max_samples, tokens)
+        samples = min(engine.max_num_seqs * max(engine.max_samples, self.steps), tokens * self.steps)
         return contexts + scores + layer + samples * c.vocab_size * (item + 24)
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
@@ -162,11 +166,13 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             keys += [(name, rows) for rows in self.seq_rungs for name in (*SAMPLERS, "logprobs")]
             tokens = {b.dims.get("num_tokens", b.dims["num_seqs"]) for b in steps}
             keys += [("head", count) for count in sorted(tokens)]
+            keys += [("steps", (bucket, kind)) for kind in KINDS for bucket in steps if bucket.kind == "decode"
+                     and self.steps > 1]
         return [*keys, ("read", None), ("write", None)]
 
     def _tell(self, keys: Sequence[tuple[str, Any]], each: float, limit: float) -> None:
         """Write one line to the standard error if compiling takes long; `each` is the time of the first program."""
-        costs = [each if name == "step" else SMALL * each for name, _ in keys]
+        costs = [{"step": 1, "steps": self.steps}.get(name, SMALL) * each for name, _ in keys]
         now = sum(end - cost < limit for end, cost in zip(accumulate(costs), costs, strict=True))
         if self.config.topology.rank == 0 and min(sum(costs), limit) > QUIET:
             tqdm.write(f"hal: compiling about {now} of {len(keys)} XLA programs, for at most {limit:g} seconds; the "
@@ -176,6 +182,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     def _compile(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor]) -> None:
         if name == "step":
             self._compile_step(key, kv_caches)
+        elif name == "steps":
+            self._compile_steps(*key, kv_caches)
         elif name == "logprobs":
             self._compile_logprobs(key)
         elif name == "head":
@@ -231,6 +239,17 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         if fitted is not packed:
             m, packed = stage(fitted), fitted
         bucket = bucket_for(self.plan, packed)
+        if m.num_steps > 1:
+            output: SamplerOutput | IntermediateTensors = self._take_steps(m, bucket, kv_caches)
+        else:
+            output = self._take_step(m, packed, bucket, kv_caches, intermediate)
+        if self.strict and self.compiled - self.late != before:
+            raise StateError("a step compiled a program", got=self.compiled - self.late - before, expected=0,
+                             hint=f"{bucket} is in the plan: look for a tensor operation outside the programs")
+        return output
+
+    def _take_step(self, m: TpuModelInput, packed: Any, bucket: Bucket, kv_caches: Sequence[torch.Tensor],
+                   intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors:
         arguments = [m[name] for name in FIELDS]
         seqs = bucket.dims["num_seqs"]
         if arguments[-1].shape[0] != seqs:  # rows for prompt logprobs follow
@@ -240,13 +259,24 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         results = self._program("step", bucket, kv_caches)(arguments, kv_caches)
         if self.config.topology.is_last_stage:
             with span("sample"):
-                output: SamplerOutput | IntermediateTensors = self._sample(m, packed, *results)
-        else:
-            output = self.model.make_intermediate(*results)
-        if self.strict and self.compiled - self.late != before:
-            raise StateError("a step compiled a program", got=self.compiled - self.late - before, expected=0,
-                             hint=f"{bucket} is in the plan: look for a tensor operation outside the programs")
-        return output
+                return self._sample(m, packed, *results)
+        stage: IntermediateTensors = self.model.make_intermediate(*results)
+        return stage
+
+    def _take_steps(self, m: TpuModelInput, bucket: Bucket, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput:
+        """The steps of a message by one program of `self.steps`: where the message has fewer, all rows have stopped
+        before the rest."""
+        kind, n = kind_of(m), m.num_samples
+        names = *FIELDS, *STOPPING, *KINDS[kind]
+        found = Steps.of(self._program("steps", (bucket, kind), kv_caches)([m[name] for name in names], kv_caches))
+        tokens = found.token_ids.cpu().view(-1, self.steps)[:n, :m.num_steps]
+        counts, beside = found.counts.cpu()[:n], dict[str, torch.Tensor]()
+        if m.num_logprobs >= 0:
+            parts = [self._logprobs(logits, taken, m.num_logprobs)
+                     for logits, taken, _ in zip(found.logits, found.taken, range(m.num_steps), strict=False)]
+            beside = TokenLogprobs(*(torch.stack(column, 1)[:n].flatten(0, 1)
+                                     for column in zip(*parts, strict=True))).fields()
+        return SamplerOutput(token_ids=tokens.flatten(), counts=counts, num_computed=counts - 1, **beside)
 
     def _sample(self, m: TpuModelInput, packed: Any, hidden: torch.Tensor, logits: torch.Tensor, greedy: torch.Tensor,
                 positions: torch.Tensor) -> SamplerOutput:
@@ -308,16 +338,42 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         def step(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
             m: Any = SimpleNamespace(**dict(zip(FIELDS, given, strict=False)), block_size=size)
             before = None if first else self.model.make_intermediate(*given[len(FIELDS):])
-            attention = self.attention.begin(m, caches, decode)
-            hidden: Any = self.model(m.input_ids, m.positions, ForwardContext(attention, m), before)
-            caches = [self._split(cache) for cache in attention.caches]
+            new, hidden = self._hidden(m, caches, decode, before)
             if not last:
-                return caches, [self._whole(hidden[name]) for name in self.model.intermediates]
-            logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).contiguous()
-            at = m.positions.index_select(0, m.logits_indices)
-            return caches, [self._whole(hidden), self._whole(logits), most_likely(logits), at]
+                return new, [self._whole(hidden[name]) for name in self.model.intermediates]
+            return new, [self._whole(hidden), *self._logits(m, hidden)]
 
         self.programs["step", bucket] = lowering.Program(step, arguments, kv_caches)
+
+    def _hidden(self, m: Any, caches: Sequence[torch.Tensor], decode: bool, before: Any = None,
+                ) -> tuple[list[torch.Tensor], Any]:
+        """The caches after a step, and what its model returns."""
+        attention = self.attention.begin(m, caches, decode)
+        hidden = self.model(m.input_ids, m.positions, ForwardContext(attention, m), before)
+        return [self._split(cache) for cache in attention.caches], hidden
+
+    def _logits(self, m: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each sampled token: the logits behind it, the most likely next token, and its position."""
+        logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).contiguous()
+        return self._whole(logits), most_likely(logits), m.positions.index_select(0, m.logits_indices)
+
+    def _compile_steps(self, bucket: Bucket, kind: str, kv_caches: Sequence[torch.Tensor]) -> None:
+        dims = {**bucket.dims, **dict.fromkeys(("num_tokens", "num_logits", "num_sampled"), bucket.dims["num_seqs"]),
+                **self.widths}
+        names, fields = (*FIELDS, *STOPPING, *KINDS[kind]), TpuModelInput.schema.by_name
+        arguments = [torch.zeros([d.size(dims) for d in schema_dims(name)],
+                                 dtype=getattr(torch, fields[name].array.dtype))  # type: ignore[union-attr]
+                     for name in names]
+
+        def forward(m: TpuModelInput, caches: Sequence[torch.Tensor]) -> Any:
+            new, hidden = self._hidden(m, caches, decode=True)
+            return new, *self._logits(m, hidden)
+
+        def steps(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
+            return trace_steps(forward, dict(zip(names, given, strict=True)), caches, self.config.engine.block_size,
+                               self.steps)
+
+        self.programs["steps", (bucket, kind)] = lowering.Program(steps, lowering.to_device(arguments), kv_caches)
 
     def _compile_move(self, name: str, kv_caches: Sequence[torch.Tensor]) -> None:
         ids, = lowering.to_device([torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)])
