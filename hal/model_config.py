@@ -138,6 +138,22 @@ class EmbeddingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Attention over a latent vector of each token, from which keys and values of all heads follow (arXiv 2405.04434).
+    ModelConfig.head_dim is then the size of the rotary part of a query, and of the rotary key that all heads share.
+
+    Attributes:
+        q_rank: of the projection that queries come from; 0: they come from the hidden state. kv_rank: of the latent.
+        plain_dim: size of the part of a query without rotary embedding. value_dim: size of a head's value.
+    """
+
+    q_rank: int
+    kv_rank: int
+    plain_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EagleConfig:
     """What an EAGLE-3 head has beside a decoder layer. Source: arXiv 2503.01840.
 
@@ -181,7 +197,7 @@ class ModelConfig:
             become softcap * tanh(x / softcap).
         sinks: each head has a learned score that takes part in the softmax and adds no value.
         embedding_scale: multiplies the embeddings.
-        experts: of the layers that have a mixture of experts.
+        experts: of the layers that have a mixture of experts. latent: of models whose attention is over latents.
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
         source: the content of config.json where the Transformers backend runs the model (docs/transformers.md); None
             where a definition of hal.models does. code: the directory whose own Python code is the model's; None: the
@@ -224,6 +240,7 @@ class ModelConfig:
     sinks: bool = False
     embedding_scale: float = 1.0
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
@@ -252,8 +269,20 @@ class ModelConfig:
         """The number of weights that compute one token; the embeddings and the head are counted whole."""
         return self._params(self.experts.per_token if self.experts else 0)
 
+    @property
+    def kv_entries(self) -> int:
+        """Values that the cache of a layer stores for a token, over all ranks if each stores its own."""
+        if self.latent is not None:
+            return self.latent.kv_rank + self.head_dim
+        return 2 * self.num_kv_heads * self.head_dim
+
     def _params(self, experts_used: int) -> int:
         qkvo = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        if (a := self.latent) is not None:
+            query = self.num_heads * (a.plain_dim + self.head_dim)
+            qkvo = ((self.hidden_size + query) * a.q_rank if a.q_rank else self.hidden_size * query) + (
+                self.hidden_size * (a.kv_rank + self.head_dim + self.num_heads * a.value_dim)
+                + a.kv_rank * self.num_heads * (a.plain_dim + a.value_dim))
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings or self.embedding else 2)
         if (e := self.experts) is None:
@@ -268,6 +297,7 @@ class ModelConfig:
         made: dict[str, Any] = {name: tuple(data[name]) for name in ("windows", "no_rope", "eos_token_ids")}
         made |= {name: RopeConfig.from_dict(data[name]) if data[name] else None for name in ("rope", "local_rope")}
         made["experts"] = ExpertsConfig.from_dict(data["experts"]) if data["experts"] else None
+        made["latent"] = LatentConfig(**data["latent"]) if data.get("latent") else None
         eagle = data.get("eagle")
         made["eagle"] = EagleConfig(**{**eagle, "taps": tuple(eagle["taps"])}) if eagle else None
         embedding = data.get("embedding")

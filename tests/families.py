@@ -39,6 +39,9 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
         full_attention=_YARN, sliding_attention=dict(rope_type="default", rope_theta=5e5)))),
     "glm4": ("glm4", dict(head_dim=32)),
 }
+_LATENT: dict[str, Any] = dict(
+    num_hidden_layers=2, first_k_dense_replace=1, num_key_value_heads=4, num_experts_per_tok=3, n_shared_experts=1,
+    moe_intermediate_size=40, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24)
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", dict(num_local_experts=4, sliding_window=8)),
     "qwen3-moe": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16,
@@ -51,6 +54,10 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4-moe": ("glm4_moe", dict(n_routed_experts=6, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16,
                                   use_qk_norm=True, attention_bias=True, routed_scaling_factor=1.5,
                                   num_hidden_layers=2)),
+    "deepseek-v2": ("deepseek_v2", dict(_LATENT, q_lora_rank=None, n_routed_experts=6, n_group=3, topk_group=2,
+                                        topk_method="group_limited_greedy", routed_scaling_factor=1.5)),
+    "deepseek-v3": ("deepseek_v3", dict(_LATENT, q_lora_rank=24, n_routed_experts=8, n_group=4, topk_group=2,
+                                        rope_parameters={**_YARN, "mscale": 1.0, "mscale_all_dim": 0.7})),
 }
 FAMILIES = {**DENSE, **MIXTURES}
 TOKENS = 64

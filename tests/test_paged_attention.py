@@ -33,11 +33,14 @@ def draw_tensors(m: PagedModelInput, spec: AttentionSpec, seed: int, dtype: torc
     widths = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.value_dim]
     qkv = torch.randn(len(m.input_ids), sum(widths), generator=generator).to(dtype)
     dims = spec.head_dim, spec.head_dim, spec.value_dim
-    return [x.unflatten(1, (-1, dim)) for x, dim in zip(qkv.split(widths, 1), dims, strict=True)]
+    q, k, v = (x.unflatten(1, (-1, dim)) for x, dim in zip(qkv.split(widths, 1), dims, strict=True))
+    return [q, k, k[..., :spec.value_dim] if spec.values_in_keys else v]
 
 
 def planes(cache: torch.Tensor, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a cache, [num_blocks, num_kv_heads, block_size, dim] each."""
+    if spec.values_in_keys:
+        return cache[0], cache[0][..., :spec.value_dim]
     return (cache[0], cache[1]) if len(cache) == 2 else cache[0].split((spec.head_dim, spec.value_dim), -1)
 
 
@@ -89,7 +92,8 @@ def one_by_one(m: PagedModelInput, cache: torch.Tensor, spec: AttentionSpec, q: 
 UNLIKE = (AttentionSpec(4, 2, 8, 0.4), AttentionSpec(6, 3, 16, 0.2, 5, softcap=1.5),
           AttentionSpec(2, 2, 8, 0.4, value_dim=4, sinks=torch.tensor([0.5, -2.0])),
           AttentionSpec(4, 1, 4, 0.7, 3, value_dim=12, softcap=2.0, sinks=torch.tensor([3.0, 0.0, -1.0, 1.0])),
-          AttentionSpec(3, 3, 8, 0.4, softcap=0.7), AttentionSpec(4, 4, 8, 0.4, value_dim=16))
+          AttentionSpec(3, 3, 8, 0.4, softcap=0.7), AttentionSpec(4, 4, 8, 0.4, value_dim=16),
+          AttentionSpec(4, 1, 24, 0.3, value_dim=16, values_in_keys=True))
 
 
 @pytest.mark.slow
@@ -134,11 +138,12 @@ def check_layers(cls: type[PagedAttention], specs: Sequence[AttentionSpec], dtyp
 
 
 @pytest.mark.parametrize(("spec", "name"), [(UNLIKE[1], "softcap"), (UNLIKE[2], "value_dim"), (UNLIKE[5], "value_dim"),
+                                            (UNLIKE[6], "values_in_keys"),
                                             (AttentionSpec(2, 2, 8, 0.4, sinks=torch.zeros(2)), "sinks")], ids=str)
 def test_what_an_attention_cannot_do_is_refused_with_an_alternative(spec: AttentionSpec, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"(?s)does not support {name}.*attention layer 1.*--device cpu.*PagedAtt"):
         refuse_unsupported([UNLIKE[0], spec], "mine")
-    refuse_unsupported([spec], "mine", ("softcap", "value_dim", "sinks"))
+    refuse_unsupported([spec], "mine", ("softcap", "value_dim", "sinks", "values_in_keys"))
 
 
 @pytest.mark.slow

@@ -183,7 +183,9 @@ def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
 
 def _refuse_unknown(config: ModelConfig, tensors: dict[str, Stored], known: set[str]) -> None:
     """Refuse a tensor that no part of the model reads: whoever stored it expects it to change the results."""
-    unknown = [name for name in tensors if name not in known and not _HARMLESS.search(name)]
+    beginnings = tuple(name for name in known if name.endswith("."))
+    unknown = [name for name in tensors if name not in known and not _HARMLESS.search(name)
+               and not name.startswith(beginnings)]
     if unknown:
         first, others = tensors[unknown[0]], len(unknown) - 1
         raise ModelLoadError(f"the checkpoint has a tensor that {config.architecture} as configured does not use",

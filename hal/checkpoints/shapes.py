@@ -5,6 +5,7 @@ A missing key takes the default that transformers has for that architecture.
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 from hal.checkpoints.reader import (
@@ -21,7 +22,7 @@ from hal.checkpoints.reader import (
 )
 from hal.checkpoints.stored import shown
 from hal.errors import ModelLoadError
-from hal.model_config import ExpertsConfig, ModelConfig
+from hal.model_config import ExpertsConfig, LatentConfig, ModelConfig
 
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
          "relu": "relu"}
@@ -211,7 +212,57 @@ def glm4_moe(read: Reader, architecture: str) -> ModelConfig:
                                 dense=1, sigmoid=True, normalise=read.flag(True, "norm_topk_prob"))
     return _decoder(read, architecture, vocab=151552, inner=10944, kv_heads=8, max_position=131072, layers=46, heads=96,
                     head_dim=128, eps=1e-5, partial=0.5, qkv_bias=read.flag(False, "attention_bias"),
-                    qk_norm=read.flag(False, "use_qk_norm"), experts=experts)
+                    qk_norm=read.flag(False, "use_qk_norm"), experts=experts, extra=_predicting(read))
+
+
+def _predicting(read: Reader) -> dict[str, Any]:
+    """The layers behind the last one, with which the model could predict further tokens."""
+    count = read.get(int, 1, "num_nextn_predict_layers", null=0)
+    if not 0 <= count <= MAX_LAYERS:
+        raise read.unusable("num_nextn_predict_layers", count, f"an integer from 0 to {MAX_LAYERS}")
+    return {"predicting_layers": count}
+
+
+def deepseek_v2(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2405.04434."""
+    method = read.get(str, "greedy", "topk_method", null="greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise read.unusable("topk_method", method, "greedy or group_limited_greedy")
+    if method == "greedy":
+        read = Reader({**read.data, "n_group": 1, "topk_group": 1}, read.file)
+    layers = read.size(32, MAX_LAYERS, "num_hidden_layers")
+    experts = _deepseek_experts(read, layers, count=64, size=1407, shared=2, scaling=1.0, groups=None, top_groups=None,
+                                dense=0, sigmoid=False, normalise=False)
+    return _latent(read, architecture, q_rank=1536, interleaved=True, experts=experts, vocab=102400, inner=11008,
+                   kv_heads=None, max_position=2048, bos=1, eos=2, mlp_bias=read.flag(False, "mlp_bias"))
+
+
+def deepseek_v3(read: Reader, architecture: str) -> ModelConfig:
+    """Source: arXiv 2412.19437."""
+    layers = read.size(61, MAX_LAYERS, "num_hidden_layers")
+    experts = _deepseek_experts(read, layers, count=256, size=2048, shared=1, scaling=2.5, groups=8, top_groups=4,
+                                dense=3, sigmoid=True, normalise=read.flag(True, "norm_topk_prob"))
+    return _latent(read, architecture, q_rank=1536, interleaved=read.flag(True, "rope_interleave"), experts=experts,
+                   vocab=129280, inner=18432, kv_heads=128, max_position=4096, hidden=7168, layers=61, heads=128, bos=0,
+                   eos=1, extra=_predicting(read))
+
+
+def _latent(read: Reader, architecture: str, *, q_rank: int, **features: Any) -> ModelConfig:
+    """Attention over latents. With yarn its scale grows by the square of the factor that the extended context has on
+    the scores."""
+    read.refuse("attention_bias", "biases of attention over latents", False)
+    rank = read.size(q_rank, MAX_HIDDEN, "q_lora_rank", null=None)
+    plain, rotary, value = (read.size(size, MAX_HEAD_DIM, name) for size, name in (
+        (128, "qk_nope_head_dim"), (64, "qk_rope_head_dim"), (128, "v_head_dim")))
+    latent = LatentConfig(q_rank=rank or 0, kv_rank=read.size(512, MAX_HIDDEN, "kv_lora_rank"), plain_dim=plain,
+                          value_dim=value)
+    params = read.get(dict, {}, "rope_scaling", null={}) or read.get(dict, {}, "rope_parameters", null={})
+    rope, scale = Reader(params, read.file), (plain + rotary) ** -0.5
+    if rope.get(str, "default", "rope_type", "type") != "default":
+        by = 0.1 * (rope.optional(1e-6, 1e6, "mscale_all_dim") or 0.0)
+        scale *= (1.0 + by * log(rope.number(1.0, 1.0, 1e6, "factor"))) ** 2
+    return _decoder(Reader({**read.data, "head_dim": rotary}, read.file), architecture, latent=latent,
+                    attention_scale=scale, **features)
 
 
 def _deepseek_experts(read: Reader, layers: int, *, count: int, size: int, shared: int, scaling: float,

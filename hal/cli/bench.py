@@ -197,7 +197,7 @@ def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, co
         weights = sum(held.bytes for held in weight_bytes(model, dtype).values())
     seen = sum(min(context, window or context) for window in model.windows)
     kv_item = 1 if kv_dtype == "fp8" else item
-    return float(weights - item * unread + kv_item * batch * seen * 2 * model.num_kv_heads * model.head_dim)
+    return float(weights - item * unread + kv_item * batch * seen * model.kv_entries)
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -26,6 +26,8 @@ class AttentionSpec:
         softcap: scores s become softcap * tanh(s / softcap) before the mask (arXiv 2408.00118); None leaves them.
         sinks: [num_heads], a learned score of each head that takes part in the softmax and adds no value
             (arXiv 2508.10925); None has none. A parameter of the model, so it may be filled after the declaration.
+        values_in_keys: a value is the first value_dim entries of its key (latent attention, arXiv 2405.04434), so the
+            cache stores no values.
     """
 
     num_heads: int
@@ -36,6 +38,7 @@ class AttentionSpec:
     value_dim: int = 0
     softcap: float | None = None
     sinks: torch.Tensor | None = field(default=None, compare=False)
+    values_in_keys: bool = False
 
     def __post_init__(self) -> None:
         if not self.value_dim:
@@ -51,7 +54,7 @@ class LayerAttention(Protocol):
         Args:
             layer: counts the layers of this rank's stage that declare an AttentionSpec, from 0.
             q: [num_tokens, num_heads, head_dim]. k: [num_tokens, num_kv_heads, head_dim]. Positions are applied.
-            v: [num_tokens, num_kv_heads, value_dim].
+            v: [num_tokens, num_kv_heads, value_dim]; k[..., :value_dim] where the layer declares values_in_keys.
 
         Returns:
             [num_tokens, num_heads * value_dim], in q's dtype. Rows of padding are finite, and otherwise arbitrary.
@@ -111,14 +114,15 @@ def refuse_unsupported(specs: Sequence[AttentionSpec], who: str, supported: Coll
     """Refuse layers that an attention cannot compute. A backend's attention calls this when it is made.
 
     Args:
-        who: the attention's name. supported: which of "value_dim", "softcap" and "sinks" it can do.
+        who: the attention's name. supported: which of "value_dim", "softcap", "sinks" and "values_in_keys" it can do.
 
     Raises:
         ConfigError: a layer declares what is not supported.
     """
     for layer, spec in enumerate(specs):
-        declared = {"value_dim": spec.value_dim != spec.head_dim, "softcap": spec.softcap is not None,
-                    "sinks": spec.sinks is not None}
+        declared = {"value_dim": spec.value_dim != spec.head_dim and not spec.values_in_keys,
+                    "softcap": spec.softcap is not None, "sinks": spec.sinks is not None,
+                    "values_in_keys": spec.values_in_keys}
         for name in declared:
             if declared[name] and name not in supported:
                 value = "of each head" if name == "sinks" else getattr(spec, name)

@@ -34,12 +34,13 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     if topology.pp > config.num_layers:
         raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
                           expected=f"at most num_layers ({config.num_layers})")
-    if (experts := config.experts) is not None:
+    if (experts := config.experts) is not None and experts.layers:
         cut = tp // topology.ep
-        if experts.count % topology.ep or experts.size % cut:
+        if experts.count % topology.ep or experts.size % cut or experts.shared_size % tp:
             raise ConfigError("the ranks cannot share the model's experts evenly",
                               got=f"{experts.count} experts of {experts.size}, ep={topology.ep}, tp={tp}",
-                              expected="ep divides the experts, and tp / ep their inner size", hint="choose another ep")
+                              expected="ep divides the experts, tp / ep their inner size, and tp that of the shared "
+                                       f"one ({experts.shared_size})", hint="choose another tp or ep")
     elif topology.ep > 1:
         raise ConfigError("expert parallelism needs a model with experts", got=f"ep={topology.ep}",
                           expected=f"ep=1: {config.architecture} has no experts")
@@ -66,7 +67,7 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
 
         return TransformersModel(config, build).eval()
     check_topology(config, topology)
-    if (experts := config.experts) is not None:
+    if (experts := config.experts) is not None and experts.layers:
         found = build.schemes(f"layers.{experts.layers[0]}.mlp.experts.0.up_proj")
         if found.name != "dense" and not found.on_load:
             raise ConfigError("experts of a mixture are dense here", got=f"experts of the scheme {found.name!r}",

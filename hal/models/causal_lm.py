@@ -13,6 +13,7 @@ from hal.contracts.cache import LayerCache, RowState
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models.attention import SelfAttention, local_heads
+from hal.models.latent import LatentAttention
 from hal.models.layers import Build, Head, Linear, VocabEmbedding
 from hal.schema import Array
 
@@ -28,7 +29,8 @@ class CausalLM(nn.Module, abc.ABC):
     """
 
     intermediates: tuple[str, ...]  # names of the tensors between stages, each [num_tokens, hidden_size]
-    ignored: tuple[str, ...] = ()  # names of stored tensors that may be there without effect
+    # Names of stored tensors that may be there without effect; with a dot at the end, how such names begin.
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class CausalLM(nn.Module, abc.ABC):
     def pack(self) -> None:
         """Let the device rearrange the weights after they are filled (see Ops.pack_linear)."""
         for module in self.modules():
-            if isinstance(module, SelfAttention):
+            if isinstance(module, (SelfAttention, LatentAttention)):
                 module.arrange()
             if isinstance(module, Linear):
                 self.ops.pack_linear(module)

@@ -18,6 +18,7 @@ from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig, RopeConfig
 from hal.models.attention import SelfAttention
 from hal.models.causal_lm import CausalLM
+from hal.models.latent import LatentAttention
 from hal.models.layers import Build
 from hal.models.mlp import GatedMLP, apply_norm
 from hal.models.rope import cos_sin_table
@@ -41,7 +42,7 @@ class DecoderLayer(nn.Module):
         mlp: a module called like GatedMLP.
     """
 
-    def __init__(self, build: Build, eps: float, attention: SelfAttention, mlp: nn.Module,
+    def __init__(self, build: Build, eps: float, attention: SelfAttention | LatentAttention, mlp: nn.Module,
                  norms: Sequence[nn.Parameter | None]) -> None:
         super().__init__()
         self.ops, self.eps, self.attention, self.mlp = build.ops, eps, attention, mlp
@@ -99,7 +100,7 @@ class Decoder(CausalLM):
         return DecoderLayer(build, self.config.norm_eps, self.make_attention(build, index), self.make_mlp(build, index),
                             norms)
 
-    def make_attention(self, build: Build, index: int) -> SelfAttention:
+    def make_attention(self, build: Build, index: int) -> SelfAttention | LatentAttention:
         rope = self.config.layer_rope(index)
         return SelfAttention(self.config, build, f"layers.{index}.self_attn", rope,
                              None if rope is None else self.ropes.index(rope), fused=self.fused_qkv, norm=self.norm)

@@ -63,6 +63,8 @@ NATIVE = {
     "Qwen3MoeForCausalLM": _family("qwen3_moe", "qwen3_moe", "mixture:QwenMoe"),
     "GptOssForCausalLM": _family("gpt_oss", "gpt_oss", "mixture:GptOss"),
     "Glm4MoeForCausalLM": _family("glm4_moe", "glm4_moe", "mixture:MixtureDecoder"),
+    "DeepseekV2ForCausalLM": _family("deepseek_v2", "deepseek_v2", "mixture:DeepSeek"),
+    "DeepseekV3ForCausalLM": _family("deepseek_v3", "deepseek_v3", "mixture:DeepSeek"),
     "Glm4ForCausalLM": _family("glm4", "glm4", "dense:Glm4"),
 }
 

@@ -40,7 +40,8 @@ class AttentionBatch:
 class PagedAttention:
     """A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim], keys and then values. Where a head of
     values has another size, it is [1, num_blocks, num_kv_heads, block_size, head_dim + value_dim], a value behind its
-    key. A backend overrides `decode`, or all."""
+    key, and [1, num_blocks, num_kv_heads, block_size, head_dim] where the values are in the keys. A backend overrides
+    `decode`, or all."""
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype
@@ -51,6 +52,8 @@ class PagedAttention:
         self.gather_bytes = 1 << (20 if device.type == "cpu" else 28)
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
+        if spec.values_in_keys:
+            return 1, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
         if spec.value_dim != spec.head_dim:
             return 1, num_blocks, spec.num_kv_heads, block_size, spec.head_dim + spec.value_dim
         return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
@@ -177,7 +180,8 @@ class PagedStep:
         if self.real < len(k):
             k, v = (F.pad(x[:self.real], (0, 0, 0, 0, 0, len(x) - self.real)) for x in (k, v))
         slots = self.slots[spec.num_kv_heads]
-        for into, new in zip(cache, (k, v) if len(cache) == 2 else (torch.cat((k, v), -1),), strict=True):
+        stored = (k,) if spec.values_in_keys else (k, v) if len(cache) == 2 else (torch.cat((k, v), -1),)
+        for into, new in zip(cache, stored, strict=True):
             into.view(-1, into.shape[-1]).index_copy_(0, slots, new.reshape(-1, into.shape[-1]))
         out = q.new_empty(q.shape[0], spec.num_heads * spec.value_dim)
         out[self.real:] = 0
@@ -203,6 +207,8 @@ def gather(cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> t
     assert batch.blocks is not None
     blocks, rows = -(-batch.context // size), batch.blocks[heads]
     found = [x.view(-1, size * dim).index_select(0, rows).view(-1, heads, blocks * size, dim) for x in cache]
+    if spec.values_in_keys:
+        return found[0], found[0][..., :spec.value_dim]
     k, v = found if len(found) == 2 else found[0].split((spec.head_dim, spec.value_dim), -1)
     return k, v
 

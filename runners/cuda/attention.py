@@ -12,6 +12,7 @@ from hal.contracts.attention import AttentionSpec, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
 from hal.errors import ConfigError
 from runners.cuda.kernels import attention as kernels
+from runners.cuda.kernels import latent
 
 _MAX_DIM = 256
 
@@ -28,19 +29,23 @@ class CudaAttention:
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype
-        refuse_unsupported(specs, "the CUDA attention", ("softcap", "sinks"))
-        for dim in {spec.head_dim for spec in specs}:
+        refuse_unsupported(specs, "the CUDA attention", ("softcap", "sinks", "values_in_keys"))
+        for spec in specs:
+            if spec.values_in_keys:
+                _check_latent(spec)
+        for dim in {spec.head_dim for spec in specs if not spec.values_in_keys}:
             if dim > _MAX_DIM or dim % 2:
                 raise ConfigError("the CUDA attention kernels do not have this head_dim", got=dim,
                                   expected=f"even, at most {_MAX_DIM}",
                                   hint="run this model on --device cpu, or give the runner hal's PagedAttention")
         self.asked = [_asked(spec) for spec in specs]
+        self.latent_heads = {spec.num_heads for spec in specs if spec.values_in_keys}
         self.kv_heads = {spec.num_kv_heads for spec in specs}
         self.queries = 0
         self.units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        return 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
+        return 1 if spec.values_in_keys else 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
 
     def splits(self, num_seqs: int, context: int, kv_heads: int) -> int:
         """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
@@ -61,6 +66,11 @@ class CudaAttention:
             q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
             tables, lens = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in ((1, 1), 2))
             how = _asked(spec)
+            if spec.values_in_keys:
+                for starts, splits in ((lens, 1), (None, 1), (None, 8), (None, 9)):
+                    latent.attend(q, cache, tables, lens[:1], starts, scale=spec.scale, value=spec.value_dim,
+                                  splits=splits)
+                continue
             for few, splits in itertools.product((False, True), (1, 8, 9)):
                 kernels.decode(q, cache, tables, lens[:1], torch.empty_like(q), splits=splits, few=few, **how)
             for queries in (64, 65):
@@ -72,6 +82,15 @@ class CudaAttention:
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
+
+
+def _check_latent(spec: AttentionSpec) -> None:
+    rest = spec.head_dim - spec.value_dim
+    if spec.num_kv_heads != 1 or spec.window or spec.softcap or spec.sinks is not None or (
+            spec.value_dim > latent.MAX_VALUE or not 0 < rest <= latent.MAX_REST):
+        raise ConfigError("the CUDA kernel for values in keys does not have such a layer", got=spec,
+                          expected=f"one key for all heads, of at most {latent.MAX_VALUE} + {latent.MAX_REST} entries, "
+                                   "and no window, softcap or sinks", hint="run this model on --device cpu")
 
 
 def _asked(spec: AttentionSpec) -> dict[str, Any]:
@@ -99,9 +118,22 @@ class CudaStep:
         self.splits = {n: attention.splits(self.decodes, context, n) for n in attention.kv_heads}
         self.few = {n: self.decodes * n * splits < attention.units for n, splits in self.splits.items()}
         self.max_queries = m.max_query_len or tokens
+        self.latent_splits = {}
+        if m.max_query_len == 1:
+            self.latent_splits = {n: min(attention.splits(tokens, context, latent.head_blocks(n)), latent.MAX_SPLITS)
+                                  for n in attention.latent_heads}
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.specs[layer].values_in_keys:
+            return self._attend_latents(layer, q, k)
         return self._attend(layer, q, kernels.New(k, v, self.m.slot_mapping))
+
+    def _attend_latents(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        m, spec, cache = self.m, self.specs[layer], self.caches[layer]
+        latent.write(k, cache, m.slot_mapping)
+        starts = None if m.max_query_len == 1 else m.query_start_loc
+        return latent.attend(q, cache, m.block_tables, m.seq_lens, starts, scale=spec.scale, value=spec.value_dim,
+                             splits=self.latent_splits.get(spec.num_heads, 1)).flatten(1)
 
     def rotary(self, layer: int, qkv: torch.Tensor, num_kv_heads: int, table: torch.Tensor) -> torch.Tensor:
         """As Ops.rotary_attention has it."""

@@ -23,22 +23,24 @@ _HIDDEN = -1e30  # finite, so that a row with nothing to see (padding) has no Na
 
 class TpuAttention:
     """A layer's cache is [1, num_blocks, block_size, R * 2k, d], keys and values of a head side by side: the layout of
-    torch_xla's ragged kernel, which writes and gathers both at once.
+    torch_xla's ragged kernel, which writes and gathers both at once. Where the values are in the keys, it is
+    [1, num_blocks, block_size, R * k, d].
 
     Args:
-        ranks: R. kernel: use the TPU's ragged kernel instead of the gather, unless a layer has a softcap or sinks.
+        ranks: R. kernel: use the TPU's ragged kernel instead of the gather, where it can compute every layer.
 
     Raises:
         ConfigError: a layer declares values of another size than keys.
     """
 
     def __init__(self, specs: Sequence[AttentionSpec], *, ranks: int = 1, kernel: bool = False) -> None:
-        refuse_unsupported(specs, "the TPU's attention", ("softcap", "sinks"))
+        refuse_unsupported(specs, "the TPU's attention", ("softcap", "sinks", "values_in_keys"))
         self.specs, self.ranks = specs, ranks
-        self.kernel = kernel and all(spec.softcap is None and spec.sinks is None for spec in specs)
+        self.kernel = kernel and not any(s.softcap or s.sinks is not None or s.values_in_keys for s in specs)
 
     def cache_shape(self, spec: AttentionSpec, num_blocks: int, block_size: int) -> tuple[int, ...]:
-        return 1, num_blocks, block_size, self.ranks * 2 * spec.num_kv_heads, spec.head_dim
+        heads = self.ranks * spec.num_kv_heads * (1 if spec.values_in_keys else 2)
+        return 1, num_blocks, block_size, heads, spec.head_dim
 
     def begin(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor], decode: bool) -> TpuStep:
         return TpuStep(self, m, kv_caches, decode)
@@ -87,10 +89,11 @@ class TpuStep:
         return sequence
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [R * T, h, d]; k and v [R * T, k, d] -> [R * T, h * d]."""
+        """q [R * T, h, d]; k [R * T, k, d]; v [R * T, k, value_dim] -> [R * T, h * value_dim]."""
         spec, cache, ranks = self.attention.specs[layer], self.caches[layer], self.attention.ranks
         tokens = q.shape[0] // ranks
-        new = torch.stack((k, v), 2).view(ranks, tokens, -1, spec.head_dim)
+        new = k if spec.values_in_keys else torch.stack((k, v), 2)
+        new = new.reshape(ranks, tokens, -1, spec.head_dim)
         new = new.transpose(0, 1).reshape(tokens, -1, spec.head_dim)
         flat = cache.view(-1, *cache.shape[3:]).index_copy(0, self.slots, new)
         self.caches[layer] = flat.view(cache.shape)
@@ -110,7 +113,7 @@ class TpuStep:
             q = q.index_select(1, self.token_of)
         tiles = hidden.shape[0]
         q = q.view(ranks, tiles, self.queries, kv, heads // kv, dim)
-        pages = pages.view(tiles, -1, ranks, kv, 2, dim)
+        pages = pages.view(tiles, -1, ranks, kv, 1 if spec.values_in_keys else 2, dim)
         scores = torch.einsum("rnqkgd,ncrkd->rnkgqc", q, pages[..., 0, :]).float() * spec.scale
         if spec.softcap is not None:
             scores = torch.tanh(scores / spec.softcap) * spec.softcap
@@ -119,12 +122,12 @@ class TpuStep:
             sinks = spec.sinks.float().view(ranks, 1, kv, heads // kv, 1, 1).expand(*scores.shape[:-1], 1)
             scores = torch.cat((scores, sinks), -1)
         weights = scores.softmax(-1)[..., :hidden.shape[-1]].to(q.dtype)
-        values = pages[..., 1, :].masked_fill(self.foreign, 0)
+        values = pages[..., -1, :spec.value_dim].masked_fill(self.foreign, 0)
         out = torch.einsum("rnkgqc,ncrkd->rnqkgd", weights, values)
-        out = out.reshape(ranks, tiles * self.queries, heads * dim)
+        out = out.reshape(ranks, tiles * self.queries, -1)
         if not self.decode:
             out = out.index_select(1, self.place_of)
-        return out.reshape(ranks * tokens, heads * dim)
+        return out.reshape(ranks * tokens, -1)
 
 
 def _arange(count: int, m: Any) -> torch.Tensor:

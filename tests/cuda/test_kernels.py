@@ -94,6 +94,32 @@ def test_softcap_and_sinks(alone: bool, m: PagedModelInput, seed: int, softcap: 
     close(got, one_by_one(m, cache, spec, q, k, v), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), heads=st.sampled_from((4, 20)),
+       splits=st.sampled_from((1, 2, 9)), alone=st.booleans())
+@settings(max_examples=EXAMPLES // 3, deadline=None)
+def test_values_in_keys(dtype: torch.dtype, m: PagedModelInput, seed: int, heads: int, splits: int, alone: bool,
+                        ) -> None:
+    """Latent attention: with all of a step's sequences decoding, and with prompts and padding among them."""
+    from runners.cuda.attention import CudaAttention
+
+    m = decoding(m) if alone and (m.query_start_loc.diff() > 0).all() else m
+    wide = m.padded(num_seqs=m.dims["num_seqs"] + 1, num_tokens=m.dims["num_tokens"] + 1)
+    spec = AttentionSpec(heads, 1, 40, 0.3, value_dim=32, values_in_keys=True)
+    attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
+    attention.dtype, attention.splits = dtype, lambda *_: splits
+    cache = make_cache(attention, spec, m, seed)
+    q, k, v = draw_tensors(m, spec, seed, dtype)
+    on_device = cache.to(DEVICE)
+    more = [torch.cat([x, torch.full_like(x[:1], 7.0)]).to(DEVICE) for x in (q, k, v)]
+    got = attention.begin(moved(wide), [on_device])(0, *more)
+    close(got[:len(q)], one_by_one(m, cache, spec, q, k, v), dtype)
+    slots, size = m.slot_mapping.long(), m.block_size
+    cache[0, slots // size, :, slots % size] = k
+    kept, expected = (c.cpu().permute(1, 3, 0, 2, 4)[~free(m, cache)] for c in (on_device, cache))
+    assert torch.equal(kept, expected) and not got[len(q):].any()
+
+
 def free(m: PagedModelInput, cache: torch.Tensor) -> torch.Tensor:
     """bool [num_blocks, block_size]: the slots that hold nothing, which attention may clear: those of the null block,
     and behind the end of each sequence."""

@@ -58,6 +58,9 @@ def test_chunked_preempted_and_with_a_cached_prefix(family: Family, name: str) -
 def test_experts_that_the_ranks_cannot_share_are_refused(family: Family) -> None:
     config = read_config(family("qwen3-moe"))
     check_topology(config, Topology(tp=2, ep=2))
+    shared = dataclasses.replace(config, experts=dataclasses.replace(config.experts, shared_size=41))
+    with pytest.raises(ConfigError, match=r"cannot share the model's experts"):
+        check_topology(shared, Topology(tp=2, ep=2))
     for tp, ep in ((4, 4), (4, 1)):
         model = config if ep == 4 else dataclasses.replace(config, experts=dataclasses.replace(config.experts, size=42))
         with pytest.raises(ConfigError, match=r"cannot share the model's experts"):
@@ -94,8 +97,8 @@ def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "names"), [
-    ({"tp": 2}, ("phi3", "olmo2", "gpt-oss")), ({"pp": 2}, ("gemma3",)),
-    ({"tp": 2, "ep": 2}, ("qwen2-moe", "gpt-oss"))], ids=["tp2", "pp2", "ep2"])
+    ({"tp": 2}, ("phi3", "olmo2", "gpt-oss")), ({"pp": 2}, ("gemma3", "deepseek-v2")),
+    ({"tp": 2, "ep": 2}, ("qwen2-moe", "deepseek-v3"))], ids=["tp2", "pp2", "ep2"])
 def test_in_processes(family: Family, layout: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         with families.run(family(name), max_num_batched_tokens=13, **layout) as llm:

@@ -105,9 +105,9 @@ def test_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["glm4", "gpt-oss", "gemma2"])
+@pytest.mark.parametrize("name", ["glm4", "gpt-oss", "gemma2", "deepseek-v3"])
 def test_native_families(name: str, tmp_path: Path) -> None:
-    """An order of a head's entries of their own, experts of static shapes, softcap and sinks."""
+    """An order of a head's entries of their own, experts of static shapes, softcap, sinks and latents."""
     path = families.save(name, tmp_path / name)
     with families.run(path, TPU, **{**SMALL, "max_num_batched_tokens": 13}) as llm:
         families.assert_parity(path, families.PROMPTS, families.generate(llm, families.PROMPTS, 24))

@@ -57,6 +57,7 @@ class Batch:
         for layer, spec in enumerate(self.specs):
             q = ctx.normal(real + pad, spec.num_heads, spec.head_dim)
             k, v = (ctx.normal(real + pad, spec.num_kv_heads, dim) for dim in (spec.head_dim, spec.value_dim))
+            v = k[..., :spec.value_dim] if spec.values_in_keys else v
             before = self.caches[layer][:, others].clone()
             out = step(layer, *(x.to(self.device) for x in (q, k, v)))
             ctx.equal(f"{what}: shape", list(out.shape), [real + pad, spec.num_heads * spec.value_dim])
@@ -154,13 +155,14 @@ def padding(ctx: Context) -> None:
 
 @case(2, "attention", "checkpoints")
 def what_a_layer_may_declare(ctx: Context) -> None:
-    """Layers of unequal heads and sizes, values of another size than keys, softcap, sinks: each is right, or refused
-    when the attention is made, by a ConfigError that says what to do."""
+    """Layers of unequal heads and sizes, values of another size than keys or in them, softcap, sinks: each is right, or
+    refused when the attention is made, by a ConfigError that says what to do."""
     sinks, (a, b) = ctx.normal(4, scale=2.0), (AttentionSpec(4, 2, 16, 0.3), AttentionSpec(6, 6, 32, 0.2, 9))
     device = ctx.session(warm=False).device
     for name, specs in {"unequal layers": [a, b, a], "value_dim": [replace(a, value_dim=32), replace(b, value_dim=16)],
                         "softcap": [replace(a, softcap=1.5), replace(b, softcap=3.0)],
-                        "sinks": [replace(a, sinks=sinks.to(device))]}.items():
+                        "sinks": [replace(a, sinks=sinks.to(device))], "values in keys": [
+                            AttentionSpec(8, 1, 48, 0.2, value_dim=32, values_in_keys=True)]}.items():
         try:
             batch = Batch(ctx, specs, 16, 3)
         except ConfigError as error:
