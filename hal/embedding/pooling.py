@@ -44,7 +44,7 @@ class Finish(nn.Module):
             if directory is not None:
                 _fill(linear, Path(directory) / dense.folder / "model.safetensors", dense)
             self.layers.append(nn.Sequential(linear, _ACTIVATIONS[dense.activation]()))
-        self.to(device).eval()
+        self.to(device).eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

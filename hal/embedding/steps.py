@@ -47,17 +47,13 @@ class EmbeddingSteps:
         return result
 
     def _batches(self, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        batch: list[int] = []
-        tokens = 0
-        for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-            if batch and (len(batch) == self.config.max_num_seqs
-                          or tokens + len(texts[i]) > self.config.max_num_batched_tokens):
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
-            tokens += len(texts[i])
-        if batch:
-            yield batch
+        """Places of texts, so that a step has at most max_num_seqs texts, and at most max_num_batched_tokens tokens
+        even where a device pads all of them to the longest one."""
+        order, at = sorted(range(len(texts)), key=lambda i: -len(texts[i])), 0
+        while at < len(order):
+            most = min(self.config.max_num_batched_tokens // len(texts[order[at]]), self.config.max_num_seqs)
+            yield order[at:at + most]
+            at += most
 
     def _submit(self, texts: Sequence[Sequence[int]]) -> StepHandle:
         """A step of these texts, which enter rows now and leave them with the next step."""

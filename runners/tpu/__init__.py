@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal.contracts.backend import Backend, Capabilities
 from hal.contracts.device import DeviceRuntime
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from hal.config import WorkerConfig
     from hal.contracts.communicator import Communicator
-    from runners.tpu.runner import TpuModelRunner
+    from hal.contracts.runner import ModelRunnerBase
 
 _INSTALL = "pip install torch==2.8.0 torch_xla==2.8.1"  # the pair that is tested; torch_xla ended with 2.9
 _CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # device files of TPU v4 and older, of v5 and newer
@@ -40,7 +40,7 @@ class TpuBackend(Backend):
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
         return Capabilities(contracts="2.0", dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True,
-                            host_memory=os.environ.get("PJRT_DEVICE") == "CPU")
+                            embeddings=True, host_memory=os.environ.get("PJRT_DEVICE") == "CPU")
 
     @property
     def priority(self) -> int:  # type: ignore[override]
@@ -74,7 +74,12 @@ class TpuBackend(Backend):
         free = lowering.free_bytes() if lowering.device_kind() != "CPU" else None
         return free or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // _CPU_SHARE
 
-    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> TpuModelRunner:
+    def make_runner(self, config: WorkerConfig, device: torch.device, communicator: Communicator,
+                    ) -> ModelRunnerBase[Any]:
+        if config.model.embedding is not None:
+            from runners.tpu.embeddings import TpuEmbeddingRunner
+
+            return TpuEmbeddingRunner(config, device, communicator)
         from runners.tpu.runner import TpuModelRunner
 
         return TpuModelRunner(config, device, communicator)
