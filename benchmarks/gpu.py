@@ -169,7 +169,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[shape]))
         impl = options.get("model_impl", "native")
         model = read_config(scratch, quantize=options.get("quantize"))
-        name = " ".join([shape, *(str(options[n]) for n in ("quantize", "kv_dtype") if options.get(n) not in (None, "auto"))])
+        bits = [str(options[n]) for n in ("quantize", "kv_dtype") if options.get(n) not in (None, "auto")]
+        name = " ".join([shape, *bits])
         name = name if impl == "native" else f"{name} ({impl})"
         name += "".join(f" ({axis} {options[axis]})" for axis in ("tp", "ep") if axis in options)
         begin = time.perf_counter()

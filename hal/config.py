@@ -34,7 +34,7 @@ _OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Attributes:
-        model: checkpoint directory in Hugging Face format; a leading "~" is expanded.
+        model: checkpoint directory in Hugging Face format, or a GGUF file; a leading "~" is expanded.
         device: a backend's name, "auto", or "module:attribute" of a Backend that is not installed as an entry point.
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
         kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3, unscaled) holds twice the tokens of 16

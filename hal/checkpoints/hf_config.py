@@ -12,6 +12,7 @@ from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
+from hal.checkpoints.gguf import config_data, is_gguf
 from hal.checkpoints.reader import MAX_HIDDEN, MAX_LAYERS, MAX_PARAMS, Reader
 from hal.checkpoints.sentence import embedding_of
 from hal.checkpoints.shapes import llama
@@ -29,8 +30,8 @@ _STORED_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": 
 def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl = "auto",
                 trust_remote_code: bool = False, quantize: str | None = None,
                 pooling: Pooling = "auto") -> ModelConfig:
-    """The shape of the model in a checkpoint directory. As in transformers' `generate`, end-of-sequence ids in
-    generation_config.json replace those of config.json.
+    """The shape of the model in a checkpoint directory or a GGUF file. As in transformers' `generate`, end-of-sequence
+    ids in generation_config.json replace those of config.json.
 
     Args:
         weights: let the stored tensors decide two things, as transformers 5 does. A stored head that differs from the
@@ -48,10 +49,11 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
             files of the weights are damaged.
     """
     directory = Path(directory)
-    if not isdir(directory):
+    if not isdir(directory) and not is_gguf(directory):
         raise ModelLoadError("the model directory does not exist", got=directory,
-                             expected="a directory with config.json and *.safetensors in Hugging Face format")
-    data = read_json(directory / "config.json")
+                             expected="a directory with config.json and *.safetensors in Hugging Face format, or a "
+                                      "GGUF file")
+    data = config_data(directory) if is_gguf(directory) else read_json(directory / "config.json")
     config = _by_transformers(data, directory, trust_remote_code) if impl == "transformers" or (
         impl == "auto" and not _is_native(data)) else parse_config(data)
     generation = directory / "generation_config.json"

@@ -1,4 +1,4 @@
-"""A checkpoint directory's files, and the place of each stored tensor. Importing this loads no torch.
+"""A checkpoint directory's files, or a GGUF file, and the place of each stored tensor. Importing this loads no torch.
 
 A directory may come from anywhere, so nothing in it is trusted. The size of a JSON file is limited, a shard must lie
 inside the directory, and every fault is a ModelLoadError that names the file.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os.path import isdir, isfile  # pathlib's methods raise for some names
 from pathlib import Path, PurePosixPath
 from reprlib import Repr
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -48,7 +48,8 @@ class LazyTensor(Protocol):
 
 
 def locate(directory: Path) -> dict[str, Stored]:
-    """Where each tensor is stored, by its name without the prefix "model." or "transformer.".
+    """Where each tensor is stored, by its name without the prefix "model." or "transformer.". `directory` may be a GGUF
+    file.
 
     The file is model.safetensors. Without that file, the weight_map of model.safetensors.index.json names the shard of
     each tensor, and a tensor in another shard than the named one is not part of the checkpoint. Shards are not opened.
@@ -57,6 +58,10 @@ def locate(directory: Path) -> dict[str, Stored]:
         ModelLoadError: there are no weights; the index is damaged, or names a shard that is missing or lies outside the
             directory; a name occurs twice.
     """
+    if directory.suffix == ".gguf":
+        from hal.checkpoints import gguf
+
+        return gguf.locate(directory)
     tensors: dict[str, Stored] = {}
     for stored in _single(directory / _SINGLE) if isfile(directory / _SINGLE) else _indexed(directory):
         name = canonical(stored.name)
@@ -70,7 +75,7 @@ def locate(directory: Path) -> dict[str, Stored]:
 
 
 def has_weights(directory: Path) -> bool:
-    return isfile(directory / _SINGLE) or isfile(directory / _INDEX)
+    return directory.suffix == ".gguf" or isfile(directory / _SINGLE) or isfile(directory / _INDEX)
 
 
 def _single(path: Path) -> list[Stored]:
@@ -117,6 +122,10 @@ def open_file(path: Path, framework: Literal["np", "pt"]) -> safe_open:
     Raises:
         ModelLoadError: the file is missing, truncated or no safetensors file.
     """
+    if path.suffix == ".gguf":
+        from hal.checkpoints.gguf import open_gguf
+
+        return cast(safe_open, open_gguf(path))
     try:
         return safe_open(path, framework=framework)
     except FileNotFoundError:

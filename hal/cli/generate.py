@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ EPILOG = """examples:
   hal generate "37+85="                         the bundled model adds numbers below 1,000
   hal generate --tp 2 "37+85=" "123+456="       the same in two processes
   hal generate --model DIR --temperature 0.8 --max-tokens 64 "Once upon a time"
+  hal generate model.gguf "Once upon a time"    a GGUF file that is the first argument is the model
   hal generate --input prompts.jsonl --json     one object a line in, one a line out
 
 A line of FILE has "prompt" or "prompt_token_ids", and may set sampling options by their names with underscores. FILE is
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.prompts and args.prompts[0].endswith(".gguf") and not hasattr(args, "model") and (
+            os.path.isfile(args.prompts[0])):
+        args.model = args.prompts.pop(0)
     if not args.prompts and args.input is None:
         args.usage_error("give a PROMPT, or --input FILE")
     given = options.sampling_options(args)

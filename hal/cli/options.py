@@ -13,7 +13,7 @@ from hal.config import EngineConfig
 from hal.sampling.params import SamplingParams
 
 ENGINE_HELP = {
-    "model": "checkpoint directory in Hugging Face format",
+    "model": "checkpoint directory in Hugging Face format, or a GGUF file",
     "device": "auto, a backend's name (`hal env` lists them), or module:attribute of a backend",
     "dtype": "of weights and KV cache",
     "kv_dtype": "of the KV cache, where it is not the weights'",

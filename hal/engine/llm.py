@@ -84,8 +84,8 @@ class LLM:
     `restart`.
 
     Args:
-        model: checkpoint directory in Hugging Face format; by default the bundled one, which adds numbers. Without
-            tokenizer files prompts are token ids, and outputs have no text.
+        model: checkpoint directory in Hugging Face format, or a GGUF file; by default the bundled one, which adds
+            numbers. Without tokenizer files prompts are token ids, and outputs have no text.
         progress: show bars while loading and warming up.
         options: the fields of EngineConfig.
 

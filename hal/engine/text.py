@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hal.checkpoints.gguf import is_gguf, open_gguf
 from hal.engine.stops import Stop
 from hal.errors import ModelLoadError, RequestError
 
@@ -36,7 +37,8 @@ _ALPHABET = {chr(byte): byte for byte in _SHOWN} | {
 
 
 def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
-    """transformers' tokenizer of a checkpoint, or None when the directory has none. Standard input is not read.
+    """transformers' tokenizer of a checkpoint, or None when the directory has none. Standard input is not read. Of a
+    GGUF file, tokenizer files beside it come first, and then the file's own vocabulary.
 
     The tokenizer does not clean up spaces, whatever the checkpoint says. That clean-up rewrites text that was already
     shown (" n" and "'t" become "n't"), and releases of transformers differ in which tokenizers do it.
@@ -47,8 +49,13 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
     Raises:
         ModelLoadError: the files are damaged, or need code that is not trusted.
     """
+    file = Path(directory).name if is_gguf(directory) else None
+    directory = directory if file is None else str(Path(directory).parent)
+    found: dict[str, Any] = {}
     if not any((Path(directory) / name).is_file() for name in _FILES):
-        return None
+        if file is None or open_gguf(Path(directory) / file).get("tokenizer.ggml.tokens") is None:
+            return None
+        found["gguf_file"] = file
     from transformers import AutoTokenizer
 
     own = None if trust_remote_code else _own_code(Path(directory))
@@ -58,7 +65,8 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
                              hint="read that code; to run it, give --trust-remote-code (trust_remote_code=True); "
                                   "or remove the tokenizer's files and give token ids")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code,
+                                                  **found)
         tokenizer.clean_up_tokenization_spaces = False
         kinds = _decoder_kinds(tokenizer)
         TokenBytes.of(tokenizer)

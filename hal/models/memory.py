@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ def described(held: dict[str, Held]) -> str:
 def memory_line(config: EngineConfig, model: ModelConfig, dtype: str) -> str:
     """For people: the bytes of the first rank's weights by scheme, and those of a token in its KV cache."""
     text = described(weight_bytes(model, dtype, Topology(config.tp, config.pp, 0, config.ep)))
+    if config.model.endswith(".gguf"):
+        text += f"; the file has {os.path.getsize(config.model) / (1 << 30):.2f} GiB"
     return text if config.kv_dtype == "auto" else f"{text}; KV cache in {config.kv_dtype}, {_SMALLER[dtype]}"
 
 
