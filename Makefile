@@ -1,12 +1,12 @@
-# Three environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
+# Four environments: .venv (current torch: lint and the whole suite) and .venv-xla (torch 2.8 with torch_xla and IPEX:
 # only the tests whose outcome depends on the torch release, and the CUDA kernels in Triton's interpreter; `test-xla` adds
-# the XLA runner's slow ones), and .venv-vllm (vLLM's CPU build, for integrations/vllm).
+# the XLA runner's slow ones), .venv-vllm (vLLM's CPU build, for integrations/vllm) and .venv-jax (examples/jax-backend).
 PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: demo test test-fast test-xla test-vllm test-vllm-slow fuzz lint clean
+.PHONY: demo test test-fast test-xla test-vllm test-vllm-slow test-jax fuzz lint clean
 
 # The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
 demo: .venv/.made
@@ -55,6 +55,14 @@ test-vllm: .venv-vllm/.made
 test-vllm-slow: .venv-vllm/.made
 	.venv-vllm/bin/python -m pytest integrations/vllm/tests -m slow
 
+.venv-jax/.made: pyproject.toml examples/jax-backend/pyproject.toml constraints/venv-jax.txt
+	$(PYTHON) -m venv .venv-jax
+	.venv-jax/bin/pip install -q -c constraints/venv-jax.txt jax torch -e '.[test]' -e examples/jax-backend
+	touch $@
+
+test-jax: .venv-jax/.made
+	.venv-jax/bin/python -m pytest examples/jax-backend/tests
+
 test-fast: .venv/.made
 	.venv/bin/python -m pytest -q tests -m "not slow"
 
@@ -69,4 +77,4 @@ lint: .venv/.made
 	.venv/bin/python tests/line_budget.py
 
 clean:
-	rm -rf .venv .venv-xla .venv-vllm
+	rm -rf .venv .venv-xla .venv-vllm .venv-jax

@@ -14,11 +14,13 @@ from hal.errors import StateError
 from hal.schema import Declared
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 InputT = TypeVar("InputT", bound=ModelInput)
 OutputT = TypeVar("OutputT", bound=Declared)
 Progress = Callable[[str, int, int], None]  # what, done, total
+Trace = Callable[[str, "int | None", "np.ndarray[Any, Any]"], None]  # name, layer, value
 
 
 def no_progress(what: str, done: int, total: int) -> None:
@@ -133,6 +135,19 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
             On the rank that samples an output that `fetch` opens: an `output_type`, or an object of the runner's own.
             None on its tensor-parallel peers, IntermediateTensors on every rank of an earlier stage.
         """
+
+    def execute_traced(self, model_input: InputT, kv_caches: Any, trace: Trace) -> Any:
+        """`execute_model` on a single rank that also tells intermediate values, so that `hal bisect` can name the layer
+        at fault. A runner need not have it, and may compile in it.
+
+        Args:
+            trace: called with a name, the layer's number (None outside the layers) and a value on the host, in the
+                order of the computation. A value is named after the linear layer of hal.models whose result
+                [num_tokens or more, outputs] it is: "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down".
+                "attention" is the argument of "attention.out". Outside the layers "head" is the logits of the sampled
+                tokens. Any of them may be left out.
+        """
+        raise StateError(f"{type(self).__name__} does not tell intermediate values", expected="execute_traced")
 
     def execute_forward(self, model_input: InputT, kv_caches: Any,
                         intermediate: IntermediateTensors | None = None) -> Any:

@@ -1,4 +1,6 @@
-"""Bisection of two devices: the first layer and operation whose results differ when both get the same arguments."""
+"""Bisection of two devices: the first layer and operation whose results differ when both get the same arguments. A
+runner that is not composed of operations tells values instead (ModelRunnerBase.execute_traced), and these are compared.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hal.contracts import backend as backends
@@ -16,6 +19,7 @@ from hal.contracts.block_moves import move_blocks, move_rows, on_host
 from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.inputs import NULL_BLOCK
 from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import ModelRunnerBase
 from hal.errors import BackendError, CapacityError
 from hal.models.layers import Linear
 from hal.models.ops import Ops
@@ -26,6 +30,7 @@ from hal.testing.tolerance import Tolerances
 _TRACED = {"linear": (1, "linear"), "rms_norm": (1, "norm"), "add_rms_norm": (2, "norm"), "layer_norm": (1, "norm"),
            "rotary": (1, "rotary"), "silu_mul": (1, "activation"), "activation": (1, "activation"),
            "attention": (3, "attention")}
+_PARTS = "ops", "make_attention", "forward_context", "sample"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +134,23 @@ class _Trace:
         for a, b in zip(got, expected, strict=True):
             if self.found is not None or not b.numel():
                 return
-            x, y = a.cpu().double().reshape(-1), b.double().reshape(-1)
-            off = (x - y).abs().nan_to_num(nan=torch.inf)
-            worst = int(off.argmax())
-            error = float(off[worst] / (1 + y.abs().max()))
+            error, x, y = _apart(a, b)
             if error > tolerance:
-                self.found = call, before, error, tolerance, float(x[worst]), float(y[worst])
+                self.found = call, before, error, tolerance, x, y
+
+
+def _apart(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float, float]:
+    """Divergence's error, got and expected."""
+    x, y = got.cpu().double().reshape(-1), expected.double().reshape(-1)
+    off = (x - y).abs().nan_to_num(nan=torch.inf)
+    worst = int(off.argmax())
+    return float(off[worst] / (1 + y.abs().max())), float(x[worst]), float(y[worst])
+
+
+def _told(calls: list[Call]) -> dict[tuple[int | None, str], tuple[Call, torch.Tensor]]:
+    """The values among a step's operations that execute_traced names too, by layer and name."""
+    return {(c.layer, c.name.removeprefix(f"layers.{c.layer}.") if c.op == "linear" else c.op): (c, c.results[0])
+            for c in calls if c.op in ("linear", "attention")}
 
 
 class _Traced:
@@ -170,12 +186,13 @@ class _Device:
         self.device, self.trace, self.dtype = backend.device(0), trace, config.engine.dtype
         runner: Any = backend.make_runner(config, self.device, LocalCommunicator())
         self.runner = runner
-        parts = "ops", "make_attention", "forward_context", "sample"
-        lacking = [part for part in parts if not hasattr(self.runner, part)]
-        if trace is not None and lacking:
+        lacking = [part for part in _PARTS if not hasattr(self.runner, part)]
+        self.composed = not lacking
+        if trace is not None and lacking and type(runner).execute_traced is ModelRunnerBase.execute_traced:
             raise BackendError(f"{backend.name!r} cannot be bisected", got=f"{type(self.runner).__name__} without "
-                               f"{', '.join(lacking)}", expected="a runner composed as PagedModelRunner is")
-        if trace is not None:
+                               f"{', '.join(lacking)}", expected="a runner composed as PagedModelRunner is, or one "
+                               "with execute_traced")
+        if trace is not None and self.composed:
             runner.ops = _Traced(runner.ops, trace)
         runner.load_model()
         size = runner.kv_bytes_per_block() * ((config.engine.num_blocks or 1) + config.engine.num_cpu_blocks)
@@ -189,7 +206,9 @@ class _Device:
         block = runner.read_blocks(self.caches, torch.tensor([NULL_BLOCK])) if config.engine.num_cpu_blocks else ()
         self.host = on_host(block, config.engine.num_cpu_blocks)
         self.host_rows = on_host(runner.row_states, config.engine.max_num_seqs)
-        if trace is not None:
+        if not self.composed:
+            runner.warmup(self.caches)  # only a step that is traced may compile
+        elif trace is not None:
             runner.attention = _Traced(runner.attention, trace)
             model = runner.model
             trace.names |= {id(m): name for name, m in model.named_modules() if isinstance(m, Linear)}
@@ -203,6 +222,11 @@ class _Device:
         assert self.trace is not None
         self.trace.layer = layer
 
+    def _tell(self, name: str, layer: int | None, value: Any) -> None:
+        assert self.trace is not None
+        tensor = torch.from_numpy(np.array(value, np.float64))  # torch does not know every dtype of other libraries
+        self.trace.calls.append(Call(layer, name if name == "attention" else "linear", name, [], [tensor]))
+
     @torch.inference_mode()
     def step(self, request: ExecuteModelRequest) -> list[int]:
         """The tokens."""
@@ -211,6 +235,9 @@ class _Device:
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output = self.runner.execute_model(m, self.caches)
+        elif not self.composed:
+            self.trace.calls = []
+            output = self.runner.execute_traced(m, self.caches, self._tell)
         else:  # called directly, since compiled or captured code would hide the operations
             self.trace.calls = []
             context = self.runner.forward_context(m, self.caches)
@@ -223,14 +250,17 @@ class _Device:
 
 def bisect(path: Path, device: str, against: str, *, model: str | None = None,
            tolerances: Tolerances | None = None, **options: Any) -> Bisection:
-    """Compare `device` with `against` operation by operation, in the order in which the model calls them.
+    """Compare `device` with `against` operation by operation, in the order in which the model calls them. Where one of
+    the two runners is not composed of operations, the values that both know are compared, with the tolerance of a whole
+    model, since errors then add up.
 
     Args:
         model: the checkpoint. Without it, only the bundled model is read.
         options: engine options of both devices, which replace recorded ones.
 
     Raises:
-        BackendError: a backend is not available, or its runner is not composed of operations and attention.
+        BackendError: a backend is not available, or its runner is neither composed of operations and attention nor
+            tells values, or the two tell no value in common.
         ConfigError, WireError: see Recording.load and Recording.config. CapacityError: the caches do not fit.
     """
     recording, table = Recording.load(path), tolerances or Tolerances()
@@ -254,9 +284,10 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
             result.flip = next(((i, row, a, b) for row, (a, b) in enumerate(zip(expected, own, strict=True)) if a != b),
                                None)
         if followed.found is None:
-            followed.follow = noted.calls
+            operations = there.composed and here.composed
+            followed.follow = noted.calls if operations else None
             got = here.step(step.request)
-            result.calls += len(followed.calls)
+            result.calls += len(followed.calls) if operations else _compare_values(followed, noted)
             if followed.found is None and got != expected:
                 drawn = Call(None, "sampler", "", [], [])
                 followed.found = drawn, False, torch.inf, 0.0, torch.nan, torch.nan
@@ -266,3 +297,20 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
         if result.divergence is not None and result.flip is not None:
             break
     return result
+
+
+def _compare_values(here: _Trace, there: _Trace) -> int:
+    """Compare a step's values, layer by layer; `here` takes the first that differs. The number of values compared."""
+    got, expected = _told(here.calls), _told(there.calls)
+    common = [key for key in expected if key in got]
+    if not common:
+        raise BackendError("the two runners tell no value in common", got=sorted({name for _, name in got}),
+                           expected=f"some of {sorted({name for _, name in expected})}")
+    for key in common:
+        (call, right), (_, value), tolerance = expected[key], got[key], here.tolerances("model")
+        rows = min(len(right), len(value))  # behind the step's tokens lies padding
+        error, x, y = _apart(value[:rows], right[:rows])
+        if error > tolerance:
+            here.found = call, False, error, tolerance, x, y
+            break
+    return len(common)

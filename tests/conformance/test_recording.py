@@ -264,6 +264,30 @@ def test_bisect_refuses_a_runner_without_parts() -> None:
         bisect(GREEDY, "null", "cpu")
 
 
+NUMPY = Path(__file__).parents[2] / "examples" / "numpy-backend"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["telling:composed", "telling:telling"])
+def test_bisect_names_the_layer_of_the_numpy_example_that_has_a_fault(monkeypatch: pytest.MonkeyPatch, device: str,
+                                                                     ) -> None:
+    monkeypatch.syspath_prepend(str(NUMPY))
+    right = bisect(GREEDY, device, "cpu")
+    assert right.divergence is None and right.calls > 100 and right.flip is None
+    monkeypatch.setenv("FAULT", "layers.1.mlp.down_proj")
+    found = bisect(GREEDY, device, "cpu").divergence
+    assert found is not None and (found.step, found.call.layer, found.call.name) == (0, 1, "layers.1.mlp.down")
+    # The other way round, the runner that tells values is the one that is right.
+    found = bisect(GREEDY, "cpu", device).divergence
+    assert found is not None and (found.call.layer, found.call.name.removeprefix("layers.1.")) == (1, "mlp.down")
+
+
+def test_bisect_refuses_values_that_the_other_runner_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(NUMPY))
+    with pytest.raises(BackendError, match=r"no value in common[\s\S]*my_attention\.qkv[\s\S]*attention\.qkv"):
+        bisect(GREEDY, "telling:other_names", "cpu")
+
+
 @pytest.mark.parametrize(("at", "options"), [
     (3, {}), (9, {"max_num_batched_tokens": 7}), (14, {"num_blocks": 34, "num_cpu_blocks": 40, "max_num_seqs": 8}),
     (20, {"num_blocks": 34}), pytest.param(6, {"tp": 2}, marks=pytest.mark.slow)], ids=str)
