@@ -15,15 +15,15 @@ from hal_vllm.translate import Translator
 
 def take_output(translator: Translator, step: Step, output: SamplerOutput) -> ModelRunnerOutput:
     """Take a step's tokens over, and give them to vLLM. Outputs come in the order of the steps."""
-    tokens, sampled = output.token_ids.numpy().astype(np.int64), step.sampled
-    rows, occupants = (step.rows, step.occupants) if sampled is None else (step.rows[sampled], step.occupants[sampled])
+    tokens, sampled = output.token_ids.numpy(), step.sampled
     invalid = None
-    if np.count_nonzero(tokens < 0):
+    if tokens.min(initial=0) < 0:
+        tokens = tokens.copy()
         invalid = {step.req_ids[i]: 1 for i in _places(step)[tokens < 0].tolist()}
         tokens[tokens < 0] = 0  # vLLM has no token that says there is none; num_nans_in_logits tells the user
-    translator.take(step, rows, occupants, tokens)
+    translator.take(step, tokens)
     if sampled is None:
-        token_lists = [[token] for token in tokens.tolist()]
+        token_lists = tokens.reshape(-1, 1).tolist()
     else:
         token_lists = [[] for _ in step.req_ids]
         for i, token in zip(sampled.tolist(), tokens.tolist(), strict=True):

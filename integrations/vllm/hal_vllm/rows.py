@@ -36,6 +36,37 @@ class Request:
     prompt_parts: list[Any] = field(default_factory=list)
 
 
+class Scheduled:
+    """The requests of a step, in the order of its rows. Steps of the same decodes share one.
+
+    Attributes:
+        ids: of the requests. owners: the requests. index: the place of each id.
+        rows, rows32: their rows, as int64 and int32. ones: int32, a one for each.
+    """
+
+    __slots__ = ("ids", "index", "ones", "owners", "rows", "rows32")
+
+    def __init__(self, ids: list[str], owners: list[Request], rows: np.ndarray) -> None:
+        self.ids, self.owners, self.rows = ids, owners, rows
+        self.index = {req_id: i for i, req_id in enumerate(ids)}
+        self.rows32, self.ones = rows.astype(np.int32), np.ones(len(ids), np.int32)
+
+
+class BlockTables:
+    """The block tables that grow in a step: row, first column that changes, number of blocks, and all their blocks."""
+
+    __slots__ = ("blocks", "counts", "rows", "starts")
+
+    def __init__(self) -> None:
+        self.rows, self.starts, self.counts, self.blocks = [], [], [], []
+
+    def add(self, row: int, start: int, blocks: list[int]) -> None:
+        self.rows.append(row)
+        self.starts.append(start)
+        self.counts.append(len(blocks))
+        self.blocks += blocks
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """A translated step.

@@ -20,11 +20,12 @@ from hal.features.pending import PENDING_TOKEN
 from hal_vllm.constraints import Constraints, Words
 from hal_vllm.fields import refuse_unknown
 from hal_vllm.params import columns, needs_tokens, number_of_logprobs
-from hal_vllm.rows import Request, Step
+from hal_vllm.rows import BlockTables, Request, Scheduled, Step
 
 _NONE = np.zeros(0, np.int32)
-_NO_FLOATS = np.zeros((0, len(COLUMNS["float"])), np.float32)
-_NO_INTS = np.zeros((0, len(COLUMNS["int"])), np.int64)
+_NOBODY = {"new_rows": _NONE, "new_lens": _NONE, "new_prompt_lens": _NONE, "new_tokens": _NONE,
+           "new_floats": np.zeros((0, len(COLUMNS["float"])), np.float32),
+           "new_ints": np.zeros((0, len(COLUMNS["int"])), np.int64)}  # the fields of a step that no request enters
 
 
 class Translator:
@@ -40,8 +41,8 @@ class Translator:
     def __init__(self, max_rows: int, vocab_size: int, seed: int) -> None:
         self.vocab_size, self.seed = vocab_size, seed
         self.requests: dict[str, Request] = {}
-        self.length, self.told, self.unknown, self.last, self.num_blocks, self.occupant = np.zeros(
-            (6, max_rows), np.int64)
+        self.length, self.told, self.unknown, self.last, self.occupant = np.zeros((5, max_rows), np.int64)
+        self.num_blocks = [0] * max_rows
         self._at: list[Request | None] = [None] * max_rows
         self._free = list(range(max_rows - 1, -1, -1))
         self._left: list[int] = []  # rows given up since the last request
@@ -49,7 +50,7 @@ class Translator:
         self._special: set[str] = set()  # running requests that a step treats one by one
         self._waiting: set[str] = set()  # running requests whose steps need all their tokens
         self._entered = self._step = self._digest = 0
-        self._steady: tuple[list[str], np.ndarray, list[Request], dict[str, int]] | None = None
+        self._steady: Scheduled | None = None  # the last step's requests, where all of them are decodes
 
     def must_wait(self, so: SchedulerOutput) -> bool:
         """Whether a scheduled request needs tokens that are still on the device, because it has penalties or bad words
@@ -76,7 +77,8 @@ class Translator:
         self._copies += so.kv_cache_block_copies or ()
         if not so.total_num_scheduled_tokens:
             return None
-        entered, tables = self._enter_all(so)
+        tables = BlockTables()
+        entered = self._enter_all(so, tables)
         return self._issue(so, entered, tables)
 
     def _leave(self, req_id: str) -> None:
@@ -91,10 +93,9 @@ class Translator:
         self._special.discard(req_id)
         self._waiting.discard(req_id)
 
-    def _enter_all(self, so: SchedulerOutput) -> tuple[list[Request], list[tuple[int, int, list[int]]]]:
-        """Requests that enter rows, and (row, first column, blocks) of every block table that grows."""
+    def _enter_all(self, so: SchedulerOutput, tables: BlockTables) -> list[Request]:
+        """Returns the requests that enter rows. Every block table that grows goes into `tables`."""
         cached, entered = so.scheduled_cached_reqs, list[Request]()
-        tables: list[tuple[int, int, list[int]]] = []
         for new in so.scheduled_new_reqs:
             refuse_unknown(new)
             self._leave(new.req_id)  # a streaming session sends a live request again
@@ -105,16 +106,16 @@ class Translator:
             else:
                 old = self.requests[new.req_id] = self._admit(new, tokens, None if old is None else old.seed)
             entered.append(self._enter(old, new.block_ids[0], tables))
-        grown = [(i, blocks) for i, blocks in enumerate(cached.new_block_ids) if blocks is not None]
-        for i, blocks in grown:
-            request = self.requests[cached.req_ids[i]]
+        ids, requests, num_blocks = cached.req_ids, self.requests, self.num_blocks
+        for i, blocks in [(i, blocks) for i, blocks in enumerate(cached.new_block_ids) if blocks is not None]:
+            request = requests[ids[i]]
             if request.row < 0:
                 request.tokens = list(cached.all_token_ids[request.req_id])
                 entered.append(self._enter(request, blocks[0], tables))
             elif blocks[0]:
-                tables.append((request.row, int(self.num_blocks[request.row]), blocks[0]))
-                self.num_blocks[request.row] += len(blocks[0])
-        return entered, tables
+                tables.add(request.row, num_blocks[request.row], blocks[0])
+                num_blocks[request.row] += len(blocks[0])
+        return entered
 
     def _admit(self, new: NewRequestData, tokens: list[int], seed: int | None) -> Request:
         params = new.sampling_params
@@ -129,13 +130,13 @@ class Translator:
                        params.structured_outputs is not None,
                        number_of_logprobs(params.prompt_logprobs, self.vocab_size))
 
-    def _enter(self, request: Request, blocks: list[int], tables: list[tuple[int, int, list[int]]]) -> Request:
+    def _enter(self, request: Request, blocks: list[int], tables: BlockTables) -> Request:
         row = request.row = self._free.pop()
         self._at[row], self._steady = request, None
         self.length[row] = self.told[row] = len(request.tokens)
         self.unknown[row], self.num_blocks[row] = 0, len(blocks)
         self.occupant[row] += 1
-        tables.append((row, 0, blocks))
+        tables.add(row, 0, blocks)
         request.prompt_parts = []
         wants_prompt = request.prompt_logprobs >= 0 and len(request.tokens) == request.num_prompt
         if request.constraints is not None or request.grammar or wants_prompt:
@@ -144,10 +145,9 @@ class Translator:
             self._waiting.add(request.req_id)
         return request
 
-    def _scheduled(self, so: SchedulerOutput) -> tuple[list[str], np.ndarray, list[Request], dict[str, int], np.ndarray,
-                                                       np.ndarray]:
-        """The scheduled requests: ids, rows, records, places, and the tokens of each to compute and already computed.
-        Those with one token to compute come first."""
+    def _scheduled(self, so: SchedulerOutput) -> tuple[Scheduled, np.ndarray, np.ndarray]:
+        """The scheduled requests, and the tokens of each to compute and already computed. Those with one token to
+        compute come first."""
         cached, new = so.scheduled_cached_reqs, so.scheduled_new_reqs
         ids, computed = cached.req_ids, cached.num_computed_tokens
         total = so.total_num_scheduled_tokens
@@ -155,56 +155,59 @@ class Translator:
             ids = [*ids, *(r.req_id for r in new)]
             computed = [*computed, *(r.num_computed_tokens for r in new)]
         steady = self._steady
-        if steady is not None and total == len(ids) and steady[0] == ids:
-            return *steady, np.ones(total, np.int64), np.array(computed, np.int64)
+        if steady is not None and total == len(ids) and steady.ids == ids:
+            return steady, steady.ones, np.array(computed, np.int64)
+        counts = np.ones(len(ids), np.int32)
         if total != len(ids):
-            counts = [so.num_scheduled_tokens[req_id] for req_id in ids]
-            order = sorted(range(len(ids)), key=lambda i: counts[i] != 1)
-            ids, counts, computed = ([x[i] for i in order] for x in (ids, counts, computed))
-        else:
-            counts = [1] * total
-        owners = [self.requests[req_id] for req_id in ids]
-        rows = np.array([request.row for request in owners], np.int64)
-        self._steady = list(ids), rows, owners, {req_id: i for i, req_id in enumerate(ids)}
-        found = *self._steady, np.array(counts, np.int64), np.array(computed, np.int64)
-        if total != len(ids):  # another order, which a step of decodes would not have
-            self._steady = None
-        return found
+            counts[:] = [so.num_scheduled_tokens[req_id] for req_id in ids]
+            order = np.argsort(counts != 1, kind="stable")
+            counts, computed = counts[order], np.array(computed, np.int64)[order]
+            ids = [ids[i] for i in order.tolist()]
+        owners = list(map(self.requests.__getitem__, ids))
+        found = Scheduled(list(ids), owners, np.array([request.row for request in owners], np.int64))
+        self._steady = found if total == len(ids) else None  # a step of decodes has vLLM's order
+        return found, counts, np.array(computed, np.int64)
 
-    def _issue(self, so: SchedulerOutput, entered: list[Request], tables: list[tuple[int, int, list[int]]]) -> Step:
-        ids, rows, owners, index, counts, computed = self._scheduled(so)
-        length, told = self.length[rows], self.told[rows]
+    def _issue(self, so: SchedulerOutput, entered: list[Request], tables: BlockTables) -> Step:
+        found, counts, computed = self._scheduled(so)
+        rows, every = found.rows, found.rows32
+        length = self.length[rows]
         ends = computed + counts
-        appended = rows if (gained := length > told).all() else rows[gained]
-        tokens = np.where(self.unknown[appended] > 0, PENDING_TOKEN, self.last[appended])
+        gained = length > self.told[rows]
+        appended, appended32 = (rows, every) if gained.all() else (rows[gained], every[gained])
+        unknown = self.unknown[appended]
+        tokens = self.last[appended]
+        if unknown.any():
+            tokens[unknown > 0] = PENDING_TOKEN
         sampling = ends == length
         sampled = None if sampling.all() else np.flatnonzero(sampling)
         special = bool(self._special)
-        grammar = special and any(r.grammar and r.req_id in index for r in map(self.requests.get, self._special) if r)
+        grammar = special and any(r.grammar and r.req_id in found.index
+                                  for r in map(self.requests.get, self._special) if r)
         grammar = grammar or bool(so.has_structured_output_requests)
-        fields: dict[str, Any] = self._entering(entered) if entered else {
-            "new_rows": _NONE, "new_lens": _NONE, "new_prompt_lens": _NONE, "new_tokens": _NONE,
-            "new_floats": _NO_FLOATS, "new_ints": _NO_INTS}
+        fields: dict[str, Any] = self._entering(entered) if entered else _NOBODY
         request = ExecuteModelRequest(
-            step=self._step, digest=self._digest, finished_rows=_ints(self._left),
-            append_rows=appended.astype(np.int32), append_tokens=tokens.astype(np.int32),
-            block_rows=_ints([row for row, _, _ in tables]), block_starts=_ints([start for _, start, _ in tables]),
-            block_counts=_ints([len(blocks) for _, _, blocks in tables]),
-            new_blocks=_ints([block for _, _, blocks in tables for block in blocks]), rows=rows.astype(np.int32),
-            num_scheduled=counts.astype(np.int32), num_computed=computed.astype(np.int32),
+            step=self._step, digest=self._digest, finished_rows=_ints(self._left), append_rows=appended32,
+            append_tokens=tokens.astype(np.int32), block_rows=_ints(tables.rows), block_starts=_ints(tables.starts),
+            block_counts=_ints(tables.counts), new_blocks=_ints(tables.blocks), rows=every, num_scheduled=counts,
+            num_computed=computed.astype(np.int32),
             blocks_to_copy=np.array(self._copies, np.int32).reshape(-1, 2) if self._copies else None, **fields)
         self._left, self._copies = [], []
         self._step, self._digest = self._step + 1, request.chain()
-        self.told[appended] = self.length[appended]
-        step = Step(request, ids, index, rows, self.occupant[rows], sampled, owners, [], grammar)
+        self.told[appended] = length if appended is rows else length[gained]
+        step = Step(request, found.ids, found.index, rows, self.occupant[rows], sampled, found.owners, [], grammar)
         if special:
             self._prompt_targets(step, computed, ends)
             if not grammar:  # else the masks come with vLLM's
                 for name, array in self.masks(step, {}).items():
                     setattr(request, name, array)
-        gaining = rows if sampled is None else rows[sampled]
-        self.length[gaining] += 1
-        self.unknown[gaining] += 1
+        if sampled is None:
+            self.length[rows] = length + 1
+            self.unknown[rows] = (unknown if appended is rows else self.unknown[rows]) + 1
+        else:
+            gaining = rows[sampled]
+            self.length[gaining] += 1
+            self.unknown[gaining] += 1
         return step
 
     def _entering(self, entered: list[Request]) -> dict[str, Any]:
@@ -234,10 +237,13 @@ class Translator:
         """Whether a running request is treated one by one: for prompt logprobs, a mask or a grammar."""
         return bool(self._special)
 
-    def take(self, step: Step, rows: np.ndarray, occupants: np.ndarray, tokens: np.ndarray) -> None:
+    def take(self, step: Step, tokens: np.ndarray) -> None:
         """Take over the tokens that the step sampled, for the sequences that still have their rows."""
-        if not np.array_equal(self.occupant[rows], occupants):
-            kept = self.occupant[rows] == occupants
+        rows, occupants = step.rows, step.occupants
+        if step.sampled is not None:
+            rows, occupants = rows[step.sampled], occupants[step.sampled]
+        kept = self.occupant[rows] == occupants
+        if not kept.all():
             rows, tokens = rows[kept], tokens[kept]
         self.unknown[rows] -= 1
         self.last[rows] = tokens

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 
 @contextlib.contextmanager
@@ -38,3 +41,18 @@ def bundled() -> str:
 
 def tokens_of(outputs: Any) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@cache
+def reference_model(dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(bundled(), dtype=dtype)
+
+
+def reference(tokens: list[int], dtype: torch.dtype = torch.float32, *, logprobs: bool = True) -> np.ndarray:
+    """Logprobs, or scores, [len(tokens), vocabulary] of the next token at each place, by transformers."""
+    with torch.inference_mode():
+        logits = reference_model(dtype)(torch.tensor([tokens])).logits[0]
+    found: np.ndarray = (logits.log_softmax(-1) if logprobs else logits).numpy()
+    return found

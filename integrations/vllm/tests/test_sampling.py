@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from served import bundled, serving, tokens_of
+from served import reference, serving, tokens_of
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 PROMPTS = ["37+85=", "12+34=46;56+78=134;90+12=102;34+5", "999+1=", "1+1=2;2+2=4;3+"]
 VOCAB = 16
-
-
-@cache
-def reference_model(dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(bundled(), dtype=dtype)
-
-
-def reference(tokens: list[int], dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """Logprobs [len(tokens), vocabulary] of the next token at each place."""
-    with torch.inference_mode():
-        logprobs: np.ndarray = reference_model(dtype)(torch.tensor([tokens])).logits[0].log_softmax(-1).numpy()
-    return logprobs
 
 
 def check_logprobs(found: dict[int, Any], expected: np.ndarray, error: np.ndarray, token: int, most: int) -> None:
