@@ -15,7 +15,7 @@ from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput
 from hal.sampling.params import SamplingParams
 
-_SHAPE: dict[str, Any] = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=checkpoints.VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
 _YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
@@ -67,7 +67,7 @@ LONG = [PROMPTS[0], PROMPTS[0][::-1]]  # transformers takes all of their frequen
 
 def save(name: str, directory: Path) -> Path:
     kind, options = FAMILIES[name]
-    return checkpoints.save_model(kind, {**_SHAPE, **options}, directory)
+    return checkpoints.save_model(kind, {**SHAPE, **options}, directory)
 
 
 def run(path: Path, device: str = "cpu", **options: Any) -> LLM:

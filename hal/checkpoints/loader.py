@@ -20,9 +20,10 @@ from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
+from hal.models.experts import Experts
 from hal.models.layers import Linear
 from hal.models.ops import Ops
-from hal.weights.sharding import StoredSlice, spec_of
+from hal.weights.sharding import ParameterSpec, StoredSlice, spec_of
 
 # Constants that older transformers saved beside the weights.
 _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|^h\.\d+\.attn\.(bias|masked_bias))$")
@@ -98,8 +99,32 @@ def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no
                 files[stored.path] = stack.enter_context(open_file(stored.path, "pt"))
             _fill(parameter, source, at, stored, files[stored.path], model.topology)
     progress("loading weights", len(work), len(work))
+    _unpack(model, tensors, progress)
     _quantize(model, tensors, progress)
     model.pack()
+
+
+def _unpack(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress) -> None:
+    """Fill the experts that the checkpoint stores in fewer bits, one layer at a time."""
+    layers = [module for module in model.modules() if isinstance(module, Experts) and module.packed]
+    for done, layer in enumerate(layers):
+        progress("unpacking experts", done, len(layers))
+        layer.unpack({name: _filled(shape, spec, torch.uint8, layer.gate_up.device, tensors, model.topology)
+                      for name, (shape, spec) in layer.packed.items()})
+    if layers:
+        progress("unpacking experts", len(layers), len(layers))
+
+
+def _filled(shape: tuple[int, ...], spec: ParameterSpec | None, dtype: torch.dtype, device: torch.device,
+            tensors: Mapping[str, Stored], topology: Topology) -> torch.Tensor:
+    """A tensor that is no parameter of the model, from the checkpoint."""
+    made = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    made.spec = spec  # type: ignore[attr-defined]
+    for source, at in _parts(made, topology):
+        stored = tensors[source.name]
+        with open_file(stored.path, "pt") as file:
+            _fill(made, source, at, stored, file, topology)
+    return made.data
 
 
 def _quantize(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress) -> None:
@@ -109,14 +134,8 @@ def _quantize(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress
     for done, layer in enumerate(layers):
         progress("quantizing weights", done, len(layers))
         shape, spec = layer.dense or ((), None)
-        device = next(layer.parameters()).device
-        dense = nn.Parameter(torch.empty(shape, dtype=model.dtype, device=device), requires_grad=False)
-        dense.spec = spec  # type: ignore[attr-defined]
-        for source, at in _parts(dense, model.topology):
-            stored = tensors[source.name]
-            with open_file(stored.path, "pt") as file:
-                _fill(dense, source, at, stored, file, model.topology)
-        for name, value in layer.scheme.quantize(dense.data).items():
+        dense = _filled(shape, spec, model.dtype, next(layer.parameters()).device, tensors, model.topology)
+        for name, value in layer.scheme.quantize(dense).items():
             layer.get_parameter(name).data.copy_(value)
     if layers:
         progress("quantizing weights", len(layers), len(layers))
@@ -178,6 +197,8 @@ def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
     ignored = {f"{p.name}.{name}" for m in linears for p in m.spec.projections for name in m.scheme.ignored}
     expected = {s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources}
     expected |= {s.name: _Expected(s, torch.float32) for m in linears if m.dense for s in m.dense[1].sources}
+    packed = [spec for m in whole.modules() if isinstance(m, Experts) for _, spec in m.packed.values()]
+    expected |= {s.name: _Expected(s, torch.uint8) for spec in packed for s in spec.sources}
     return expected, ignored.union(whole.ignored)
 
 

@@ -7,15 +7,18 @@ and with them those of an MLP that computes every token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hal.errors import ConfigError
 from hal.model_config import ModelConfig
 from hal.models.layers import Build
 from hal.models.mlp import GatedMLP, apply_norm
+from hal.weights.mxfp4 import BLOCK, decoded
 from hal.weights.sharding import ParameterSpec, StoredSlice
 
 
@@ -46,6 +49,8 @@ class Experts(nn.Module):
             has the second.
         router: [all experts, hidden]. router_bias, correction: [all experts], or None.
         shared: the MLP that computes every token, or None; shared_gate: [1, hidden], or None.
+        packed: shapes and declarations of uint8 tensors that the checkpoint stores in place of the weights; the loader
+            fills them and calls `unpack`.
     """
 
     def __init__(self, config: ModelConfig, build: Build, name: str, names: ExpertNames) -> None:
@@ -59,12 +64,15 @@ class Experts(nn.Module):
         wide = torch.float32 if e.wide else None
         self.router = build.replicated(f"{name}.{names.router}.weight", e.count, c.hidden_size, dtype=wide)
         self.router_bias = self.correction = None
+        self.packed: dict[str, tuple[tuple[int, ...], ParameterSpec]] = {}
         self.gate_up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
         if e.sigmoid:
             self.correction = build.replicated(f"{name}.{names.router}.e_score_correction_bias", e.count,
                                                dtype=torch.float32)
-        self._hold(build, f"{name}.experts", names.parts, e.size, place * self.size, c.hidden_size)
+        in_four_bits = names.parts is None and (c.quantization or {}).get("quant_method") == "mxfp4"
+        (self._hold_packed if in_four_bits else self._hold)(
+            build, f"{name}.experts", names.parts, e.size, place * self.size, c.hidden_size)
         if e.bias:
             self.router_bias = build.replicated(f"{name}.{names.router}.bias", e.count)
             self._hold_biases(build, f"{name}.experts", e.count, e.size, place * self.size, c.hidden_size)
@@ -91,6 +99,38 @@ class Experts(nn.Module):
         rows = self.count * size
         self.gate_up = build.parameter((2 * rows, hidden), ParameterSpec(0, 0, tuple(wide)))
         self.down = build.parameter((rows, hidden), ParameterSpec(0, 0, tuple(back)))
+
+    def _hold_packed(self, build: Build, name: str, parts: tuple[str, str, str] | None, whole: int, start: int,
+                     hidden: int) -> None:
+        """As `_hold`, of a checkpoint in MXFP4. The weights are decoded when they are loaded, to the model's dtype."""
+        size, mine = self.size, range(self.first, self.first + self.count)
+        if size % BLOCK or hidden % BLOCK:
+            raise ConfigError("the ranks would cut a block of the experts' MXFP4 weights", got=f"{size} and {hidden}",
+                              expected=f"multiples of {BLOCK}", hint="choose another tp or ep")
+        for kind, inner in (("blocks", (BLOCK // 2,)), ("scales", ())):
+            stored = self.config.count, 2 * whole, hidden // BLOCK, *inner
+            wide = [StoredSlice(f"{name}.gate_up_proj_{kind}", stored, 1, size, start, entry=i, step=2, offset=offset)
+                    for i in mine for offset in (0, 1)]
+            stored = self.config.count, hidden, whole // BLOCK, *inner
+            back = [StoredSlice(f"{name}.down_proj_{kind}", stored, 2, size // BLOCK, start // BLOCK, entry=i)
+                    for i in mine]
+            below = 255 if kind == "scales" else None
+            self.packed[f"gate_up_{kind}"] = ((2 * self.count * size, hidden // BLOCK, *inner),
+                                              ParameterSpec(None, 0, tuple(wide), below))
+            self.packed[f"down_{kind}"] = ((hidden, self.count * size // BLOCK, *inner),
+                                           ParameterSpec(None, 1, tuple(back), below))
+        self.gate_up = build.parameter((2 * self.count * size, hidden), ParameterSpec(0, 0, ()))
+        self.down = build.parameter((self.count * size, hidden), ParameterSpec(0, 0, ()))
+
+    def unpack(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Fill the weights from the tensors that `packed` declares."""
+        size, dtype = self.size, self.gate_up.dtype
+        for i in range(self.count):
+            rows = slice(2 * i * size, 2 * (i + 1) * size)
+            self.gate_up.data[rows] = decoded(values["gate_up_blocks"][rows], values["gate_up_scales"][rows], dtype)
+            part = slice(i * size // BLOCK, (i + 1) * size // BLOCK)
+            self.down.data[i * size:(i + 1) * size] = decoded(
+                values["down_blocks"][:, part], values["down_scales"][:, part], dtype).t()
 
     def _hold_biases(self, build: Build, name: str, count: int, whole: int, start: int, hidden: int) -> None:
         mine = range(self.first, self.first + self.count)

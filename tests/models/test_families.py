@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import families
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from hal.checkpoints.hf_config import read_config
 from hal.checkpoints.loader import load_weights
@@ -65,6 +69,39 @@ def test_experts_that_the_ranks_cannot_share_are_refused(family: Family) -> None
         model = config if ep == 4 else dataclasses.replace(config, experts=dataclasses.replace(config.experts, size=42))
         with pytest.raises(ConfigError, match=r"cannot share the model's experts"):
             check_topology(model, Topology(tp=tp, ep=ep))
+
+
+def test_experts_in_mxfp4_are_decoded_as_transformers_decodes_them(tmp_path: Path) -> None:
+    """A published gpt-oss checkpoint stores its experts so; each rank gets its part."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    dense = checkpoints.save_model("gpt_oss", {**families.SHAPE, **families.FAMILIES["gpt-oss"][1],
+                                               "intermediate_size": 64}, tmp_path / "dense")
+    shutil.copytree(dense, tmp_path / "packed")
+    tensors, generator = load_file(dense / "model.safetensors"), torch.Generator().manual_seed(0)
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = tensors[name].shape
+        blocks, scales = (torch.randint(low, high, (experts, outer, inner // 32, *more), generator=generator).byte()
+                          for low, high, more in ((0, 256, (16,)), (118, 130, ())))
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        tensors[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+        del packed[name]
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    save_file(packed, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    config = json.loads((dense / "config.json").read_text())
+    (tmp_path / "packed" / "config.json").write_text(json.dumps({**config, "quantization_config": {
+        "quant_method": "mxfp4"}}))
+    for topology in (Topology(), Topology(tp=2, rank=1), Topology(tp=2, ep=2, rank=1)):
+        expected, got = (build_model(read_config(path), topology, LocalCommunicator(), Ops(), torch.float32,
+                                     torch.device("cpu")) for path in (dense, tmp_path / "packed"))
+        for model, path in ((expected, dense), (got, tmp_path / "packed")):
+            load_weights(model, path)
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(got.get_parameter(name), parameter), name
+    with pytest.raises(ConfigError, match=r"cut a block of the experts' MXFP4"):
+        build_model(read_config(tmp_path / "packed"), Topology(tp=4), LocalCommunicator(), Ops(), torch.float32,
+                    torch.device("meta"))
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
