@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from hal.config import EngineConfig
 from hal.contracts.backend import Backend
 from hal.contracts.outputs import SamplerOutput
@@ -43,10 +41,11 @@ class Speculation:
         self._times: dict[int, list[float]] = {}  # of a round with 0, 1, ... drafts, by its number of sequences
 
     def take_times(self, measured: Sequence[Sequence[float]]) -> None:
-        """The executor's `round_times`. Between two measured numbers of drafts the time is taken as linear."""
+        """The executor's `round_times`. Fewer drafts than were measured take the time of the next larger number, whose
+        program they run as."""
         for rows in sorted({int(rows) for rows, _, _ in measured}):
-            drafts, seconds = zip(*[(k, each) for n, k, each in measured if n == rows], strict=True)
-            self._times[rows] = np.interp(np.arange(self._most + 1), drafts, seconds).tolist()
+            times = sorted((drafts, seconds) for n, drafts, seconds in measured if n == rows)
+            self._times[rows] = [next(t for n, t in times if n >= k) for k in range(self._most + 1)]
 
     def before(self, step: ScheduledStep) -> None:
         """Called before the step is executed."""

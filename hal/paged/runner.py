@@ -140,8 +140,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
 
     def dummy_input(self, num_seqs: int, queries: int) -> PagedModelInput:
         """Prompts of `queries` tokens (decoding sequences when it is 1) that write the null block alone."""
-        result: PagedModelInput = self._dummy(num_seqs, queries, False).to(self.device)
-        return result
+        return self.stage(self._dummy(num_seqs, queries, False))
 
     def dummy_round(self, num_seqs: int, drafts: int) -> PagedModelInput:
         """As dummy_input: a round of speculative decoding that verifies `drafts` drafts of each sequence and proposes

@@ -274,3 +274,6 @@ class writes_the_wrong_block(opaque):
 
 opaque_backend = OpaqueBackend(opaque)
 shifting_backend = OpaqueBackend(writes_the_wrong_block)
+
+
+no_syncs = FakeBackend(forbid_syncs=True)

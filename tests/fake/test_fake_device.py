@@ -21,6 +21,7 @@ import fake_runners
 from fake_runners import OnCpu, StaticRunner
 
 from hal import LLM, SamplingParams
+from hal.config import BUNDLED_MODEL
 from hal.conformance.cases.engine import in_two_phases
 from hal.conformance.context import Context, Session
 from hal.conformance.run import Options, run
@@ -148,6 +149,14 @@ def test_a_default_copy_waits(context: Callable[..., Context]) -> None:
     steps(context(FakeBackend(PagedModelRunner)))
     with pytest.raises(WorkerError, match="waits for the device in a step; got copy from the host"):
         steps(context(FakeBackend(PagedModelRunner, forbid_syncs=True)))
+
+
+def test_a_round_of_a_draft_model_waits_for_nothing() -> None:
+    """Neither between its parts nor within them; nor do the steps of prompts."""
+    with LLM(device="fake_runners:no_syncs", speculate="draft", draft_model=BUNDLED_MODEL, speculative_tokens=3,
+             max_num_seqs=2, num_blocks=40) as llm:
+        assert [o.text for o in llm.generate(["37+85=", "999+1=", "7+8="])] == ["122", "1000", "15"]
+        assert llm.stats().accepted_tokens == llm.stats().drafted_tokens > 0
 
 
 def test_a_buffer_may_be_used_again_when_its_copy_has_run(context: Callable[..., Context],
