@@ -2,9 +2,12 @@
 
 Weights are random, so how often a draft is right is made up: the target's token is replaced by the draft with a known
 probability (`--right`). All else is the real engine. For each batch and number of drafts k the table shows the measured
-speed-up beside two models: that of the published analysis (Leviathan et al., arXiv 2211.17192), in which verifying
-costs nothing more, (1 - p^(k+1)) / ((1 - p) (1 + c k)) with the cost ratio c of a draft; and the same tokens over the
-measured time of a round in which every draft is wrong.
+speed-up beside three models, which expect E = (1 - p^(k+1)) / (1 - p) tokens of a round:
+- E / (1 + c k), the published analysis (Leviathan et al., arXiv 2211.17192) with the cost ratio c of a draft. There
+  verifying costs no more than a plain step;
+- E / (v + c k), with v as the cost of a step of n (1 + k) tokens: a plain step of as many sequences of short contexts;
+- E over the measured time of a round in which every draft is wrong.
+c and v come from plain decoding alone.
 
     python benchmarks/speculation.py --device cuda --shape llama-3-8b --draft llama-3.2-1b   # a GPU, about 5 minutes
     python benchmarks/speculation.py --ngram                                                 # a CPU, bundled model
@@ -114,7 +117,9 @@ def controlled(args: argparse.Namespace) -> None:
         kinds += [(k, args.shape, {**how, "speculative_tokens": k}) for k in args.drafts]
         found: list[tuple[int, int, float, float]] = []
         for kind, shape, options in kinds:
-            with LLM(str(folders[shape]), **base, **options) as llm:
+            if kind == "plain":
+                options = {"max_num_seqs": max(args.batches) * (1 + max(args.drafts))}
+            with LLM(str(folders[shape]), **{**base, **options}) as llm:
                 if isinstance(kind, int):
                     print(f"k={kind}: rounds measured at the start, [sequences, drafts, ms]:",
                           [(n, k, round(each * 1e3, 2)) for n, k, each in llm.executor.round_times], flush=True)
@@ -132,17 +137,25 @@ def controlled(args: argparse.Namespace) -> None:
                             share = (now.accepted_tokens - before.accepted_tokens) / (
                                 now.drafted_tokens - before.drafted_tokens)
                             found.append((kind, batch, speed, share))  # type: ignore[arg-type]
+                if kind == "plain":
+                    for size in {batch * (1 + k) for batch in args.batches for k in args.drafts} | {*args.batches}:
+                        prompts = [[random.randrange(250) for _ in range(4)] for _ in range(size)]
+                        params = SamplingParams(max_tokens=_END + 32, ignore_eos=True)
+                        speed = max(rate(llm, prompts, params) for _ in range(2))
+                        times["short", size] = size / speed
         print(f"{args.shape}, {how['speculate']} {args.draft or ''}, drafts right with p={args.right}")
-        print(f"{'batch':>5} {'k':>2} | {'plain ms':>8} {'round ms':>8} {'c':>5} | {'accepted':>8} {'tok/s':>8} "
-              f"{'speed-up':>8} | {'Leviathan':>9} {'ratio':>5} | {'by round':>8} {'ratio':>5}")
+        print("batch  k | plain ms round ms     c     v | accepted    tok/s speed-up | 1 + ck ratio | v + ck ratio | "
+              "by round ratio")
         for k, batch, speed, share in sorted(found, key=lambda row: (row[1], row[0])):
             plain, p = times["plain", batch, None], args.right
             tokens = (1 - p**(k + 1)) / (1 - p)
             c = times["draft alone", batch, None] / plain if args.draft else 0.0
-            up, ideal = speed * plain / batch, tokens / (1 + c * k)
+            v = times["short", batch * (1 + k)] / times["short", batch]
+            up, ideal, verified = speed * plain / batch, tokens / (1 + c * k), tokens / (v + c * k)
             by_round = tokens * plain / times[k, batch, 0.0]
-            print(f"{batch:>5} {k:>2} | {plain * 1e3:8.2f} {times[k, batch, 0.0] * 1e3:8.2f} {c:5.2f} | {share:8.2f} "
-                  f"{speed:8.1f} {up:8.2f} | {ideal:9.2f} {up / ideal:5.2f} | {by_round:8.2f} {up / by_round:5.2f}")
+            print(f"{batch:>5} {k:>2} | {plain * 1e3:8.2f} {times[k, batch, 0.0] * 1e3:8.2f} {c:5.2f} {v:5.2f} "
+                  f"| {share:8.2f} {speed:8.1f} {up:8.2f} | {ideal:6.2f} {up / ideal:5.2f} | {verified:6.2f} "
+                  f"{up / verified:5.2f} | {by_round:8.2f} {up / by_round:5.2f}")
 
 
 def ngram(args: argparse.Namespace) -> None:

@@ -62,6 +62,7 @@ class Scheduler:
         self.speculates = config.speculate is not None
         self._eos = np.array(sorted(eos_token_ids), np.int64)
         self.epoch = self.step = self.digest = 0
+        self._issued: Any = None  # the last step's request
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.blocks = BlockManager(self.num_blocks, self.num_cpu_blocks, prefix_caching=self.prefix_caching)
@@ -549,6 +550,8 @@ class Scheduler:
             rows, counts, extra, total = rows[order], counts[order], extra[order], counts.sum()
         computed = self.computed[rows]
         ends = computed + counts
+        if self._issued is not None:
+            self.digest = self._issued.chain()  # not before: its drafts may have been on their way when it was issued
         values: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "digest": self.digest}
         if drafts:
             ends -= extra
@@ -561,7 +564,7 @@ class Scheduler:
                        "stop_ids": self._stop_ids[rows]}
             ends, total = ends + gains - 1, int(gains.sum())
         request = changes.request(rows, counts, computed, *self._tell_appended(rows), **values)
-        self.step, self.digest = self.step + 1, request.chain()
+        self.step, self._issued = self.step + 1, request
         self._count_as_computed(rows, ends, sampled, 1 if gains is None else gains)
         if self.prefix_caching:
             self._register(rows, ends)

@@ -32,7 +32,8 @@ class Sequence:
             tokens computed in all rows that it has left. preemptions: how often it was preempted.
         drafts: tokens that it may have next, for its next step to verify. max_drafts: the most that are proposed at a
             time; None: as many as for other sequences. drafted, accepted: drafts so far. propose: see
-            hal.contracts.proposer.HostProposer.
+            hal.contracts.proposer.HostProposer. proposed: where the ranks propose, the output that has the values of
+            `drafts`, and the place in it.
     """
 
     request_id: int
@@ -60,6 +61,7 @@ class Sequence:
     drafted: int = 0
     accepted: int = 0
     propose: Any = field(default=None, repr=False)
+    proposed: Any = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)

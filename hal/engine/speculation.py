@@ -48,26 +48,39 @@ class Speculation:
             self._times[rows] = [next(t for n, t in times if n >= k) for k in range(self._most + 1)]
 
     def before(self, step: ScheduledStep) -> None:
-        """Called before the step is executed."""
-        if self.on_ranks:
-            step.request.num_proposals = self.count
+        """Called before the step is executed. Its proposals may still be on their way until here."""
+        if not self.on_ranks:
+            return
+        step.request.num_proposals = self.count
+        if step.request.draft_tokens is None:
+            return
+        given, tokens = dict[int, list[list[int]]](), list[int]()
+        for row, seq in zip(step.sampled_rows.tolist(), step.sampled, strict=True):
+            count = step.drafts.get(row)
+            if count:
+                output, i = seq.proposed
+                if id(output) not in given:
+                    given[id(output)] = output.draft_tokens.clamp(min=0).tolist()
+                tokens += given[id(output)][i][:count]
+        step.request.draft_tokens[...] = tokens
 
     def after(self, step: ScheduledStep, output: SamplerOutput) -> None:
-        """Called when the step's tokens are taken over: give the sequences that go on their drafts."""
+        """Called when the step's tokens are taken over: give the sequences that go on their drafts. Where the ranks
+        propose, the scheduler gets their number alone, and `before` reads them: the device may still compute them."""
         if step.drafts and output.counts is not None:
             self._observe(step, output.counts.tolist())
         self._choose(len(step.sampled))
-        given = None if output.draft_tokens is None else output.draft_tokens.tolist()
         for i, seq in enumerate(step.sampled):
             if seq.finish_reason is not None:
                 continue
+            most = self.count if self._host is not None else step.request.num_proposals
+            most = most if seq.max_drafts is None else min(most, seq.max_drafts)
             if self._host is not None:
                 if seq.propose is None:
                     seq.propose = self._host.begin(seq.prompt_ids)
-                most = self.count if seq.max_drafts is None else min(self.count, seq.max_drafts)
                 seq.drafts = seq.propose(seq.output_ids, most) if most else []
-            elif given is not None:
-                seq.drafts = [token for token in given[i][:seq.max_drafts] if token >= 0]
+            else:
+                seq.drafts, seq.proposed = [0] * most, (output, i)
 
     def _observe(self, step: ScheduledStep, counts: list[int]) -> None:
         right = trials = 0

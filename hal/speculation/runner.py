@@ -41,6 +41,24 @@ def compose(target: ModelRunnerBase[Any], config: WorkerConfig, device: torch.de
     return SpeculativeRunner(target, kind(config, device, communicator, target))
 
 
+class LateDrafts(SamplerOutput):
+    """An output on the host whose proposals arrive after the rest. Reading `draft_tokens` waits for them; from then on
+    this is a SamplerOutput like any other."""
+
+    @classmethod
+    def of(cls, output: SamplerOutput, later: Callable[[], torch.Tensor]) -> LateDrafts:
+        late = cls.__new__(cls)
+        late.__dict__.update(output.__dict__, later=later)
+        return late
+
+    @property  # type: ignore[misc]
+    def draft_tokens(self) -> torch.Tensor:  # type: ignore[override]
+        proposed: torch.Tensor = self.__dict__.pop("later")()
+        self.__class__ = SamplerOutput  # type: ignore[assignment]
+        self.__dict__["draft_tokens"] = proposed
+        return proposed
+
+
 class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
     """The target's runner, behind whose sampler the proposer runs. Both share the step's input, and the block ids of
     their caches: the target's come first in `kv_caches`.
@@ -55,6 +73,7 @@ class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
         self.target, self.proposer = target, proposer
         self.input_type, self.output_type = target.input_type, target.output_type  # type: ignore[misc]
         self.tokens_per_row = target.tokens_per_row
+        self._early: tuple[SamplerOutput, Callable[[], SamplerOutput]] | None = None  # the last output, on its way
         self._caches = 0  # how many of kv_caches are the target's
 
     @property
@@ -127,9 +146,12 @@ class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
     def execute_sampling(self, forwarded: Any, model_input: PagedModelInput) -> Any:
         of_target, kv_caches = forwarded
         output: Any = self.target.execute_sampling(of_target, model_input)
+        # The host gets the new tokens while the device proposes further ones; from another rank they come together.
+        early = self.target.fetch(output) if output is not None and self.config.topology.world_size == 1 else None
         proposed = self.proposer.propose(model_input, self._on_all_ranks(output, model_input), of_target, kv_caches)
         if output is not None:
             output.draft_tokens = proposed
+        self._early = None if early is None or proposed is None else (output, early)
         return output
 
     def _on_all_ranks(self, output: SamplerOutput | None, m: PagedModelInput) -> SamplerOutput:
@@ -148,4 +170,8 @@ class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
         return SamplerOutput(token_ids=tokens, counts=None if m.sample_counts is None else counts)
 
     def fetch(self, output: Any) -> Callable[[], Any]:
-        return self.target.fetch(output)
+        if self._early is None or self._early[0] is not output:
+            return self.target.fetch(output)
+        early = self._early[1]
+        later = self.target.fetch(SamplerOutput(token_ids=output.token_ids[:0], draft_tokens=output.draft_tokens))
+        return lambda: LateDrafts.of(early(), lambda: later().draft_tokens)
