@@ -28,6 +28,7 @@ ALLOWED = {
         "long_prefill_token_threshold", "long_prefill_token_threshold_adaptive", "max_num_queued_reqs",
         "max_num_queued_tokens", "enable_chunked_prefill", "policy", "scheduler_cls", "scheduler_reserve_full_isl",
         "watermark", "prefill_schedule_interval", "async_scheduling", "stream_interval", "runner_type"},
+    "kernel_config": {"enable_jit_warmup"},  # none of vLLM's kernels runs
     "load_config": {"load_format", "download_dir", "ignore_patterns", "use_tqdm_on_load"},
     "structured_outputs_config": {
         "backend", "disable_any_whitespace", "disable_additional_properties", "reasoning_parser",

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import serving
 from vllm import SamplingParams
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 
 PROMPTS = [[5, 6, 7], [9] * 20, [11, 4, 8, 5, 13, 6], [7, 8] * 11]
 
@@ -84,3 +85,78 @@ def test_a_rank_that_dies_while_idle_fires_the_callback() -> None:
         assert told.wait(5)
         with pytest.raises(Exception, match="rank 1 died between steps: killed by signal 9"):
             executor.check_health()
+
+
+def test_a_request_is_aborted_while_its_token_is_on_the_device() -> None:
+    """Under asynchronous scheduling the row of the aborted request has a new owner before the token arrives."""
+    def run(llm: Any, aborted: str | None) -> dict[str, list[int]]:
+        core, done, steps = llm.llm_engine, dict[str, list[int]](), 0
+        for name, prompt in zip("abcdefghij", PROMPTS * 3, strict=False):
+            core.add_request(name, {"prompt_token_ids": prompt}, SamplingParams(temperature=0.0, max_tokens=12,
+                                                                                ignore_eos=True))
+        while core.has_unfinished_requests():
+            done.update((o.request_id, list(o.outputs[0].token_ids)) for o in core.step() if o.finished)
+            if (steps := steps + 1) == 4 and aborted:
+                core.abort_request([aborted])
+        return done
+
+    with serving("fake", async_scheduling=True) as llm:
+        undisturbed = run(llm, None)
+        assert run(llm, "b") == {name: tokens for name, tokens in undisturbed.items() if name != "b"}
+        idle(llm)
+
+
+@pytest.mark.parametrize(("device", "dialect"), [("null", "V1"), ("fake", "V2")])
+def test_a_streaming_session_goes_on_from_what_it_was_told(device: str, dialect: str) -> None:
+    """vLLM sends the id of a live request again with the next part of its input. It keeps the tokens that are computed.
+    """
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    with serving(device, dialect) as llm:
+        engine, client = llm.llm_engine, llm.llm_engine.engine_core
+
+        def told(part: list[int], resumable: bool = True) -> list[int]:
+            client.add_request(engine.input_processor.process_inputs(
+                "session", {"prompt_token_ids": part}, params.clone(), ("generate",), resumable=resumable))
+            got: list[int] = []
+            while len(got) < (params.max_tokens or 0) and resumable:
+                got += [token for output in client.get_output().outputs for token in output.new_token_ids]
+            return got
+
+        said: list[int] = []
+        for part in ([5, 6, 7], [9] * 20, [11, 4]):
+            said += part
+            answer = told(part)
+            alone = llm.generate({"prompt_token_ids": said}, params, use_tqdm=False)[0].outputs[0]
+            assert answer == list(alone.token_ids)
+            said += answer[:-1]  # the last token has not been computed
+        told([1], resumable=False)  # vLLM ends a session so; the token is not read
+        idle(llm)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_blocks_are_copied_where_the_scheduler_says_so(engine: Any, monkeypatch: pytest.MonkeyPatch,
+                                                       copied: bool) -> None:
+    """The second of two equal prompts gets a copy of the first's cached block; the null backend reads it."""
+    core = engine.llm_engine.engine_core.engine_core
+    schedule, pool = core.scheduler.schedule, core.scheduler.kv_cache_manager.block_pool
+
+    def copying(*args: Any, **kwargs: Any) -> Any:
+        step = schedule(*args, **kwargs)
+        for new in step.scheduled_new_reqs:
+            if new.num_computed_tokens:
+                (cached, *rest), = new.block_ids
+                spare = pool.get_new_blocks(1)[0]
+                spares.append(spare)
+                new.block_ids = ([spare.block_id, *rest],)
+                step.kv_cache_block_copies = [KVCacheBlockCopy(cached, spare.block_id)] if copied else None
+        return step
+
+    spares: list[Any] = []
+    monkeypatch.setattr(core.scheduler, "schedule", copying)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    prompt = [5, 7, 11, 4, 9] * 4 if copied else [4, 4, 6, 13, 8] * 4
+    first, second = (engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids for _ in range(2))
+    assert len(spares) == 1
+    assert (first == second) is copied
+    pool.free_blocks(spares)
+    idle(engine)

@@ -113,3 +113,7 @@ def test_a_new_field_of_a_later_step_is_refused_by_name_if_it_has_content(base: 
 def test_an_error_names_remote_calls_that_ranks_do_not_have(cpu: Any) -> None:
     with pytest.raises(Exception, match="save_sharded_state"):
         cpu.llm_engine.engine_core.engine_core.model_executor.save_sharded_state("/nowhere")
+
+
+def test_the_representation_names_the_model(cpu: Any) -> None:
+    assert repr(cpu).startswith("LLM(model=")

