@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import families
 import heads
 import parity
 import pytest
@@ -28,6 +29,14 @@ def test_fp32_is_transformers(checkpoint: Checkpoint, name: str, mode: str) -> N
     outputs, llm = parity.run(checkpoint(name), "cuda", max_num_seqs=8, **parity.MODES[mode])
     parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
     assert (llm.stats().preemptions > 0) == ("num_blocks" in parity.MODES[mode])
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_native_families(tmp_path: Path, name: str) -> None:
+    path = families.save(name, tmp_path / "model")
+    asked = families.LONG if "longrope" in name else families.PROMPTS
+    with families.run(path, "cuda", max_num_batched_tokens=13, max_num_seqs=4) as llm:
+        families.assert_parity(path, asked, families.generate(llm, asked), margin=5e-4)
 
 
 @pytest.mark.parametrize("options", [{"graphs": False}, {"async_scheduling": False}, {"passes": 2}], ids=str)

@@ -202,9 +202,10 @@ def test_masks_that_arrive_after_a_replay_hold_for_its_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_gpt_oss(tmp_path: Path) -> None:
-    """Experts with biases, sinks, windows: tokens and logprobs are those of transformers in fp64."""
-    path = families.save("gpt-oss", tmp_path / "model")
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v3"])
+def test_families(tmp_path: Path, name: str) -> None:
+    """Experts, sinks and windows; latents: tokens and logprobs are those of transformers in fp64."""
+    path = families.save(name, tmp_path / "model")
     with families.run(path, "cuda", max_model_len=32, num_blocks=12, max_num_seqs=1, max_num_batched_tokens=13) as llm:
         asked = families.PROMPTS[1:2]
         families.assert_parity(path, asked, families.generate(llm, asked, 4))

@@ -280,7 +280,8 @@ def test_norm_and_gemv(dtype: torch.dtype, added: bool, rows: int, size: int) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "first", "few"), [(1, 4, 1024), (20, 5, 1024), (20, 5, 1)])
+@pytest.mark.parametrize(("tokens", "first", "few"), [(1, 4, 1024), (20, 5, 1024), (20, 5, 1)] + (
+    [(1700, 0, 1024)] if DEVICE.type == "cuda" else []))
 def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for each choice, for each expert, and for each tile of sorted choices; with all experts on the rank,
     and with some. What no token chooses is not read."""
@@ -288,21 +289,24 @@ def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypa
     from runners.cuda.ops import CudaOps
 
     monkeypatch.setattr(experts, "FEW", few)
-    generator, hidden, size, count, k = torch.Generator().manual_seed(tokens), 72, 40, 12 - first, 3
+    hidden, size, total, k = (2048, 768, 128, 8) if DEVICE.type == "cuda" else (72, 40, 12, 3)
+    generator, first = torch.Generator().manual_seed(tokens), total * first // 12
+    count = total - first
     gate_up, down, x, router, biases, offsets = (
-        torch.randn(*shape, generator=generator).div(4).to(DEVICE, dtype) for shape in (
-            (count * 2 * size, hidden), (count * size, hidden), (tokens, hidden), (12, hidden), (count * 2 * size,),
-            (count * hidden,)))
+        torch.randn(*shape, generator=generator).mul(scale).to(DEVICE, dtype) for scale, *shape in (
+            (hidden ** -0.5, count * 2 * size, hidden), (size ** -0.5, count * size, hidden), (1, tokens, hidden),
+            (hidden ** -0.5, total, hidden), (0.3, count * 2 * size), (0.3, count * hidden)))
     for biased, limit in ((False, None), (True, 0.5)):
-        config = ExpertsConfig(count=12, per_token=k, size=size, layers=(0,), bias=biased, limit=limit, scaling=1.5)
+        config = ExpertsConfig(count=total, per_token=k, size=size, layers=(0,), bias=biased, limit=limit, scaling=1.5)
         layer: Any = SimpleNamespace(config=config, first=first, count=count, size=size, gate_up=gate_up.clone(),
                                      down=down.clone(), router=router, router_bias=None, correction=None,
                                      gate_up_bias=biases if biased else None, down_bias=offsets if biased else None)
         weights, chosen = CudaOps().route(x, layer)
-        for got, expected in zip((weights, chosen), Ops().route(x, layer), strict=True):
-            close(got, expected, dtype)
+        plain_weights, plain_chosen = Ops().route(x, layer)
+        close(weights, plain_weights, dtype)
+        assert dtype != torch.float32 or torch.equal(chosen.long(), plain_chosen)  # otherwise logits may be equal
         expected = Ops().experts(x.cpu(), weights.cpu(), chosen.long().cpu(), on_host(layer))
-        for expert in set(range(first, 12)) - set(chosen.flatten().tolist()):
+        for expert in set(range(first, total)) - set(chosen.flatten().tolist()):
             layer.gate_up.view(count, -1)[expert - first] = torch.nan
             layer.down.view(count, -1)[expert - first] = torch.nan
         close(CudaOps().experts(x, weights, chosen, layer), expected, dtype)

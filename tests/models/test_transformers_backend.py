@@ -19,7 +19,7 @@ from hal.errors import ConfigError, ModelLoadError
 from hal.models.transformers_model import HfLinear, TransformersModel, _Merged, _Norm
 from hal.sampling.params import SamplingParams
 
-NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "deepseek_v3")
+NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "minicpm3")
 
 
 @pytest.fixture(scope="module")
