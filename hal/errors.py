@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 
 class HalError(Exception):
@@ -110,11 +111,16 @@ class WorkerError(HalError):
         cause: the type name of the original exception; "died" if the process ended without a report; "silent" if it
             gave no sign of life for EngineConfig.heartbeat seconds.
         remote_traceback: the failing rank's traceback as text, or "".
+        losses: errors of this process that only said that some other rank is gone.
     """
+
+    losses: ClassVar[int] = 0
 
     def __init__(self, what: str, *, rank: int, cause: str, remote_traceback: str = "",
                  hint: str | None = None) -> None:
         super().__init__(what, got=cause, hint=hint)
+        if rank == -1:
+            WorkerError.losses += 1
         self.rank, self.cause, self.remote_traceback = rank, cause, remote_traceback
 
 

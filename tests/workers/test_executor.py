@@ -293,6 +293,16 @@ def test_first_failure_is_told_from_those_that_follow(monkeypatch: pytest.Monkey
     assert (error.rank, error.cause) == (rank, cause) and seconds < 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("fault", "cause"), [("execute-bug 2 3", "KeyError"), ("execute-die 2 3", "died")])
+def test_first_failure_is_told_where_a_library_hides_those_that_follow(monkeypatch: pytest.MonkeyPatch, fault: str,
+                                                                      cause: str) -> None:
+    """Ranks 0 and 1 lose rank 2 inside a compiled program, which ends with a RuntimeError of the library."""
+    monkeypatch.setenv("TEST_FAULT", fault)
+    error, _ = step_error(executor(device="worker_cases:wrapping", tp=3))
+    assert (error.rank, error.cause) == (2, cause)
+
+
 @on_each_torch
 def test_rank_killed_between_steps_is_named() -> None:
     made = executor(tp=2)

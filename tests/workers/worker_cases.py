@@ -23,7 +23,7 @@ from hal.contracts import backend as backends
 from hal.contracts.device import GLOO, Collectives
 from hal.contracts.inputs import PagedModelInput
 from hal.contracts.request import ExecuteModelRequest
-from hal.errors import CapacityError
+from hal.errors import CapacityError, WorkerError
 from hal.model_config import ModelConfig
 from hal.testing.null import NullBackend, NullRunner
 from workers.executors.driver import GENERIC_WORKER, DriverExecutor, make_executor
@@ -194,6 +194,17 @@ class FaultyRunner(NullRunner):
         return super().execute_model(*args)
 
 
+class WrappingRunner(FaultyRunner):
+    """Communicates from inside a compiled program, whose library gives the text of an exception alone, as XLA does."""
+
+    def execute_model(self, *args: Any) -> Any:
+        try:
+            return super().execute_model(*args)
+        except WorkerError as error:
+            text = f"INTERNAL: CpuCallback error: {error}"
+        raise RuntimeError(text)
+
+
 class FaultyWorker(Worker):
     """Fails at its end."""
 
@@ -219,4 +230,11 @@ class FaultyBackend(NullBackend):
         return FaultyRunner(*args)
 
 
-faulty = FaultyBackend()
+class WrappingBackend(FaultyBackend):
+    name = "wrapping"
+
+    def make_runner(self, *args: Any) -> WrappingRunner:
+        return WrappingRunner(*args)
+
+
+faulty, wrapping = FaultyBackend(), WrappingBackend()

@@ -60,6 +60,7 @@ class DriverExecutor(ExecutorBase):
         mesh = backends.mesh(backend, engine)
         super().__init__(mesh.world_size)
         guard.install()
+        self._losses = WorkerError.losses
         configs = [WorkerConfig(engine, model, topology) for topology in mesh.every_rank()]
         self._plane: ControlPlane
         self._store: RendezvousStore | None = None
@@ -157,7 +158,7 @@ class DriverExecutor(ExecutorBase):
             self._close(PATIENCE)
 
     def _blame(self, error: BaseException) -> Failure:
-        own = Failure.of(0, error, self._worker.describe_step())
+        own = Failure.of(0, error, self._worker.describe_step(), self._losses)
         return (self._ranks.failure(_BLAME) if own.lost else None) or own
 
     def _end(self, patience: float) -> None:

@@ -35,10 +35,13 @@ class Failure:
     lost: bool = False
 
     @classmethod
-    def of(cls, rank: int, error: BaseException, step: str = "") -> Failure:
+    def of(cls, rank: int, error: BaseException, step: str = "", losses: int = 0) -> Failure:
+        """`losses`: WorkerError.losses when the engine began."""
         text = "".join(traceback.format_exception(error))
         lost = any(isinstance(e, WorkerError) and e.rank == -1 for e in chain(error))
         if not isinstance(error, HalError):
+            # A library whose compiled program called the Communicator (XLA) raises the text of its error alone.
+            lost = lost or WorkerError.losses > losses
             return cls(rank, type(error).__name__, str(error), traceback=text, step=step, lost=lost)
         got, expected = (None if v is None else str(v) for v in (error.got, error.expected))
         return cls(rank, type(error).__name__, error.what, got, expected, error.hint, text, step, lost)
