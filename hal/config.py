@@ -37,8 +37,8 @@ class EngineConfig:
         model: checkpoint directory in Hugging Face format, or a GGUF file; a leading "~" is expanded.
         device: a backend's name, "auto", or "module:attribute" of a Backend that is not installed as an entry point.
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
-        kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3, unscaled) holds twice the tokens of 16
-            bits at some loss of accuracy.
+        kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3) holds twice the tokens of 16 bits at
+            some loss of accuracy, with the scales of the checkpoint where it has any, and otherwise unscaled.
         quantize: the form that the linear layers' weights of a dense checkpoint get as they are read: "fp8" and "int8"
             have a scale for each output, "int4" a scale and a zero point for 64 inputs. None keeps them as they are.
         tp, pp: tensor and pipeline parallel sizes; the engine has tp * pp ranks.

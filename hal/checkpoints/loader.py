@@ -155,7 +155,7 @@ def random_weights(model: CausalLM, seed: int = 0) -> None:
             bound = spec.below or torch.iinfo(flat.dtype).max
             flat.copy_(torch.randint(0, bound, flat.shape, dtype=torch.int64, generator=generator))
             continue
-        if parameter.ndim == 1 and spec.sources and spec.sources[0].name.endswith("weight"):
+        if parameter.ndim == 1 and spec.sources and spec.sources[0].name.endswith(("weight", ".k_scale")):
             flat.fill_(1.0)
             continue
         begin = 0

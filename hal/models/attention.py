@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from hal.contracts.attention import ForwardContext
+from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig, RopeConfig
 from hal.models.layers import Build, Linear, column, row
 from hal.models.rope import head_order
 from hal.weights import Projection
+from hal.weights.sharding import ParameterSpec, StoredSlice
 
 
 def local_heads(config: ModelConfig, tp: int) -> tuple[int, int]:
@@ -38,6 +40,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         c, norm = config, norm or {}
         self.ops, self.communicator, self.eps, self.head_dim = build.ops, build.communicator, c.norm_eps, c.head_dim
+        self.dtype = build.dtype
         self.tp, self.rotary, self.kind = build.topology.tp, rotary, "none"
         self.heads, self.kv_heads = local_heads(c, self.tp)
         self.qkv = column(build, c.hidden_size, _projections(c, name, fused), bias=c.qkv_bias)
@@ -56,6 +59,27 @@ class SelfAttention(nn.Module):
         order = None if rope is None else head_order(rope, c.head_dim)
         self.register_buffer("order", None if order is None else torch.tensor(order, device=build.device), False)
         self.arranged = False
+        self.kv_scales: nn.Parameter | None = None
+        self.kv_factors: torch.Tensor | None = None
+        if (c.quantization or {}).get("kv_cache_scheme"):
+            stored = tuple(StoredSlice(f"{name}.{x}_scale", (1,), 0, 1) for x in "kv")
+            self.kv_scales = build.parameter((2,), ParameterSpec(None, 0, stored), torch.float32)
+
+    def scale_cache(self) -> float:
+        """Keep keys and values divided by the checkpoint's scales from now on, so that they use the range of a cache in
+        fp8. Returns the factor of scores that makes up for it.
+
+        Raises:
+            ModelLoadError: a scale is not above 0.
+        """
+        if self.kv_scales is None:
+            return 1.0
+        k, v = self.kv_scales.tolist()
+        if min(k, v) <= 0:
+            raise ModelLoadError("a scale of the KV cache in the checkpoint is not above 0", got=f"{k} and {v}")
+        factors = torch.tensor([1.0] * self.heads + [1 / k] * self.kv_heads + [1 / v] * self.kv_heads)
+        self.kv_factors, self.v_scale = factors.view(-1, 1).to(self.kv_scales.device, self.dtype), v
+        return float(k)
 
     def arrange(self) -> None:
         """Put the outputs of q and k into the order in which the rotary embedding wants them. It is called once, after
@@ -83,11 +107,13 @@ class SelfAttention(nn.Module):
                              self.ops.rms_norm(qkv[:, heads:-kv], self.k_norm, self.eps), qkv[:, -kv:]), 1)
         if self.order is not None and not self.arranged:
             qkv = torch.cat((qkv[:, :-kv].index_select(-1, self.order), qkv[:, -kv:]), 1)
+        if self.kv_factors is not None:
+            qkv = qkv * self.kv_factors
         if self.rotary is None:
             x = context.attention(index, qkv[:, :heads], qkv[:, heads:-kv], qkv[:, -kv:])
         else:
             x = self.ops.rotary_attention(context.attention, index, qkv, kv, rotaries[self.rotary])
-        y: torch.Tensor = self.out(x)
+        y: torch.Tensor = self.out(x if self.kv_factors is None else x * self.v_scale)
         return y
 
     def _norm_projections(self, qkv: torch.Tensor) -> torch.Tensor:

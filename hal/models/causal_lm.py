@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -101,6 +102,14 @@ class CausalLM(nn.Module, abc.ABC):
         """The output of a stage before the last one. `tensors` are in the order of `intermediates`."""
         make: Callable[..., IntermediateTensors] = self.intermediate_type
         return make(**dict(zip(self.intermediates, tensors, strict=True)))
+
+    def scale_cache(self) -> None:
+        """Use the checkpoint's scales of keys and values, where it has any, from now on. It is called before the
+        attention is made. Raises ModelLoadError: a scale is not above 0."""
+        factors = [module.scale_cache() for module in self.modules() if isinstance(module, SelfAttention)]
+        if any(factor != 1.0 for factor in factors):
+            self.attention_specs = [dataclasses.replace(spec, scale=spec.scale * factor)
+                                    for spec, factor in zip(self.attention_specs, factors, strict=True)]
 
     def pack(self) -> None:
         """Let the device rearrange the weights after they are filled (see Ops.pack_linear)."""

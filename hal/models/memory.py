@@ -50,7 +50,9 @@ def memory_line(config: EngineConfig, model: ModelConfig, dtype: str) -> str:
     text = described(weight_bytes(model, dtype, Topology(config.tp, config.pp, 0, config.ep)))
     if config.model.endswith(".gguf"):
         text += f"; the file has {os.path.getsize(config.model) / (1 << 30):.2f} GiB"
-    return text if config.kv_dtype == "auto" else f"{text}; KV cache in {config.kv_dtype}, {_SMALLER[dtype]}"
+    return text if config.kv_dtype == "auto" else (
+        f"{text}; KV cache in {config.kv_dtype}, {_SMALLER[dtype]}, with "
+        f"{'the scales of the checkpoint' if (model.quantization or {}).get('kv_cache_scheme') else 'scales of 1'}")
 
 
 _SMALLER = {"float32": "a quarter of the bytes of float32", "bfloat16": "half the bytes of bfloat16",

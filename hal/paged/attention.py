@@ -15,6 +15,8 @@ from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
 from hal.schema.packed import on_host
 
+FP8_MAX = 448.0  # of e4m3; beyond it there is only NaN
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -41,7 +43,7 @@ class PagedAttention:
     """A layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim], keys and then values. Where a head of
     values has another size, it is [1, num_blocks, num_kv_heads, block_size, head_dim + value_dim], a value behind its
     key, and [1, num_blocks, num_kv_heads, block_size, head_dim] where the values are in the keys. A backend overrides
-    `decode`, or all."""
+    `decode`, or all. A cache of bytes holds fp8 (e4m3)."""
 
     def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
         self.specs, self.device, self.dtype = specs, device, dtype
@@ -85,7 +87,7 @@ class PagedAttention:
     def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
         """q [n, num_heads, head_dim], one query a sequence -> [n, num_heads, value_dim] or a shape that flattens to it.
         """
-        k, v = gather(cache, batch, spec)
+        k, v = gather(cache, batch, spec, self.dtype)
         return attend(by_group(q, spec), k, v, batch.masks[spec.window], spec, (-1, 1))
 
     def prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch,
@@ -96,7 +98,7 @@ class PagedAttention:
         if batch.blocks is None:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         else:
-            k, v = (x[0, :, :batch.context] for x in gather(cache, batch, spec))
+            k, v = (x[0, :, :batch.context] for x in gather(cache, batch, spec, self.dtype))
         k, v = (x.unsqueeze(1).expand(-1, q.shape[1], -1, -1) for x in (k, v))
         return attend(q, k, v, batch.masks[spec.window], spec, (-1, 1, 1)).permute(2, 0, 1, 3)
 
@@ -180,9 +182,13 @@ class PagedStep:
         if self.real < len(k):
             k, v = (F.pad(x[:self.real], (0, 0, 0, 0, 0, len(x) - self.real)) for x in (k, v))
         slots = self.slots[spec.num_kv_heads]
+        if cache.dtype == torch.uint8:  # this step attends to what later steps will read
+            k, v = ((x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)).to(x.dtype) for x in (k, v))
         stored = (k,) if spec.values_in_keys else (k, v) if len(cache) == 2 else (torch.cat((k, v), -1),)
         for into, new in zip(cache, stored, strict=True):
-            into.view(-1, into.shape[-1]).index_copy_(0, slots, new.reshape(-1, into.shape[-1]))
+            new = new.reshape(-1, into.shape[-1])
+            new = new.to(torch.float8_e4m3fn).view(torch.uint8) if into.dtype == torch.uint8 else new
+            into.view(-1, into.shape[-1]).index_copy_(0, slots, new)
         out = q.new_empty(q.shape[0], spec.num_heads * spec.value_dim)
         out[self.real:] = 0
         for batch in self.batches:
@@ -200,13 +206,16 @@ def by_group(q: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
     return q.view(len(q), spec.num_kv_heads, q.shape[1] // spec.num_kv_heads, spec.head_dim)
 
 
-def gather(cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec, dtype: torch.dtype,
+           ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a batch's blocks, [n, num_kv_heads, blocks * block_size, head_dim] and the same of value_dim.
     """
     _, _, heads, size, dim = cache.shape
     assert batch.blocks is not None
     blocks, rows = -(-batch.context // size), batch.blocks[heads]
     found = [x.view(-1, size * dim).index_select(0, rows).view(-1, heads, blocks * size, dim) for x in cache]
+    if cache.dtype == torch.uint8:
+        found = [x.view(torch.float8_e4m3fn).to(dtype) for x in found]
     if spec.values_in_keys:
         return found[0], found[0][..., :spec.value_dim]
     k, v = found if len(found) == 2 else found[0].split((spec.head_dim, spec.value_dim), -1)

@@ -83,7 +83,10 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.queries = verified_tokens(engine.speculative_tokens) if engine.speculate else ()
 
     def load_model(self, progress: Progress = no_progress) -> None:
-        self.model = self.transform(self.make_model(progress))
+        model = self.make_model(progress)
+        if self.kv_dtype != self.dtype:
+            model.scale_cache()
+        self.model = self.transform(model)
         self.intermediate_type = self.model.intermediate_type
         self.attention = self.make_attention(self.model.attention_specs, device=self.device, dtype=self.dtype)
         self.has_row_states = any(isinstance(cache, RowState) for cache in self.model.caches)

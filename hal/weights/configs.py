@@ -24,6 +24,7 @@ _HEAD = "lm_head"
 def compressed_tensors(config: Config) -> SchemeOf:
     """Groups of layers, each with a scheme. A target or an ignored layer is a name, "re:" and a pattern, or the class
     "Linear"."""
+    check_cache(config)
     groups = _get(config, "config_groups", dict, {})
     ignored = _names(config, "ignore")
     found: list[tuple[Sequence[str], Scheme]] = []
@@ -44,6 +45,18 @@ def compressed_tensors(config: Config) -> SchemeOf:
         return DENSE
 
     return scheme
+
+
+def check_cache(config: Config) -> None:
+    """Whether the checkpoint's scales of the KV cache, if there are any, are those of an fp8 cache.
+
+    Raises:
+        ModelLoadError: they are of another type, or of something smaller than a layer.
+    """
+    cache = config.get("kv_cache_scheme")
+    if isinstance(cache, dict) and (cache.get("num_bits", 8), cache.get("type", "float"), cache.get(
+            "strategy", "tensor"), cache.get("dynamic") or False) != (8, "float", "tensor", False):
+        raise _refused("scales of the KV cache", cache, "8 bits of float, static, of a tensor")
 
 
 def _compressed(group: Config, layout: object) -> Scheme:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class CpuBackend(Backend):
     name = "cpu"
-    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64,
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64, fp8_kv=True,
                                 embeddings=True)
 
     def unavailable(self) -> str | None:

@@ -28,7 +28,7 @@ class CpuAttention(PagedAttention):
                 and spec.sinks is None)
 
     def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
-        if not self._single(spec):
+        if not self._single(spec) or cache.dtype == torch.uint8:
             return super().decode(q, cache, batch, spec)
         if self.ipex is not None and spec.window is None and spec.value_dim == spec.head_dim:
             assert batch.tables is not None

@@ -58,8 +58,8 @@ def write(directory: Path, name: str) -> tuple[Path, Path]:
     """A GGUF file, and a checkpoint of the same values in fp32."""
     options, types = MODELS[name]
     shape: dict[str, Any] = dict(
-        vocab_size=checkpoints.VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False)
+        vocab_size=checkpoints.VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False)
     dense = checkpoints.save_model(name, {**shape, **options}, directory / "dense")
     config, tensors = json.loads((dense / "config.json").read_text()), load_file(dense / "model.safetensors")
     path = directory / f"{name}.gguf"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -341,4 +342,46 @@ def test_the_memory_that_weights_take(checkpoint: Callable[[str], Path]) -> None
     linear = sum(p.nbytes for layer in (*rounded, model.head) for p in layer.parameters())
     assert held["other"] == (0, sum(p.nbytes for p in model.parameters()) - linear)
     text = memory_line(EngineConfig(kv_dtype="fp8"), read_config(path, quantize="int8"), "bfloat16")
-    assert "int8-channel 0.1 in 12 layers" in text and "KV cache in fp8, half the bytes of bfloat16" in text
+    assert "int8-channel 0.1 in 12 layers" in text
+    assert "KV cache in fp8, half the bytes of bfloat16, with scales of 1" in text
+
+
+def with_kv_scales(source: Path, path: Path, k: float, v: float) -> None:
+    tensors = load_file(source / "model.safetensors")
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor([k])
+        tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor(v)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def prompt_logprobs(path: Path, **options: Any) -> torch.Tensor:
+    with LLM(path, device="cpu", dtype="float32", max_model_len=64, num_blocks=32, block_size=4, **options) as llm:
+        output, = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    return torch.tensor([entry.logprob for entry in (output.prompt_logprobs or [])[1:] if entry is not None])
+
+
+def test_the_kv_cache_takes_the_scales_of_the_checkpoint(made: Any, tmp_path: Path) -> None:
+    """Values near 1 lie in the middle of fp8's range. A scale of 100 makes them so small that fp8 loses bits, and a
+    scale of 0.01 keeps their error. Without fp8 nothing changes."""
+    source = made("awq")[0]
+    exact = prompt_logprobs(source)
+    errors = {}
+    for k, v in ((1.0, 1.0), (0.01, 0.02), (2000.0, 3000.0)):
+        with_kv_scales(source, tmp_path, k, v)
+        torch.testing.assert_close(prompt_logprobs(tmp_path), exact, rtol=0, atol=1e-5)
+        errors[k] = float((prompt_logprobs(tmp_path, kv_dtype="fp8", max_num_batched_tokens=16) - exact).abs().mean())
+    assert 1e-3 < errors[0.01] < 2 * errors[1.0] < errors[2000.0]
+    with_kv_scales(source, tmp_path, 0.0, 1.0)
+    with pytest.raises(ModelLoadError, match=r"(?s)not above 0.*0\.0 and 1\.0"):
+        prompt_logprobs(tmp_path, kv_dtype="fp8")
+    with pytest.raises(ModelLoadError, match=r"(?s)scales of the KV cache.*'int'"):
+        schemes({**FORMATS["int4-packed"][0], "kv_cache_scheme": {"num_bits": 8, "type": "int"}})
+
+
+def test_an_fp8_cache_gives_the_same_however_a_prompt_is_cut(made: Any) -> None:
+    path = made("awq")[0]
+    whole, cut = (prompt_logprobs(path, kv_dtype="fp8", max_num_batched_tokens=n) for n in (64, 7))
+    torch.testing.assert_close(whole, cut, rtol=0, atol=2e-4)
