@@ -20,6 +20,7 @@ WirePolicy = Literal["model-input", "request", "none"]
 KVDType = Literal["auto", "fp8"]
 Quantize = Literal["fp8", "int8", "int4"]
 ExecutorName = Literal["multiprocess", "ray"]
+GenerationConfig = Literal["auto", "none"]
 Pooling = Literal["auto", "none", "cls", "mean", "mean_sqrt", "max", "last"]
 MOST_STEPS = 64  # decode steps of one message
 AUTO_STEPS = 8  # steps_per_message="auto"
@@ -69,6 +70,9 @@ class EngineConfig:
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
             definition where there is one.
+        generation_config: "auto" takes the sampling parameters of a request that gives none from the checkpoint's
+            generation_config.json: temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens. "none" does
+            not. End-of-sequence ids are read from it in both cases.
         pooling: how the hidden states of a text become its embedding. "auto" takes the checkpoint's modules.json, and a
             checkpoint without that file generates; "none" lets a model generate that has it; the other values are those
             of hal.model_config.EmbeddingConfig.
@@ -107,6 +111,7 @@ class EngineConfig:
     heartbeat: float = 30.0
     graphs: bool = True
     model_impl: ModelImpl = "auto"
+    generation_config: GenerationConfig = "auto"
     pooling: Pooling = "auto"
     random_weights: bool = False
     trust_remote_code: bool = False
@@ -133,7 +138,8 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName),
-                           ("model_impl", ModelImpl), ("quantize", Quantize), ("pooling", Pooling)):
+                           ("model_impl", ModelImpl), ("quantize", Quantize), ("pooling", Pooling),
+                           ("generation_config", GenerationConfig)):
             value = plain(getattr(self, name))
             if value is None and name == "quantize":
                 continue

@@ -89,7 +89,8 @@ def vectors(name: str, directory: Path, ids: list[list[int]], *, normalise: bool
     """The oracle's: one text at a time through transformers in fp64, pooled as the name says."""
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").eval()
+    model = AutoModel.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager",
+                                      trust_remote_code=False).eval()
     pooling, found = MODELS[name][3], []
     for text in ids:
         hidden = model(input_ids=torch.tensor([text]), attention_mask=torch.ones(1, len(text))).last_hidden_state[0]
@@ -124,7 +125,8 @@ def minilm_vectors(directory: Path) -> np.ndarray:
     """transformers' BertModel in fp32, the mean over the tokens of each of `english()`, normalised: [50, 384]."""
     from transformers import AutoTokenizer, BertModel
 
-    tokenizer, model = AutoTokenizer.from_pretrained(directory), BertModel.from_pretrained(directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model = BertModel.from_pretrained(directory, trust_remote_code=False).eval()
     batch = tokenizer(english(), padding=True, truncation=True, max_length=256, return_tensors="pt")
     hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
     pooled = (hidden * mask).sum(1) / mask.sum(1)

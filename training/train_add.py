@@ -250,7 +250,7 @@ def export(model: LlamaForCausalLM, heldout: list[Problem], directory: Path) -> 
     directory.mkdir(parents=True, exist_ok=True)
     model = model.bfloat16()
     model.generation_config = GenerationConfig(
-        do_sample=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=8
+        do_sample=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS
     )
     model.save_pretrained(directory)
     (directory / "model.safetensors").chmod(0o644)  # safetensors writes it readable by its owner only

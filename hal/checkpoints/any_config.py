@@ -9,6 +9,7 @@ from typing import Any
 from hal.checkpoints.stored import shown
 from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig
+from hal.models.families import EMBEDDERS
 
 _MAX = {"vocab_size": 1 << 22, "hidden_size": 1 << 17, "num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
 _MAX_PARAMS = 10**13
@@ -54,7 +55,8 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
                                   "No certificate says that its results are right")
     if not known and not own:
         raise ModelLoadError("this architecture is not supported", got=shown(architecture),
-                             expected="a native family, or a causal language model of transformers")
+                             expected="a native family, or a causal language model of transformers",
+                             hint=f"embeddings can be computed by {', '.join(EMBEDDERS)}")
     if known and architecture not in classes:
         raise ModelLoadError("this architecture is not supported", got=shown(architecture),
                              expected=f"the causal language model of {kind}: {', '.join(classes)}")

@@ -24,7 +24,8 @@ the order of the texts: "index" is the text's place, from 0, "id" is repeated, a
 text that cannot be embedded is reported with its line; the others run, and the exit code is 1."""
 _AT_ONCE = 1024  # texts, whose vectors are written together
 _NOT_OURS = ("kv_dtype", "block_size", "num_blocks", "num_cpu_blocks", "prefix_caching", "async_scheduling",
-             "speculate", "speculative_tokens", "draft_model", "draft_tp", "steps_per_message", "graphs")
+             "speculate", "speculative_tokens", "draft_model", "draft_tp", "steps_per_message", "graphs",
+             "generation_config")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

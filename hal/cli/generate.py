@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hal.cli import batch, options
+from hal.checkpoints.generation import generation_defaults, stated
+from hal.cli import batch, options, streams
 from hal.cli.results import Results, text
+from hal.config import EngineConfig
 from hal.errors import CapacityError, RequestError
 from hal.sampling.params import SamplingParams
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         args.model = args.prompts.pop(0)
     if not args.prompts and args.input is None:
         args.usage_error("give a PROMPT, or --input FILE")
-    given = options.sampling_options(args)
+    given = _with_defaults(args)
     jobs: list[batch.Job | batch.Refused] = list(batch.argument_jobs(args.prompts, SamplingParams(**given)))
     if args.input is not None:
         jobs += batch.read_jobs(args.input, given)
@@ -66,6 +68,18 @@ def run(args: argparse.Namespace) -> int:
                 else:
                     _generate(llm, usable, results)
     return int(results.failures > 0)
+
+
+def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling options that the user gave, and the model's own for the others."""
+    engine = EngineConfig(**options.engine_options(args))
+    given = options.sampling_options(args)
+    if engine.generation_config == "none":
+        return given
+    used = {name: value for name, value in generation_defaults(engine.model).items() if name not in given}
+    if used:
+        streams.say(f"hal: {stated(used)}")
+    return {**used, **given}
 
 
 def _generate(llm: LLM, jobs: dict[int, batch.Job], results: Results) -> None:

@@ -44,6 +44,7 @@ ENGINE_HELP = {
     "seed": "of requests that give none",
     "random_weights": "initialise instead of loading",
     "trust_remote_code": "run the checkpoint's own Python where its tokenizer or its model is made of that",
+    "generation_config": "auto: the checkpoint's generation_config.json sets the sampling options that are not given",
     "pooling": "how hidden states become an embedding; auto: as the checkpoint's modules.json says, if it has one",
     "model_impl": "a definition of hal, or transformers' modelling code",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hal.checkpoints.generation import generation_defaults, stated
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts import backend as backends
@@ -89,6 +91,11 @@ class LLM:
         progress: show bars while loading and warming up.
         options: the fields of EngineConfig.
 
+    Attributes:
+        defaults: the parameters of a request that gives none, as far as they differ from those of SamplingParams. They
+            come from the checkpoint's generation_config.json, unless generation_config="none". SamplingParams that a
+            caller gives hold as they are.
+
     Raises:
         ConfigError, ModelLoadError, BackendError, CapacityError, WorkerError.
     """
@@ -100,6 +107,10 @@ class LLM:
                                         trust_remote_code=config.trust_remote_code, quantize=config.quantize,
                                         pooling=config.pooling)
         admit(self.model_config)
+        self.defaults = generation_defaults(config.model) if config.generation_config == "auto" else {}
+        if self.defaults:
+            logging.getLogger("hal").info(stated(self.defaults))
+        self._default = SamplingParams(**self.defaults)
         self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -166,7 +177,7 @@ class LLM:
 
         Args:
             prompts: a text, token ids (a list, tuple, range or one-dimensional array), or a list of these. params: of
-                all, or one for each; None is greedy.
+                all, or one for each; None: see `defaults`.
             progress: show a bar with prefill and decode tokens/s.
 
         Returns:
@@ -178,7 +189,7 @@ class LLM:
             WorkerError: a rank failed. StateError: see the class.
         """
         several = as_prompts(prompts)
-        each = as_params(params, len(several))
+        each = as_params(params, len(several), self._default)
         checked = self._checked(several, each)
         with self._calls.begin():
             requests, first = list[RequestState](), self._next_id
@@ -229,7 +240,7 @@ class LLM:
         """Yield the output each time it has grown, and when it has ended. It is the same object each time, and its text
         never shows a part of a stop text. Closing the iterator aborts the request. Several streams may take turns. This
         call itself, not the iterator, raises the errors of `generate`."""
-        chosen, = as_params(params, 1)
+        chosen, = as_params(params, 1, self._default)
         ids, = self._checked([prompt], [chosen])
         return self._stream(prompt, ids, chosen)
 
@@ -255,7 +266,7 @@ class LLM:
         Raises:
             RequestError: this model cannot serve the request. CapacityError: the KV cache cannot hold it.
         """
-        chosen, = as_params(params, 1)
+        chosen, = as_params(params, 1, self._default)
         return self._checked([prompt], [chosen])[0]
 
     def _checked(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[list[int]]:
@@ -302,7 +313,7 @@ class LLM:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Enqueue a request. Returns its number. Raises the errors of `generate`."""
-        chosen, = as_params(params, 1)
+        chosen, = as_params(params, 1, self._default)
         ids, = self._checked([prompt], [chosen])
         return self._enqueue(prompt, ids, chosen, polled=True).output.request_id
 

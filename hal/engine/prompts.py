@@ -28,10 +28,11 @@ def as_prompts(prompts: Prompts) -> list[Prompt]:
     return [prompts] if isinstance(first, (int, float)) else list(items)  # type: ignore[list-item, arg-type]
 
 
-def as_params(params: SamplingParams | Iterable[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    """The parameters of each of `count` prompts. Raises RequestError."""
+def as_params(params: SamplingParams | Iterable[SamplingParams] | None, count: int,
+              default: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of `count` prompts; None stands for `default`. Raises RequestError."""
     if params is None or isinstance(params, SamplingParams):
-        return [SamplingParams() if params is None else params] * count
+        return [default if params is None else params] * count
     if not isinstance(params, (list, tuple)):
         raise RequestError("params are not usable", got=described(params), expected="SamplingParams, or a list of them")
     for i, each in enumerate(params):

@@ -80,6 +80,26 @@ def _unknown_rope(path: Path) -> list[str]:
     return ["--model", str(_model(path, rope_scaling={"rope_type": "spiral", "factor": 2.0})), "1+1="]
 
 
+def _remote_code(path: Path) -> list[str]:
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    return ["--model", str(_model(path, architectures=["OwnForCausalLM"], model_type="own", auto_map=own)), "1+1="]
+
+
+def _pooling(path: Path) -> list[str]:
+    directory = _model(path)
+    modules = [{"idx": i, "path": folder, "type": f"sentence_transformers.models.{kind}"}
+               for i, (kind, folder) in enumerate((("Transformer", ""), ("Pooling", "1_Pooling")))]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling/config.json").write_text('{"word_embedding_dimension": 64, "pooling_mode_cls_token": true}')
+    return ["--model", str(directory), "1+1="]
+
+
+def _recommended(path: Path) -> list[str]:
+    (_model(path) / "generation_config.json").write_text('{"do_sample": true, "top_p": 0}')
+    return ["--model", str(path / "model"), "1+1="]
+
+
 def _file(text: str | bytes) -> Make:
     def make(path: Path) -> list[str]:
         file = path / "in.jsonl"
@@ -112,6 +132,11 @@ BAD: dict[str, tuple[Make, tuple[str, ...]]] = {
     "damaged config": (_not_json, ("config.json cannot be read", "expected: a JSON object")),
     "unsupported architecture": (_architecture, ("architecture is not supported", "UnheardOfForCausalLM",
                                                  "a native family, or a causal language model of transformers")),
+    "code of the checkpoint": (_remote_code, ("Python code of its own", "OwnForCausalLM", "--trust-remote-code",
+                                              "No certificate")),
+    "pooling of another size": (_pooling, ("the pooling module does not belong to this model", "got: word_embedding",
+                                           "expected: 128")),
+    "recommended sampling": (_recommended, ("recommends a sampling parameter", "top_p", "--generation-config none")),
     "damaged tokenizer": (_damaged_tokenizer, ("the tokenizer cannot be read", "give token ids")),
     "no tokenizer": (_no_tokenizer, ("no tokenizer", "prompt_token_ids")),
     "prompt longer than the context": (_args("1" * 600), ("longer than the context", "600 tokens", "at most 511")),

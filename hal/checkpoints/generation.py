@@ -1,0 +1,53 @@
+"""The sampling parameters that a checkpoint's generation_config.json recommends. This loads no torch."""
+
+from __future__ import annotations
+
+from os.path import isfile
+from pathlib import Path
+from typing import Any
+
+from hal.checkpoints.reader import Reader
+from hal.checkpoints.stored import read_json
+from hal.errors import ModelLoadError, RequestError
+from hal.sampling.params import SamplingParams
+
+FILE = "generation_config.json"
+_DRAWING: dict[str, Any] = {"temperature": (int, float), "top_k": int, "top_p": (int, float), "min_p": (int, float)}
+_ALWAYS: dict[str, Any] = {"repetition_penalty": (int, float), "max_new_tokens": int}
+
+
+def generation_defaults(directory: str | Path) -> dict[str, Any]:
+    """The values for requests that give none, by the names of SamplingParams, as far as they differ from its defaults.
+
+    As in transformers, nothing is drawn unless the file sets do_sample, and then the temperature is 1 unless the file
+    gives one. A filter that the file does not name leaves out nothing.
+
+    Raises:
+        ModelLoadError: the file is damaged, or a value is not one that SamplingParams takes.
+    """
+    path = Path(directory) / FILE
+    if not isfile(path):
+        return {}
+    read = Reader(read_json(path), FILE)
+    drawn = read.flag(False, "do_sample")
+    found = {name: read.get(kind, None, name, null=None) for name, kind in ({**_DRAWING, **_ALWAYS} if drawn else
+                                                                            _ALWAYS).items()}
+    if drawn and found["temperature"] is None:
+        found["temperature"] = 1.0
+    if found.get("top_k") is not None:
+        found["top_k"] = max(found["top_k"], 0)  # some files have -1 for "no filter"
+    found["max_tokens"] = found.pop("max_new_tokens")
+    found = {name: value for name, value in found.items() if value is not None}
+    try:
+        made, plain = SamplingParams(**found), SamplingParams()
+    except RequestError as error:
+        raise ModelLoadError(f"{FILE} recommends a sampling parameter that cannot be used",
+                             got=f"{error.what}: {error.got}", expected=error.expected,
+                             hint="--generation-config none (generation_config=\"none\") does not read it") from error
+    return {name: getattr(made, name) for name in found if getattr(made, name) != getattr(plain, name)}
+
+
+def stated(defaults: dict[str, Any]) -> str:
+    """One line for the user about values of `generation_defaults` that requests get."""
+    values = ", ".join(f"{name}={value:g}" for name, value in defaults.items())
+    return f"the model's {FILE} sets {values} where a request does not; --generation-config none leaves that out"
