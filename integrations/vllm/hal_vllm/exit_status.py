@@ -35,7 +35,8 @@ def watch_for_failure() -> None:
         if not reason:
             return
         print(f"hal-vllm: exit status 1, since the engine has failed: {reason}", file=sys.stderr, flush=True)
-        # An exit handler cannot set the exit status, so the handlers that come after this one run here.
+        # An exit handler cannot set the exit status, so the handlers that would come after this one run here. Those
+        # that ran before it run once more, as Python has no list of the rest.
         atexit.unregister(leave)
         atexit._run_exitfuncs()
         sys.stdout.flush()
