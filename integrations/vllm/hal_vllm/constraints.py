@@ -33,6 +33,7 @@ class Constraints:
         early[[token for token in params._all_stop_token_ids if token < vocab_size]] = False
         self._always, self._early = always, early
         self._always_words, self._early_words = to_words(always), to_words(early)
+        self._every = ~to_words(np.zeros(vocab_size, np.bool_))  # the bits of the vocabulary, without those behind it
         self._several = [word for word in words if len(word) > 1]
         self._min_tokens = params.min_tokens
         self._only_early = params.allowed_token_ids is None and not words
@@ -46,13 +47,24 @@ class Constraints:
             return None
         return Constraints(params, vocab_size)
 
-    def mask(self, num_output: int, output: Sequence[int]) -> Words | None:
+    def mask(self, num_output: int, output: Sequence[int], grammar: Words | None = None) -> Words | None:
         """The mask of the next token, or None if every token is allowed.
 
         Args:
             num_output: output tokens that the sequence has. output: these tokens; read if `reads_tokens`.
+            grammar: what a grammar allows. Where it allows only tokens that end the request, min_tokens does not hold.
         """
         early = num_output < self._min_tokens
+        own = self._own(early, output)
+        if grammar is None or own is None:
+            return own if grammar is None else grammar
+        both = grammar & own
+        if early and not (both & self._every).any():
+            late = self._own(False, output)
+            return grammar if late is None else grammar & late
+        return both
+
+    def _own(self, early: bool, output: Sequence[int]) -> Words | None:
         if not early and self._only_early:
             return None
         ended = [word[-1] for word in self._several if list(output[-len(word) + 1:]) == list(word[:-1])]

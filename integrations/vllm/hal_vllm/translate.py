@@ -262,9 +262,9 @@ class Translator:
             request = step.owners[i]
             mask = grammar.get(request.req_id)
             if request.constraints is not None:
-                own = request.constraints.mask(int(step.request.num_computed[i] + step.request.num_scheduled[i])
-                                               - request.num_prompt, request.tokens[request.num_prompt:])
-                mask = own if mask is None else mask if own is None else mask & own
+                mask = request.constraints.mask(
+                    int(step.request.num_computed[i] + step.request.num_scheduled[i]) - request.num_prompt,
+                    request.tokens[request.num_prompt:], mask)
             if mask is not None:
                 rows.append(int(step.rows[i]))
                 found.append(mask)

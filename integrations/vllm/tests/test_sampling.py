@@ -169,3 +169,11 @@ def test_structured_output_obeys_its_grammar(device: str, options: dict[str, Any
     assert texts[2] in ("77", "123456")
     assert texts[3][0] == "1" and (texts[3].endswith("=9") or len(outputs[3].outputs[0].token_ids) == 12)
     assert set(texts[3][1:].removesuffix("=9")) <= set("01")
+
+
+@pytest.mark.parametrize("bad_words", [None, ["5"]])
+def test_a_grammar_that_is_complete_ends_a_request_before_min_tokens(cpu: Any, bad_words: list[str] | None) -> None:
+    params = SamplingParams(temperature=0.0, min_tokens=9, max_tokens=12, bad_words=bad_words,
+                            structured_outputs=StructuredOutputsParams(choice=["77"]))
+    output = cpu.generate("37+85=", params, use_tqdm=False)[0].outputs[0]
+    assert (output.text, output.finish_reason, len(output.token_ids)) == ("77", "stop", 3)
