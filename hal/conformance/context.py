@@ -186,7 +186,7 @@ class Session:
     def scheduler(self, **options: Any) -> Scheduler:
         """A scheduler whose steps the runner was made for; options may only narrow its limits."""
         engine = replace(self.config.engine, **options)
-        return Scheduler(engine, engine.num_blocks or 65)
+        return Scheduler(engine, engine.num_blocks or 65, steps=engine.steps_per_message)
 
 
 class Context:

@@ -23,6 +23,7 @@ from hal.contracts.runner import ModelRunnerBase
 from hal.errors import BackendError, CapacityError
 from hal.models.layers import Linear
 from hal.models.ops import Ops
+from hal.paged.steps import take_steps
 from hal.recording.format import Recording
 from hal.testing.tolerance import Tolerances
 
@@ -240,12 +241,15 @@ class _Device:
             output = self.runner.execute_traced(m, self.caches, self._tell)
         else:  # called directly, since compiled or captured code would hide the operations
             self.trace.calls = []
-            context = self.runner.forward_context(m, self.caches)
-            hidden = self.runner.model(m.input_ids, m.positions, context, None)
-            output = self.runner.sample(self.runner.head(hidden, m), m)
+            output = self._decode(m) if m.num_steps == 1 else take_steps(m, self.runner.pending, self._decode)
         rows = self.runner.fetch(output)().rows()
         width = max(map(len, rows), default=0)
         return [token for row in rows for token in row + [-1] * (width - len(row))]
+
+    def _decode(self, m: Any) -> Any:
+        context = self.runner.forward_context(m, self.caches)
+        hidden = self.runner.model(m.input_ids, m.positions, context, None)
+        return self.runner.sample(self.runner.head(hidden, m), m)
 
 
 def bisect(path: Path, device: str, against: str, *, model: str | None = None,

@@ -86,6 +86,11 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
         need("draft_counts", bool((reached == lens[r.rows])[drafts > 0].all()), drafts, "drafts behind a row's last "
              "token alone")
     need("num_scheduled", bool((reached <= lens[r.rows]).all()), reached, f"at most the rows' tokens {lens[r.rows]}")
+    if (most := r["max_new"]) is not None:  # each further decode step writes a slot
+        tables[r.block_rows] = ends
+        places = (tables[r.rows] * engine.block_size).clip(max=state.token_ids.shape[1])
+        need("max_new", bool((reached + most - 1 <= places).all()), most,
+             f"at most {places - reached + 1}, for which the rows have blocks")
     _within("num_scheduled", r.num_scheduled.sum(dtype=np.int64), 1, engine.max_num_batched_tokens)
     _moves("blocks_to_copy", r.blocks_to_copy, (1, blocks), (1, blocks))
     _moves("blocks_to_swap_in", r.blocks_to_swap_in, (0, engine.num_cpu_blocks - 1), (1, blocks))

@@ -178,6 +178,7 @@ class Recording:
         own: dict[str, Any] = {"num_blocks": 1 + max(context, int(blocks.max(initial=0))), "num_cpu_blocks": len(host),
                "async_scheduling": False, "speculate": None, "draft_model": None}
         drafts = max((int(r.draft_counts.max(initial=0)) for r in requests if r.draft_counts is not None), default=0)
+        own["steps_per_message"] = max((r.num_steps for r in requests), default=1)
         if drafts:  # the requests have them, so their runner needs no proposer of the file's choice
             own |= {"speculate": "ngram", "speculative_tokens": drafts}
         ignored = {name: value for name, value in asdict(engine).items() if name not in (*HONOURED, *own)}

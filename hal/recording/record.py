@@ -138,6 +138,20 @@ class FlightRecorder:
             real = int(self.last.query_start_loc[-1])
             self.slots.reshape(-1)[self.last.slot_mapping[:real].numpy()] = ids[:real].cpu().numpy()
 
+    def took(self, output: Any) -> None:
+        """Note the tokens with which the later decode steps of a message began. Only the rank that samples has them:
+        on the others these slots hold -1, and a step that reads them cannot be recorded there."""
+        m = self.last
+        if m is None or m.num_steps == 1:
+            return
+        n, size = m.num_samples, m.block_size
+        counts = m.max_new[:n] if output is None else output.counts.cpu()
+        tokens = torch.full((n, m.num_steps), -1) if output is None else output.token_ids.cpu().view(n, -1)
+        for row in range(n):
+            at = int(m.seq_lens[row]) + np.arange(int(counts[row]) - 1)
+            blocks = m.block_tables[row].numpy()[at // size]
+            self.slots[blocks, at % size] = tokens[row, :len(at)].numpy()
+
     def joined(self, m: ModelInput) -> None:
         """The second part of a step in two phases has come."""
         if self.last is not None and isinstance(m, PagedModelInput):
@@ -199,7 +213,7 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
     requests: list[ExecuteModelRequest] = []
     digest, entered = 0, set[int]()
 
-    def issue(run: list[tuple[Sequence, int, int]], arrays: dict[str, np.ndarray] | None = None) -> None:
+    def issue(run: list[tuple[Sequence, int, int]], arrays: dict[str, Any] | None = None) -> None:
         nonlocal digest
         changes = Changes(entered=[s for s, _, _ in run if s.row not in entered])
         entered.update(s.row for s, _, _ in run)
@@ -213,8 +227,13 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
 
     for row in np.flatnonzero(queries).tolist():
         length, count = int(lens[row]), int(queries[row])
-        blocks = tables[row, :-(-length // size)].tolist()
+        reached = length if m.max_new is None else length + int(m.max_new[row]) - 1
+        blocks = tables[row, :-(-reached // size)].tolist()
         tokens = slots[blocks].reshape(-1)[:length].tolist()
+        if min(tokens) < 0:
+            raise WireError("this rank does not know the tokens that a message of several steps gave",
+                            got=f"a sequence of {length} tokens, {tokens.count(-1)} of them unknown",
+                            expected="the rank that samples", hint="the recording of rank 0 has them")
         end, prompt, params, seed = int(starts[row + 1]) - 1, length, SamplingParams(), 0
         proposed, tokens = tokens[length - drafts.get(end, 0):], tokens[:length - drafts.get(end, 0)]
         if end in ends:
@@ -229,9 +248,11 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
         for at in range(0, length - count, most):
             issue([(seq, min(most, length - count - at), at)])
     sampled = np.array([s.row for s, count, _ in last if int(starts[s.row + 1]) - 1 in ends], np.int32)
-    arrays = {} if not drafts else {"draft_counts": np.array([len(some) for some in drafted], np.int32),
+    arrays: dict[str, Any] = {} if not drafts else {"draft_counts": np.array([len(some) for some in drafted], np.int32),
                                     "draft_tokens": np.array([t for some in drafted for t in some], np.int32)}
     sampled = np.repeat(sampled, [1 + drafts.get(int(starts[row + 1]) - 1, 0) for row in sampled])
+    if m.num_steps > 1:
+        arrays["num_steps"] = m.num_steps
     issue(last, arrays | {name: array for f in FEATURES for name, array in f.restore_request(m, sampled).items()})
     return requests
 

@@ -267,6 +267,9 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         """The steps of a message by one program of `self.steps`: where the message has fewer, all rows have stopped
         before the rest."""
         kind, n = kind_of(m), m.num_samples
+        if m.num_steps > self.steps:
+            raise StateError("a message has more decode steps than the programs take", got=m.num_steps,
+                             expected=f"at most steps_per_message={self.steps}")
         names = *FIELDS, *STOPPING, *KINDS[kind]
         found = Steps.of(self._program("steps", (bucket, kind), kv_caches)([m[name] for name in names], kv_caches))
         tokens = found.token_ids.cpu().view(-1, self.steps)[:n, :m.num_steps]

@@ -5,6 +5,7 @@ Each is the default runner with one part spoilt. `mutants:<name>` is its device,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -684,6 +685,75 @@ class accepts_2_percent_of_the_wrong_drafts(PagedModelRunner):
         wrong = torch.rand(len(sampled.token_ids), generator=self.chance) < 0.02
         sampled.token_ids = torch.where(wrong, drafts_behind(m), sampled.token_ids)
         return super().verify(sampled, m)
+
+
+class Stepping(PagedModelRunner):
+    """Attributes: before: in the second and later decode steps of a message, the input of the step before as it was
+    right."""
+
+    before: Any = None
+
+    def execute_steps(self, *args: Any) -> Any:
+        self.before = None
+        return super().execute_steps(*args)
+
+    def decode(self, m: Any, *args: Any) -> Any:
+        right = copy.copy(m)
+        if self.before is not None:
+            self.spoil(m)
+        out = super().decode(m, *args)
+        self.before = right
+        # What is advanced next is the right input.
+        m.__dict__.update(right.__dict__)
+        return out
+
+    def spoil(self, m: Any) -> None:
+        raise NotImplementedError
+
+
+@mutant("L3/steps")
+class advances_positions_too_far(Stepping):
+    def spoil(self, m: Any) -> None:
+        m.positions = m.positions + 1
+
+
+@mutant("L3/steps")
+class writes_the_slot_of_the_step_before(Stepping):
+    def spoil(self, m: Any) -> None:
+        m.slot_mapping = self.before.slot_mapping
+
+
+@mutant("L3/steps")
+class writes_on_behind_the_end(Stepping):
+    def spoil(self, m: Any) -> None:
+        m.slot_mapping = torch.where(m.slot_mapping == 0, self.before.slot_mapping + 1, m.slot_mapping)
+
+
+@mutant("L3/steps")
+class draws_each_step_with_the_same_noise(Stepping):
+    first: Any = None
+
+    def spoil(self, m: Any) -> None:
+        self.first = self.before.positions if self.first is None else self.first
+
+    def draw(self, logits: torch.Tensor, m: Any) -> Any:
+        if self.before is None:
+            self.first = None
+            return super().draw(logits, m)
+        drawn = copy.copy(m)
+        drawn.positions = self.first
+        return super().draw(logits, drawn)
+
+
+@mutant("L3/steps")
+class goes_on_behind_a_stop_token(PagedModelRunner):
+    """The output says that the sequence has stopped, and has the tokens of the message's other steps."""
+
+    def execute_steps(self, m: Any, *args: Any) -> Any:
+        out = super().execute_steps(m, *args)
+        tokens = out.token_ids.view(len(out.counts), -1)
+        out.counts = (out.counts + 1).clamp(max=tokens.shape[1]) if m.num_steps > 2 else out.counts
+        return out
 
 
 # L4: graphs.

@@ -66,6 +66,7 @@ class PlantedAttention(PagedAttention):
 class FailingRunner(PagedModelRunner):
     """Fails in the step that FAIL_AT numbers, once it has computed it."""
 
+    multi_step = True
     steps = -2  # the warm-up's
     tokens: list[int] = []
 
@@ -73,7 +74,7 @@ class FailingRunner(PagedModelRunner):
         output = super().execute_model(*args)
         type(self).steps += 1
         if self.steps == int(os.environ.get("FAIL_AT", "0")):
-            type(self).tokens = output.token_ids.tolist() if hasattr(output, "token_ids") else []
+            type(self).tokens = [t for row in output.rows() for t in row] if hasattr(output, "rows") else []
             raise ArithmeticError("the device gave up")
         return output
 

@@ -291,7 +291,9 @@ def test_bisect_refuses_values_that_the_other_runner_does_not_have(monkeypatch: 
 
 @pytest.mark.parametrize(("at", "options"), [
     (3, {}), (9, {"max_num_batched_tokens": 7}), (14, {"num_blocks": 34, "num_cpu_blocks": 40, "max_num_seqs": 8}),
-    (20, {"num_blocks": 34}), pytest.param(6, {"tp": 2}, marks=pytest.mark.slow)], ids=str)
+    (20, {"num_blocks": 34}), (3, {"steps_per_message": 5}), (5, {"steps_per_message": 4, "num_blocks": 34}),
+    pytest.param(6, {"tp": 2}, marks=pytest.mark.slow),
+    pytest.param(4, {"tp": 2, "steps_per_message": 3}, marks=pytest.mark.slow)], ids=str)
 def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: int,
                                             options: dict[str, int], capsys: pytest.CaptureFixture[str]) -> None:
     """Prompts that share a prefix, drawn and penalised tokens, blocks that are swapped: the failing step, on a fresh
@@ -307,9 +309,11 @@ def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp
     assert f"hal replay {path} --device planted:failing" in str(error.value)
     recording = Recording.load(path)
     assert recording.info["error"] == "ArithmeticError: the device gave up"
+    assert (recording.steps[-1].request.num_steps > 1) == ("steps_per_message" in options)
     config = recording.config(backends.load("cpu"), device="cpu")
     executor = make_executor(config.engine, config.model, backends.load("cpu"))
-    outputs = [executor.execute_model(step.request).result().token_ids.tolist() for step in recording.steps]
+    outputs = [[token for row in executor.execute_model(step.request).result().rows() for token in row]
+               for step in recording.steps]
     executor.shutdown()
     if "tp" not in options:
         assert outputs[-1] == planted.FailingRunner.tokens and outputs[-1]
@@ -317,6 +321,26 @@ def test_a_step_that_fails_can_be_run_again(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("HAL_RECORD_ON_ERROR")
     assert main(["replay", str(path), "--device", "cpu", "--tp", "1"]) == 0
     assert "here: it ran" in capsys.readouterr().out
+
+
+def test_messages_of_several_steps_are_recorded_replayed_and_bisected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.safetensors"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "steps_per_message": 3}.items()]
+    assert main(["record", "--output", str(path), "--device", "cpu", *options, "37+85=", "37+5="]) == 0
+    recording = Recording.load(path)
+    assert [step.request.num_steps for step in recording.steps] == [1, 3] and recording.engine.steps_per_message == 3
+    assert main(["replay", str(path), "--device", "cpu"]) == 0
+    assert "equal to the last bit" in capsys.readouterr().out
+    monkeypatch.setenv("PLANT", "linear 11")
+    found = bisect(path, "planted:planted", "cpu").divergence
+    assert found is not None and (found.call.layer, found.call.op) == (2, "linear")
+    request = recording.steps[1].request
+    request.max_new += 5
+    request.num_steps = 8  # further than the rows' blocks
+    with pytest.raises(WireError, match="max_new"):
+        recording.save(path)
+        Recording.load(path)
 
 
 def test_a_recording_of_an_older_format_is_refused_with_a_hint(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -225,11 +224,3 @@ def test_pipeline_stages_are_refused_by_name() -> None:
 def test_auto_takes_one_step_where_an_array_has_no_rule() -> None:
     assert generated("test_multi_step:own_input", **SMALL, steps_per_message="auto")[1].steps == generated(
         "test_multi_step:own_input", **SMALL)[1].steps
-
-
-def test_recording_on_error_takes_one_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A recorder of failures notes one token of a sequence for each message."""
-    monkeypatch.setenv("HAL_RECORD_ON_ERROR", str(tmp_path))
-    with pytest.raises(ConfigError, match="HAL_RECORD_ON_ERROR"):
-        LLM(device="null", **SMALL, steps_per_message=4)
-    assert generated("null", **SMALL, steps_per_message="auto")[1].steps == generated("null", **SMALL)[1].steps

@@ -70,16 +70,10 @@ class Worker(LocalOrDistributedWorkerBase):
         try:
             if steps != 1:
                 require_steps(self.runner, steps)
-                self._require_steps_not_recorded(steps)
         except (ConfigError, SchemaError):
             if steps != "auto":
                 raise
             self.multi_step = False  # the scheduler then gives one step to a message
-
-    def _require_steps_not_recorded(self, steps: int | str) -> None:
-        if self.flight_recorder is not None:
-            raise ConfigError("HAL_RECORD_ON_ERROR notes the tokens of one decode step for each message",
-                              got=f"steps_per_message={steps}", expected="steps_per_message=1")
 
     def load_model(self, progress: Progress = no_progress) -> None:
         self.runner.load_model(progress)
@@ -176,6 +170,8 @@ class Worker(LocalOrDistributedWorkerBase):
             if self.flight_recorder is not None:
                 self.flight_recorder.began(model_input, self.runner)
             output = run(model_input, self.cache.device, intermediate)
+            if self.flight_recorder is not None:
+                self.flight_recorder.took(output)
         except Exception as error:
             if self.flight_recorder is not None:
                 self.flight_recorder.save(self.steps, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,50 @@ def drafts_change_no_token(ctx: Context) -> None:
         runs = drive(session.step, scheduler, prompts, params, apart=1, propose=propose)
         ctx.verify(runs, what="with wrong drafts" if epoch else "with drafts")
         ctx.check(bool(epoch) or sum(run.accepted for run in runs) > 20, "right drafts were not accepted")
+
+
+@case(3, "steps")
+def several_steps_of_a_message_change_no_token(ctx: Context) -> None:
+    """Messages of three decode steps give the tokens of one step, also of sequences that end within a message. A row
+    that has stopped writes the null block alone."""
+    prompts = ctx.prompts(12, 30, 5, 21, 9, 2, 17)
+    params = [replace(p, max_tokens=22 + 3 * i, seed=i) for i, p in enumerate((*_SAMPLED, GREEDY))]
+    plain = [run.output for run in ctx.engine(prompts, params)]
+    session = ctx.session(steps_per_message=3)
+    if not session.runner.multi_step:
+        raise NotApplicable(f"{type(session.runner).__name__} takes one decode step a message")
+    several, epochs = [0], count()
+
+    def step(request: ExecuteModelRequest) -> SamplerOutput:
+        several[0] += request.num_steps == 3
+        return session.step(request)
+
+    def runs(chosen: list[int], ends: list[int | None], steps: int = 3) -> list[Run]:
+        session.fill_cache(0)
+        scheduler, several[0] = session.scheduler(steps_per_message=steps, num_blocks=40), 0
+        scheduler.epoch = next(epochs)
+        return drive(step, scheduler, [prompts[i] for i in chosen], [
+            replace(params[i], stop_token_ids=() if at is None else (plain[i][at],))
+            for i, at in zip(chosen, ends, strict=True)], apart=1)
+
+    everyone = [*range(len(prompts))]
+    cases: tuple[list[int | None], ...] = [None] * len(plain), [10 + i for i in everyone]
+    for ends in cases:
+        found = runs(everyone, ends)
+        ctx.check(several[0] > 4, f"{several[0]} messages were of three steps: the case shows nothing")
+        ctx.verify(found, what="with several steps")
+        if ctx.dtype == "float32":
+            ctx.equal("tokens of one step a message", [run.output for run in found], [
+                tokens if at is None else tokens[:tokens.index(tokens[at]) + 1]
+                for tokens, at in zip(plain, ends, strict=True)])
+    # The first token comes with the prompt. So a sequence that ends at such a place ends in a message's first step.
+    i, at = next((i, at) for i in everyone for at in range(4, 20, 3) if plain[i].index(plain[i][at]) == at)
+    written = []
+    for steps in (1, 3):
+        runs([i], [at], steps)
+        written.append([cache[:, 1:] for cache in session.read_cache()])
+    for layer, (expected, got) in enumerate(zip(*written, strict=True)):
+        ctx.close("model", got, expected.double(), f"layer {layer}: the cache of a row that had stopped")
 
 
 @case(3, "scheduling", "asynchronous")
