@@ -76,8 +76,11 @@ class CudaAttention:
             for queries in (64, 65):
                 kernels.prefill(q, cache, tables, lens[:1], lens, torch.empty_like(q), first_seq=0, max_queries=queries,
                                 **how)
-            for splits in (1, 8, 9) if self.queries else ():
-                kernels.extend(q, cache, tables, lens[:1], lens, torch.empty_like(q), queries=self.queries,
+            # Padding is not written: no sequence has a query here. Rotary embeddings are the layers' own affair.
+            table = torch.zeros(1, spec.head_dim, device=self.device)
+            for splits, rotary in itertools.product((1, 8, 9) if self.queries else (), (None, (lens, table))):
+                new = kernels.New(q[:, :spec.num_kv_heads], q[:, :spec.num_kv_heads], lens, rotary)
+                kernels.extend(q, new, cache, tables, lens[:1], lens, torch.empty_like(q), queries=self.queries,
                                splits=splits, **how)
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
@@ -143,15 +146,15 @@ class CudaStep:
 
     def _attend(self, layer: int, q: torch.Tensor, new: kernels.New) -> torch.Tensor:
         m, spec, cache, n = self.m, self.specs[layer], self.caches[layer], self.decodes
-        alone = n == len(q) and not self.queries  # then decoding does it all in one launch
+        alone = n == len(q) or self.queries > 0  # then one launch does it all
         if not alone:
             q = kernels.write_kv(q, new, cache)
         splits = self.splits[spec.num_kv_heads]
         # Otherwise no kernel writes the padding of a step.
-        make = torch.empty if alone or (self.queries and splits > 1) else torch.zeros
+        make = torch.empty if alone and (not self.queries or splits > 1) else torch.zeros
         out = make(q.shape, dtype=q.dtype, device=q.device)
         if self.queries:
-            kernels.extend(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, queries=self.queries,
+            kernels.extend(q, new, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, queries=self.queries,
                            splits=splits, **self.asked[layer])
             return out.flatten(1)
         if n:

@@ -145,12 +145,13 @@ def decoding(m: PagedModelInput) -> PagedModelInput:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((16, 64, 80)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1))), window=st.sampled_from((None, 3)),
-       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans(), units=st.sampled_from((1, 10_000)))
+       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans(), units=st.sampled_from((1, 10_000)),
+       few=st.booleans())
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
-                          window: int | None, splits: int, fp8: bool, alone: bool, units: int) -> None:
-    """In one kernel where all sequences decode, and in two where not, as the operations one by one; the same bytes in
-    the cache."""
+                          window: int | None, splits: int, fp8: bool, alone: bool, units: int, few: bool) -> None:
+    """In one kernel where all sequences decode or have `few` queries, and in two where not, as the operations one by
+    one; the same bytes in the cache."""
     from runners.cuda.attention import CudaAttention
     from runners.cuda.ops import CudaOps
 
@@ -158,6 +159,7 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
     spec, kv = specs_of(*heads, dim, (window,))[0], heads[1]
     attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
     attention.dtype, attention.splits, attention.units = dtype, lambda *_: splits, units
+    attention.expect(m.max_query_len if few else 0)
     cache = make_cache(attention, spec, m, seed).to(DEVICE)
     cache = cache.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) if fp8 else cache
     caches = cache.clone(), cache.clone()

@@ -194,58 +194,90 @@ def _join(part_out, part_max, part_sum, out, starts, splits, seqs, HEADS: tl.con
     tl.store(out + row * DIM + dim, acc.to(out.dtype.element_ty), mask=dim < DIM)
 
 
+@triton.jit
+def _attend_some(query, k, v, seen, best, total, acc, scale, CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """As _attend, for a tile of which a query may see no key; the maximum counts in binary logarithms."""
+    score = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * scale
+    score = tl.where(seen, _capped(score, CAP) * 1.4426950408889634, -float("inf"))
+    now = tl.maximum(best, tl.max(score, 1))
+    safe = tl.where(now > -float("inf"), now, 0.0)
+    old, p = tl.exp2(best - safe), tl.exp2(score - safe[:, None])
+    acc = acc * old[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
+    return now, total * old + tl.sum(p, 1), acc
+
+
 @triton.jit(do_not_specialize=["table_stride", "splits"])
-def _extend(q, cache, tables, lens, starts, sinks, part_out, part_max, part_sum, out, splits, q_stride, table_stride,
-            kv_offset, block_stride, head_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-            SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, table, sinks, part_out, part_max, part_sum,
+            out, splits, q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
+            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
+            CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr, ROTARY: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
             PDL: tl.constexpr):
-    wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    start = tl.load(starts + seq)
+    start, length = tl.load(starts + seq), tl.load(lens + seq)
     queries = tl.load(starts + seq + 1) - start
+    first = tl.maximum(length - queries + 1 - WINDOW, 0) if WINDOW > 0 else 0
+    each = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
+    begin = first + split * each
+    end = tl.minimum(begin + each, length - queries)  # the new keys are not in the cache yet
+    dim = tl.arange(0, BLOCK_D)
+    base, mine = cache + kv_head * head_stride, tables + seq * table_stride
+    # What earlier steps have cached is there already.
+    k, v, seen = _tile(base, mine, begin, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
+    wait_for_inputs(PDL)
     if queries > 0:
-        length = tl.load(lens + seq)
-        m, dim = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        inside, heads = m // GROUP < queries, kv_head * GROUP + m % GROUP
-        row = (start + m // GROUP).to(tl.int64) * (KV_HEADS * GROUP) + heads
+        m = tl.arange(0, BLOCK_M)
+        nth, heads = m // GROUP, kv_head * GROUP + m % GROUP
+        inside, token = nth < queries, (start + nth).to(tl.int64)
         real = inside[:, None] & (dim[None] < DIM)
-        source = q + (start + m // GROUP).to(tl.int64) * q_stride + heads * DIM
-        query = tl.load(source[:, None] + dim[None], mask=real, other=0.0)
-        place = length - queries + m // GROUP  # of each query in its sequence
-        first = tl.maximum(length - queries + 1 - WINDOW, 0) if WINDOW > 0 else 0
-        each = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
-        begin = first + split * each
-        end = tl.minimum(begin + each, length)
+        source = (q + token * q_stride + heads * DIM)[:, None]
+        if ROTARY:
+            angles = table + tl.load(positions + token, mask=inside, other=0).to(tl.int64) * DIM
+            query = _rotated(source, dim[None], real, angles[:, None], DIM // 2)
+        else:
+            query = tl.load(source + dim[None], mask=real, other=0.0)
+        lowest = length - queries + nth - WINDOW if WINDOW > 0 else nth - nth - 1  # keys behind it are seen
         best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         if SINKS:  # as in _decode
             sink = tl.load(sinks + heads, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
             best, total = tl.where(split == 0, sink, best), tl.where(split == 0, 1.0, total)
-        base, mine = cache + kv_head * head_stride, tables + seq * table_stride
-        for at in range(begin, end, BLOCK_N):
-            k, v, seen = _tile(base, mine, at, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
-            key = at + tl.arange(0, BLOCK_N)
-            seen = seen[None] & (key[None] <= place[:, None])
-            if WINDOW > 0:
-                seen = seen & (key[None] > place[:, None] - WINDOW)
-            score = tl.dot(query, tl.trans(k.to(query.dtype)), input_precision=PRECISION) * scale
-            score = tl.where(seen, _capped(score, CAP) * 1.4426950408889634, -float("inf"))
-            now = tl.maximum(best, tl.max(score, 1))
-            safe = tl.where(now > -float("inf"), now, 0.0)  # a query may see no key of this part
-            old, p = tl.exp2(best - safe), tl.exp2(score - safe[:, None])
-            acc = acc * old[:, None] + tl.dot(p.to(query.dtype), v.to(query.dtype), input_precision=PRECISION)
-            total = total * old + tl.sum(p, 1)
-            best = now
+        at = tl.arange(0, BLOCK_N)
+        if begin < end:
+            there = seen[None] & ((begin + at)[None] > lowest[:, None])
+            best, total, acc = _attend_some(query, k, v, there, best, total, acc, scale, CAP, PRECISION)
+        for now in range(begin + BLOCK_N, end, BLOCK_N):
+            k, v, seen = _tile(base, mine, now, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
+            there = seen[None] & ((now + at)[None] > lowest[:, None])
+            best, total, acc = _attend_some(query, k, v, there, best, total, acc, scale, CAP, PRECISION)
+        if split == splits - 1:  # the new keys: one program of each head writes them, and sees them as later steps will
+            t = tl.arange(0, BLOCK_T)
+            here, row = (t < queries)[:, None] & (dim[None] < DIM), (start + t).to(tl.int64)
+            source = (k_new + row * k_stride + kv_head * DIM)[:, None]
+            if ROTARY:
+                angles = table + tl.load(positions + row, mask=t < queries, other=0).to(tl.int64) * DIM
+                k = _rotated(source, dim[None], here, angles[:, None], DIM // 2)
+            else:
+                k = tl.load(source + dim[None], mask=here, other=0.0)
+            k = _stored(k, cache)
+            source = (v_new + row * v_stride + kv_head * DIM)[:, None]
+            v = _stored(tl.load(source + dim[None], mask=here, other=0.0), cache)
+            slot = tl.load(slots + row, mask=t < queries, other=0).to(tl.int64)
+            into = (base + slot // SIZE * block_stride + slot % SIZE * DIM)[:, None] + dim[None]
+            tl.store(into, k, mask=here)
+            tl.store(into + kv_offset, v, mask=here)
+            there = (t[None] <= nth[:, None]) & ((length - queries + t)[None] > lowest[:, None])
+            best, total, acc = _attend_some(query, k, v, there, best, total, acc, scale, CAP, PRECISION)
+        rows = token * (KV_HEADS * GROUP) + heads
         if not JOINED:
             value = acc / tl.where(total > 0, total, 1.0)[:, None]
-            tl.store(out + row[:, None] * DIM + dim[None], value.to(out.dtype.element_ty), mask=real)
+            tl.store(out + rows[:, None] * DIM + dim[None], value.to(out.dtype.element_ty), mask=real)
         else:
-            part = row * splits + split
+            part = rows * splits + split
             tl.store(part_max + part, best * 0.6931471805599453, mask=inside)  # _join counts in natural logarithms
             tl.store(part_sum + part, total, mask=inside)
-            if (begin < end) | (SINKS & (split == 0)):
+            if (begin < end) | (split == splits - 1) | (SINKS & (split == 0)):
                 tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
 
@@ -377,14 +409,15 @@ def most_queries(group: int, dim: int, dtype: torch.dtype) -> int:
     return min((32 << 10) // (max(triton.next_power_of_2(dim), 16) * dtype.itemsize), 128) // group
 
 
-def extend(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, starts: torch.Tensor,
-           out: torch.Tensor, *, queries: int, splits: int, scale: float, window: int | None,
+def extend(q: torch.Tensor, new: New, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor,
+           starts: torch.Tensor, out: torch.Tensor, *, queries: int, splits: int, scale: float, window: int | None,
            softcap: float | None = None, sinks: torch.Tensor | None = None) -> None:
-    """A few queries a sequence, causal, such as drafts to verify; their own keys are in the cache by now. The context
-    is split as `decode` splits it, and is read once for all queries and heads of a group.
+    """A few queries a sequence, causal, such as drafts to verify. The context is split as `decode` splits it, and is
+    read once for all queries and heads of a group. scale, window, softcap, sinks: as in AttentionSpec.
 
     Args:
         q: [n, heads, head_dim], tokens may have gaps. starts: [seqs + 1] int32. tables, lens: of all sequences.
+        new: as in `decode`, of all tokens; those of padding are not written.
         queries: the most of a sequence, see `most_queries`. splits: programs that share a sequence's context.
         out: [n, heads, head_dim], contiguous. Rows behind the last token become zero if splits is above 1; otherwise
             they are left alone.
@@ -397,10 +430,13 @@ def extend(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide, block_m = q.dtype == torch.float32, max(triton.next_power_of_2(queries * group), 16)
     block_n, stages = (32, 2) if wide or block_d > 128 else (64, 3)
+    positions, table = new.rotary or (lens, lens)
     _extend[(seqs, kv_heads, splits)](
-        q, cache, tables, lens, starts, sinks, part_out, part_max, part_sum, out, splits, q.stride(0), tables.stride(0),
+        q, new.k, new.v, cache, tables, lens, starts, new.slots, positions, table, lens if sinks is None else sinks,
+        part_out, part_max, part_sum, out, splits, q.stride(0), new.k.stride(0), new.v.stride(0), tables.stride(0),
         cache.stride(0), cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
-        WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1, BLOCK_M=block_m,
+        WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1,
+        ROTARY=new.rotary is not None, BLOCK_M=block_m, BLOCK_T=max(triton.next_power_of_2(queries), 16),
         BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m > 64 else 4,
         num_stages=stages, **launch_options(q))
     if splits > 1:
