@@ -66,6 +66,9 @@ class LogitBias(Feature):
         need("bias_ids", not len(ids) or int(ids.max()) < vocab_size, ids, f"below {vocab_size}")
         need("bias_values", bool(np.isfinite(values).all()), values, "finite numbers")
 
+    def renamed(self, request: Any, ids: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        return {} if request.bias_ids is None else {"bias_ids": ids[request.bias_ids]}
+
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         assert isinstance(state, BiasState)
         if not state.of:

@@ -165,6 +165,11 @@ class Feature:
         """Check the arrays of `request` in a request that is not trusted, such as one from a recording. Its columns are
         checked already. Raises InputError: an array cannot be applied."""
 
+    def renamed(self, request: Any, ids: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        """Those arrays of `request` that hold token ids, when token i becomes token ids[i]. For a recording that is
+        shared without its text."""
+        return {}
+
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         """The fields that this step needs. They are empty if no sampled row asks for the feature. By default they are
         the columns, if a sampled row differs from the default of one of them."""

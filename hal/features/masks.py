@@ -46,6 +46,14 @@ class TokenMasks(Feature):
         need("token_masks", masks.shape[1] == words, f"{masks.shape[1]} words", f"{words}")
         need("mask_rows", set(rows.tolist()) <= set(request.rows.tolist()), rows, "scheduled rows")
 
+    def renamed(self, request: Any, ids: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        if request.token_masks is None:
+            return {}
+        bits = np.unpackbits(np.ascontiguousarray(request.token_masks, "<i4").view(np.uint8), 1, bitorder="little")
+        moved = bits.copy()
+        moved[:, ids] = bits[:, :len(ids)]
+        return {"token_masks": np.packbits(moved, 1, bitorder="little").view("<i4")}
+
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         rows, masks = step.request.mask_rows, step.request.token_masks
         if rows is None or masks is None or not len(step.sampled):

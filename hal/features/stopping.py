@@ -43,6 +43,10 @@ class Stopping(Feature):
             need("num_scheduled", bool((request.num_scheduled == 1).all()), request.num_scheduled,
                  "one token of each sequence, since several steps begin with a decode step")
 
+    def renamed(self, request: Any, ids: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        stops = request.stop_ids
+        return {} if stops is None else {"stop_ids": np.where(stops < 0, stops, ids[stops])}
+
     def prepare(self, step: StepRows, state: FeatureState | None) -> Fields:
         if step.request.max_new is None:
             return {}

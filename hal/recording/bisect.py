@@ -267,10 +267,18 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
             tells values, or the two tell no value in common.
         ConfigError, WireError: see Recording.load and Recording.config. CapacityError: the caches do not fit.
     """
-    recording, table = Recording.load(path), tolerances or Tolerances()
+    recording = Recording.load(path)
     if not recording.paged:
         raise BackendError("only a recording of a runner with paged inputs can be bisected", got=f"{path} without any",
                            hint="hal replay compares its outputs")
+    return bisect_recording(recording, device, against, model=model, tolerances=tolerances, **options)
+
+
+def bisect_recording(recording: Recording, device: str, against: str, *, model: str | None = None,
+                     tolerances: Tolerances | None = None, until_divergence: bool = False,
+                     **options: Any) -> Bisection:
+    """`bisect` of a recording that is loaded. `until_divergence`: look for no token that differs later."""
+    table = tolerances or Tolerances()
     options["model"] = model
     first, second = backends.select(against), backends.select(device)
     if not (first.capabilities.fp8_kv and second.capabilities.fp8_kv):
@@ -279,11 +287,12 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
     there = _Device(recording, first, against, noted, **options)
     # Both sides may differ from the exact result by as much as their dtype allows.
     followed = _Trace(lambda op: table(op, here.dtype) + table(op, there.dtype))
-    here, alone = (_Device(recording, second, device, trace, **options) for trace in (followed, None))
+    here = _Device(recording, second, device, followed, **options)
+    alone = None if until_divergence else _Device(recording, second, device, None, **options)
     result = Bisection(device, against)
     for i, step in enumerate(recording.steps):
         expected = there.step(step.request)
-        own = alone.step(step.request)
+        own = expected if alone is None else alone.step(step.request)
         if result.flip is None:
             result.flip = next(((i, row, a, b) for row, (a, b) in enumerate(zip(expected, own, strict=True)) if a != b),
                                None)
@@ -298,7 +307,7 @@ def bisect(path: Path, device: str, against: str, *, model: str | None = None,
             if followed.found is not None:
                 call, between, *values = followed.found
                 result.divergence = Divergence(i, call, between, *values)
-        if result.divergence is not None and result.flip is not None:
+        if result.divergence is not None and (until_divergence or result.flip is not None):
             break
     return result
 

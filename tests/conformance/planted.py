@@ -20,18 +20,25 @@ def plant() -> tuple[str, int]:
     return op, int(number)
 
 
+def applies(positions: torch.Tensor) -> bool:
+    """PLANT_WHEN="position 24": only steps that reach it; "tokens 5": only steps that compute at least so many."""
+    what, _, number = os.environ.get("PLANT_WHEN", "tokens 0").partition(" ")
+    return (int(positions.max()) if what == "position" else len(positions)) >= int(number)
+
+
 class PlantedOps(Ops):
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.spoils = True
 
-    def begin_rotary(self, *args: Any) -> Any:
-        self.counts = {}
-        return super().begin_rotary(*args)
+    def begin_rotary(self, positions: torch.Tensor, *args: Any) -> Any:
+        self.counts, self.spoils = {}, applies(positions)
+        return super().begin_rotary(positions, *args)
 
     def spoilt(self, op: str, result: torch.Tensor) -> torch.Tensor:
         count = self.counts.get(op, 0)
         self.counts[op] = count + 1
-        if (op, count) == plant():
+        if (op, count) == plant() and self.spoils:
             result.view(-1)[result.numel() // 2] += 0.01 * (1 + result.abs().max())
         return result
 
