@@ -13,6 +13,7 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+import sentences
 import torch
 
 from hal.checkpoints.hf_config import read_config
@@ -228,3 +229,11 @@ def test_several_decode_steps_are_replays_without_the_host_between() -> None:
             if steps > 1:
                 assert len(replays) > llm.stats().steps
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_embeddings_of_a_decoder(tmp_path: Path) -> None:
+    """The norms and the rotary embedding are the kernels; the attention over whole texts is PyTorch's."""
+    path, texts = sentences.save("qwen3-last", tmp_path), sentences.texts()[:4]
+    with LLM(str(path), device="cuda", dtype="float32", max_num_seqs=3, max_num_batched_tokens=40) as llm:
+        np.testing.assert_allclose(llm.embed(texts), sentences.vectors("qwen3-last", path, texts), atol=1e-5)
