@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import torch
+from proposing import Oracle
 
+from hal.config import BUNDLED_MODEL
 from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput
 from hal.sampling.params import SamplingParams
@@ -62,3 +65,23 @@ def assert_close_choices(path: Path, outputs: list[RequestOutput], dtype: torch.
                 best = row.topk(TOP).indices.tolist()
                 assert ours in best and theirs in [token for token, _ in entry.top], (ours, best, theirs, entry.top)
                 break
+
+
+@cache
+def additions(device: str, count: int, **options: Any) -> list[list[int]]:
+    """The bundled model's greedy tokens, at least 99% of the answers right. Where `options` speculate, the drafts are
+    the tokens of plain decoding, a known share of them made wrong, and some of both kinds are verified."""
+    problems = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()][:count]
+    if "speculate" in options:
+        plain, known = additions("cpu", count), dict[tuple[int, ...], list[int]]()
+    with LLM(device=device, **{"dtype": "float32", "max_num_seqs": 64, "max_num_batched_tokens": 256, **options},
+             max_model_len=32, num_blocks=400) as llm:
+        if "speculate" in options:
+            for problem, tokens in zip(problems, plain, strict=True):
+                known[tuple(llm.check(problem["prompt"]))] = tokens
+            Oracle.known = known
+        outputs = llm.generate([p["prompt"] for p in problems], SamplingParams(max_tokens=8))
+        stats = llm.stats()
+    assert sum(o.text.strip() == p["answer"] for o, p in zip(outputs, problems, strict=True)) >= 0.99 * count
+    assert "speculate" not in options or 0.2 < stats.accepted_tokens / stats.drafted_tokens < 0.9
+    return [o.token_ids for o in outputs]

@@ -10,6 +10,7 @@ import checkpoints
 import parity
 import pytest
 import torch
+from proposing import Oracle
 
 Checkpoint = Callable[[str], Path]
 
@@ -45,3 +46,38 @@ def test_in_processes(checkpoint: Checkpoint, layout: dict[str, Any], names: tup
     for name in names:
         outputs, _ = parity.run(checkpoint(name), "cpu", **layout)
         parity.assert_parity(checkpoint(name), outputs)
+
+
+STEPS: dict[str, Any] = {"steps_per_message": 5}
+ORACLE: dict[str, Any] = {"speculate": "proposing:Oracle", "speculative_tokens": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "runs"), [
+    (STEPS, [("llama3-gqa", "chunked"), ("gpt2", "recompute"), ("mistral-window", "swap")]),
+    (ORACLE, [("llama3-gqa", "chunked"), ("gpt2", "recompute"), ("mistral-window", "swap")]),
+    ({"speculate": "draft"}, [("llama3-gqa", "chunked"), ("qwen3", "recompute")]),
+    ({"tp": 2, **STEPS}, [("llama3-gqa", "whole")]), ({"tp": 2, **ORACLE}, [("llama3-gqa", "whole")]),
+    ({"pp": 2, **ORACLE}, [("gpt2", "whole")])], ids=[
+    "steps", "drafts", "a draft model", "tp2, steps", "tp2, drafts", "pp2, drafts"])
+def test_several_tokens_a_message(checkpoint: Checkpoint, options: dict[str, Any], runs: list[tuple[str, str]]) -> None:
+    for name, mode in runs:
+        path = checkpoint(name)
+        Oracle.known = {tuple(prompt): tokens for prompt, (tokens, _) in zip(parity.PROMPTS, parity.oracle(path),
+                                                                             strict=True)}
+        draft = {"draft_model": str(path)} if options.get("speculate") == "draft" else {}
+        outputs, llm = parity.run(path, "cpu", **parity.MODES[mode], **options, **draft)
+        parity.assert_parity(path, outputs)
+        stats = llm.stats()
+        if "speculate" in options:
+            assert stats.accepted_tokens > 100 and (stats.accepted_tokens < stats.drafted_tokens or draft)
+        elif mode == "whole":
+            assert stats.steps < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [STEPS, ORACLE, {"tp": 2, **STEPS}, {"tp": 2, **ORACLE}, {"pp": 2, **ORACLE}], ids=[
+    "steps", "drafts", "tp2, steps", "tp2, drafts", "pp2, drafts"])
+def test_the_bundled_model_adds_with_several_tokens_a_message(options: dict[str, Any]) -> None:
+    """With drafts that are the model's own tokens, of which a third is made wrong."""
+    assert parity.additions("cpu", 300, **options) == parity.additions("cpu", 300)
