@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
             from hal.engine.llm import LLM
 
             with LLM(**options.engine_options(args), progress=sys.stderr.isatty()) as llm:
+                llm.generate([])  # refuses a model of embeddings once, instead of each prompt
                 if len(jobs) == 1 and sys.stdout.isatty() and not args.json:
                     results.report(_stream(llm, usable[0]))
                 else:

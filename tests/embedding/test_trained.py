@@ -58,5 +58,6 @@ def test_the_command_line(minilm: Path, reference: np.ndarray, tmp_path: Path, c
 def test_commands_refuse_a_model_of_the_other_kind(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["embed", "--device", "cpu", "a text"]) == 1
     assert "generates tokens and makes no embeddings" in capsys.readouterr().err
-    assert main(["generate", "--device", "cpu", "--model", str(minilm), "a text"]) == 1
-    assert "makes embeddings and generates no tokens" in capsys.readouterr().err
+    assert main(["generate", "--device", "cpu", "--model", str(minilm), "a text", "another"]) == 1
+    err = capsys.readouterr().err
+    assert "makes embeddings and generates no tokens" in err and err.count("hal: error") == 1
