@@ -145,7 +145,7 @@ class CudaOps(Ops):
         if layer is None:
             return
         k, count = layer.config.per_token, layer.count
-        choices = 1, 17, 65, count + 1, 257, experts.FEW + 1, 96 * count + experts.FEW
+        choices = 1, 17, count + 1, experts.FEW + 1, 96 * count + experts.FEW
         for tokens in {min(-(-n // k), most) for n in choices}:
             x = layer.router.new_zeros(tokens, layer.router.shape[1], dtype=layer.gate_up.dtype)
             self.experts(x, *self.route(x, layer), layer)

@@ -72,6 +72,38 @@ def test_attention(dtype: torch.dtype, dim: int, fp8: bool) -> None:
         for given in (None, new):
             attention.decode(q, cache, tables, ints, out, scale=0.1, window=window, splits=splits, new=given, few=True)
         attention.prefill(q, cache, tables, ints, ints, out, first_seq=0, max_queries=99, scale=0.1, window=window)
+    if not fp8 and dim == 128:
+        how: dict[str, Any] = {"scale": 0.1, "window": None, "softcap": 50.0, "sinks": q[0, :, 0].contiguous()}
+        attention.decode(q, cache, tables, ints, out, splits=4, new=attention.New(k, v, ints), few=True, **how)
+        attention.prefill(q, cache, tables, ints, ints, out, first_seq=0, max_queries=99, **how)
+
+
+@pytest.mark.parametrize(("dtype", "fp8"), [(torch.bfloat16, True), (torch.float32, False)], ids=str)
+def test_latents(dtype: torch.dtype, fp8: bool) -> None:
+    """Of the sizes of DeepSeek V3."""
+    from runners.cuda.kernels import latent
+
+    q, cache = torch.ones(3, 16, 576, dtype=dtype), torch.zeros(1, 5, 1, 16, 576)
+    cache = cache.to(torch.float8_e4m3fn if fp8 else dtype)
+    ints, tables = torch.zeros(4, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32)
+    latent.write(q[:, :1], cache, ints)
+    for starts, splits in ((None, 1), (None, 9), (ints, 1)):
+        latent.attend(q, cache, tables, ints[:3], starts, scale=0.1, value=512, splits=splits)
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 1), (torch.bfloat16, 1700), (torch.float32, 200)],
+                         ids=str)
+def test_experts(dtype: torch.dtype, tokens: int) -> None:
+    """Of the sizes of Qwen3-30B-A3B, but for the number of experts."""
+    from runners.cuda.kernels import experts
+
+    hidden, size, count, k = 2048, 768, 16, 8
+    x, gate_up, down = (torch.zeros(*shape, dtype=dtype) for shape in (
+        (tokens, hidden), (2 * count * size, hidden), (count * size, hidden)))
+    weights, chosen = experts.route(x[:, :count].contiguous(), k, True, 1.0)
+    chosen.zero_()  # nothing was computed
+    biases = gate_up[:, 0].contiguous(), down.view(-1)[:count * hidden]
+    experts.experts(x, weights, chosen, experts.Held(gate_up, down, *biases, 0, count, 7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -282,7 +282,7 @@ def test_norm_and_gemv(dtype: torch.dtype, added: bool, rows: int, size: int) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "first", "few"), [(1, 4, 1024), (20, 5, 1024), (20, 5, 1)] + (
+@pytest.mark.parametrize(("tokens", "first", "few"), [(1, 4, 1024), (50, 5, 1024), (20, 5, 1)] + (
     [(1700, 0, 1024)] if DEVICE.type == "cuda" else []))
 def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for each choice, for each expert, and for each tile of sorted choices; with all experts on the rank,

@@ -34,18 +34,16 @@ def _group(chosen, starts, ends, pairs, first, count, BY: tl.constexpr, BLOCK_P:
         low = (block - tl.load(ends + expert, mask=there, other=0) + tl.cdiv(total, BLOCK_M)) * BLOCK_M
         high = tl.where(there, tl.minimum(low + BLOCK_M, total), low)
     else:
-        at = tl.arange(0, BLOCK_P)
-        all_chosen = tl.load(chosen + at, mask=at < pairs, other=-1).to(tl.int32)
-        low = tl.program_id(0) * 0
-        if BY == 1:
-            expert = tl.program_id(0)
-            high = tl.sum((all_chosen == expert + first).to(tl.int32))
-        else:  # the first choice of an expert stands for the others
-            mine = tl.program_id(0)
-            expert = tl.load(chosen + mine).to(tl.int32) - first
-            same = (all_chosen == expert + first).to(tl.int32)
-            here = (expert >= 0) & (expert < count) & (tl.sum(tl.where(at < mine, same, 0)) == 0)
-            high = tl.where(here, tl.sum(same), 0)
+        mine = tl.program_id(0)
+        low, high, before = mine * 0, mine * 0, mine * 0
+        expert = mine if BY == 1 else tl.load(chosen + mine).to(tl.int32) - first
+        for begin in range(0, pairs, BLOCK_P):
+            at = begin + tl.arange(0, BLOCK_P)
+            same = (tl.load(chosen + at, mask=at < pairs, other=-1).to(tl.int32) == expert + first).to(tl.int32)
+            high += tl.sum(same)
+            before += tl.sum(tl.where(at < mine, same, 0))
+        if BY == 0:  # the first choice of an expert stands for the others
+            high = tl.where((expert >= 0) & (expert < count) & (before == 0), high, 0)
     return expert, low, high
 
 
@@ -58,11 +56,15 @@ def _rows(chosen, order, starts, pairs, first, expert, low, high, BY: tl.constex
     if BY == 2:
         rows = tl.load(order + tl.load(starts + expert) + wanted, mask=real, other=0).to(tl.int64)
     else:
-        at = tl.arange(0, BLOCK_P)
-        mine = tl.load(chosen + at, mask=at < pairs, other=-1).to(tl.int32) == expert + first
-        place = tl.cumsum(mine.to(tl.int32), 0) - 1
-        hit = mine[None] & (place[None] == wanted[:, None])
-        rows = tl.sum(tl.where(hit, at[None], 0), 1).to(tl.int64)
+        found = tl.zeros((BLOCK_M,), tl.int32)
+        before = tl.program_id(0) * 0
+        for begin in range(0, pairs, BLOCK_P):
+            at = begin + tl.arange(0, BLOCK_P)
+            mine = tl.load(chosen + at, mask=at < pairs, other=-1).to(tl.int32) == expert + first
+            place = before + tl.cumsum(mine.to(tl.int32), 0) - 1
+            found += tl.sum(tl.where(mine[None] & (place[None] == wanted[:, None]), at[None], 0), 1)
+            before += tl.sum(mine.to(tl.int32))
+        rows = found.to(tl.int64)
     return rows, real
 
 
@@ -212,7 +214,7 @@ def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, held: 
     out = torch.empty(n, hidden, dtype=x.dtype, device=x.device)
     options: dict[str, Any] = {
         "BY": by, "BLOCK_E": triton.next_power_of_2(count), "BLOCK_M": block_m,
-        "BLOCK_P": next(most for most in (16, 64, 256, FEW) if pairs <= most or most == FEW),
+        "BLOCK_P": 16 if pairs <= 16 else 128,
         "PRECISION": "ieee" if wide else "tf32", "num_warps": 8 if block_m == 128 else 4,
         "num_stages": 2 if wide else 3, **launch_options(x)}
     _up[(groups, triton.cdiv(size, up[0]))](

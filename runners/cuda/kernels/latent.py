@@ -118,8 +118,8 @@ def attend(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         q, cache, tables, lens, lens if starts is None else starts, part_out, part_max, part_sum, out, splits,
         lens.shape[0], q.stride(0), tables.stride(0), cache.stride(1), scale, HEADS=heads, DIM=dim, VALUE=value,
         SIZE=size, DECODE=starts is None, JOINED=splits > 1, BLOCK_H=_HEADS, BLOCK_V=block_v, BLOCK_R=block_r,
-        BLOCK_N=16 if wide else 32, PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=1 if wide else 2,
-        **launch_options(q))
+        BLOCK_N=16 if wide else 32, PRECISION="ieee" if wide else "tf32", num_warps=8 if block_v > 256 else 4,
+        num_stages=1 if wide else 2, **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, None, splits, 0, HEADS=heads, DIM=value,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_v, num_warps=8, **launch_options(q))
