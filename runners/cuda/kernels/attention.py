@@ -254,21 +254,20 @@ def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, tabl
         if split == splits - 1:  # the new keys: one program of each head writes them, and sees them as later steps will
             t = tl.arange(0, BLOCK_T)
             here, row = (t < queries)[:, None] & (dim[None] < DIM), (start + t).to(tl.int64)
-            source = (k_new + row * k_stride + kv_head * DIM)[:, None]
+            from_k = (k_new + row * k_stride + kv_head * DIM)[:, None]
             if ROTARY:
-                angles = table + tl.load(positions + row, mask=t < queries, other=0).to(tl.int64) * DIM
-                k = _rotated(source, dim[None], here, angles[:, None], DIM // 2)
+                turns = table + tl.load(positions + row, mask=t < queries, other=0).to(tl.int64) * DIM
+                k_last = _stored(_rotated(from_k, dim[None], here, turns[:, None], DIM // 2), cache)
             else:
-                k = tl.load(source + dim[None], mask=here, other=0.0)
-            k = _stored(k, cache)
-            source = (v_new + row * v_stride + kv_head * DIM)[:, None]
-            v = _stored(tl.load(source + dim[None], mask=here, other=0.0), cache)
+                k_last = _stored(tl.load(from_k + dim[None], mask=here, other=0.0), cache)
+            from_v = (v_new + row * v_stride + kv_head * DIM)[:, None]
+            v_last = _stored(tl.load(from_v + dim[None], mask=here, other=0.0), cache)
             slot = tl.load(slots + row, mask=t < queries, other=0).to(tl.int64)
             into = (base + slot // SIZE * block_stride + slot % SIZE * DIM)[:, None] + dim[None]
-            tl.store(into, k, mask=here)
-            tl.store(into + kv_offset, v, mask=here)
-            there = (t[None] <= nth[:, None]) & ((length - queries + t)[None] > lowest[:, None])
-            best, total, acc = _attend_some(query, k, v, there, best, total, acc, scale, CAP, PRECISION)
+            tl.store(into, k_last, mask=here)
+            tl.store(into + kv_offset, v_last, mask=here)
+            visible = (t[None] <= nth[:, None]) & ((length - queries + t)[None] > lowest[:, None])
+            best, total, acc = _attend_some(query, k_last, v_last, visible, best, total, acc, scale, CAP, PRECISION)
         rows = token * (KV_HEADS * GROUP) + heads
         if not JOINED:
             value = acc / tl.where(total > 0, total, 1.0)[:, None]
