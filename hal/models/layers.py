@@ -123,6 +123,11 @@ class Linear(nn.Module):
                 self.dense = shard(spec, DENSE.tensors(spec)[0], DENSE.name, build.topology)
         self.bias = build.linear_tensor(spec, BIAS, self.scheme) if bias else None
 
+    def stored(self, name: str) -> torch.Tensor:
+        """A tensor of the weight, by its declared name. A device may keep it in something else than a parameter."""
+        tensor: torch.Tensor = getattr(self, name)
+        return tensor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in of this rank] -> [n, out of this rank]; summed over the tp ranks where the layer is row-parallel."""
         y = self.ops.linear(x, self)

@@ -12,6 +12,9 @@ from hal.errors import ConfigError
 # another order of summation, but not for another precision.
 TOLERANCES: dict[str, dict[str, float]] = {
     "linear": {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3},
+    "weights": {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3},  # of few bits, with exact inputs
+    "weights_fp8": {"float32": 0.25, "bfloat16": 0.25, "float16": 0.25},  # inputs may be rounded to e4m3
+    "weights_int8": {"float32": 5e-2, "bfloat16": 8e-2, "float16": 5e-2},  # inputs may be rounded to int8
     "norm": {"float32": 3e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "rotary": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "activation": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},

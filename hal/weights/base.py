@@ -164,7 +164,7 @@ class Scheme(abc.ABC):
 
     @abc.abstractmethod
     def dequantize(self, layer: Linear) -> torch.Tensor:
-        """The rank's weight [out, in] in `layer.dtype`. The declared tensors are attributes of `layer`."""
+        """The rank's weight [out, in] in `layer.dtype`. `layer.stored` gives the declared tensors."""
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """By name, the tensors that come closest to a rank's dense weight [out, in]; for schemes that are `on_load`."""

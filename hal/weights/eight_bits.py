@@ -45,8 +45,7 @@ class EightBits(GridScheme):
         return found
 
     def grid(self, layer: Linear) -> Grid:
-        scales: torch.Tensor = layer.get_parameter(self.scale)
-        values = layer.weight
+        scales, values = layer.stored(self.scale), layer.weight
         if self.scales == "tensor":
             scales = torch.cat([s.expand(n, 1) for s, n in zip(scales, layer.outputs, strict=True)])
         elif self.scales == "block":

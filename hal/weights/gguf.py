@@ -20,8 +20,17 @@ Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _half(blocks: torch.Tensor, at: int, count: int = 1) -> torch.Tensor:
-    """fp16 numbers of a block -> [n, count] fp32."""
-    return blocks[:, at:at + 2 * count].contiguous().view(torch.float16).float()
+    """fp16 numbers of a block -> [n, count] fp32. By arithmetic, since XLA cannot take bytes for another type."""
+    low, high = blocks[:, at:at + 2 * count].int().view(-1, count, 2).unbind(-1)
+    powers = torch.tensor([2.0 ** (max(e, 1) - 25) for e in range(32)], device=blocks.device)
+    exponent, mantissa = high >> 2 & 31, (high & 3) << 8 | low
+    value = (mantissa + 1024 * (exponent > 0)).float() * powers[exponent.long()]
+    return torch.where(high > 127, -value, value)
+
+
+def _signed(bytes_: torch.Tensor) -> torch.Tensor:
+    """Bytes as what they are in two's complement, int32."""
+    return (bytes_.int() ^ 128) - 128
 
 
 def _nibbles(bytes_: torch.Tensor) -> torch.Tensor:
@@ -30,7 +39,7 @@ def _nibbles(bytes_: torch.Tensor) -> torch.Tensor:
 
 
 def _q8_0(b: torch.Tensor) -> torch.Tensor:
-    return _half(b, 0) * b[:, 2:].contiguous().view(torch.int8)
+    return _half(b, 0) * _signed(b[:, 2:])
 
 
 def _q4_0(b: torch.Tensor) -> torch.Tensor:
@@ -63,7 +72,7 @@ def _q6_k(b: torch.Tensor) -> torch.Tensor:
     low = _nibbles(b[:, :128].reshape(-1, 2, 64)).flatten(1)  # [n, 256]
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=b.device).view(1, 1, 4, 1)
     high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3).flatten(1)
-    scales = _half(b, 208) * b[:, 192:208].contiguous().view(torch.int8)
+    scales = _half(b, 208) * _signed(b[:, 192:208])
     values: torch.Tensor = ((low | high << 4).float() - 32) * scales.repeat_interleave(16, 1)
     return values
 

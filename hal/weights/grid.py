@@ -79,7 +79,7 @@ class GridScheme(Scheme):
         weight = self.dequantize(layer)
         if self.inputs != "static":
             return F.linear(self.rounded(x), weight, layer.bias)
-        scales = layer.get_parameter(self.input_scale).flatten()
+        scales = layer.stored(self.input_scale).flatten()
         parts = zip(scales, torch.split(weight, list(layer.outputs)), strict=True)
         y = torch.cat([F.linear(rounded(x, scale, self.inputs_as), part) for scale, part in parts], -1)
         return y if layer.bias is None else y + layer.bias

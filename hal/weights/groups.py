@@ -25,9 +25,9 @@ def unpacked(packed: torch.Tensor, dim: int, bits: int = 4, order: Sequence[int]
     """[rows, columns] int32 -> int32 from 0 to 2^bits - 1, 32 / bits times as many along `dim`."""
     places = torch.arange(32 // bits) if order is None else torch.tensor(order)
     shifts = (places * bits).to(packed.device, torch.int32)
-    wide = packed.unsqueeze(dim + 1) >> (shifts.view(-1, 1) if dim == 0 else shifts)
-    values: torch.Tensor = wide & (1 << bits) - 1
-    return values.flatten(dim, dim + 1)
+    # XLA divides where it is asked for the operator >>, and rounds negative numbers towards zero.
+    wide = torch.bitwise_right_shift(packed.unsqueeze(dim + 1), shifts.view(-1, 1) if dim == 0 else shifts)
+    return (wide & (1 << bits) - 1).flatten(dim, dim + 1)
 
 
 def packed(values: torch.Tensor, bits: int = 4) -> torch.Tensor:
@@ -73,13 +73,13 @@ class Packed(GridScheme):
         return found
 
     def grid(self, layer: Linear) -> Grid:
-        packed, scales = layer.get_parameter("weight_packed"), layer.get_parameter("weight_scale").float()
-        index = layer.get_parameter("weight_g_idx") if self.act_order else None
+        packed, scales = layer.stored("weight_packed"), layer.stored("weight_scale").float()
+        index = layer.stored("weight_g_idx") if self.act_order else None
         inputs = layer.in_size if index is None else index.shape[1]
         values = unpacked(packed, 1, self.bits)[:, :inputs].to(torch.uint8)
         zeros = torch.full_like(scales, 1 << self.bits - 1)
         if not self.symmetric:
-            stored = layer.get_parameter("weight_zero_point")
+            stored = layer.stored("weight_zero_point")
             zeros = (stored if self.on_load else unpacked(stored, 0, self.bits)[:len(values)]).float()
         return Grid(values, scales, self.group or inputs, layer.outputs, zeros, index)
 
@@ -123,10 +123,10 @@ class Gptq(GridScheme):
         return found
 
     def grid(self, layer: Linear) -> Grid:
-        values = unpacked(layer.get_parameter("qweight"), 0, self.bits).t().to(torch.uint8)
-        zeros = unpacked(layer.get_parameter("qzeros"), 1, self.bits).t().float() + self.zero_offset
-        return Grid(values, layer.get_parameter("scales").t(), self.group or values.shape[1], layer.outputs, zeros,
-                    layer.get_parameter("g_idx") if self.act_order and self.group else None)
+        values = unpacked(layer.stored("qweight"), 0, self.bits).t().to(torch.uint8)
+        zeros = unpacked(layer.stored("qzeros"), 1, self.bits).t().float() + self.zero_offset
+        return Grid(values, layer.stored("scales").t(), self.group or values.shape[1], layer.outputs, zeros,
+                    layer.stored("g_idx") if self.act_order and self.group else None)
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ class Awq(GridScheme):
                 WeightTensor("scales", (groups, Dim("out")), "float32"))
 
     def grid(self, layer: Linear) -> Grid:
-        values = unpacked(layer.get_parameter("qweight"), 1, 4, _AWQ_ORDER).t().to(torch.uint8)
-        zeros = unpacked(layer.get_parameter("qzeros"), 1, 4, _AWQ_ORDER).t().float()
-        return Grid(values, layer.get_parameter("scales").t(), self.group or values.shape[1], layer.outputs, zeros)
+        values = unpacked(layer.stored("qweight"), 1, 4, _AWQ_ORDER).t().to(torch.uint8)
+        zeros = unpacked(layer.stored("qzeros"), 1, 4, _AWQ_ORDER).t().float()
+        return Grid(values, layer.stored("scales").t(), self.group or values.shape[1], layer.outputs, zeros)
 
 
 def _groups(group: int | None, replicated: bool) -> Dim | int:

@@ -48,6 +48,6 @@ class Mxfp4(Scheme):
                 WeightTensor("weight_scale", (Dim("out"), Dim("in", per=BLOCK)), "uint8", below=255))
 
     def dequantize(self, layer: Linear) -> torch.Tensor:
-        packed = layer.get_parameter("weight_packed")
+        packed = layer.stored("weight_packed")
         blocks = packed.view(len(packed), -1, BLOCK // 2)
-        return decoded(blocks, layer.get_parameter("weight_scale"), layer.dtype)[:, :layer.in_size]
+        return decoded(blocks, layer.stored("weight_scale"), layer.dtype)[:, :layer.in_size]

@@ -6,6 +6,7 @@ Each is the default runner with one part spoilt. `mutants:<name>` is its device,
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -27,6 +28,7 @@ from hal.sampling import sampler as sampling
 from hal.sampling.sampler import Sampler
 from hal.sampling.verification import drafts_behind
 from hal.schema import Array
+from hal.weights.grid import Grid, GridScheme
 from runners.cpu import CpuBackend
 
 MUTANTS: dict[str, Mutant] = {}
@@ -224,6 +226,52 @@ class forgets_the_bias_of_a_quantised_layer(Ops):
         return super().linear(x, layer) if layer.is_dense else F.linear(x, layer.scheme.dequantize(layer))
 
 
+class _Spoilt(Ops):
+    """Computes with a grid that is not the layer's."""
+
+    schemes = None
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if not isinstance(layer.scheme, GridScheme):
+            return super().linear(x, layer)
+        return F.linear(x, self.spoilt(layer.scheme.grid(layer)).dequantized(x.dtype), layer.bias)
+
+    def spoilt(self, grid: Grid) -> Grid:
+        raise NotImplementedError
+
+
+@mutant("L2/weights", "four_bits*")
+class takes_scales_of_the_neighbour_group(_Spoilt):
+    def spoilt(self, grid: Grid) -> Grid:
+        return dataclasses.replace(grid, scales=grid.scales.roll(1, 1))
+
+
+@mutant("L2/weights", "four_bits*")
+class swaps_nibbles(_Spoilt):
+    def spoilt(self, grid: Grid) -> Grid:
+        if grid.values.dtype != torch.uint8:
+            return grid
+        return dataclasses.replace(grid, values=grid.values.view(len(grid.values), -1, 2).flip(-1).flatten(1))
+
+
+@mutant("L2/weights", "four_bits*")
+class counts_zero_points_from_one(_Spoilt):
+    def spoilt(self, grid: Grid) -> Grid:
+        return grid if grid.zeros is None else dataclasses.replace(grid, zeros=grid.zeros + 1)
+
+
+@mutant("L2/weights", "four_bits*")
+class ignores_the_order_of_inputs(_Spoilt):
+    def spoilt(self, grid: Grid) -> Grid:
+        return dataclasses.replace(grid, index=None)
+
+
+@mutant("L2/weights", "eight_bits")
+class takes_one_scale_for_all_projections(_Spoilt):
+    def spoilt(self, grid: Grid) -> Grid:
+        return dataclasses.replace(grid, scales=grid.scales[:1].expand_as(grid.scales))
+
+
 @mutant("L2/linear")
 class mangles_single_rows(Ops):
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
@@ -368,7 +416,7 @@ class scales_by_habit(_Attention):
 @mutant("L2/attention")
 class softmax_in_bfloat16(_Attention):
     def decode(self, q: Any, cache: Any, batch: Any, spec: Any) -> Any:
-        k, v = gather(cache, batch, spec)
+        k, v = gather(cache, batch, spec, self.dtype)
         scores = by_group(q, spec) @ k.transpose(-1, -2) * spec.scale + batch.masks[spec.window]
         return scores.bfloat16().softmax(-1).float() @ v
 

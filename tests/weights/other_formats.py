@@ -27,7 +27,7 @@ class Rows8(Scheme):
                 WeightTensor("weight_scale", (Dim("out"),), "float32"))
 
     def dequantize(self, layer: Linear) -> torch.Tensor:
-        scale = layer.get_parameter("weight_scale")
+        scale = layer.stored("weight_scale")
         return (layer.weight.float() * scale.unsqueeze(1)).to(layer.dtype)
 
 
@@ -47,12 +47,12 @@ class Groups4(Scheme):
         return found
 
     def dequantize(self, layer: Linear) -> torch.Tensor:
-        values = unpacked(layer.get_parameter("qweight"), 0)
-        zeros, scales = unpacked(layer.get_parameter("qzeros"), 1), layer.get_parameter("scales").float()
+        values = unpacked(layer.stored("qweight"), 0)
+        zeros, scales = unpacked(layer.stored("qzeros"), 1), layer.stored("scales").float()
         parts, at = [], 0
         for part, count in enumerate(layer.outputs):
             of = slice(at, at + count)
-            group = layer.get_parameter("g_idx")[part] if self.act_order else torch.arange(len(values)) // self.group
+            group = layer.stored("g_idx")[part] if self.act_order else torch.arange(len(values)) // self.group
             parts.append((values[:, of] - zeros[:, of][group]) * scales[:, of][group])
             at += count
         return torch.cat(parts, 1).t().to(layer.dtype)

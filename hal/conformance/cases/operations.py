@@ -68,7 +68,7 @@ class _RowScales(Scheme):
                 WeightTensor("scales", (Dim("out"),), "float32"))
 
     def dequantize(self, layer: Linear) -> torch.Tensor:
-        return (layer.weight.float() * layer.get_parameter("scales")[:, None]).to(layer.dtype)
+        return (layer.weight.float() * layer.stored("scales")[:, None]).to(layer.dtype)
 
 
 @case(2, "linear", "checkpoints")
