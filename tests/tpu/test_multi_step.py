@@ -71,3 +71,11 @@ def test_shares_of_one_process_take_several_steps(checkpoint: Checkpoint) -> Non
         drawn = [o.token_ids for o in llm.generate(parity.PROMPTS, SamplingParams(max_tokens=16, temperature=1.0,
                                                                                   seed=7))]
     assert json.loads(done.stdout.splitlines()[-1]) == [[tokens for tokens, _ in parity.oracle(path)], drawn]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    {"steps_per_message": 4}, {"speculate": "proposing:Oracle", "speculative_tokens": 4},
+    {"speculate": "proposing:Oracle", "speculative_tokens": 4, "pp": 2}], ids=["steps", "drafts", "pp2, drafts"])
+def test_the_bundled_model_adds_with_several_tokens_a_message(options: dict[str, Any]) -> None:
+    assert parity.additions(TPU, 100, max_num_seqs=16, **options) == parity.additions("cpu", 100)
