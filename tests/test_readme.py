@@ -16,7 +16,7 @@ from hal.cli import build_parser, main
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in (
-    "architecture", "backends", "debugging", "distributed", "engine")))
+    "architecture", "backends", "debugging", "distributed", "engine", "runner")))
 BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS[0].read_text(), re.DOTALL | re.MULTILINE)
 PRINTS = (["['122', '579']", "1000"], ["0 122", "Stats("], ["[5, 6, 6, 2]"], [], ["input_ids", "num_seqs + 1"])
 

@@ -32,7 +32,9 @@ EPILOG = """columns (medians of the repeats; all prompts arrive at once; no pref
   of       the same over the bandwidth of reading a large tensor, measured in this process before the benchmark
 
 With --rate, requests arrive one by one (a Poisson process), whether the engine keeps up or not. The columns are then
-percentiles over the requests (TTFT, from the arrival on) and over all later tokens (ITL, from the token before).
+percentiles over the requests (TTFT, from the arrival on) and over all later tokens (ITL, from the token before). The
+last three say where the driver's time of a step goes: host (scheduling, preparing, messages, tokens), execute (the
+runner computes the step, or issues it to a device), and wait (for the device's output).
 
 examples:
   hal bench --model-config qwen2-0.5b --batch-sizes 1,8,32 --prompt-len 128 --new-tokens 64

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hal import profiling
 from hal.config import EngineConfig
 from hal.engine.llm import LLM
 from hal.model_config import ModelConfig
@@ -29,6 +30,9 @@ class Served:
         ttft: of each request, from its arrival to its first token, with the time that it waits in the queue.
         itl: the time between two tokens of a request, for each token but a request's first. If a step gives a request
             several tokens, they share the time since the tokens before.
+        step: where the driver's time of a step goes. "host": scheduling, preparing, messages and tokens. "execute": in
+            the runner, which computes the step or only issues it to a device. "wait": for the device's output. A device
+            that runs behind the host is the limit as long as "wait" is above 0.
     """
 
     rate: float
@@ -36,13 +40,15 @@ class Served:
     tokens: int
     ttft: list[float]
     itl: list[float]
+    step: dict[str, float]
 
     def row(self) -> dict[str, Any]:
         """Percentiles, as JSON values."""
         found = {f"{name}_p{p}": float(np.percentile(values, p)) for name, values in (("ttft", self.ttft), (
             "itl", self.itl)) for p in PERCENTILES}
         return {"rate": self.rate, "requests": len(self.ttft), "seconds": self.seconds,
-                "tokens_per_s": self.tokens / self.seconds, **found}
+                "tokens_per_s": self.tokens / self.seconds, **found,
+                **{f"step_{name}": each for name, each in self.step.items()}}
 
 
 def arrivals(rate: float, requests: int, seed: int = 0) -> list[float]:
@@ -62,32 +68,37 @@ def serve(llm: LLM, rate: float, requests: int, prompt_len: int, new_tokens: int
     waiting = deque((at, [draw.randrange(vocab) for _ in range(prompt_len)]) for at in arrivals(rate, requests))
     arrived: dict[int, float] = {}
     last: dict[int, tuple[float, int]] = {}  # of each request, the time of its last tokens and their number
-    ttft, itl, tokens = list[float](), list[float](), 0
+    ttft, itl, tokens, steps, working = list[float](), list[float](), 0, 0, 0.0
     start = time.perf_counter()
-    while waiting or llm.unfinished:
-        now = time.perf_counter() - start
-        while waiting and waiting[0][0] <= now:
-            due, prompt = waiting.popleft()
-            arrived[llm.add_request(prompt, params)] = due
-        if not llm.unfinished:
-            time.sleep(max(waiting[0][0] - now, 0))
-            continue
-        outputs = llm.step(text=False)
-        now = time.perf_counter() - start
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
-            before, had = last.get(output.request_id, (arrived[output.request_id], 0))
-            gained = len(output.token_ids) - had
-            if not gained:
+    with profiling.timed() as spans:
+        while waiting or llm.unfinished:
+            now = time.perf_counter() - start
+            while waiting and waiting[0][0] <= now:
+                due, prompt = waiting.popleft()
+                arrived[llm.add_request(prompt, params)] = due
+            if not llm.unfinished:
+                time.sleep(max(waiting[0][0] - now, 0))
                 continue
-            if not had:
-                ttft.append(now - before)
-            else:
-                itl += [(now - before) / gained] * gained
-            tokens += gained
-            last[output.request_id] = now, had + gained
-    return Served(rate, time.perf_counter() - start, tokens, ttft, itl)
+            outputs = llm.step(text=False)
+            begun, now, steps = now, time.perf_counter() - start, steps + 1
+            working += now - begun
+            for output in outputs:
+                if output.error is not None:
+                    raise output.error
+                before, had = last.get(output.request_id, (arrived[output.request_id], 0))
+                gained = len(output.token_ids) - had
+                if not gained:
+                    continue
+                if not had:
+                    ttft.append(now - before)
+                else:
+                    itl += [(now - before) / gained] * gained
+                tokens += gained
+                last[output.request_id] = now, had + gained
+        seconds = time.perf_counter() - start
+    execute, wait = (spans.get(name, 0.0) for name in ("execute", "fetch"))
+    split = {"host": (working - execute - wait) / steps, "execute": execute / steps, "wait": wait / steps}
+    return Served(rate, seconds, tokens, ttft, itl, split)
 
 
 def run(config: EngineConfig, model: ModelConfig, rates: Sequence[float], requests: int, prompt_len: int,
@@ -101,10 +112,11 @@ def run(config: EngineConfig, model: ModelConfig, rates: Sequence[float], reques
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The lines of a table, times in milliseconds."""
-    names = [f"{name} p{p}" for name in ("TTFT", "ITL") for p in PERCENTILES]
+    names = [*(f"{name} p{p}" for name in ("TTFT", "ITL") for p in PERCENTILES), "host", "execute", "wait"]
     lines = ["req/s  | tok/s    | " + " | ".join(f"{name:>8}" for name in names),
              "------ | -------- | " + " | ".join("-" * 8 for _ in names)]
     for row in rows:
         times = [row[f"{name}_p{p}"] * 1e3 for name in ("ttft", "itl") for p in PERCENTILES]
+        times += [row[f"step_{name}"] * 1e3 for name in ("host", "execute", "wait")]
         lines.append(f"{row['rate']:6.2f} | {row['tokens_per_s']:8.1f} | " + " | ".join(f"{t:8.1f}" for t in times))
     return lines

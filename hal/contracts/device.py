@@ -3,9 +3,10 @@ its collectives (Collectives). So workers/ name no device's library. Importing t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hal.errors import BackendError
@@ -51,6 +52,11 @@ class DeviceRuntime:
         """Whether the current stream is being captured into a graph."""
         asked = getattr(self._module(device), "is_current_stream_capturing", None)
         return asked is not None and bool(asked())
+
+    def program_folders(self) -> Mapping[str, Path]:
+        """The folders in which the device's compilers keep programs between starts, by what is in each; empty where it
+        keeps none. `hal compile` fills them ahead of time."""
+        return {}
 
     def host_memory(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A zeroed tensor on the host. The device copies from and to its memory while the host goes on, so the memory

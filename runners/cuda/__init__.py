@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal import profiling
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 class CudaRuntime(DeviceRuntime):
     """torch.cuda's streams and events, and page-locked memory."""
+
+    def program_folders(self) -> Mapping[str, Path]:
+        return {"Triton": Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")}
 
     def host_memory(self, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         import torch

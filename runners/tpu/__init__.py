@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from glob import glob
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal.contracts.backend import Backend, Capabilities
@@ -31,6 +32,12 @@ class TpuRuntime(DeviceRuntime):
         from runners.tpu import lowering
 
         lowering.wait()
+
+    def program_folders(self) -> Mapping[str, Path]:
+        from runners.tpu import lowering
+
+        folder = lowering.cache_folder()
+        return {} if folder is None else {"XLA": folder}
 
 
 class TpuBackend(Backend):

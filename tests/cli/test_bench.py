@@ -14,6 +14,7 @@ from hal.checkpoints.hf_config import parse_config
 from hal.cli import bench, main, measure, open_loop
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
+from hal.testing.null import NullRunner
 
 SMALL = ["--device", "cpu", "--prompt-len", "12", "--new-tokens", "4", "--repeat", "2", "--batch-sizes", "1,3"]
 
@@ -128,6 +129,7 @@ def test_requests_that_arrive_by_themselves(capsys: pytest.CaptureFixture[str]) 
         assert 0 < row["ttft_p50"] <= row["ttft_p90"] <= row["ttft_p99"] < row["seconds"]
         assert 0 < row["itl_p50"] <= row["itl_p90"] <= row["itl_p99"] < row["seconds"]
         assert row["tokens_per_s"] == pytest.approx(12 * 5 / row["seconds"])
+        assert row["step_host"] > 0 and row["step_execute"] > 0 and row["step_wait"] >= 0
     assert report["rows"][0]["seconds"] > open_loop.arrivals(200, 12)[-1]  # no request began before it had arrived
 
 
@@ -138,18 +140,26 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 
 def test_the_times_of_an_open_loop_are_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that takes 0.1 s a step, and gives the tokens of a step together."""
+    """An engine that gives the tokens of a step together. The driver takes 0.1 s a step, the runner 0.03 s, and then
+    the output comes after 0.02 s."""
     clock = [0.0]
+
+    def later(seconds: float, then: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            clock[0] += seconds
+            return then(*args, **options)
+        return call
+
+    execute, fetch = NullRunner.execute_model, NullRunner.fetch
+    monkeypatch.setattr(NullRunner, "execute_model", later(0.03, execute))
+    monkeypatch.setattr(NullRunner, "fetch", lambda self, output: later(0.02, fetch(self, output)))
     monkeypatch.setattr(open_loop.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(open_loop.time, "sleep", lambda s: clock.__setitem__(0, clock[0] + s))
     with LLM(device="null", num_blocks=64, async_scheduling=False) as llm:
-        step = llm.step
-
-        def slow(**options: bool) -> Any:
-            clock[0] += 0.1
-            return step(**options)
-
-        monkeypatch.setattr(llm, "step", slow)
+        monkeypatch.setattr(llm, "step", later(0.1, llm.step))
         served = open_loop.serve(llm, 1e-3, 3, 5, 4)
-    assert served.tokens == 12 and served.ttft == pytest.approx([0.1] * 3) and served.itl == pytest.approx([0.1] * 9)
-    assert served.seconds == pytest.approx(open_loop.arrivals(1e-3, 3)[-1] + 0.4)
+    assert served.tokens == 12 and served.ttft == pytest.approx([0.15] * 3) and served.itl == pytest.approx([0.15] * 9)
+    assert served.seconds == pytest.approx(open_loop.arrivals(1e-3, 3)[-1] + 0.6)
+    assert served.step == pytest.approx({"host": 0.1, "execute": 0.03, "wait": 0.02})
+    shown = open_loop.table([served.row()])[-1].split(" | ")
+    assert [float(cell) for cell in shown[-3:]] == [100.0, 30.0, 20.0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hal.contracts.backend import Backend, Capabilities
+from hal.contracts.device import DeviceRuntime
 from hal.errors import BackendError
 
 if TYPE_CHECKING:
@@ -19,11 +20,21 @@ if TYPE_CHECKING:
     from hal_jax.runner import JaxRunner
 
 
+def program_folder() -> Path:
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "hal" / "jax")
+
+
+class JaxRuntime(DeviceRuntime):
+    def program_folders(self) -> Mapping[str, Path]:
+        return {"JAX": program_folder()}
+
+
 class JaxBackend(Backend):
     """A process for each rank. The compiled step calls the worker's Communicator for tensor parallelism."""
 
     name = "jax"
     priority = -10  # only when asked for
+    runtime = JaxRuntime()
     capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=8, max_pp=8)
 
     def unavailable(self) -> str | None:
@@ -37,10 +48,8 @@ class JaxBackend(Backend):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several ranks may share a GPU
         import jax
 
-        if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR is not set
-            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hal" / "jax"
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_compilation_cache_dir", str(program_folder()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         devices = jax.devices()
         if devices[0].platform != "cpu":
             if local_rank >= len(devices):

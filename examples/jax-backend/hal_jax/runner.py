@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -44,13 +43,6 @@ def to_torch(array: jax.Array) -> torch.Tensor:
 def some(blocks: torch.Tensor) -> np.ndarray:
     """At most BLOCKS numbers of blocks, filled up with the null block."""
     return np.pad(blocks.numpy().astype(np.int32), (0, BLOCKS - len(blocks)))
-
-
-@dataclass
-class Cache:
-    """The cache of all layers: the array that the last program returned."""
-
-    array: jax.Array
 
 
 class JaxRunner(ModelRunnerBase[PagedModelInput]):
@@ -116,26 +108,26 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
         per_token = 8 * c.hidden_size + 4 * c.intermediate_size
         return 4 * (2 * TOKENS * context + engine.max_num_batched_tokens * per_token + 4 * self.rows * c.vocab_size)
 
-    def make_kv_caches(self, num_blocks: int) -> Cache:
+    def make_kv_caches(self, num_blocks: int) -> list[jax.Array]:
         shape, ids = self._cache_shape(num_blocks), self._like(BLOCKS)
         cache = self._like(*shape, dtype=self.jax_dtype, shared=4)
         values = self._like(shape[0], BLOCKS, *shape[2:], dtype=self.jax_dtype)
         self._compile(("read", num_blocks), lambda cache, ids: cache[:, ids], cache, ids)
         self._compile(("write", num_blocks), lambda cache, ids, new: cache.at[:, ids].set(new), cache, ids, values,
                       out=self.sharding(4), donate=(0,))
-        return Cache(jnp.zeros(shape, self.jax_dtype, device=self.sharding(4)))
+        return [jnp.zeros(shape, self.jax_dtype, device=self.sharding(4))]  # each step puts a new array into the list
 
-    def read_blocks(self, kv_caches: Cache, blocks: torch.Tensor) -> list[torch.Tensor]:
-        array = kv_caches.array
+    def read_blocks(self, kv_caches: list[jax.Array], blocks: torch.Tensor) -> list[torch.Tensor]:
+        array = kv_caches[0]
         parts = [to_torch(self.programs["read", array.shape[1]](array, some(blocks[at:at + BLOCKS])))
                  for at in range(0, len(blocks), BLOCKS)]
         return [torch.cat(parts, 1)[:, :len(blocks)]]
 
-    def write_blocks(self, kv_caches: Cache, blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
+    def write_blocks(self, kv_caches: list[jax.Array], blocks: torch.Tensor, values: Sequence[torch.Tensor]) -> None:
         for at in range(0, len(blocks), BLOCKS):
-            part, program = values[0][:, at:at + BLOCKS], self.programs["write", kv_caches.array.shape[1]]
+            part, program = values[0][:, at:at + BLOCKS], self.programs["write", kv_caches[0].shape[1]]
             whole = torch.nn.functional.pad(part, [0, 0] * 4 + [0, BLOCKS - part.shape[1]])
-            kv_caches.array = program(kv_caches.array, some(blocks[at:at + BLOCKS]), to_numpy(whole))
+            kv_caches[0] = program(kv_caches[0], some(blocks[at:at + BLOCKS]), to_numpy(whole))
 
     # Programs.
 
@@ -150,7 +142,7 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
             self.programs[key] = jitted.lower(*like).compile()
             self.compiled += 1
 
-    def warmup(self, kv_caches: Cache, progress: Progress = no_progress) -> None:
+    def warmup(self, kv_caches: list[jax.Array], progress: Progress = no_progress) -> None:
         buckets = self.plan.buckets()
         for done, bucket in enumerate(buckets):
             progress("compiling", done, len(buckets))
@@ -162,13 +154,13 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
     def _hidden(self, tokens: int) -> jax.ShapeDtypeStruct:
         return self._like(tokens, self.config.model.hidden_size, dtype=self.jax_dtype)
 
-    def _compile_bucket(self, kv_caches: Cache, num_tokens: int, max_blocks: int, note: bool = False) -> None:
+    def _compile_bucket(self, kv_caches: list[jax.Array], num_tokens: int, max_blocks: int, note: bool = False) -> None:
         """The whole step is one program. Where the generic worker's ranks share tensors, it is cut at their sums."""
         rows, size = min(num_tokens, self.rows), num_tokens
         tokens, layer, x = self._like(size), self._like(), self._hidden(size)
         likes = [tokens] * 3 + [self._like(rows + 1), self._like(rows, max_blocks), self._like(rows)]
         m, p, w = dict(zip(FIELDS, likes, strict=True)), self.parts._replace(note=note), self.weights
-        cache = self._like(*kv_caches.array.shape, dtype=self.jax_dtype, shared=4)
+        cache = self._like(*kv_caches[0].shape, dtype=self.jax_dtype, shared=4)
         first, out = self.config.topology.is_first_stage, (self.sharding(4), *[self.sharding(None)] * (2 + p.last))
         if p.first_row is None:
             return self._compile(("step", size, max_blocks, note), partial(model.step, p), w, cache, m,
@@ -194,7 +186,7 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
         self.state.apply(request)
         return self.state.prepare(request, self.choose_shape).to(self.device)
 
-    def execute_model(self, model_input: PagedModelInput, kv_caches: Cache,
+    def execute_model(self, model_input: PagedModelInput, kv_caches: list[jax.Array],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
         m, x = model_input, None if intermediate is None else to_numpy(intermediate["hidden_states"])
         arrays = self._arrays(m)
@@ -204,7 +196,7 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
             return self.intermediate_type(hidden_states=to_torch(x))
         return self._sample(m, self._logits(logits[0]), x)
 
-    def execute_traced(self, model_input: PagedModelInput, kv_caches: Cache, trace: Trace) -> SamplerOutput | None:
+    def execute_traced(self, model_input: PagedModelInput, kv_caches: list[jax.Array], trace: Trace) -> Any:
         arrays = self._arrays(model_input)
         self._compile_bucket(kv_caches, len(arrays["input_ids"]), arrays["block_tables"].shape[1], note=True)
         x, logits, noted = self._run_whole(arrays, kv_caches, None, note=True)
@@ -212,9 +204,9 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
             trace(self.names.get(name, name), layer, np.asarray(noted[name])[layer])
         return self._sample(model_input, self._logits(logits), x)
 
-    def _run_whole(self, arrays: dict[str, np.ndarray], kv_caches: Cache, x: Any, note: bool = False) -> list[Any]:
+    def _run_whole(self, arrays: dict[str, np.ndarray], kv_caches: list[jax.Array], x: Any, note: bool = False) -> Any:
         program = self.programs["step", len(arrays["input_ids"]), arrays["block_tables"].shape[1], note]
-        kv_caches.array, *found = jax.block_until_ready(program(self.weights, kv_caches.array, arrays, x))
+        kv_caches[0], *found = jax.block_until_ready(program(self.weights, kv_caches[0], arrays, x))
         return found
 
     def _arrays(self, m: PagedModelInput) -> dict[str, np.ndarray]:
@@ -223,14 +215,14 @@ class JaxRunner(ModelRunnerBase[PagedModelInput]):
         return {**arrays, "input_ids": self.pending.input_ids(m).numpy(),
                 "logits_indices": arrays["logits_indices"][:len(arrays["block_tables"])]}
 
-    def _run_parts(self, arrays: dict[str, np.ndarray], kv_caches: Cache, x: Any) -> Any:
+    def _run_parts(self, arrays: dict[str, np.ndarray], kv_caches: list[jax.Array], x: Any) -> Any:
         """`model.step`, with the sums over the ranks between its parts."""
         tokens, w, p = len(arrays["input_ids"]), self.weights, self.programs
         if x is None:
             x = self._sum(p["embed", tokens](w, arrays["input_ids"], arrays["positions"]))
         for layer in map(np.int32, range(len(self.specs))):
             attention = p["attention", tokens, arrays["block_tables"].shape[1]]
-            kv_caches.array, out = attention(w, kv_caches.array, arrays, layer, x)
+            kv_caches[0], out = attention(w, kv_caches[0], arrays, layer, x)
             x, down = p["mlp", tokens](w, layer, x, self._sum(out))
             x = p["end", tokens](w, layer, x, self._sum(down))
         return p["finish", tokens](w, arrays["logits_indices"], x) if self.parts.last else [x]

@@ -30,7 +30,6 @@ from hal_jax.model import FAR, Weights
 GPT2 = {"attn_norm": "before_attention", "attn_norm_bias": "before_attention_bias", "qkv": "attention.qkv",
         "out": "attention.out", "mlp_norm": "before_mlp", "mlp_norm_bias": "before_mlp_bias", "up": "mlp.gate_up",
         "down": "mlp.down", "norm": "final_norm", "norm_bias": "final_norm_bias"}
-Place = Callable[[np.ndarray, "int | None"], Any]  # puts an array on the devices, which share this dimension
 
 
 class DenseOps(Ops):
@@ -93,9 +92,10 @@ def _parameters(modules: Sequence[Any], without: str = "-") -> dict[str, Paramet
     return found
 
 
-def place_weights(shares: Sequence[CausalLM], place: Place) -> Weights:
-    """The stage's arrays by name. Under "layers" are the arrays of all layers, stacked in a first dimension, then the
-    window of each layer and the number of its rotary table."""
+def place_weights(shares: Sequence[CausalLM], place: Callable[..., Any]) -> Weights:
+    """The stage's arrays by name. `place(array, dim)` puts an array on the devices, which share its dimension `dim`.
+    Under "layers" are the arrays of all layers, stacked in a first dimension, then the window of each layer and the
+    number of its rotary table."""
     model, stage, layers = shares[0], list(shares[0].stage), dict[str, Any]()
     of_layers = [_parameters([share.layers[i] for share in shares]) for i in range(len(stage))]
     for name, first in of_layers[0].items():

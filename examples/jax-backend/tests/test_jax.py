@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,7 @@ def test_a_step_takes_the_cache_over(tmp_path: Path) -> None:
     taken = []
 
     def step(request: Any) -> Any:
-        before = session.caches.array
+        before = session.caches[0]
         output = session.step(request)
         taken.append(before.is_deleted())
         return output
@@ -66,6 +70,21 @@ def test_bisect_names_the_layer_with_a_fault(monkeypatch: pytest.MonkeyPatch) ->
     divergence = bisect(path, "hal_jax:backend", "cpu").divergence
     assert divergence is not None
     assert (divergence.step, divergence.call.layer, divergence.call.name) == (0, 2, "layers.2.mlp.down")
+
+
+def test_programs_are_compiled_ahead_and_kept(tmp_path: Path) -> None:
+    """A second process compiles nothing that the first one has kept."""
+    words = ["--device", "hal_jax:backend", "--num-blocks", "33", "--max-num-seqs", "2",
+             "--max-num-batched-tokens", "16", "--max-model-len", "64", "--json"]
+    counts = []
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "hal", "compile", *words], capture_output=True, text=True,
+                              timeout=300, env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path)})
+        assert done.returncode == 0, done.stderr
+        folder, = json.loads(done.stdout)["folders"]
+        assert folder["path"] == str(tmp_path) and folder["bytes"] > 1000
+        counts.append(folder["new_files"])
+    assert counts[0] >= 6 and counts[1] == 0
 
 
 def test_models_with_other_layers_are_refused() -> None:
