@@ -19,7 +19,7 @@ shapes follow from them. To move the programs to other machines, set the folder 
 it.
 
 example:
-  hal compile --device cuda --model DIR --max-num-seqs 64 --max-model-len 4096"""
+  hal compile --device NAME --model DIR --max-num-seqs 64 --max-model-len 4096"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
