@@ -12,7 +12,7 @@ from hal.errors import ConfigError
 
 # Options that hal honours, and options that vLLM's front end and scheduler honour by themselves, by part of VllmConfig.
 ALLOWED = {
-    "": {"additional_config", "instance_id", "shutdown_timeout"},
+    "": {"additional_config", "instance_id", "shutdown_timeout", "quant_config"},  # the last is the checkpoint's
     "model_config": {
         "model", "model_weights", "tokenizer", "tokenizer_mode", "trust_remote_code", "dtype", "seed", "hf_token",
         "revision", "code_revision", "tokenizer_revision", "max_model_len", "enforce_eager", "max_logprobs",
@@ -39,6 +39,11 @@ ALLOWED = {
     "logging_config": {"log_level", "formatter", "configure_logging", "pylogging_config_file"}}
 # Names of these options as EngineArgs has them, where they differ.
 _ARGUMENTS = {"cache_dtype": "kv_cache_dtype", "policy": "scheduling_policy"}
+_HINTS = {"speculative_config": "hal.LLM speculates: EngineConfig.speculate, docs/speculation.md",
+          "parallel_config.enable_expert_parallel": """set additional_config '{"hal": {"ep": N}}'""",
+          "model_config.quantization": "hal reads it off the checkpoint; a dense one loses bits by additional_config"
+                                       """ '{"hal": {"quantize": "int8"}}'""",
+          "model_config.logits_processors": "a step feature of hal changes scores: docs/architecture.md"}
 _checked: list[Any] = []  # the configuration that is compared with one of vLLM's own making, while that is made
 
 
@@ -98,7 +103,7 @@ def _same(one: Any, other: Any) -> bool:
 def _unsupported(name: str, got: Any, expected: Any) -> ConfigError:
     return ConfigError(f"vLLM's option {name} is not supported under hal", got=repr(got)[:200],
                        expected=f"{repr(expected)[:200]}, which vLLM takes by itself",
-                       hint="hal_vllm/allowed.py lists the options that may be set")
+                       hint=_HINTS.get(name, "hal_vllm/allowed.py lists the options that may be set"))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from hal.errors import ConfigError
 
 ASKED = "HAL_DEVICE"
 EXECUTOR = "hal_vllm.executor.HalExecutor"
-_OWN = ("device", "wire", "control_plane", "executor", "heartbeat", "ep")  # keys of additional_config["hal"]
+# Keys of additional_config["hal"].
+_OWN = ("device", "wire", "control_plane", "executor", "heartbeat", "ep", "quantize")
 _LOADS = {"auto": False, "safetensors": False, "hf": False, "dummy": True}  # by load_format: whether weights are random
 _KV_DTYPES = {"auto": "auto", "fp8": "fp8", "fp8_e4m3": "fp8"}
 _IMPLS = {"auto": "auto", "transformers": "transformers"}  # of the model
@@ -40,9 +41,9 @@ def check_config(config: Any) -> None:
         return
     dtypes = {*_KV_DTYPES, str(model.dtype).removeprefix("torch.")}
     for name, got, values in (
-            ("runner", model.runner_type, ("generate",)), ("quantization", model.quantization, (None,)),
-            ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)), ("model_impl", model.model_impl, _IMPLS),
-            ("load_format", load.load_format, _LOADS), ("kv_cache_dtype", cache.cache_dtype, dtypes),
+            ("runner", model.runner_type, ("generate",)), ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)),
+            ("model_impl", model.model_impl, _IMPLS), ("load_format", load.load_format, _LOADS),
+            ("kv_cache_dtype", cache.cache_dtype, dtypes),
             ("distributed_executor_backend", config.parallel_config.distributed_executor_backend,
              (None, "uni", "mp", EXECUTOR))):
         if got not in values:

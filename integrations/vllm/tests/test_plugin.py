@@ -41,7 +41,9 @@ def test_the_plugin_stays_out_of_the_way(monkeypatch: pytest.MonkeyPatch) -> Non
     ({"enable_sleep_mode": True}, "(?i)sleep"), ({"model_impl": "vllm"}, "model_impl"),
     ({"attention_backend": "FLASH_ATTN"}, r"attention_config\.backend"),
     ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, r"compilation_config\."),
-    ({"enable_lora": True}, "lora_config"), ({"kv_offloading_size": 1}, "kv_offloading_size|kv_transfer_config"),
+    ({"enable_lora": True}, "lora_config"), ({"quantization": "fp8", "dtype": "bfloat16"}, "quantization"),
+    ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
+     "speculative_config"), ({"kv_offloading_size": 1}, "kv_offloading_size|kv_transfer_config"),
     ({"use_fp64_gumbel": True}, r"model_config\.use_fp64_gumbel"),
     ({"data_parallel_size": 2}, "data_parallel_size"), ({"worker_extension_cls": "x.Y"}, "worker_extension_cls")])
 def test_options_that_hal_would_not_honour_are_refused_by_name(options: dict[str, Any], name: str) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import runpy
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,13 +48,42 @@ def test_tokens_are_those_of_hals_engine(device: str) -> None:
         assert generate(llm) == expected(device)
 
 
-@pytest.mark.parametrize(("layout", "wire", "dialect"), [
-    ({"tensor_parallel_size": 2}, "model-input", "V1"), ({"tensor_parallel_size": 2}, "request", "V2"),
-    ({"pipeline_parallel_size": 2}, "request", "V1"), ({"pipeline_parallel_size": 2}, "model-input", "V2"),
-    ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, "model-input", "V2")])
-def test_tokens_are_the_same_in_every_layout(layout: dict[str, int], wire: str, dialect: str) -> None:
-    with serving("null", dialect, hal={"wire": wire}, **layout) as llm:
-        assert generate(llm) == expected("null")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_quantised_checkpoint_has_the_answers_of_hals_engine(tmp_path: Path, quantize: str | None) -> None:
+    """Quantised in the files, or on load. In bfloat16, since vLLM refuses float32 for such checkpoints."""
+    model = bundled()
+    if quantize is None:
+        path = Path(hal.__file__).parents[1] / "tests/weights/published.py"
+        published = SimpleNamespace(**runpy.run_path(str(path)))
+        config, writer, _ = published.FORMATS["fp8-channel"]
+        model = str(published.write(Path(model), tmp_path, config, writer)[0])
+    prompts, params = PROMPTS[:4], {"temperature": 0.0, "max_tokens": 4}
+    with serving(model=model, dtype="bfloat16", hal={"quantize": quantize} if quantize else {}) as llm:
+        found = tokens_of(llm.generate(prompts, SamplingParams(**params), use_tqdm=False))
+    with hal.LLM(model, device="cpu", dtype="bfloat16", max_model_len=96, max_num_seqs=8, num_blocks=64,
+                 quantize=quantize) as llm:
+        assert found == [list(each.token_ids) for each in llm.generate(prompts, hal.SamplingParams(**params))]
+
+
+# tp, pp, wire policy, dialect, and whether steps are scheduled ahead of their tokens, where there is one stage.
+EVERY = list(itertools.product((1, 2), (1, 2), ("model-input", "request"), ("V1", "V2"), (False, True)))
+PAIRS = [(1, 1, "model-input", "V1", False), (2, 2, "request", "V1", False), (2, 2, "model-input", "V2", False),
+         (2, 1, "request", "V1", True), (1, 2, "model-input", "V2", True), (1, 1, "request", "V2", True)]
+
+
+def test_the_layouts_have_each_pair_of_values() -> None:
+    for places in itertools.combinations(range(5), 2):
+        assert {tuple(case[i] for i in places) for case in PAIRS} == {tuple(case[i] for i in places) for case in EVERY}
+
+
+@pytest.mark.parametrize(("tp", "pp", "wire", "dialect", "ahead"), [
+    *PAIRS, *(pytest.param(*case, marks=pytest.mark.slow) for case in EVERY if case not in PAIRS)])
+def test_tokens_are_the_same_in_every_layout(tp: int, pp: int, wire: str, dialect: str, ahead: bool) -> None:
+    device = "fake" if ahead else "null"
+    with serving(device, dialect, hal={"wire": wire}, async_scheduling=ahead, tensor_parallel_size=tp,
+                 pipeline_parallel_size=pp) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling == (ahead and pp == 1)
+        assert generate(llm) == expected(device)
 
 
 @pytest.mark.parametrize("dialect", ["V1", "V2"])
