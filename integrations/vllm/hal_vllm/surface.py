@@ -21,7 +21,8 @@ _CLASSES = {"v1/executor/abstract.py": ("Executor",), "sampling_params.py": ("Sa
             "config/vllm.py": ("VllmConfig",), "config/model.py": ("ModelConfig",), "config/load.py": ("LoadConfig",),
             "config/cache.py": ("CacheConfig",), "config/parallel.py": ("ParallelConfig",),
             "config/scheduler.py": ("SchedulerConfig",), "config/observability.py": ("ObservabilityConfig",),
-            "config/structured_outputs.py": ("StructuredOutputsConfig",), "config/logging.py": ("LoggingConfig",)}
+            "config/structured_outputs.py": ("StructuredOutputsConfig",), "config/logging.py": ("LoggingConfig",),
+            "config/kernel.py": ("KernelConfig",)}
 _OPTIONS = "config/"  # of these classes the methods are vLLM's own affair
 _CALLS = {"v1/engine/core.py": "model_executor"}  # the calls that vLLM's engine makes, in the order of its source
 Surface = dict[str, dict[str, str]]
