@@ -138,3 +138,13 @@ def test_several_steps_a_message_give_the_same_texts(options: dict[str, Any]) ->
             found.append([(o.token_ids, o.text, o.finish_reason) for o in outputs])
             assert llm.executor._worker.runner.compiled == compiled
     assert sum(a == b for a, b in zip(*found, strict=True)) >= 99
+
+
+@pytest.mark.parametrize("options", [{"quantize": "fp8"}, {"quantize": "int8"}, {"quantize": "int4"},
+                                     {"quantize": "int4", "kv_dtype": "fp8"}], ids=str)
+def test_the_bundled_model_adds_in_fewer_bits(options: dict[str, Any]) -> None:
+    """Decoding reads the stored bits, and prompts go through tensor cores or dequantised weights."""
+    some = PROBLEMS[::5]
+    with LLM(device="cuda", **options) as llm:
+        outputs = llm.generate([p["prompt"] for p in some], SamplingParams(max_tokens=8))
+    assert sum(o.text.strip() == p["answer"] for o, p in zip(outputs, some, strict=True)) >= len(some) - 2
