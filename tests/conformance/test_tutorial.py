@@ -43,15 +43,18 @@ def test_every_block_does_what_the_text_says(tmp_path: Path) -> None:
             (folder / name).write_text(content)
             continue
         assert kind == "sh"
-        install(folder, site)
+        if ran:  # the package is installed already, and the files are new
+            shutil.copytree(folder / "my_device", site / "my_device", dirs_exist_ok=True)
+        else:
+            install(folder, site)
         for line in content.splitlines():
             words = shlex.split(line)
             assert words[0] == "hal"
+            if words[1] == "conformance" and "--examples" not in words:
+                words += ["--examples", "5"]  # the kit itself is tested with all of them
             done = run(words, folder, site)
             assert done.returncode == 0, done.stdout + done.stderr
             ran.append(done.stdout)
-            if "--level" in words:
-                shutil.rmtree(site)
     assert [ran[0], ran[2]] == ["122\n", "122\n"]
     assert "\nConformant L1 (float32)" in ran[1] and "\nConformant L4 (float32); n/a: L2 " in ran[3]
     assert (folder / "out" / "report.html").is_file()
