@@ -19,6 +19,7 @@ from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.models.causal_lm import CausalLM
+from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
 from hal.paged.batch import BatchState, exact_shape
@@ -122,7 +123,10 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         attention = default.step_bytes(tokens, engine.max_num_seqs, self.config.max_model_len)
         samples = min(engine.max_num_seqs * engine.max_samples, tokens)
         logits = samples * c.vocab_size * (item + 16) if self.config.topology.is_last_stage else 0
-        return layer + attention + logits
+        # A weight that is not dense is dequantised by way of fp32.
+        dequantized = max((sum(m.outputs) * m.in_size * 12 for m in self.model.modules()
+                           if isinstance(m, Linear) and not m.is_dense), default=0)
+        return layer + attention + logits + dequantized
 
     @property
     def _tp(self) -> int:
