@@ -13,7 +13,7 @@ EPILOG = """example:
   hal record --output run.safetensors --device cpu "37+85=" "123+456="
   hal replay run.safetensors --device cuda
 
-  hal record --shareable --from step-11.safetensors --device cuda --output for-others.safetensors
+  hal record --shareable --from step-11.safetensors --device NAME --output for-others.safetensors
 
 A step that fails is recorded in any program when HAL_RECORD_ON_ERROR names a directory."""
 

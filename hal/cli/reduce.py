@@ -14,7 +14,7 @@ EPILOG = """The recording is cut to the step where the device parts from the oth
 with random weights, layers are left out while the fault stays. What remains is written to --output.
 
 example:
-  hal reduce run.safetensors --device cuda --against cpu --output small.safetensors"""
+  hal reduce run.safetensors --device NAME --against cpu --output small.safetensors"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

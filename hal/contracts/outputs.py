@@ -1,5 +1,4 @@
-"""The output of a step whose model samples tokens, and of one whose model makes embeddings. A runner of another kind
-declares its own `output_type`."""
+"""The output of a step whose model samples tokens. A runner of another kind declares its own `output_type`."""
 
 from __future__ import annotations
 
@@ -9,12 +8,6 @@ import torch
 
 from hal.errors import InputError
 from hal.schema import Array, Declared
-
-
-class EmbeddingOutput(Declared):
-    """The embeddings of a step's texts, in their order."""
-
-    embeddings: Annotated[torch.Tensor, Array("float32", "num_seqs", "dim")]
 
 
 class SamplerOutput(Declared):

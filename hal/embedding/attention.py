@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.contracts.attention import AttentionSpec, refuse_unsupported
-from hal.contracts.inputs import EmbeddingInput
+from hal.contracts.embedding import EmbeddingInput
 from hal.schema.packed import on_host
 
 

@@ -11,8 +11,8 @@ from hal.checkpoints.loader import load_model
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import EmbeddingInput, IntermediateTensors
-from hal.contracts.outputs import EmbeddingOutput
+from hal.contracts.embedding import EmbeddingInput, EmbeddingOutput
+from hal.contracts.inputs import IntermediateTensors
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.embedding.attention import TextAttention, groups_of

@@ -18,8 +18,9 @@ from hal.checkpoints.generation import generation_defaults, stated
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.contracts import backend as backends
+from hal.contracts.embedding import EmbeddingOutput
 from hal.contracts.executor import StepHandle, make_executor
-from hal.contracts.outputs import EmbeddingOutput, SamplerOutput
+from hal.contracts.outputs import SamplerOutput
 from hal.contracts.runner import no_progress
 from hal.engine.calls import Calls
 from hal.engine.certificates import admit

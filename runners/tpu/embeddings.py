@@ -13,8 +13,8 @@ import torch
 from hal.config import WorkerConfig
 from hal.contracts.attention import AttentionSpec, ForwardContext
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import EmbeddingInput, IntermediateTensors
-from hal.contracts.outputs import EmbeddingOutput
+from hal.contracts.embedding import EmbeddingInput, EmbeddingOutput
+from hal.contracts.inputs import IntermediateTensors
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.embedding.attention import visible

@@ -12,7 +12,7 @@ import sentences
 import torch
 
 from hal import LLM
-from hal.contracts.inputs import EmbeddingInput
+from hal.contracts.embedding import EmbeddingInput
 from hal.embedding.runner import EmbeddingRunner
 from hal.errors import BackendError, ConfigError, InputError, NumericsError, RequestError, StateError
 from hal.sampling.params import SamplingParams
