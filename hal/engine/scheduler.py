@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
-from itertools import islice
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -348,11 +347,11 @@ class Scheduler:
         Returns the decodes that can run."""
         rows = decodes[self.length[decodes] > self.capacity[decodes]]
         if len(rows):
-            missing = self._missing(rows)
-            if missing.sum() > self.blocks.num_free:
+            missing = self._missing(rows) if self._several else np.ones(len(rows), np.int64)
+            if sum(missing.tolist()) > self.blocks.num_free:
                 decodes = self._make_room(decodes)
                 rows = decodes[self.length[decodes] > self.capacity[decodes]]
-                missing = self._missing(rows)
+                missing = missing[:len(rows)] if not self._several else self._missing(rows)
             self._give(rows, missing)
         return decodes
 
@@ -363,15 +362,14 @@ class Scheduler:
 
     def _give(self, rows: np.ndarray, counts: np.ndarray) -> None:
         """Give rows further blocks. counts: how many each row gets; there are enough."""
-        given, grown, at = iter(self.blocks.take(int(counts.sum()))), self._changes.grown, self._at
+        given, grown, at = self.blocks.take(sum(counts.tolist())), self._changes.grown, self._at
         self.capacity[rows] += counts * self.block_size
-        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+        each = rows if len(given) == len(rows) else np.repeat(rows, counts)
+        for row, block in zip(each.tolist(), given, strict=True):
             seq = at[row]
             assert seq is not None
-            blocks = seq.blocks
-            for block in islice(given, count):
-                grown.append((row, len(blocks), block))
-                blocks.append(block)
+            grown.append((row, len(seq.blocks), block))
+            seq.blocks.append(block)
 
     def _look_ahead(self, decodes: np.ndarray) -> np.ndarray | None:
         """Give decodes the blocks for several steps, as many as there are blocks for without preempting anybody.
