@@ -58,7 +58,7 @@ def test_a_step_takes_the_cache_over(tmp_path: Path) -> None:
 
 def test_bisect_names_the_layer_with_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     path, right = GOLDEN / "cpu-float32-greedy.safetensors", model.mlp
-    found = bisect(path, "hal_jax:backend", "cpu")
+    found = bisect(path, "hal_jax:backend", "runners.cpu:backend")
     assert found.divergence is None and found.flip is None and found.calls > 100
 
     def wrong(p: Any, w: Any, layer: Any, x: Any, out: Any) -> Any:
@@ -67,7 +67,7 @@ def test_bisect_names_the_layer_with_a_fault(monkeypatch: pytest.MonkeyPatch) ->
         return x, down, {**noted, "mlp.down": down}
 
     monkeypatch.setattr(model, "mlp", wrong)
-    divergence = bisect(path, "hal_jax:backend", "cpu").divergence
+    divergence = bisect(path, "hal_jax:backend", "runners.cpu:backend").divergence
     assert divergence is not None
     assert (divergence.step, divergence.call.layer, divergence.call.name) == (0, 2, "layers.2.mlp.down")
 
