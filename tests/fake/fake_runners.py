@@ -110,9 +110,9 @@ class reuses_a_buffer_in_flight(PagedModelRunner):
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         self.state.apply(request)
-        return self.stage(self.state.prepare(request), self.buffer)
+        return self.copy_from(self.state.prepare(request), self.buffer)
 
-    def stage(self, packed: Packed[PagedModelInput], buffer: np.ndarray) -> PagedModelInput:
+    def copy_from(self, packed: Packed[PagedModelInput], buffer: np.ndarray) -> PagedModelInput:
         base = packed.buffer.__array_interface__["data"][0]
         buffer[:packed.buffer.size] = packed.buffer
         staged = torch.from_numpy(buffer[:packed.buffer.size]).to(self.device, non_blocking=True)
@@ -135,7 +135,7 @@ class waits_for_its_buffer(reuses_a_buffer_in_flight):
         buffer, copied = self.ring[0]
         self.ring.rotate()
         copied.synchronize()
-        result = self.stage(self.state.prepare(request), buffer)
+        result = self.copy_from(self.state.prepare(request), buffer)
         copied.record()
         return result
 
