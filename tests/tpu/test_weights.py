@@ -21,6 +21,7 @@ from hal.weights.gguf import GgufBlocks
 from hal.weights.groups import Awq, Gptq, Packed
 from hal.weights.mxfp4 import Mxfp4
 
+pytestmark = [pytest.mark.torch_release, pytest.mark.usefixtures("xla")]
 SCHEMES: list[Scheme] = [
     EightBits("fp8", "tensor", "static"), EightBits("fp8", "block", "group", (8, 64)),
     EightBits("int8", "channel", "token"), Packed(4, 64, act_order=True), Packed(4, 64, symmetric=False, on_load=True),
