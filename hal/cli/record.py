@@ -37,16 +37,11 @@ def run(args: argparse.Namespace) -> int:
     if args.source is not None:
         return _again(args)
     params = SamplingParams(**{"logprobs": 5, **options.sampling_options(args)})
-    from hal.config import Topology, WorkerConfig
     from hal.engine.llm import LLM
-    from hal.recording.record import RecordingExecutor
+    from hal.recording.record import record_run
 
     with LLM(**{**options.engine_options(args), "async_scheduling": False}) as llm:
-        config = WorkerConfig(llm.config, llm.model_config, Topology())
-        recorder = RecordingExecutor(llm.executor, config, llm.backend)
-        llm.executor = recorder
-        outputs = llm.generate(args.prompts, params)
-    recorder.save(Path(args.output))
+        outputs = record_run(llm, args.prompts, params, Path(args.output))
     if args.shareable:
         args.source = args.output
         return _again(args)

@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
-from hal.config import BUNDLED_MODEL, DType, WorkerConfig
+from hal.config import BUNDLED_MODEL, DType, Topology, WorkerConfig
 from hal.contracts.backend import Backend, resolve_dtype
 from hal.contracts.block_moves import move_blocks
 from hal.contracts.executor import Executor, StepHandle
@@ -26,6 +26,10 @@ from hal.features import FEATURES
 from hal.paged.batch import BatchState
 from hal.recording.format import RecordedStep, Recording
 from hal.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from hal.engine.llm import LLM
+    from hal.engine.request_output import RequestOutput
 
 
 def batch_state(config: WorkerConfig) -> BatchState:
@@ -85,6 +89,15 @@ class RecordingExecutor:
 
     def save(self, path: Path) -> None:
         self.recording.save(path)
+
+
+def record_run(llm: LLM, prompts: list[str], params: SamplingParams, path: Path) -> list[RequestOutput]:
+    """Generate, and write every step to a file. The engine must not schedule ahead (async_scheduling=False)."""
+    recorder = RecordingExecutor(llm.executor, WorkerConfig(llm.config, llm.model_config, Topology()), llm.backend)
+    llm.executor = recorder
+    outputs = llm.generate(prompts, params)
+    recorder.save(path)
+    return outputs
 
 
 class _Handle:

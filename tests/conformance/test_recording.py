@@ -260,6 +260,16 @@ def test_bisect_swaps_a_host_block_in_and_out_in_one_step() -> None:
         assert (cache[:, unused] == 1.0).all() and (host[:, 1] == 2.0).all()
 
 
+def test_two_devices_are_compared_without_a_recording(monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PLANT", "linear 5")
+    live = ["bisect", "--live", "37+85=", "--max-tokens", "3", "--dtype", "float32"]
+    assert main([*live, "--device", "planted:planted"]) == 1
+    assert "layer 1, linear (layers.1.attention.out)" in capsys.readouterr().out
+    assert main([*live, "--device", "cpu"]) == 0 and "no operation of cpu is off" in capsys.readouterr().out
+    assert main(["bisect", "--device", "cpu"]) == 2
+
+
 def test_bisect_refuses_a_runner_without_parts() -> None:
     with pytest.raises(Exception, match="cannot be bisected"):
         bisect(GREEDY, "null", "cpu")

@@ -14,7 +14,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # `planted`, also for commands
 
 from hal.cli import main
-from hal.config import Topology, WorkerConfig
 from hal.contracts import backend as backends
 from hal.contracts.executor import make_executor
 from hal.engine.llm import LLM
@@ -22,7 +21,7 @@ from hal.errors import WireError, WorkerError
 from hal.paged.runner import PagedModelRunner
 from hal.recording.bisect import bisect_recording
 from hal.recording.format import Recording
-from hal.recording.record import RecordingExecutor
+from hal.recording.record import record_run
 from hal.recording.reduce import only, reduce
 from hal.recording.replay import replay
 from hal.recording.share import refill, shareable
@@ -46,11 +45,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
               for i in range(SEQUENCES)]
     with LLM(device="cpu", dtype="float32", max_num_seqs=16, num_blocks=120, max_model_len=64, block_size=8,
              max_num_batched_tokens=64, async_scheduling=False) as llm:
-        recorder = RecordingExecutor(llm.executor, WorkerConfig(llm.config, llm.model_config, Topology()), llm.backend)
-        llm.executor = recorder
-        llm.generate(prompts, params)
-        recorder.save(path)
-    assert len(recorder.recording.steps) >= STEPS
+        record_run(llm, prompts, params, path)
+    assert len(Recording.load(path).steps) >= STEPS
     return path
 
 
