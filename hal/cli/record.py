@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hal import files
 from hal.cli import options, streams
 from hal.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from hal.engine.request_output import RequestOutput
 
 EPILOG = """example:
   hal record --output run.safetensors --device cpu "37+85=" "123+456="
@@ -36,20 +41,26 @@ def run(args: argparse.Namespace) -> int:
     files.check_writable("--output", Path(args.output))
     if args.source is not None:
         return _again(args)
-    params = SamplingParams(**{"logprobs": 5, **options.sampling_options(args)})
-    from hal.engine.llm import LLM
-    from hal.recording.record import record_run
-
-    with LLM(**{**options.engine_options(args), "async_scheduling": False}) as llm:
-        outputs = record_run(llm, args.prompts, params, Path(args.output))
-    if args.shareable:
-        args.source = args.output
-        return _again(args)
+    if args.shareable:  # never, not even after an error, are the tokens in the file that is to be shared
+        with tempfile.TemporaryDirectory(prefix="hal-record-") as folder:
+            args.source = str(Path(folder) / "private.safetensors")
+            _record(args, args.source)
+            return _again(args)
+    outputs = _record(args, args.output)
     for output in outputs:
         print(output.text)
         if output.error is not None:
             streams.complain(output.error, with_traceback=args.traceback)
     return int(any(output.error is not None for output in outputs))
+
+
+def _record(args: argparse.Namespace, path: str) -> list[RequestOutput]:
+    params = SamplingParams(**{"logprobs": 5, **options.sampling_options(args)})
+    from hal.engine.llm import LLM
+    from hal.recording.record import record_run
+
+    with LLM(**{**options.engine_options(args), "async_scheduling": False}) as llm:
+        return record_run(llm, args.prompts, params, Path(path))
 
 
 def _again(args: argparse.Namespace) -> int:

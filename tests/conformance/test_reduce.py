@@ -135,3 +135,14 @@ def test_the_command_shares_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["replay", str(out), "--device", "cpu"]) == 0 and "last bit" in capsys.readouterr().out
     assert main(["record", "--from", str(out), "--device", "cpu", "--output", str(tmp_path / "again")]) == 0
     assert main(["record", "--output", str(out)]) == 2
+
+
+def test_the_tokens_are_never_in_the_file_that_is_to_be_shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(recording: Recording) -> Recording:
+        raise WireError("planned")
+
+    monkeypatch.setattr("hal.recording.share.shareable", fails)
+    out = tmp_path / "out.safetensors"
+    assert main(["record", "--device", "cpu", "--num-blocks", "40", "--max-tokens", "2", "--shareable",
+                 "--output", str(out), "37+85="]) != 0
+    assert not out.exists()
