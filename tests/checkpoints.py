@@ -7,10 +7,14 @@ The fixture `checkpoint` (tests/conftest.py) gives directories, made once a sess
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    import pytest
 
 VOCAB, WINDOW = 199, 8  # a vocabulary that tp=2 does not divide
 _SHAPE = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -35,6 +39,18 @@ NAMES = tuple(CHECKPOINTS)
 # Else 0: chosen so that no greedy lead is under 1e-3 in the 64 tokens after each of `prompts()`.
 _SEEDS = {"llama-linear-biases": 3, "mistral-window": 3}
 SHARDED = "llama3-gqa"  # saved as several files with an index
+
+
+def made_once(save: Callable[[str, Path], Path], folders: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives a checkpoint's directory by its name, and saves it on first use."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = save(name, folders.mktemp("checkpoint") / name)
+        return made[name]
+
+    return get
 
 
 def save(name: str, directory: Path) -> Path:

@@ -44,11 +44,4 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """`checkpoint(name)`: the directory of one of `checkpoints.NAMES`, made on first use."""
     import checkpoints
 
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = checkpoints.save(name, tmp_path_factory.mktemp("checkpoint") / name)
-        return made[name]
-
-    return get
+    return checkpoints.made_once(checkpoints.save, tmp_path_factory)

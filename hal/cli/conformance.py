@@ -102,7 +102,7 @@ def _verify(path: str) -> int:
 
 def _diff(paths: list[str], directory: str | None) -> int:
     from hal.conformance import diff
-    from hal.conformance.report import read
+    from hal.conformance.report import read, table
 
     page = Path(directory) / "side-by-side.html" if directory else None
     if page is not None:
@@ -111,7 +111,7 @@ def _diff(paths: list[str], directory: str | None) -> int:
     for path, other in zip(paths[1:], reports[1:], strict=True):
         print("\n".join([f"{paths[0]} -> {path}", *(f"  {line}" for line in diff.diff(reports[0], other)), ""]))
     for path, found in zip(paths, reports, strict=True):
-        print(f"{path}\n{diff.table(diff.matrix(found))}\n")
+        print(f"{path}\n{table(diff.matrix(found))}\n")
     if page is not None:
         with files.replacing(page) as temporary:
             temporary.write_text(diff.page(reports), encoding="utf-8")

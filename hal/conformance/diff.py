@@ -53,12 +53,6 @@ def _passes(found: Report, name: str, dtype: str) -> str:
     return f"{applicable.count('pass')}/{len(applicable)}" if applicable else "-"
 
 
-def table(rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
 def page(reports: list[dict[str, Any]]) -> str:
     """Reports side by side as one HTML page: verdicts, then a line for each feature with each report's dtypes."""
     matrices = [{row[0]: row[1:] for row in matrix(data)[1:]} for data in reports]

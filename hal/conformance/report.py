@@ -34,6 +34,13 @@ def rows(report: Report) -> list[list[str]]:
          f"{sum(r.seconds for r in report.results if r.case.level == n):.1f}"] for n in ran)]
 
 
+def table(rows: list[list[str]]) -> str:
+    """Rows of equal length as text, in columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
 def reasons(report: Report) -> list[str]:
     """Why cases were not applicable: each reason once, with its cases."""
     by_reason: dict[str, list[str]] = {}
@@ -44,9 +51,7 @@ def reasons(report: Report) -> list[str]:
 
 
 def terminal(report: Report) -> str:
-    table = rows(report)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [table(rows(report))]
     for result in report.failed:
         lines += ["", f"{result.status.upper()} {result.case.name} ({result.dtype}): {result.case.doc}",
                   *("  " + line for line in result.text.splitlines()), f"  to repeat: {result.command}"]

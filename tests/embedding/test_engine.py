@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import numpy as np
 import pytest
 import sentences
@@ -22,14 +23,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = sentences.save(name, tmp_path_factory.mktemp("sentences") / name)
-        return made[name]
-
-    return get
+    return checkpoints.made_once(sentences.save, tmp_path_factory)
 
 
 def engine(path: Path, **options: Any) -> LLM:

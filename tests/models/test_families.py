@@ -29,14 +29,7 @@ Family = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = families.save(name, tmp_path_factory.mktemp("family") / name)
-        return made[name]
-
-    return get
+    return checkpoints.made_once(families.save, tmp_path_factory)
 
 
 def prompts(name: str) -> list[list[int]]:
