@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.checkpoints.hf_config import read_config
-from hal.cli.bench import bytes_per_step
+from hal.cli.floors import bytes_per_step
 from hal.cli.measure import time_batch
 from hal.cli.shapes import SHAPES
 from hal.engine.llm import LLM

@@ -9,7 +9,10 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +20,13 @@ from hal import files
 from hal.cli import options
 from hal.cli.options import positive
 from hal.cli.shapes import SHAPES
-from hal.config import EngineConfig
+from hal.config import AUTO_STEPS, EngineConfig
 from hal.contracts.backend import resolve_dtype
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hal.cli.floors import Device
+    from hal.cli.measure import Cell
     from hal.contracts.backend import Backend
     from hal.model_config import ModelConfig
 
@@ -29,7 +34,13 @@ EPILOG = """columns (medians of the repeats; all prompts arrive at once; no pref
   TTFT     time to first token, mean over the requests        prefill  prompt tokens/s until every request has a token
   TPOT     time per output token after it, mean over them     decode   tokens/s while the whole batch decodes
   GB/s     bytes of weights and KV cache that a rank must read in a decode step, over the time of that step
-  of       the same over the bandwidth of reading a large tensor, measured in this process before the benchmark
+  limits   of prefill and of decode: what they lack, memory bandwidth or arithmetic, and the share that they reach of
+           the rate that a large tensor's reading or a large matrix product has in this process, before the benchmark.
+           "neither": less than half of both, so the time goes elsewhere (many small operations, the host, other ranks)
+
+A row is printed as soon as it is measured. Where --max-seconds would not suffice, a row has fewer repeats, then fewer
+new tokens, then shorter prompts, and a line below it says so. With --wire none nothing is bounded, since ranks must
+decide alike.
 
 With --rate, requests arrive one by one (a Poisson process), whether the engine keeps up or not. The columns are then
 percentiles over the requests (TTFT, from the arrival on) and over all later tokens (ITL, from the token before). The
@@ -49,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=positive, default=128, metavar="N", help="in tokens (default: 128)")
     parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="of each request (default: 64)")
     parser.add_argument("--repeat", type=positive, default=3, metavar="N", help="runs to take medians of (default: 3)")
+    parser.add_argument("--max-seconds", type=_seconds, default=120.0, metavar="S",
+                        help="measure less rather than take longer, loading included (default: 120)")
     parser.add_argument("--rate", type=_rates, metavar="R,R,...", help="requests/s that arrive, in place of batches")
     parser.add_argument("--requests", type=positive, default=64, metavar="N", help="for each rate (default: 64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -62,6 +75,13 @@ def _sizes(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def _rates(text: str) -> list[float]:
     rates = [float(part) for part in text.split(",")]
     if not all(0 < rate < math.inf for rate in rates):
@@ -71,15 +91,33 @@ def _rates(text: str) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians for one batch size. Times in seconds; bandwidth in bytes/s a rank."""
+    """Medians for one batch size. Times in seconds; bandwidth in bytes/s a rank.
+
+    Attributes:
+        prompt_len, new_tokens, repeat: of this row, where --max-seconds left less than was asked for.
+        together: all requests of the batch decoded at once.
+        prefill_limit, decode_limit: "memory", "arithmetic" or "neither" (see Device.limit), with the share reached.
+    """
 
     batch_size: int
+    prompt_len: int
+    new_tokens: int
+    repeat: int
+    together: bool
     ttft: float
     tpot: float
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     achieved_bandwidth: float
     share_of_measured: float
+    prefill_limit: str
+    prefill_share: float
+    decode_limit: str
+    decode_share: float
+
+
+_HEAD = ("batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |  prefill limit  |  decode limit\n"
+         "----- | -------- | -------- | ------------- | ------------ | ------ | --------------- | ---------------")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,59 +130,100 @@ def run(args: argparse.Namespace) -> int:
     if args.profile is not None:
         args.profile = _trace_file(args.profile)
     with tempfile.TemporaryDirectory(prefix="hal-bench-") as scratch:
-        report = _bench(args, Path(scratch))
-    print(json.dumps(report, indent=2) if args.json else _table(report))
+        report = _bench(args, Path(scratch), (lambda line: None) if args.json else partial(print, flush=True))
+    if args.json:
+        print(json.dumps(report, indent=2))
     return 0
 
 
-def _bench(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None]) -> dict[str, Any]:
+    """Measure, and `show` each line as soon as it is known. Returns the whole report."""
     chosen = options.engine_options(args)
+    until = math.inf if chosen.get("wire") == "none" else time.perf_counter() + args.max_seconds
     if args.model_config is not None:
         (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
         chosen |= {"model": str(scratch), "random_weights": True}
     from hal.checkpoints.hf_config import read_config
-    from hal.cli import measure
+    from hal.cli import floors, measure, open_loop
     from hal.contracts import backend as backends
+    from hal.engine.llm import LLM
 
-    length = args.prompt_len + args.new_tokens
-    if args.rate:
-        return _open_loop(args, EngineConfig(**{"max_model_len": length, **chosen, "prefix_caching": False}))
-    largest = max(args.batch_sizes)
-    # With the blocks that the scheduler keeps in reserve. Without them the last request may have to wait for another.
-    blocks = largest * -(-length // EngineConfig(**chosen).block_size)
-    config = EngineConfig(**{"max_model_len": length, "max_num_seqs": largest,
-                             "num_blocks": 2 + blocks + blocks // 64, **chosen, "prefix_caching": False})
+    config = _config(args, chosen)
     model = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
                         quantize=config.quantize)
     backend = backends.select(config.device)
-    dtype = backends.resolve_dtype(backend, config.dtype, model.dtype)
-    bandwidth = measure.read_bandwidth(backend)
-    cells = measure.run(config, model, args.batch_sizes, args.prompt_len, args.new_tokens, args.repeat,
-                        progress=sys.stderr.isatty(), profile=args.profile)
-    ranks = config.tp * config.pp
-    rows = []
-    for batch, runs in cells.items():
-        step = statistics.median(r.decode_step for r in runs)
-        moved = bytes_per_step(model, dtype, config.kv_dtype, batch, args.prompt_len + args.new_tokens // 2)
-        achieved = moved / ranks / step
-        rows.append(Row(batch, statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
-                        batch * args.prompt_len / statistics.median(r.prefill for r in runs), batch / step, achieved,
-                        achieved / bandwidth))
-    return {**_facts(args, config, model, backend), "threads": measure.threads(), "repeat": args.repeat,
-            "measured_bandwidth": bandwidth, "profile": args.profile, "rows": [asdict(row) for row in rows]}
+    report = _facts(args, config, model, backend) | {"threads": measure.threads()}
+    show(_title(report))
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    rows: list[dict[str, Any]] = []
+    if args.rate:
+        show(f"prompt {args.prompt_len}, {args.new_tokens} new tokens, {args.requests} requests a rate, times in ms\n")
+        show("\n".join(open_loop.HEAD))
+        with LLM(**values, progress=sys.stderr.isatty()) as llm:
+            for served in open_loop.run(llm, args.rate, args.requests, args.prompt_len, args.new_tokens, until):
+                rows.append(served.row())
+                show(open_loop.line(rows[-1], args.requests))
+        return report | {"requests": args.requests, "rows": rows}
+    device = floors.measure(backend, report["dtype"])
+    show(f"prompt {args.prompt_len}, {args.new_tokens} new tokens, medians of {args.repeat}; memory reads "
+         f"{device.bandwidth / 1e9:.1f} GB/s here, matrix products {device.arithmetic / 1e12:.3g} TFLOP/s\n\n{_HEAD}")
+    with LLM(**values, progress=sys.stderr.isatty()) as llm:
+        sides = [partial(measure.time_prompts, llm)]
+        for cell in measure.cells(sides, model.vocab_size, args.batch_sizes, args.prompt_len, args.new_tokens,
+                                  args.repeat, until):
+            row = _row(config, model, report["dtype"], device, cell)
+            rows.append(asdict(row))
+            show(_line(row, args))
+        if args.profile is not None:
+            measure.profile(llm, args.batch_sizes, args.prompt_len, args.new_tokens, args.profile)
+            show(f"\ntrace for ui.perfetto.dev: {args.profile}")
+    return report | {"repeat": args.repeat, "measured_bandwidth": device.bandwidth,
+                     "measured_arithmetic": device.arithmetic, "profile": args.profile, "rows": rows}
 
 
-def _open_loop(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
-    from hal.checkpoints.hf_config import read_config
-    from hal.cli import measure, open_loop
-    from hal.contracts import backend as backends
+def _config(args: argparse.Namespace, chosen: dict[str, Any]) -> EngineConfig:
+    """The engine's configuration, with room for every batch at once where the options leave it open.
 
-    model, backend = read_config(
-        config.model, weights=not config.random_weights, quantize=config.quantize), backends.select(config.device)
-    served = open_loop.run(config, model, args.rate, args.requests, args.prompt_len, args.new_tokens,
-                           progress=sys.stderr.isatty())
-    return {**_facts(args, config, model, backend), "threads": measure.threads(), "requests": args.requests,
-            "rows": [each.row() for each in served]}
+    Raises:
+        ConfigError: a batch or a request does not fit into what the options say.
+    """
+    length, largest = args.prompt_len + args.new_tokens, max(args.batch_sizes)
+    values = {"max_model_len": length, **chosen, "prefix_caching": False}
+    if values["max_model_len"] < length:
+        raise ConfigError("a request of this benchmark is longer than --max-model-len",
+                          got=f"--prompt-len {args.prompt_len} and --new-tokens {args.new_tokens}: {length} tokens",
+                          expected=f"at most --max-model-len {values['max_model_len']}")
+    if args.rate:
+        return EngineConfig(**values)
+    config = EngineConfig(**{"max_num_seqs": largest, **values})
+    if config.max_num_seqs < largest:
+        raise ConfigError("a batch of this benchmark does not run at once", got=f"--batch-sizes up to {largest}",
+                          expected=f"at most --max-num-seqs {config.max_num_seqs}")
+    if config.num_blocks is not None or config.kv_cache_bytes is not None:
+        return config
+    # With the blocks that the scheduler keeps in reserve, and those of tokens that a step may add ahead. Without them
+    # the last request may have to wait for another. The cache must hold one sequence of max_model_len as well.
+    ahead = config.max_samples + (AUTO_STEPS if config.steps_per_message == "auto" else config.steps_per_message)
+    blocks = largest * -(-(length + ahead) // config.block_size)
+    return replace(config, num_blocks=2 + max(blocks + blocks // 64, -(-values["max_model_len"] // config.block_size)))
+
+
+def _row(config: EngineConfig, model: ModelConfig, dtype: str, device: Device, cell: Cell) -> Row:
+    from hal.cli import floors
+
+    runs = [sides[0] for sides in cell.rounds]
+    step, prefill = (statistics.median(getattr(r, name) for r in runs) for name in ("decode_step", "prefill"))
+    ranks, context = config.tp * config.pp, cell.prompt_len + cell.new_tokens // 2
+    moved = floors.bytes_per_step(model, dtype, config.kv_dtype, cell.batch, context) / ranks
+    read = floors.bytes_per_step(model, dtype, config.kv_dtype, cell.batch, cell.prompt_len, new=cell.prompt_len)
+    steps = -(-cell.batch * cell.prompt_len // config.max_num_batched_tokens)
+    limits = (device.limit(prefill, read * steps / ranks,
+                           floors.operations(model, cell.batch, cell.prompt_len, new=cell.prompt_len) / ranks),
+              device.limit(step, moved, floors.operations(model, cell.batch, context) / ranks))
+    return Row(cell.batch, cell.prompt_len, cell.new_tokens, len(runs), all(r.together for r in runs),
+               statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
+               cell.batch * cell.prompt_len / prefill, cell.batch / step, moved / step, moved / step / device.bandwidth,
+               *limits[0], *limits[1])
 
 
 def _facts(args: argparse.Namespace, config: EngineConfig, model: ModelConfig, backend: Backend) -> dict[str, Any]:
@@ -183,43 +262,22 @@ def _shape(name: str) -> dict[str, Any]:
     return data
 
 
-def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, context: int) -> float:
-    """Bytes of weights and KV cache that a decode step has to read, over all ranks. A step reads only the batch's rows
-    of the input embedding, unless the embedding is the output head as well. Each layer reads its window of the
-    context, and those experts that the batch's tokens choose if they choose at random."""
-    item = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
-    unread = 0 if model.tie_embeddings else (model.vocab_size - batch) * model.hidden_size
-    if (e := model.experts) is not None:
-        left = e.count * (1 - e.per_token / e.count) ** batch
-        unread += round(left * 3 * e.size * model.hidden_size * len(e.layers))
-    weights = float(item * model.num_params)
-    if model.quantization is not None:
-        from hal.models.memory import weight_bytes
-
-        weights = sum(held.bytes for held in weight_bytes(model, dtype).values())
-    seen = sum(min(context, window or context) for window in model.windows)
-    kv_item = 1 if kv_dtype == "fp8" else item
-    return float(weights - item * unread + kv_item * batch * seen * model.kv_entries)
-
-
-def _table(report: dict[str, Any]) -> str:
+def _title(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     kind = "random weights" if report["random_weights"] else "checkpoint"
-    lines = [f"{report['model']} ({report['parameters'] / 1e9:.2f}B, {kind}), {report['dtype']}, {report['device']}"
-             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank",
-             report["memory"]]
-    if "requests" in report:
-        from hal.cli import open_loop
+    return (f"{report['model']} ({report['parameters'] / 1e9:.2f}B, {kind}), {report['dtype']}, {report['device']}"
+            f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank\n"
+            f"{report['memory']}")
 
-        return "\n".join([*lines, f"prompt {report['prompt_len']}, {report['new_tokens']} new tokens, "
-                          f"{report['requests']} requests a rate, times in ms", "", *open_loop.table(report["rows"])])
-    lines += [f"prompt {report['prompt_len']}, {report['new_tokens']} new tokens, medians of {report['repeat']}; "
-             f"memory reads {report['measured_bandwidth'] / 1e9:.1f} GB/s here",
-             "", "batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |   of",
-             "----- | -------- | -------- | ------------- | ------------ | ------ | ----"]
-    lines += [f"{r['batch_size']:>5} | {r['ttft'] * 1e3:8.1f} | {r['tpot'] * 1e3:8.2f} | "
-              f"{r['prefill_tokens_per_s']:13.1f} | {r['decode_tokens_per_s']:12.1f} | "
-              f"{r['achieved_bandwidth'] / 1e9:6.1f} | {r['share_of_measured']:4.0%}" for r in report["rows"]]
-    if report["profile"]:
-        lines += ["", f"trace for ui.perfetto.dev: {report['profile']}"]
-    return "\n".join(lines)
+
+def _line(row: Row, args: argparse.Namespace) -> str:
+    """A line of the table, and below it how the row differs from what was asked for."""
+    line = (f"{row.batch_size:>5} | {row.ttft * 1e3:8.1f} | {row.tpot * 1e3:8.2f} | {row.prefill_tokens_per_s:13.1f} | "
+            f"{row.decode_tokens_per_s:12.1f} | {row.achieved_bandwidth / 1e9:6.1f} | "
+            f"{row.prefill_limit:>10} {row.prefill_share:4.0%} | {row.decode_limit:>10} {row.decode_share:4.0%}")
+    if not row.together:
+        line += "\n      | not all requests decoded at once: the KV cache or a step of the engine holds fewer"
+    if (row.prompt_len, row.new_tokens, row.repeat) != (args.prompt_len, args.new_tokens, args.repeat):
+        line += (f"\n      | for --max-seconds {args.max_seconds:g}: prompt {row.prompt_len}, {row.new_tokens} new "
+                 f"tokens, median of {row.repeat}")
+    return line

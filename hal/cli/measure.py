@@ -1,25 +1,26 @@
-"""Timing of an engine: the arrival of each request's tokens, and the bandwidth of the device's memory."""
+"""Timing of an engine, and of a peer beside it: when each request gets its tokens."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from hal import profiling
-from hal.config import EngineConfig
-from hal.contracts.backend import Backend
 from hal.engine.llm import LLM
-from hal.model_config import ModelConfig
 from hal.sampling.params import SamplingParams
 
 _WARM_TOKENS, _PROFILED_TOKENS = 4, 8
+_PROBED = 8, 128  # prompt tokens, over the whole batch, of the short runs that come before a row
+_LEAST = 3.0  # seconds of a row, however many rows came before it
+
+Event = tuple[float, int, int]  # seconds since the start, the request, and how many tokens it gained
+Side = Callable[[list[list[int]], int], "Run"]  # prompts and the number of new tokens -> their times
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,86 +29,126 @@ class Run:
 
     Attributes:
         ttft: time to the first token, mean over the requests. tpot: time per token after it, mean over the requests.
-        prefill: time until every request has a token. decode_step: time of a step in which all requests decode.
+        prefill: time until every request has a token. decode_step: time in which each request gains a token while all
+            of them decode.
+        together: there was such a time. Otherwise decode_step is the mean from the first token to the last.
     """
 
     ttft: float
     tpot: float
     prefill: float
     decode_step: float
+    together: bool = True
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> Run:
+        """The times of these events, which come in order. Each request has at least two tokens."""
+        first: dict[int, float] = {}
+        last: dict[int, float] = {}
+        tokens: dict[int, int] = {}
+        for at, request, gained in events:
+            first.setdefault(request, at)
+            last[request], tokens[request] = at, tokens.get(request, 0) + gained
+        begin, end = max(first.values()), min(last.values())
+        together = end > begin
+        if not together:
+            begin, end = min(first.values()), max(last.values())
+        gained = sum(n for at, _, n in events if begin < at <= end)
+        return cls(statistics.mean(first.values()),
+                   statistics.mean((last[i] - first[i]) / max(tokens[i] - 1, 1) for i in first), max(first.values()),
+                   (end - begin) * len(first) / max(gained, 1), together)
 
 
-def run(config: EngineConfig, model: ModelConfig, batch_sizes: Sequence[int], prompt_len: int, new_tokens: int,
-        repeat: int, *, progress: bool = False, profile: str | None = None) -> dict[int, list[Run]]:
-    """Time batches of several sizes. The sizes take turns in every repeat, so that a machine that slows down slows all
-    of them. Raises the errors of LLM.
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The runs of one batch size.
+
+    Attributes:
+        prompt_len, new_tokens: of these runs, which may be fewer than was asked for.
+        rounds: in each round, one run of each side.
+    """
+
+    batch: int
+    prompt_len: int
+    new_tokens: int
+    rounds: list[list[Run]]
+
+
+def cells(sides: Sequence[Side], vocab_size: int, batch_sizes: Sequence[int], prompt_len: int, new_tokens: int,
+          repeat: int, until: float = math.inf) -> Iterator[Cell]:
+    """Time batches of several sizes, each as soon as the one before it is taken. The sides take turns in every round,
+    so that a machine that slows down slows all of them.
 
     Args:
-        profile: the file for a trace of one more batch of each size, with a span for each. These batches run last, when
-            everything is timed.
+        until: the time of time.perf_counter() to be done by. A row that may take longer than its share has fewer
+            rounds, then fewer new tokens, then shorter prompts; the share grows with the batch.
     """
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    with LLM(**options, progress=progress) as llm:
-        for batch in batch_sizes:
-            time_batch(llm, model.vocab_size, batch, prompt_len, min(new_tokens, _WARM_TOKENS))
-        found: dict[int, list[Run]] = {batch: [] for batch in batch_sizes}
-        for _ in range(repeat):
-            for batch in batch_sizes:
-                found[batch].append(time_batch(llm, model.vocab_size, batch, prompt_len, new_tokens))
-        if profile is not None:
-            with profiling.trace(profile):
-                for batch in batch_sizes:
-                    with profiling.span(f"batch {batch}"):
-                        time_batch(llm, model.vocab_size, batch, prompt_len, min(new_tokens, _PROFILED_TOKENS))
-    return found
+    for i, batch in enumerate(batch_sizes):
+        now = time.perf_counter()
+        ends = now + max((until - now) * (8 + batch) / sum(8 + b for b in batch_sizes[i:]), _LEAST)
+        token, step, new = 0.0, 0.0, min(new_tokens, _WARM_TOKENS)
+        for probed in _PROBED:
+            if token * probed > (ends - time.perf_counter()) / 4:  # as if more tokens took no less time each
+                break
+            length = min(prompt_len, max(probed // batch, 1))
+            probes = [side(random_prompts(vocab_size, batch, length), new) for side in sides]
+            token, step = sum(p.prefill for p in probes) / (batch * length), sum(p.decode_step for p in probes)
+        prefill, left = token * batch * prompt_len, ends - time.perf_counter()
+        if (repeat + 1) * prefill + repeat * step * new_tokens < left:  # else the short runs were the warm-up
+            for side in sides:
+                side(random_prompts(vocab_size, batch, prompt_len), new)
+            length = prompt_len
+        rounds, took = list[list[Run]](), 0.0
+        if prefill + step * new_tokens < left:
+            length, new = prompt_len, new_tokens
+        elif token * batch * length + step * new < left:
+            new = min(max(int(left / 2 / step), new), new_tokens)
+            length = min(max(int((left - new * step) / token / batch), 1), prompt_len)
+        else:  # no time for more than the short run
+            rounds = [probes]
+        prompts = random_prompts(vocab_size, batch, length)
+        while not rounds or (len(rounds) < repeat and time.perf_counter() + took < ends):
+            start = time.perf_counter()
+            rounds.append([side(prompts, new) for side in sides])
+            took = time.perf_counter() - start
+        yield Cell(batch, length, new, rounds)
+
+
+def random_prompts(vocab_size: int, batch: int, prompt_len: int) -> list[list[int]]:
+    draw = random.Random(batch)
+    return [[draw.randrange(vocab_size) for _ in range(prompt_len)] for _ in range(batch)]
 
 
 def time_batch(llm: LLM, vocab_size: int, batch: int, prompt_len: int, new_tokens: int) -> Run:
-    """Time random prompts of `prompt_len` tokens, with `new_tokens` (at least 3) greedy tokens each. Raises
-    NumericsError: the model computes NaN, so there is nothing to time."""
-    draw, params = random.Random(batch), SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    prompts = [[draw.randrange(vocab_size) for _ in range(prompt_len)] for _ in range(batch)]
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    arrivals: list[float] = []
+    """See `time_prompts`; the prompts are random."""
+    return time_prompts(llm, random_prompts(vocab_size, batch, prompt_len), new_tokens)
+
+
+def time_prompts(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
+    """Time prompts, with `new_tokens` (at least 3) greedy tokens each. Raises NumericsError: the model computes NaN, so
+    there is nothing to time."""
+    params, events, had = SamplingParams(max_tokens=new_tokens, ignore_eos=True), list[Event](), dict[int, int]()
     start = time.perf_counter()
     for prompt in prompts:
         llm.add_request(prompt, params)
     while llm.unfinished:
         outputs = llm.step(text=False)
-        if outputs:
-            arrivals.append(time.perf_counter() - start)
-            for output in outputs:
-                if output.error is not None:
-                    raise output.error
-                first.setdefault(output.request_id, arrivals[-1])
-                if output.finish_reason is not None:
-                    last[output.request_id] = arrivals[-1]
-    begin, end = max(first.values()), min(last.values())
-    steps = [b - a for a, b in itertools.pairwise(arrivals) if begin <= a and b <= end]
-    return Run(statistics.mean(first.values()),
-               statistics.mean(last[i] - first[i] for i in first) / (new_tokens - 1), begin,
-               sum(steps) / len(steps) if steps else (max(last.values()) - begin) / (new_tokens - 1))
+        now = time.perf_counter() - start
+        for output in outputs:
+            if output.error is not None:
+                raise output.error
+            request, tokens = output.request_id, len(output.token_ids)
+            events.append((now, request, tokens - had.get(request, 0)))
+            had[request] = tokens
+    return Run.of(events)
 
 
-def read_bandwidth(backend: Backend) -> float:
-    """Bytes/s of reading a large tensor: the best of a sum, a dot product and a copy (which reads and writes)."""
-    device = backend.device(0)
-    size = min(1 << (26 if device.type == "cpu" else 30), backend.free_memory(device) // 4)
-    x, y = (torch.ones(size // 4, device=device) for _ in range(2))
-    candidates: list[tuple[Callable[[], object], int]] = [
-        (x.sum, size), (lambda: torch.dot(x, y), 2 * size), (lambda: y.copy_(x), 2 * size)]
-    best = 0.0
-    for call, moved in candidates:
-        for repeats in (2, 8):  # the first run warms up
-            backend.runtime.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            backend.runtime.synchronize(device)
-            rate = repeats * moved / (time.perf_counter() - start)
-        best = max(best, rate)
-    return best
+def profile(llm: LLM, batch_sizes: Sequence[int], prompt_len: int, new_tokens: int, file: str) -> None:
+    """Write a trace of one batch of each size, with a span for each."""
+    with profiling.trace(file):
+        for batch in batch_sizes:
+            with profiling.span(f"batch {batch}"):
+                time_batch(llm, llm.model_config.vocab_size, batch, prompt_len, min(new_tokens, _PROFILED_TOKENS))
 
 
 def threads() -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hal import profiling
-from hal.config import EngineConfig
 from hal.engine.llm import LLM
-from hal.model_config import ModelConfig
 from hal.sampling.params import SamplingParams
 
 PERCENTILES = 50, 90, 99
@@ -27,6 +25,7 @@ class Served:
 
     Attributes:
         rate: requests/s that arrive. seconds: from the start to the last token. tokens: output tokens of all requests.
+        ended: requests that had all their tokens in time.
         ttft: of each request, from its arrival to its first token, with the time that it waits in the queue.
         itl: the time between two tokens of a request, for each token but a request's first. If a step gives a request
             several tokens, they share the time since the tokens before.
@@ -38,6 +37,7 @@ class Served:
     rate: float
     seconds: float
     tokens: int
+    ended: int
     ttft: list[float]
     itl: list[float]
     step: dict[str, float]
@@ -46,7 +46,7 @@ class Served:
         """Percentiles, as JSON values."""
         found = {f"{name}_p{p}": float(np.percentile(values, p)) for name, values in (("ttft", self.ttft), (
             "itl", self.itl)) for p in PERCENTILES}
-        return {"rate": self.rate, "requests": len(self.ttft), "seconds": self.seconds,
+        return {"rate": self.rate, "requests": len(self.ttft), "ended": self.ended, "seconds": self.seconds,
                 "tokens_per_s": self.tokens / self.seconds, **found,
                 **{f"step_{name}": each for name, each in self.step.items()}}
 
@@ -60,24 +60,30 @@ def arrivals(rate: float, requests: int, seed: int = 0) -> list[float]:
     return found
 
 
-def serve(llm: LLM, rate: float, requests: int, prompt_len: int, new_tokens: int) -> Served:
+def serve(llm: LLM, rate: float, requests: int, prompt_len: int, new_tokens: int,
+          until: float = math.inf) -> Served:
     """Time random prompts of `prompt_len` tokens, with `new_tokens` greedy tokens each. Raises NumericsError: the model
-    computes NaN, so there is nothing to time."""
+    computes NaN, so there is nothing to time. `until`: of time.perf_counter(), when requests that have not ended are
+    left out, once some request has had its second token."""
     vocab, draw = llm.model_config.vocab_size, random.Random(requests)
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
     waiting = deque((at, [draw.randrange(vocab) for _ in range(prompt_len)]) for at in arrivals(rate, requests))
     arrived: dict[int, float] = {}
     last: dict[int, tuple[float, int]] = {}  # of each request, the time of its last tokens and their number
-    ttft, itl, tokens, steps, working = list[float](), list[float](), 0, 0, 0.0
+    ttft, itl, tokens, steps, ended, working = list[float](), list[float](), 0, 0, 0, 0.0
     start = time.perf_counter()
     with profiling.timed() as spans:
         while waiting or llm.unfinished:
             now = time.perf_counter() - start
+            if start + now > until and itl:
+                waiting.clear()
+                for request in arrived:
+                    llm.abort(request)  # an ended request stays as it is
             while waiting and waiting[0][0] <= now:
                 due, prompt = waiting.popleft()
                 arrived[llm.add_request(prompt, params)] = due
             if not llm.unfinished:
-                time.sleep(max(waiting[0][0] - now, 0))
+                time.sleep(max(waiting[0][0] - now, 0) if waiting else 0)
                 continue
             outputs = llm.step(text=False)
             begun, now, steps = now, time.perf_counter() - start, steps + 1
@@ -93,30 +99,34 @@ def serve(llm: LLM, rate: float, requests: int, prompt_len: int, new_tokens: int
                     ttft.append(now - before)
                 else:
                     itl += [(now - before) / gained] * gained
-                tokens += gained
+                tokens, ended = tokens + gained, ended + (had + gained == new_tokens)
                 last[output.request_id] = now, had + gained
         seconds = time.perf_counter() - start
     execute, wait = (spans.get(name, 0.0) for name in ("execute", "fetch"))
     split = {"host": (working - execute - wait) / steps, "execute": execute / steps, "wait": wait / steps}
-    return Served(rate, seconds, tokens, ttft, itl, split)
+    return Served(rate, seconds, tokens, ended, ttft, itl, split)
 
 
-def run(config: EngineConfig, model: ModelConfig, rates: Sequence[float], requests: int, prompt_len: int,
-        new_tokens: int, *, progress: bool = False) -> list[Served]:
-    """Time each rate after a warm-up. Raises the errors of LLM."""
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    with LLM(**options, progress=progress) as llm:
-        serve(llm, 1e6, min(requests, config.max_num_seqs), prompt_len, min(new_tokens, 4))
-        return [serve(llm, rate, requests, prompt_len, new_tokens) for rate in rates]
+def run(llm: LLM, rates: Sequence[float], requests: int, prompt_len: int, new_tokens: int,
+        until: float = math.inf) -> Iterator[Served]:
+    """Time each rate after a warm-up, as soon as the one before it is taken. Raises NumericsError. `until`: as of
+    `hal.cli.measure.cells`; a rate whose share has passed takes no more requests, and its unfinished ones end."""
+    now, parts = time.perf_counter(), len(rates) + 1
+    serve(llm, 1e6, min(requests, llm.config.max_num_seqs), prompt_len, min(new_tokens, 4), now + (until - now) / parts)
+    for i, rate in enumerate(rates, 1):
+        now = time.perf_counter()
+        yield serve(llm, rate, requests, prompt_len, new_tokens, now + (until - now) / (parts - i))
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of a table, times in milliseconds."""
-    names = [*(f"{name} p{p}" for name in ("TTFT", "ITL") for p in PERCENTILES), "host", "execute", "wait"]
-    lines = ["req/s  | tok/s    | " + " | ".join(f"{name:>8}" for name in names),
-             "------ | -------- | " + " | ".join("-" * 8 for _ in names)]
-    for row in rows:
-        times = [row[f"{name}_p{p}"] * 1e3 for name in ("ttft", "itl") for p in PERCENTILES]
-        times += [row[f"step_{name}"] * 1e3 for name in ("host", "execute", "wait")]
-        lines.append(f"{row['rate']:6.2f} | {row['tokens_per_s']:8.1f} | " + " | ".join(f"{t:8.1f}" for t in times))
-    return lines
+_NAMES = [*(f"{name} p{p}" for name in ("TTFT", "ITL") for p in PERCENTILES), "host", "execute", "wait"]
+HEAD = ["req/s  | tok/s    | " + " | ".join(f"{name:>8}" for name in _NAMES),
+        "------ | -------- | " + " | ".join("-" * 8 for _ in _NAMES)]
+
+
+def line(row: dict[str, Any], requests: int) -> str:
+    """A line of the table, times in milliseconds, and below it how the row differs from what was asked for."""
+    times = [row[f"{name}_p{p}"] * 1e3 for name in ("ttft", "itl") for p in PERCENTILES]
+    times += [row[f"step_{name}"] * 1e3 for name in ("host", "execute", "wait")]
+    found = f"{row['rate']:6.2f} | {row['tokens_per_s']:8.1f} | " + " | ".join(f"{t:8.1f}" for t in times)
+    return found if row["ended"] == requests else (
+        f"{found}\n       | for --max-seconds: {row['ended']} of {requests} requests ended")

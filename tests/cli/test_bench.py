@@ -11,7 +11,7 @@ import pytest
 
 from hal import LLM, profiling
 from hal.checkpoints.hf_config import parse_config
-from hal.cli import bench, main, measure, open_loop
+from hal.cli import bench, floors, main, measure, open_loop
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
 from hal.testing.null import NullRunner
@@ -36,6 +36,8 @@ def test_json_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert 0 < row["ttft"] <= row["batch_size"] * 12 / row["prefill_tokens_per_s"] * 1.001
         assert row["share_of_measured"] == pytest.approx(row["achieved_bandwidth"] / report["measured_bandwidth"])
         weights = 4 * report["parameters"]  # each decode step reads them all, and the cache
+        assert row["decode_limit"] in ("memory", "arithmetic", "neither") and row["prefill_share"] > 0
+        assert (row["prompt_len"], row["new_tokens"], row["repeat"], row["together"]) == (12, 4, 2, True)
         assert row["achieved_bandwidth"] > weights * row["decode_tokens_per_s"] / row["batch_size"]
 
 
@@ -45,7 +47,7 @@ def test_table_of_the_bundled_checkpoint_in_two_processes(capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "add-tiny" in out and "checkpoint" in out and "tp 2" in out and "bfloat16" in out
     rows = [line.split("|") for line in out.splitlines() if line.strip()[:1] in ("1", "3")]
-    assert [int(row[0]) for row in rows] == [1, 3] and all(float(cell) >= 0 for row in rows for cell in row[1:-1])
+    assert [int(row[0]) for row in rows] == [1, 3] and all(float(cell) >= 0 for row in rows for cell in row[1:-2])
 
 
 @pytest.mark.slow
@@ -91,15 +93,95 @@ def test_steps_in_which_all_decode_are_timed() -> None:
     assert 0 < run.ttft <= run.prefill and min(run.decode_step, run.tpot) > 0
 
 
+class _Clock:
+    """A side whose steps take a time that depends on their tokens alone, under a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, per_token: float) -> None:
+        self.now, self.per_token, self.runs = 0.0, per_token, list[tuple[int, int, int]]()
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def __call__(self, prompts: list[list[int]], new_tokens: int) -> measure.Run:
+        start, events = self.now, []
+        self.runs.append((len(prompts), len(prompts[0]), new_tokens))
+        for computed in (sum(map(len, prompts)), *[len(prompts)] * (new_tokens - 1)):
+            self.now += self.per_token * computed
+            events += [(self.now - start, i, 1) for i in range(len(prompts))]
+        return measure.Run.of(events)
+
+
+@pytest.mark.parametrize(("per_token", "limit"), [(1e-4, 120.0), (0.02, 120.0), (0.02, 20.0), (0.2, 120.0)])
+def test_every_row_is_measured_within_the_time(per_token: float, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock(monkeypatch, per_token)
+    asked = 128, 64, 3
+    found = [(cell, clock.now) for cell in measure.cells([clock], 50, [1, 8, 32], 128, 64, 3, until=limit)]
+    assert [cell.batch for cell, _ in found] == [1, 8, 32] and clock.now < limit
+    assert 0 < found[0][1] < found[1][1] < found[2][1]  # each row is there before the next begins
+    for cell, _ in found:
+        assert (cell.prompt_len, cell.new_tokens) <= asked[:2] and 1 <= len(cell.rounds) <= 3
+        for run, in cell.rounds:
+            assert run.together and run.decode_step == pytest.approx(cell.batch * per_token)
+            assert run.prefill == pytest.approx(cell.batch * cell.prompt_len * per_token)
+    whole = [(cell.prompt_len, cell.new_tokens, len(cell.rounds)) == asked for cell, _ in found]
+    assert whole == [True] * 3 if per_token == 1e-4 else not all(whole)
+    assert clock.now > limit / 4 or all(whole)  # the time is used
+
+
+def test_sides_take_turns_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, names = _Clock(monkeypatch, 1e-3), list[str]()
+    sides = [lambda p, n, name=name: (names.append(name), clock(p, n))[1] for name in "ab"]  # type: ignore[misc]
+    cell, = measure.cells(sides, 50, [2], 10, 5, 3)
+    assert [len(runs) for runs in cell.rounds] == [2, 2, 2] and "".join(names) == "ab" * (len(names) // 2)
+
+
+def test_tokens_that_come_several_a_step_are_counted_one_by_one() -> None:
+    events = [(1.0, 0, 1), (2.0, 1, 1), (3.0, 0, 4), (4.0, 1, 2), (5.0, 0, 4)]
+    run = measure.Run.of(events)  # both decode from 2.0 to 4.0, and gain 6 tokens
+    assert run.together and run.decode_step == pytest.approx(2.0 * 2 / 6) and run.prefill == 2.0
+    assert run.tpot == pytest.approx((4.0 / 8 + 2.0 / 2) / 2)
+    apart = measure.Run.of([(1.0, 0, 1), (2.0, 0, 1), (3.0, 1, 1), (4.0, 1, 1)])
+    assert not apart.together and apart.decode_step == pytest.approx(3.0 * 2 / 3)
+
+
+@pytest.mark.parametrize("options", [["--max-model-len", "512"], ["--steps-per-message", "16"],
+                                     ["--speculate", "ngram"], ["--kv-cache-bytes", "4000000"]])
+def test_every_batch_runs_at_once_whatever_the_engine_is_asked_for(options: list[str],
+                                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _json(capsys, "--model-config", "tiny", "--new-tokens", "40", "--repeat", "1", *options)["rows"]
+    assert [row["batch_size"] for row in rows] == [1, 3] and all(row["together"] for row in rows)
+    for row in rows:  # tokens/s of the whole run cannot be twice those of its decoding
+        assert row["batch_size"] / row["tpot"] < 2 * row["decode_tokens_per_s"]
+
+
+def test_a_batch_that_does_not_run_at_once_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *SMALL, "--device", "null", "--num-blocks", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("the KV cache or a step of the engine holds fewer") and lines[-2].split()[0] == "3"
+
+
+def test_limits_name_the_nearest_floor() -> None:
+    device = floors.Device(bandwidth=10.0, arithmetic=100.0)
+    assert device.limit(1.0, 8.0, 10.0) == ("memory", pytest.approx(0.8))
+    assert device.limit(1.0, 1.0, 60.0) == ("arithmetic", pytest.approx(0.6))
+    assert device.limit(1.0, 4.0, 30.0) == ("neither", pytest.approx(0.4))
+    model = parse_config(SHAPES["qwen2-0.5b"])
+    body = model.num_params - 151936 * 896  # the output head is the embedding
+    attention = 2 * 24 * 14 * 64 * 2
+    assert floors.operations(model, 3, 100) == 3 * (2 * model.num_params + attention * 100)
+    assert floors.operations(model, 1, 9, new=9) == 2 * (9 * body + 151936 * 896) + attention * 9 * 5
+    assert floors.matrix_rate(select("cpu"), "float32") > 1e8
+
+
 def test_bandwidth_is_that_of_memory() -> None:
-    assert 5e8 < measure.read_bandwidth(select("cpu")) < 5e12
+    assert 5e8 < floors.read_bandwidth(select("cpu")) < 5e12
 
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--model-config", "huge"], ("neither a known shape nor", "qwen2-0.5b")),
     (["--model-config", "tiny", "--block-size", "0"], ("block_size is not usable",)),
     (["--model-config", "tiny", "--prompt-len", "5000"], ("max_model_len is longer", "at most 512")),
-    (["--model-config", "tiny", "--num-blocks", "1"], ("the KV cache is too small",))])
+    (["--model-config", "tiny", "--num-blocks", "1"], ("the KV cache is too small",)),
+    (["--model-config", "tiny", "--max-model-len", "15"], ("longer than --max-model-len", "16 tokens")),
+    (["--model-config", "tiny", "--max-num-seqs", "2"], ("does not run at once", "at most --max-num-seqs 2"))])
 def test_named_error(options: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *SMALL, *options]) == 1
     err = capsys.readouterr().err
@@ -107,7 +189,8 @@ def test_named_error(options: list[str], words: tuple[str, ...], capsys: pytest.
 
 
 @pytest.mark.parametrize("options", [["--new-tokens", "2"], ["--model", ".", "--model-config", "tiny"],
-                                     ["--batch-sizes", "0"], ["--batch-sizes", "x"], ["--repeat", "0"]])
+                                     ["--batch-sizes", "0"], ["--max-seconds", "0"], ["--batch-sizes", "x"],
+                                     ["--repeat", "0"]])
 def test_wrong_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *options]) == 2
     assert "hal bench: error: " in capsys.readouterr().err
@@ -161,5 +244,6 @@ def test_the_times_of_an_open_loop_are_the_clocks(monkeypatch: pytest.MonkeyPatc
     assert served.tokens == 12 and served.ttft == pytest.approx([0.15] * 3) and served.itl == pytest.approx([0.15] * 9)
     assert served.seconds == pytest.approx(open_loop.arrivals(1e-3, 3)[-1] + 0.6)
     assert served.step == pytest.approx({"host": 0.1, "execute": 0.03, "wait": 0.02})
-    shown = open_loop.table([served.row()])[-1].split(" | ")
+    shown = open_loop.line(served.row(), 3).split(" | ")
     assert [float(cell) for cell in shown[-3:]] == [100.0, 30.0, 20.0]
+    assert "1 of 3 requests ended" in open_loop.line({**served.row(), "ended": 1}, 3)
