@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from hal.errors import HalError
     from hal.sampling.params import SamplingParams
     from hal.schema import Array, Declared
+    from hal.serve.async_llm import AsyncLLM
 
 _HOME = {
-    "LLM": "hal.engine.llm", "RequestOutput": "hal.engine.request_output", "EngineConfig": "hal.config",
-    "SamplingParams": "hal.sampling.params", "HalError": "hal.errors", "Array": "hal.schema", "Declared": "hal.schema",
+    "LLM": "hal.engine.llm", "AsyncLLM": "hal.serve.async_llm", "RequestOutput": "hal.engine.request_output",
+    "EngineConfig": "hal.config", "SamplingParams": "hal.sampling.params", "HalError": "hal.errors",
+    "Array": "hal.schema", "Declared": "hal.schema",
     **{name: f"hal.contracts.{module}" for module, names in {
         "backend": ["Backend", "Capabilities"], "communicator": ["Communicator"], "runner": ["ModelRunnerBase"],
         "request": ["ExecuteModelRequest"], "outputs": ["SamplerOutput"],
@@ -30,8 +32,8 @@ _HOME = {
 }
 
 __all__ = [
-    "LLM", "Array", "Backend", "Capabilities", "Communicator", "Declared", "EngineConfig", "ExecuteModelRequest",
-    "HalError", "IntermediateTensors", "ModelInput", "ModelRunnerBase", "PagedModelInput", "RequestOutput",
+    "LLM", "Array", "AsyncLLM", "Backend", "Capabilities", "Communicator", "Declared", "EngineConfig",
+    "ExecuteModelRequest", "HalError", "IntermediateTensors", "ModelInput", "ModelRunnerBase", "PagedModelInput", "RequestOutput",
     "SamplerOutput", "SamplingParams", "WorkerInput",
 ]  # fmt: skip
 

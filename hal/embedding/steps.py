@@ -29,7 +29,7 @@ class EmbeddingSteps:
         """The embeddings of token ids, fp32 [num_texts, dim]. Texts of similar lengths share a step, the longest first.
 
         Raises:
-            NumericsError: a vector is not finite. WorkerError.
+            WorkerError.
         """
         result = np.empty((len(texts), dim), np.float32)
         in_flight: deque[tuple[list[int], StepHandle]] = deque()
@@ -39,11 +39,6 @@ class EmbeddingSteps:
                 result[places] = handle.result().embeddings.numpy()
             if batch is not None:
                 in_flight.append((batch, self._submit([texts[i] for i in batch])))
-        wrong = np.flatnonzero(~np.isfinite(result).all(1))
-        if len(wrong):
-            raise NumericsError(f"the embedding of text {wrong[0]} is not finite", request_id=int(wrong[0]), position=0,
-                                got=f"{len(wrong)} of {len(texts)} texts", expected="finite numbers",
-                                hint="try dtype=float32 or bfloat16; if that does not help, the weights are damaged")
         return result
 
     def _batches(self, texts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -69,3 +64,13 @@ class EmbeddingSteps:
         self._digest, self._held = request.chain(), len(texts)
         self.steps, self.tokens = self.steps + 1, self.tokens + int(lens.sum())
         return handle
+
+
+def require_finite(vectors: np.ndarray) -> np.ndarray:
+    """The same vectors, [num_texts, dim]. Raises NumericsError: one of them is not finite."""
+    wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(wrong):
+        raise NumericsError(f"the embedding of text {wrong[0]} is not finite", request_id=int(wrong[0]), position=0,
+                            got=f"{len(wrong)} of {len(vectors)} texts", expected="finite numbers",
+                            hint="try dtype=float32 or bfloat16; if that does not help, the weights are damaged")
+    return vectors

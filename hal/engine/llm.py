@@ -22,6 +22,7 @@ from hal.contracts.embedding import EmbeddingOutput
 from hal.contracts.executor import StepHandle, make_executor
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.runner import no_progress
+from hal.embedding.steps import require_finite
 from hal.engine.calls import Calls
 from hal.engine.certificates import admit
 from hal.engine.embedder import Embedder
@@ -59,6 +60,7 @@ class Stats:
         drafted_tokens, accepted_tokens: drafts of speculative decoding that steps have verified, and how many of them
             were right.
         running, waiting: requests at this moment.
+        used_blocks, num_blocks: KV blocks that running requests hold at this moment, and that there are for requests.
     """
 
     steps: int
@@ -70,6 +72,8 @@ class Stats:
     accepted_tokens: int
     running: int
     waiting: int
+    used_blocks: int
+    num_blocks: int
 
 
 class LLM:
@@ -228,14 +232,19 @@ class LLM:
             NumericsError: a vector is not finite. WorkerError: a rank failed. StateError: see the class.
         """
         several = as_prompts(texts)
+        embedder = self._require_embedder()
+        prompt = embedder.prompt(prompt_name)
+        ids = self._each(several, [(prompt, truncate)] * len(several), embedder.token_ids)
+        with self._calls.begin():
+            vectors = embedder.steps.run(ids, embedder.dim)
+        return require_finite(vectors)  # after the call, since the engine's state is sound
+
+    def _require_embedder(self) -> Embedder:
         if self._embedder is None:
             raise RequestError("this model generates tokens and makes no embeddings",
                                got=self.model_config.architecture, expected="a sentence-transformers directory, or a "
                                "pooling", hint="LLM(..., pooling=\"last\") pools the model's hidden states (--pooling)")
-        prompt = self._embedder.prompt(prompt_name)
-        ids = self._each(several, [(prompt, truncate)] * len(several), self._embedder.token_ids)
-        with self._calls.begin():
-            return self._embedder.steps.run(ids, self._embedder.dim)
+        return self._embedder
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Yield the output each time it has grown, and when it has ended. It is the same object each time, and its text
@@ -246,7 +255,7 @@ class LLM:
         return self._stream(prompt, ids, chosen)
 
     def _stream(self, prompt: Prompt, ids: list[int], params: SamplingParams) -> Iterator[RequestOutput]:
-        request = self._enqueue(prompt, ids, params, polled=False)  # not before somebody reads the iterator
+        request = self.enqueue(prompt, ids, params, polled=False)  # not before somebody reads the iterator
         output, seen, told = request.output, 0, None
         try:
             while True:
@@ -270,13 +279,30 @@ class LLM:
         chosen, = as_params(params, 1, self._default)
         return self._checked([prompt], [chosen])[0]
 
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None) -> tuple[list[int], SamplingParams]:
+        """A request's token ids and parameters for `enqueue`. Raises the errors of `check`. It reads only what no call
+        changes, so a thread may call it while another one is in a call: the text of a long prompt then delays no step.
+        """
+        chosen, = as_params(params, 1, self._default)
+        self._require_generation()
+        return self._check(prompt, chosen), chosen
+
+    def text_ids(self, texts: Prompts, *, prompt_name: str | None = None, truncate: bool = True) -> list[list[int]]:
+        """The token ids of texts for `embed`. Raises its errors. As `prepare`, it may run beside another call."""
+        embedder = self._require_embedder()
+        prompt = embedder.prompt(prompt_name)
+        return [embedder.token_ids(text, prompt, truncate) for text in as_prompts(texts)]
+
     def _checked(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[list[int]]:
         """The token ids of all prompts, none of which is enqueued yet."""
+        self._require_generation()
+        return self._each(prompts, [(each,) for each in params], self._check)
+
+    def _require_generation(self) -> None:
         if self._embedder is not None:
             raise RequestError("this model makes embeddings and generates no tokens",
                                got=self.model_config.architecture, expected="a call of embed",
                                hint="LLM(..., pooling=\"none\") lets a model generate that has a head")
-        return self._each(prompts, [(each,) for each in params], self._check)
 
     def _each(self, prompts: list[Prompt], options: Several[tuple[Any, ...]], ids_of: Callable[..., list[int]],
               ) -> list[list[int]]:
@@ -316,7 +342,7 @@ class LLM:
         """Enqueue a request. Returns its number. Raises the errors of `generate`."""
         chosen, = as_params(params, 1, self._default)
         ids, = self._checked([prompt], [chosen])
-        return self._enqueue(prompt, ids, chosen, polled=True).output.request_id
+        return self.enqueue(prompt, ids, chosen, polled=True).output.request_id
 
     def abort(self, request_id: int) -> None:
         """End a request now. Its output appears in no further step. A finished or unknown request stays as it is. A
@@ -388,17 +414,19 @@ class LLM:
         return self._calls.refusal or self.executor.health()
 
     def stats(self) -> Stats:
-        live = [r.seq for r in self._requests.values()]
+        """Counts and states at this moment. May be called from any thread, also while another one is in a call."""
+        live = [r.seq for r in list(self._requests.values())]  # list() copies in one operation
         counts = self._counts.copy()
         if self._embedder is not None:
             counts |= {"steps": self._embedder.steps.steps, "prefill_tokens": self._embedder.steps.tokens}
         counts["cached_tokens"] += sum(s.num_cached for s in live)
         counts["preemptions"] += sum(s.preemptions for s in live)
         running = sum(s.row >= 0 for s in live)
-        drafts = self._speculation
+        drafts, blocks = self._speculation, self.scheduler.blocks
         drafted, accepted = (0, 0) if drafts is None else (drafts.drafted, drafts.accepted)
         return Stats(**counts, drafted_tokens=drafted, accepted_tokens=accepted, running=running,
-                     waiting=len(live) - running)
+                     waiting=len(live) - running, used_blocks=max(blocks.num_blocks - 1, 0) - blocks.num_free,
+                     num_blocks=max(blocks.num_blocks - 1, 0))
 
     def restart(self) -> None:
         """Start new workers, after a failure or at any other time. Unfinished requests keep their tokens and go on from
@@ -458,7 +486,12 @@ class LLM:
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
         return min(len(ids) + params.max_tokens, self.max_model_len)
 
-    def _enqueue(self, prompt: Prompt, ids: list[int], params: SamplingParams, *, polled: bool) -> RequestState:
+    def enqueue(self, prompt: Prompt, ids: list[int], params: SamplingParams, *, polled: bool) -> RequestState:
+        """Enqueue a request that `prepare` has checked. Raises CapacityError, WorkerError, StateError.
+
+        Args:
+            polled: `step` returns its outputs.
+        """
         with self._calls.begin():
             first = self._next_id
             try:

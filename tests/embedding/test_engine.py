@@ -123,6 +123,7 @@ def test_a_vector_that_is_not_finite_is_named(make: Make, monkeypatch: pytest.Mo
         runner.model.embed.weight.data[7] = float("nan")
         with pytest.raises(NumericsError, match="text 1 is not finite"):
             llm.embed([[5, 6], [5, 7], [8, 9]])
+        assert llm.embed([[5, 6]]).shape == (1, 64)  # the engine is sound
 
 
 def test_combinations_that_cannot_be_are_refused_at_construction(make: Make) -> None:
