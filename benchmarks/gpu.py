@@ -172,6 +172,7 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
         bits = [str(options[n]) for n in ("quantize", "kv_dtype") if options.get(n) not in (None, "auto")]
         name = " ".join([shape, *bits])
         name = name if impl == "native" else f"{name} ({impl})"
+        name += " (batch invariant)" if options.get("batch_invariant") else ""
         name += "".join(f" ({axis} {options[axis]})" for axis in ("tp", "ep") if axis in options)
         begin = time.perf_counter()
         most = max(b for b, _ in cells)
@@ -203,7 +204,8 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                       f"{batch / step:9.0f} tok/s, {moved / step / 1e12:.2f} TB/s, {floor / step:.2f} of the floor "
                       f"({floor * 1e3:.2f} ms); bare graph {bare:.3f} ms, ratio {step * 1e3 / bare:.3f}", flush=True)
                 RESULTS[f"{name}_{batch}x{prompt}{several}"] = {"ms": step * 1e3, "of_floor": floor / step,
-                                                                 "bare_ms": bare}
+                                                                 "bare_ms": bare,
+                                                                 "prefill_s": min(r.prefill for r in runs)}
                 if PROFILE:
                     profile(runner, graph.num_seqs)
 
@@ -267,6 +269,20 @@ def impl(bandwidth: float) -> None:
         native, other = (RESULTS[f"{name}_{batch}x{prompt}"]["ms"] for name in (shape, f"{shape} (transformers)"))
         print(f"Transformers backend at batch {batch}: {native / other:.2f} of native's rate", flush=True)
         RESULTS[f"impl_{batch}"] = native / other
+
+
+def invariant(bandwidth: float) -> None:
+    """The cost of the same bits in any batch (batch_invariant), on the 8B shape."""
+    cells = [(1, 128), (32, 1024), (128, 1024)]
+    for options in ({}, {"batch_invariant": True}):
+        engine("llama-3-8b", cells, bandwidth, max_num_batched_tokens=8192, **options)
+        gc.collect()
+        torch.cuda.empty_cache()
+    for batch, prompt in cells:
+        plain, same = (RESULTS[f"llama-3-8b{name}_{batch}x{prompt}"] for name in ("", " (batch invariant)"))
+        print(f"batch_invariant at batch {batch}: a step takes {same['ms'] / plain['ms']:.2f} times as long, prompts "
+              f"{same['prefill_s'] / plain['prefill_s']:.2f} times", flush=True)
+        RESULTS[f"invariant_{batch}"] = {name: same[name] / plain[name] for name in ("ms", "prefill_s")}
 
 
 def ranks(bandwidth: float) -> None:
@@ -401,7 +417,7 @@ def main() -> None:
         "attention": lambda: attention(bandwidth),
         "small": lambda: small(bandwidth), "steady": steady,
         "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth),
-        "ranks": lambda: ranks(bandwidth),
+        "ranks": lambda: ranks(bandwidth), "invariant": lambda: invariant(bandwidth),
         "serving": serving,
         "few_bits": lambda: few_bits(bandwidth),
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth, quantize=args.quantize,

@@ -66,6 +66,9 @@ class EngineConfig:
         control_plane: the mechanism: "local", "shm", "gloo", "collectives" (the backend's) or "ray"; "auto" picks of
             the first three. With "gloo" and "collectives" ranks share no memory: the CPU's data plane is gloo too.
         heartbeat: seconds without a sign of life after which a rank in another process counts as failed.
+        batch_invariant: a request gives the same tokens and logprobs, to the last bit, whatever else is in its batch
+            and however its prompt is cut into chunks. It fixes the kernels that otherwise depend on the number of
+            rows, so it costs speed. Only where the backend offers it; with tp up to 2, and without speculation.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
@@ -109,6 +112,7 @@ class EngineConfig:
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"
     heartbeat: float = 30.0
+    batch_invariant: bool = False
     graphs: bool = True
     model_impl: ModelImpl = "auto"
     generation_config: GenerationConfig = "auto"
@@ -127,7 +131,8 @@ class EngineConfig:
             self._take("steps_per_message", (int,), f'an integer from 1 to {MOST_STEPS}, or "auto"', 1, MOST_STEPS)
         for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0)):
             self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)
-        for name in ("prefix_caching", "graphs", "random_weights", "trust_remote_code", "async_scheduling"):
+        for name in ("prefix_caching", "batch_invariant", "graphs", "random_weights", "trust_remote_code",
+                     "async_scheduling"):
             self._take(name, (bool,), "true or false")
         for name in ("device", "control_plane", "speculate"):
             self._take(name, (str,), "a text")
@@ -157,6 +162,10 @@ class EngineConfig:
                               got=f"steps_per_message={self.steps_per_message}, pp={self.pp}",
                               expected='steps_per_message=1 or "auto", or pp=1',
                               hint="tp divides a model without stages")
+        if self.batch_invariant and (self.tp > 2 or self.speculate is not None):
+            raise ConfigError("batch_invariant has one order of every sum, which collectives of more than two ranks "
+                              "and the verification of drafts do not have", expected="tp up to 2, and no speculation",
+                              got=f"tp={self.tp}, speculate={self.speculate!r}")
         if self.speculate is not None:
             self._check_speculation()
         elif self.draft_model is not None:
@@ -315,6 +324,9 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError: the engine needs something that the model does not have."""
         self.engine.longest_sequence(self.model)
+        if self.engine.batch_invariant and (self.model.experts is not None or self.model.family == "transformers"):
+            raise ConfigError("batch_invariant has no kernels for this model", got="a mixture of experts, or a model "
+                              "that transformers' code runs", expected="a dense model of hal.models")
 
     @property
     def max_model_len(self) -> int:

@@ -26,7 +26,7 @@ _REASONS = tuple(map(re.compile, (
     r"the runner captures no graphs that could be left out", r"the runner compiles and captures nothing",
     r"\w+ computes a step in one part \(two_phase\)", r"needs \d+ devices: .+", r"the runner has no .+",
     r".+ is the library's own, on torch's CPU, and is right", r"\w+ takes one decode step a message.*",
-    r"\w+ has no .+")))
+    r"\w+ has no .+", r"the same bits in any batch are not declared; .+")))
 
 
 def verify(path: str) -> tuple[str, list[str]]:
@@ -72,7 +72,8 @@ def _cases(data: dict[str, Any], listed: dict[str, Any]) -> Iterator[str]:
 
 def _reasons(data: dict[str, Any], listed: dict[str, Any]) -> Iterator[str]:
     capabilities = data["capabilities"]
-    has = {"tp": capabilities.get("max_tp", 1) > 1, "pp": capabilities.get("max_pp", 1) > 1}
+    has = {"tp": capabilities.get("max_tp", 1) > 1, "pp": capabilities.get("max_pp", 1) > 1,
+           "batch_invariant": capabilities.get("batch_invariant", "no") != "no"}
     for r in data["results"]:
         name, text = f"{r['case']} ({r['dtype']})", r["text"]
         needs = listed["cases"].get(r["case"], {"needs": []})["needs"]

@@ -46,6 +46,9 @@ class Capabilities:
             cluster's nodes offer.
         token_cost: the time by which one token more lengthens a decode step, in decode steps of one token. Speculative
             decoding weighs it against the tokens that it expects to gain.
+        batch_invariant: "always": a request gives the same tokens and logprobs, to the last bit, whatever else is in
+            its batch and however its prompt is cut into chunks; "option": only with
+            EngineConfig.batch_invariant; "no": neither.
         embeddings: the backend's runner turns texts into vectors where the model has an EmbeddingConfig.
         checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
     """
@@ -61,6 +64,7 @@ class Capabilities:
     host_memory: bool | None = None
     ray_resource: str = "CPU"
     token_cost: float = 0.1
+    batch_invariant: str = "no"
     embeddings: bool = False
     checkpoints: bool = True
 
@@ -204,7 +208,7 @@ def mesh(backend: Backend, engine: EngineConfig) -> Topology:
 
 
 def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int,
-            embeddings: bool = False) -> None:
+            embeddings: bool = False, batch_invariant: bool = False) -> None:
     """Check a configuration against the declared capabilities.
 
     Raises:
@@ -218,6 +222,10 @@ def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, nu
     if pp > can.max_pp:
         raise BackendError(f"backend {backend.name!r} cannot split layers this far", got=f"pp={pp}",
                            expected=f"at most {can.max_pp}")
+    if batch_invariant and (can.batch_invariant not in ("option", "always") or embeddings):
+        raise BackendError(f"backend {backend.name!r} does not offer the same bits in any batch",
+                           got="batch_invariant=True", expected="batch_invariant=False" if not embeddings else
+                           "a model that generates", hint="`hal env` says which devices offer it")
     if embeddings and not can.embeddings:
         raise BackendError(f"backend {backend.name!r} makes no embeddings", got="a model of embeddings",
                            expected='a model that generates, or pooling="none" where the model has a head',

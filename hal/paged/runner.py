@@ -18,6 +18,7 @@ from hal.contracts.inputs import IntermediateTensors, PagedModelInput, SamplingI
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
+from hal.errors import ConfigError
 from hal.models.causal_lm import CausalLM
 from hal.models.layers import Linear
 from hal.models.ops import Ops
@@ -92,6 +93,9 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.attention = self.make_attention(self.model.attention_specs, device=self.device, dtype=self.dtype)
         self.has_row_states = any(isinstance(cache, RowState) for cache in self.model.caches)
         self.state.has_row_states = self.has_row_states
+        if self.has_row_states and self.config.engine.batch_invariant:
+            raise ConfigError("batch_invariant has no kernels for layers that keep a state of a row",
+                              got=self.config.engine.model, expected="a model whose layers have paged caches")
         self.states = RowStates(self.model.state_specs, self.config.engine.max_num_seqs, self.device)
         self.row_states = self.states.tensors
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from hal.contracts.inputs import PagedModelInput
 from hal.contracts.outputs import SamplerOutput
@@ -75,7 +76,9 @@ class Sampler:
         top_k, top_p, min_p = (None if x is None else x[:n, None] for x in (m.top_k, m.top_p, m.min_p))
         if top_k is None and top_p is None and min_p is None:
             return checked(torch.where(greedy[:, 0], best, self._race(scores, keys)), top[:, 0])
-        normaliser = scores.logsumexp(-1, keepdim=True) if top_p is not None else None
+        normaliser = None
+        if top_p is not None:  # in a way that does not depend on the number of rows, see `logprobs`
+            normaliser = scores.gather(1, best[:, None]) - scores.log_softmax(-1).gather(1, best[:, None])
         width = min(vocab, max(_CANDIDATES, 0 if top_k is None else int(on_host(m, "top_k")[:n].max()) + 1))
         values, ids = scores.topk(width, -1)
         lowest = threshold(values, top_k, top_p, min_p, normaliser)
@@ -183,8 +186,10 @@ def logprobs(raw: torch.Tensor, token_ids: torch.Tensor, top: int) -> TokenLogpr
     """Logprobs from raw logits [n, vocab] of any float type: of the tokens [n], and of the `top` most likely ones. The
     values for a token id of -1 mean nothing."""
     raw = raw.float()
-    normaliser = raw.logsumexp(-1, keepdim=True)
-    given = raw.gather(1, token_ids.long().clamp(min=0)[:, None])
-    ranks = (raw > given).sum(-1, dtype=torch.int32) + 1
-    values, ids = raw.topk(min(max(top, 0), raw.shape[1]), -1)
-    return TokenLogprobs((given - normaliser)[:, 0], ranks, ids.int(), values - normaliser)
+    chosen = token_ids.long().clamp(min=0)[:, None]
+    ranks = (raw > raw.gather(1, chosen)).sum(-1, dtype=torch.int32) + 1
+    ids = raw.topk(min(max(top, 0), raw.shape[1]), -1).indices
+    # Not logsumexp: PyTorch adds up a row in an order that depends on the number of rows. log_softmax does not, if all
+    # rows begin at a multiple of 16 bytes.
+    found = (F.pad(raw, (0, -raw.shape[1] % 4), value=-torch.inf) if raw.shape[1] % 4 else raw).log_softmax(-1)
+    return TokenLogprobs(found.gather(1, chosen)[:, 0], ranks, ids.int(), found.gather(1, ids))

@@ -135,7 +135,7 @@ class NullBackend(Backend):
     name = "null"
     priority = -100  # never what "auto" means
     capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16", "float16"), max_tp=64, max_pp=64,
-                                checkpoints=False)
+                                checkpoints=False, batch_invariant="always")
 
     def unavailable(self) -> str | None:
         return None

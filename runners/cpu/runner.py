@@ -10,6 +10,7 @@ from hal.contracts.inputs import PagedModelInput
 from hal.embedding.runner import EmbeddingRunner
 from hal.paged.runner import PagedModelRunner
 from runners.cpu.attention import CpuAttention
+from runners.cpu.invariant import InvariantAttention, InvariantOps
 from runners.cpu.ops import CpuOps
 from runners.cpu.sampler import CpuSampler
 
@@ -22,8 +23,10 @@ class CpuModelRunner(PagedModelRunner):
     input_type = CpuModelInput
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
-        super().__init__(config, device, communicator, attention=CpuAttention, sampler=CpuSampler())
-        self.ops = CpuOps(self.dtype)
+        alike = config.engine.batch_invariant
+        super().__init__(config, device, communicator, attention=InvariantAttention if alike else CpuAttention,
+                         sampler=CpuSampler())
+        self.ops = (InvariantOps if alike else CpuOps)(self.dtype)
 
 
 class CpuEmbeddingRunner(EmbeddingRunner):

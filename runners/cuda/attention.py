@@ -38,7 +38,7 @@ class CudaAttention:
                 raise ConfigError("the CUDA attention kernels do not have this head_dim", got=dim,
                                   expected=f"even, at most {_MAX_DIM}",
                                   hint="run this model on --device cpu, or give the runner hal's PagedAttention")
-        self.asked = [_asked(spec) for spec in specs]
+        self.asked = [asked(spec) for spec in specs]
         self.latent_heads = {spec.num_heads for spec in specs if spec.values_in_keys}
         self.kv_heads = {spec.num_kv_heads for spec in specs}
         self.queries = 0
@@ -65,7 +65,7 @@ class CudaAttention:
             cache = known(kv_caches[layer])
             q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
             tables, lens = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in ((1, 1), 2))
-            how = _asked(spec)
+            how = asked(spec)
             if spec.values_in_keys:
                 for starts, splits in ((lens, 1), (None, 1), (None, 8), (None, 9)):
                     latent.attend(q, cache, tables, lens[:1], starts, scale=spec.scale, value=spec.value_dim,
@@ -96,7 +96,7 @@ def _check_latent(spec: AttentionSpec) -> None:
                                    "and no window, softcap or sinks", hint="run this model on --device cpu")
 
 
-def _asked(spec: AttentionSpec) -> dict[str, Any]:
+def asked(spec: AttentionSpec) -> dict[str, Any]:
     """Arguments of the kernels."""
     return {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap, "sinks": spec.sinks}
 

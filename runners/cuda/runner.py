@@ -28,6 +28,7 @@ from hal.schema import stays
 from hal.schema.packed import Packed, packed_source
 from runners.cuda.attention import CudaAttention
 from runners.cuda.graphs import PENDING, Results, StepGraph, capture, graph_dims, graph_plan
+from runners.cuda.invariant import InvariantAttention, InvariantOps
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.sampling import greedy
 from runners.cuda.ops import CudaOps
@@ -56,8 +57,9 @@ class CudaModelRunner(PagedModelRunner):
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         self.ops: CudaOps
         self.attention: CudaAttention
-        super().__init__(config, device, communicator, attention=CudaAttention, ops=CudaOps(), sampler=CudaSampler())
-        engine = config.engine
+        engine, alike = config.engine, config.engine.batch_invariant
+        super().__init__(config, device, communicator, attention=InvariantAttention if alike else CudaAttention,
+                         ops=InvariantOps() if alike else CudaOps(), sampler=CudaSampler(alike))
         if engine.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise BackendError(f"{torch.cuda.get_device_name(device)} has no fp8", got="kv_dtype=fp8",
                                expected="kv_dtype=auto", hint="fp8 needs compute capability 8.9 or more")

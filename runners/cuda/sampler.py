@@ -12,6 +12,12 @@ from runners.cuda.kernels.sampling import greedy, thresholds
 
 
 class CudaSampler(Sampler):
+    """`alike`: a draw has one reference for the whole row. Otherwise large scores have one for each piece of a row, and
+    the number of pieces depends on the number of rows."""
+
+    def __init__(self, alike: bool = False) -> None:
+        self.alike = alike
+
     def greedy(self, scores: torch.Tensor) -> torch.Tensor:
         return greedy(scores)
 
@@ -19,6 +25,6 @@ class CudaSampler(Sampler):
         assert m.temperature is not None
         filters = m.top_k, m.top_p, m.min_p
         limits: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
-        if any(x is not None for x in filters):
+        if self.alike or any(x is not None for x in filters):
             limits = thresholds(scores, m.temperature, *filters)
         return greedy(scores, draw=(m.temperature, *limits, m.seed, m.positions, m.logits_indices))

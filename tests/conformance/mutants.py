@@ -30,6 +30,8 @@ from hal.sampling.verification import drafts_behind
 from hal.schema import Array
 from hal.weights.grid import Grid, GridScheme
 from runners.cpu import CpuBackend
+from runners.cpu.invariant import InvariantAttention, InvariantOps
+from runners.cpu.runner import CpuModelRunner
 
 MUTANTS: dict[str, Mutant] = {}
 
@@ -802,6 +804,84 @@ class goes_on_behind_a_stop_token(PagedModelRunner):
         tokens = out.token_ids.view(len(out.counts), -1)
         out.counts = (out.counts + 1).clamp(max=tokens.shape[1]) if m.num_steps > 2 else out.counts
         return out
+
+
+class SameBits(Mutant):
+    """The CPU's runner as batch_invariant makes it, with one part spoilt."""
+
+    capabilities = dataclasses.replace(Mutant.capabilities, batch_invariant="option")
+    _ops: type[InvariantOps] = InvariantOps
+    _attention: type[InvariantAttention] = InvariantAttention
+    _ranks = 1  # spoilt where there are so many or more
+
+    def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
+        made = CpuModelRunner(config, device, communicator)
+        if config.engine.batch_invariant and config.topology.tp >= self._ranks:
+            made.ops, made.make_attention = self._ops(made.dtype), self._attention
+        return made
+
+
+class _SplitsByBatch(InvariantAttention):
+    """In small batches a context is attended to in two parts, which are joined (Flash-Decoding)."""
+
+    def decode(self, q: Any, cache: Any, batch: Any, spec: Any) -> Any:
+        if len(q) > 2:
+            return super().decode(q, cache, batch, spec)
+        k, v = gather(cache, batch, spec, self.dtype)
+        scores = by_group(q, spec) @ k.transpose(-1, -2) * spec.scale + batch.masks[spec.window]
+        half = scores.shape[-1] // 2
+        parts = [(s.logsumexp(-1, keepdim=True), s.softmax(-1).nan_to_num() @ x) for s, x in zip(
+            scores.split((half, scores.shape[-1] - half), -1), v.split((half, v.shape[-2] - half), -2), strict=True)]
+        weights = torch.cat([total for total, _ in parts], -1).softmax(-1)
+        return weights[..., :1] * parts[0][1] + weights[..., 1:] * parts[1][1]
+
+
+class _ChunksApart(InvariantAttention):
+    """A whole prompt has a kernel of its own."""
+
+    def prefill(self, q: Any, k: Any, v: Any, cache: Any, batch: Any, spec: Any) -> Any:
+        if len(q) < batch.masks[spec.window].shape[-1] - 15:
+            return super().prefill(q, k, v, cache, batch, spec)
+        q, k, v = by_group(q, spec).permute(1, 2, 0, 3), k.transpose(0, 1)[:, None], v.transpose(0, 1)[:, None]
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale).permute(2, 0, 1, 3)
+
+
+class _SingleRows(InvariantOps):
+    """A product of one row has a kernel of its own."""
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        y = super().linear(x, layer)
+        if len(x) == 1:
+            half = x.shape[1] // 2
+            weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+            y = F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:], layer.bias)
+        return y
+
+
+@mutant("L3/batch")
+class splits_attention_by_batch_size(SameBits):
+    _attention = _SplitsByBatch
+
+
+@mutant("L3/batch")
+class attends_to_whole_prompts_in_another_way(SameBits):
+    _attention = _ChunksApart
+
+
+@mutant("L3/batch")
+class multiplies_single_rows_in_another_way(SameBits):
+    _ops = _SingleRows
+
+
+@mutant("L5/layout", "tp2_the_same*")
+class splits_attention_by_batch_size_on_two_ranks(SameBits):
+    _attention, _ranks = _SplitsByBatch, 2
+
+
+@mutant("L5/layout", "tp2_the_same*")
+class multiplies_single_rows_in_another_way_on_two_ranks(SameBits):
+    _ops, _ranks = _SingleRows, 2
 
 
 # L4: graphs.

@@ -237,3 +237,18 @@ def test_embeddings_of_a_decoder(tmp_path: Path) -> None:
     path, texts = sentences.save("qwen3-last", tmp_path), sentences.texts()[:4]
     with LLM(str(path), device="cuda", dtype="float32", max_num_seqs=3, max_num_batched_tokens=40) as llm:
         np.testing.assert_allclose(llm.embed(texts), sentences.vectors("qwen3-last", path, texts), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and beside another one, which cuts the second prompt into chunks."""
+    from runners.cuda import invariant
+
+    monkeypatch.setattr(invariant, "_SPLITS", 2)
+    params = SamplingParams(max_tokens=3, logprobs=1)
+    with LLM(device="cuda", dtype="float32", num_blocks=12, max_num_seqs=2, block_size=8, max_model_len=16,
+             max_num_batched_tokens=9, batch_invariant=True) as llm:
+        alone = llm.generate(PROMPTS[1:2], params)
+        together = llm.generate(PROMPTS[:2], params)
+    assert [o.text for o in together] == [answer[:3] for answer in ANSWERS[:2]]
+    assert [(o.token_ids, o.logprobs) for o in together[1:]] == [(o.token_ids, o.logprobs) for o in alone]

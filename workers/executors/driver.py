@@ -44,7 +44,8 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
     engine = dataclasses.replace(engine, dtype=cast(DType, dtype), device=device, async_scheduling=(
         backends.resolve_async(backend, engine)))
     backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
-                     num_cpu_blocks=engine.num_cpu_blocks, embeddings=model.embedding is not None)
+                     num_cpu_blocks=engine.num_cpu_blocks, embeddings=model.embedding is not None,
+                     batch_invariant=engine.batch_invariant)
     if engine.speculate is not None:
         proposer_class(engine.speculate).check(engine, model)
     if engine.wire == "none" and backends.mesh(backend, engine).world_size > 1:

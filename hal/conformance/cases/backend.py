@@ -40,6 +40,7 @@ def are_well_formed(ctx: Context) -> None:
     can = ctx.backend.capabilities
     ctx.check(bool(can.dtypes) and set(can.dtypes) <= {"float32", "bfloat16", "float16"}, f"dtypes are {can.dtypes}")
     ctx.check(can.max_tp >= 1 and can.max_pp >= 1, f"max_tp={can.max_tp}, max_pp={can.max_pp}")
+    ctx.check(can.batch_invariant in ("no", "option", "always"), f"batch_invariant is {can.batch_invariant!r}")
     ctx.check(all(isinstance(k, str) and isinstance(v, str) for k, v in ctx.backend.versions().items()),
               "versions() is not a mapping of texts")
 
@@ -51,6 +52,7 @@ def what_is_not_declared_is_refused(ctx: Context) -> None:
     asked: list[dict[str, Any]] = [{"tp": can.max_tp + 1}, {"pp": can.max_pp + 1}, {"dtype": "float64"}]
     asked += [] if can.swap else [{"num_cpu_blocks": 1}]
     asked += [] if can.fp8_kv else [{"kv_dtype": "fp8"}]
+    asked += [] if can.batch_invariant != "no" else [{"batch_invariant": True}]
     plain: dict[str, Any] = {"dtype": can.dtypes[0], "kv_dtype": "auto", "tp": 1, "pp": 1, "num_cpu_blocks": 0}
     for options in asked:
         try:
