@@ -17,6 +17,8 @@ import numpy as np
 from hal.checkpoints.generation import generation_defaults, stated
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
+from hal.constrained.constraint import Constraint, make_constraint, masks
+from hal.constrained.grammars import Grammars
 from hal.contracts import backend as backends
 from hal.contracts.embedding import EmbeddingOutput
 from hal.contracts.executor import StepHandle, make_executor
@@ -43,7 +45,7 @@ from hal.engine.scheduled_step import ScheduledStep
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence, derive_seed
 from hal.engine.speculation import Speculation
-from hal.engine.text import TextStream, encode, hidden_stops, load_tokenizer
+from hal.engine.text import TextStream, TokenBytes, encode, hidden_stops, load_tokenizer
 from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
 from hal.sampling.params import SamplingParams
 from hal.torch_state import TorchState
@@ -119,6 +121,8 @@ class LLM:
         self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        table = None if self.tokenizer is None else TokenBytes.of(self.tokenizer)
+        self._grammars = Grammars(self.model_config.vocab_size, self.model_config.eos_token_ids, table)
         self.backend = backends.select(config.device)
         self._speculation = None if config.speculate is None else Speculation(config, self.backend)
         if progress and (self.model_config.quantization is not None or config.kv_dtype != "auto"):
@@ -156,7 +160,7 @@ class LLM:
         # A finalizer may cancel a request in the middle of a call. Such requests end in the next step.
         self._cancelled: deque[RequestState] = deque()
         self._next_id = 0
-        self._stop_texts = 0  # the number of unfinished requests with stop texts
+        self._stop_texts = self._constrained = 0  # unfinished requests with stop texts, and with token masks
         self._counts = dict.fromkeys(("steps", "prefill_tokens", "decode_tokens", "cached_tokens", "preemptions"), 0)
 
     def _begin(self) -> None:
@@ -332,6 +336,7 @@ class LLM:
             raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids")
         if params.stop:
             hidden_stops(self.tokenizer, params.stop)
+        self._constrain(params)
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab:
                 raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab)
@@ -398,8 +403,10 @@ class LLM:
         if step is not None:
             if self._speculation is not None:
                 self._speculation.before(step)
-            self._pending.append((step, self.executor.execute_model(step.request)))
             self._counts["steps"] += 1
+            if self._constrained and any(seq.constraint is not None for seq in step.sampled):
+                return self._advance_masked(step, text)
+            self._pending.append((step, self.executor.execute_model(step.request)))
         if not self._pending:
             if self.scheduler.unfinished:
                 raise StateError("requests wait, and none can run", hint="this is a defect of the scheduler: report it")
@@ -407,6 +414,36 @@ class LLM:
         if step is None or len(self._pending) >= self._steps_in_flight:
             return self._take_over(*self._pending.popleft(), text)
         return [], []
+
+    def _advance_masked(self, step: ScheduledStep, text: bool) -> tuple[list[RequestState], list[RequestState]]:
+        """`_advance` for a step with token masks. They are computed while its forward pass runs, from tokens of which
+        the step before may still have the last."""
+        handle = self.executor.execute_model(step.request, sampling_follows=True)
+        self._pending.append((step, handle))
+        earlier, failed = len(self._pending) - 1, list[RequestState]()
+        taken = self._take_over(*self._pending.popleft(), text) if earlier else ([], [])
+        asked = [(seq, drafts) for seq, drafts in zip(step.sampled, step.draft_tokens(), strict=True)
+                 if seq.constraint is not None and seq.finish_reason is None]
+        if asked:
+            found = masks([(seq.constraint, seq.output_ids, drafts) for seq, drafts in asked if seq.constraint],
+                          self.model_config.vocab_size)
+            step.restrict({seq.request_id: mask for (seq, _), mask in zip(asked, found, strict=True)},
+                          self.model_config.vocab_size, handle)
+        else:
+            handle.sample()
+        for seq, _ in asked:
+            if seq.constraint is not None and seq.constraint.problem is not None:
+                seq.owner.output.error = RequestError(
+                    f"request {seq.request_id} ended: its grammar does not go on", got=seq.constraint.problem,
+                    hint="a simpler grammar, or other tokens: see docs/constrained.md")
+                failed.append(seq.owner)
+                self.scheduler.finish(seq, "error")
+        self._keep(failed)
+        for request in failed:
+            self._complete(request)
+        if not earlier and self._steps_in_flight == 1:
+            taken = self._take_over(*self._pending.popleft(), text)
+        return taken[0] + failed, taken[1] + failed
 
     def health(self) -> HalError | None:
         """The error that a step would raise now, or None while the engine can run steps. A rank that died while no step
@@ -445,6 +482,7 @@ class LLM:
             self.executor = make_executor(self.config, self.model_config, self.backend)
             self._begin()
             self._stop_texts = sum(bool(r.seq.params.stop) for r in self._requests.values())
+            self._constrained = sum(r.seq.constraint is not None for r in self._requests.values())
             try:
                 for request in list(self._requests.values()):
                     self._resume(request)
@@ -456,6 +494,7 @@ class LLM:
         """Enqueue a request with the tokens that it has, or complete it if it needs no more."""
         seq = request.seq
         request.recover(self._make_text(seq.prompt_ids, seq.params))
+        seq.constraint = self._constrain(seq.params)  # the state of the old one may be ahead of the tokens
         if seq.finish_reason is None:
             seq.finish_reason = self.scheduler.ending(seq)
             if seq.params.stop:
@@ -505,14 +544,24 @@ class LLM:
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *hidden))
         number, self._next_id = self._next_id, self._next_id + 1
         seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
-        seq = Sequence(request_id=number, prompt_ids=ids, params=params, seed=seed, limit=self._limit(ids, params))
+        seq = Sequence(request_id=number, prompt_ids=ids, params=params, seed=seed, limit=self._limit(ids, params),
+                       constraint=self._constrain(params))
         output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids.copy(), seq.output_ids,
                                logprobs=None if params.logprobs is None else [],
                                prompt_logprobs=None if params.prompt_logprobs is None else [None])
         request = self._requests[number] = seq.owner = RequestState(seq, output, self._make_text(ids, params), polled)
         self._stop_texts += bool(params.stop)
+        self._constrained += seq.constraint is not None
         self.scheduler.add(seq)
         return request
+
+    def _constrain(self, params: SamplingParams) -> Constraint | None:
+        """The constraint of a request with these parameters. Raises RequestError: they cannot be served."""
+        made = make_constraint(self._grammars, params, None)
+        if made is not None and self.executor.tokens_per_row > 1 and self._speculation is None:
+            raise RequestError("this device's model runner gives a sequence several tokens for one token mask",
+                               got="a request that restricts its tokens", expected="a runner of one token a step")
+        return made
 
     def _make_text(self, prompt_ids: list[int], params: SamplingParams) -> TextStream | None:
         return None if self.tokenizer is None else TextStream(self.tokenizer, prompt_ids, params.stop)
@@ -577,12 +626,13 @@ class LLM:
         seq = request.seq
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
-        if request.output.finish_reason == "error":
+        if request.output.finish_reason == "error" and request.output.error is None:
             request.output.error = request.numerics_error(
                 backends.resolve_dtype(self.backend, self.config.dtype, self.model_config.dtype))
         seq.owner = None  # without this, the sequence and the request are a reference cycle
         if self._requests.pop(seq.request_id, None) is not None:  # last, since restart() completes it until then
             self._stop_texts -= bool(seq.params.stop)
+            self._constrained -= seq.constraint is not None
             self._counts["cached_tokens"] += seq.num_cached
             self._counts["preemptions"] += seq.preemptions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,12 @@ class ScheduledStep:
         """Decode steps that the ranks take for this step's message."""
         return self.request.num_steps
 
+    def draft_tokens(self) -> list[list[int]]:
+        """The drafts of each of `sampled`."""
+        counts = [self.drafts.get(row, 0) for row in self.sampled_rows.tolist()]
+        given = iter(() if self.request.draft_tokens is None else self.request.draft_tokens.tolist())
+        return [list(islice(given, count)) for count in counts]
+
     def restrict(self, masks: Mapping[int, np.ndarray], vocab_size: int, handle: StepHandle | None = None) -> None:
         """Say which tokens sequences may get from this step, before it is executed; or, with the handle of a step that
         was submitted with sampling_follows, while its forward pass runs: then its sampling begins with these masks.
@@ -61,7 +68,8 @@ class ScheduledStep:
         Args:
             masks: bool [vocab_size] by request_id, for sequences in `sampled`; other sequences are not restricted. Of a
                 sequence with drafts (see `drafts`), bool [1 + drafts, vocab_size]: the mask behind its last token, and
-                behind each draft. Sequence.max_drafts = 0 keeps a sequence without drafts.
+                behind each draft. Sequence.max_drafts = 0 keeps a sequence without drafts. Instead of bool, all may be
+                bits: see `mask_fields`.
 
         Raises:
             StateError: a request is not sampled in this step, or lacks a mask for one of its places; or as

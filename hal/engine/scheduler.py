@@ -504,7 +504,7 @@ class Scheduler:
         self._known[row] = length
         if self.steps > 1:
             ids = (*seq.params.stop_token_ids, *(() if seq.params.ignore_eos else self._eos.tolist()))
-            self._one_step[row] = seq.needs_tokens or len(ids) > STOP_IDS
+            self._one_step[row] = seq.needs_tokens or seq.constraint is not None or len(ids) > STOP_IDS
             self._stop_ids[row] = -1
             if not self._one_step[row]:
                 self._stop_ids[row, :len(ids)] = ids

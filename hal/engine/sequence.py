@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from hal.constrained.constraint import Constraint
 from hal.engine.request_output import FinishReason
 from hal.features.declare import Column
 from hal.sampling.params import SamplingParams
@@ -19,6 +20,7 @@ class Sequence:
         prompt_ids, output_ids: its tokens. The scheduler appends to output_ids.
         needs_tokens: the sequence is scheduled only when its last token is known on the host. A mask that depends on
             the token needs this, unless the step is in two phases (`ScheduledStep.restrict` with a handle).
+        constraint: a mask of the tokens that it may get comes with each of its steps; None: with none of them.
         owner: the engine's RequestState, until the sequence is complete.
         limit: the length at which it ends (prompt + max_tokens, at most the model's context).
         row: its row in the ranks' batch state while it runs, else -1.
@@ -43,6 +45,7 @@ class Sequence:
     seed: int
     limit: int
     needs_tokens: bool = False
+    constraint: Constraint | None = field(default=None, repr=False)
     owner: Any = field(default=None, repr=False)
     row: int = -1
     num_computed: int = 0

@@ -145,6 +145,11 @@ class TokenBytes(dict[int, bytes]):
         """The bytes of a token that begins a text: decoders drop a space there."""
         return self._encode(token, self._decode([token]))
 
+    @property
+    def size(self) -> int:
+        """The number of the tokenizer's tokens."""
+        return len(self._tokenizer)
+
     @functools.cached_property
     def hidden(self) -> dict[str, int]:
         """Special tokens, which a text does not show, by their names."""

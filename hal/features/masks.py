@@ -96,9 +96,14 @@ def mask_fields(masks: Mapping[int, np.ndarray[Any, Any]], vocab_size: int) -> d
 
     Args:
         masks: by row, a bool array [vocab_size]: which tokens are allowed. Of a row with drafts [1 + drafts,
-            vocab_size]: which tokens are allowed behind its last token, and behind each draft.
+            vocab_size]: which tokens are allowed behind its last token, and behind each draft. Or, of all rows, int32
+            [words] or [1 + drafts, words]: the bits themselves.
     """
     words = -(-vocab_size // WORD)
+    if masks and all(mask.dtype == np.int32 for mask in masks.values()):
+        packed = [np.atleast_2d(mask) for mask in masks.values()]
+        return {"mask_rows": np.repeat(np.array(list(masks), np.int32), [len(some) for some in packed]),
+                "token_masks": np.concatenate(packed)}
     allowed = [np.atleast_2d(mask) for mask in masks.values()]
     rows = np.repeat(np.array(list(masks), np.int32), [len(some) for some in allowed])
     bits = np.ones((len(rows), words * WORD), np.bool_)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -27,6 +28,7 @@ class Param:
         low, high: inclusive bounds of a number, or of each number in a list; `above` excludes `low` itself.
         unset: the meaning of None, for the documentation.
         most: the largest number of entries of a list or a mapping. longest: the largest number of characters of a text.
+        json: a text may also be given as a mapping, of which it is the JSON.
         column: the dtype in which a step carries the parameter, or None for a parameter that the engine alone reads.
     """
 
@@ -37,13 +39,14 @@ class Param:
     unset: str | None = None
     most: int | None = None
     longest: int | None = None
+    json: bool = False
     column: str | None = None
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class Params:
     """A group of parameters. A subclass becomes a frozen keyword-only dataclass, each field of which is annotated
-    `Annotated[type, Param(...)]`. The type is int, float, bool, tuple[str, ...], tuple[int, ...] or
+    `Annotated[type, Param(...)]`. The type is int, float, bool, str, tuple[str, ...], tuple[int, ...] or
     tuple[tuple[int, float], ...] (numbers by token id, given as a mapping or as pairs), or one of these with None.
 
     Numbers may also be given as scalars of numpy or torch, and lists as arrays. All are kept as plain Python values.
@@ -149,6 +152,20 @@ def _check_most(name: str, items: Sized, param: Param) -> None:
         raise RequestError(f"{name} has too many entries", got=len(items), expected=f"at most {param.most}")
 
 
+def _text(name: str, value: Any, param: Param) -> str:
+    text = plain(value)
+    if param.json and isinstance(text, Mapping):
+        try:
+            text = json.dumps(text, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            raise _refuse(name, value, "an object that JSON can hold") from None
+    if not isinstance(text, str) or not text:
+        raise _refuse(name, value, "a text that is not empty" + (", or a mapping" if param.json else ""))
+    if param.longest is not None and len(text) > param.longest:
+        raise RequestError(f"{name} is too long", got=f"{len(text)} characters", expected=f"at most {param.longest}")
+    return text
+
+
 def _texts(name: str, value: Any, param: Param) -> tuple[str, ...]:
     items: tuple[Any, ...] = tuple(plain(item) for item in _items(name, value))
     if not all(isinstance(s, str) and s for s in items):
@@ -181,5 +198,5 @@ def _weights(name: str, value: Any, param: Param) -> tuple[tuple[int, float], ..
 
 
 _CHECKS: dict[Any, Callable[[str, Any, Param], Any]] = {
-    int: _integer, float: _number, bool: _flag, tuple[str, ...]: _texts, tuple[int, ...]: _integers,
+    int: _integer, float: _number, bool: _flag, str: _text, tuple[str, ...]: _texts, tuple[int, ...]: _integers,
     tuple[tuple[int, float], ...]: _weights}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from hal.errors import RequestError
 from hal.features import FEATURES
 from hal.features.bias import LogitBiasParams
 from hal.features.drawing import DrawParams, MinPParams, TopKParams, TopPParams
@@ -12,9 +13,7 @@ from hal.features.params import Param, Params
 from hal.features.penalties import PenaltyParams
 
 MAX_STOP_TEXTS, MAX_STOP_LENGTH = 64, 1024  # the largest number of stop texts, and of characters of each
-_INTEGERS = {"top_k": (0, 2**31 - 1), "max_tokens": (1, 2**31 - 1), "seed": (-(2**63), 2**63 - 1),
-             "logprobs": (0, 1000), "prompt_logprobs": (0, 1000)}
-_OPTIONAL = ("seed", "logprobs", "prompt_logprobs")
+MAX_GRAMMAR = 1 << 18  # characters of a regular expression, a schema or a grammar
 
 
 class StopParams(Params):
@@ -29,8 +28,23 @@ class StopParams(Params):
         help="tokens that end the output and are kept out of the text", low=0, high=2**31 - 1)] = ()
 
 
-class _BuiltIn(StopParams, LogprobParams, PenaltyParams, LogitBiasParams, MinPParams, TopPParams, TopKParams,
-               DrawParams):  # a dataclass takes the fields of its bases in reverse order
+class ConstraintParams(Params):
+    """What an output may be (docs/constrained.md). From these parameters the engine makes a token mask for each step.
+    """
+
+    regex: Annotated[str | None, Param(
+        help="the output matches this regular expression as a whole", longest=MAX_GRAMMAR, unset="none")] = None
+    json_schema: Annotated[str | None, Param(
+        help="the output is JSON that this schema allows; JSONL and Python may give it as an object",
+        longest=MAX_GRAMMAR, json=True, unset="none")] = None
+    choice: Annotated[tuple[str, ...], Param(help="the output is one of these texts", most=1024,
+                                             longest=MAX_STOP_LENGTH)] = ()
+    grammar: Annotated[str | None, Param(
+        help="the output is a text of this grammar, in Lark's notation", longest=MAX_GRAMMAR, unset="none")] = None
+
+
+class _BuiltIn(ConstraintParams, StopParams, LogprobParams, PenaltyParams, LogitBiasParams, MinPParams, TopPParams,
+               TopKParams, DrawParams):  # a dataclass takes the fields of its bases in reverse order
     pass
 
 
@@ -43,5 +57,14 @@ class SamplingParams(*_FURTHER, _BuiltIn):  # type: ignore[misc]  # the types of
     them. Filters are applied in the order top_k, top_p, min_p to the scaled, penalised and biased logits.
 
     Raises:
-        RequestError: a value does not fit its parameter. The error names the parameter.
+        RequestError: a value does not fit its parameter, or two parameters contradict each other. The error names them.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ConstraintParams.names() if getattr(self, name)]
+        if len(given) > 1:
+            raise RequestError("an output follows one grammar", got=" and ".join(given), expected="one of them")
+        if given and self.ignore_eos:
+            raise RequestError("an output that follows a grammar ends when the grammar is complete",
+                               got=f"ignore_eos with {given[0]}", expected="ignore_eos=False")
