@@ -154,6 +154,42 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaConfig:
+    """Layers with a gated delta rule in place of attention, which keep a state per row (arXiv 2412.06464).
+
+    Attributes:
+        layers: the layers that have it; the others have attention, whose output a sigmoid of a projection multiplies.
+        key_heads, value_heads: heads of queries and of keys, and of values; each of the first serves as many of the
+            second. key_dim, value_dim: sizes of a head.
+        taps: tokens that the convolution before the rule sees, a token's own included.
+        split: the checkpoint stores the projections of q, k and v, of the gate and of the two coefficients apart
+            (Qwen3.5), not side by side for each key head (Qwen3-Next).
+    """
+
+    layers: tuple[int, ...]
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    split: bool
+
+    @property
+    def keys(self) -> int:
+        """Entries of the keys of all heads."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Entries of the values of all heads."""
+        return self.value_heads * self.value_dim
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DeltaConfig:
+        return cls(**{**data, "layers": tuple(data["layers"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EagleConfig:
     """What an EAGLE-3 head has beside a decoder layer. Source: arXiv 2503.01840.
 
@@ -198,6 +234,7 @@ class ModelConfig:
         sinks: each head has a learned score that takes part in the softmax and adds no value.
         embedding_scale: multiplies the embeddings.
         experts: of the layers that have a mixture of experts. latent: of models whose attention is over latents.
+        delta: of models of which some layers have a delta rule in place of attention.
         dtype: the checkpoint's, as "bfloat16", "float16" or "float32".
         source: the content of config.json where the Transformers backend runs the model (docs/transformers.md); None
             where a definition of hal.models does. code: the directory whose own Python code is the model's; None: the
@@ -241,6 +278,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
+    delta: DeltaConfig | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "bfloat16"
@@ -285,11 +323,16 @@ class ModelConfig:
                 + a.kv_rank * self.num_heads * (a.plain_dim + a.value_dim))
         mlp = (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
         embed = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings or self.embedding else 2)
+        mixing = self.num_layers * qkvo
+        if (d := self.delta) is not None:
+            gates = (self.num_layers - len(d.layers)) * self.num_heads * self.head_dim * self.hidden_size
+            rule = self.hidden_size * (2 * d.keys + 3 * d.values + 2 * d.value_heads)
+            mixing += gates + len(d.layers) * (rule - qkvo)
         if (e := self.experts) is None:
-            return self.num_layers * (qkvo + mlp) + embed
+            return mixing + self.num_layers * mlp + embed
         mixture = self.hidden_size * (e.count + 3 * (experts_used * e.size + e.shared_size))
         dense = (self.num_layers - len(e.layers)) * mlp
-        return self.num_layers * qkvo + dense + len(e.layers) * mixture + embed
+        return mixing + dense + len(e.layers) * mixture + embed
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
@@ -298,6 +341,7 @@ class ModelConfig:
         made |= {name: RopeConfig.from_dict(data[name]) if data[name] else None for name in ("rope", "local_rope")}
         made["experts"] = ExpertsConfig.from_dict(data["experts"]) if data["experts"] else None
         made["latent"] = LatentConfig(**data["latent"]) if data.get("latent") else None
+        made["delta"] = DeltaConfig.from_dict(data["delta"]) if data.get("delta") else None
         eagle = data.get("eagle")
         made["eagle"] = EagleConfig(**{**eagle, "taps": tuple(eagle["taps"])}) if eagle else None
         embedding = data.get("embedding")

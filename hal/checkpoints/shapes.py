@@ -22,7 +22,7 @@ from hal.checkpoints.reader import (
 )
 from hal.checkpoints.stored import shown
 from hal.errors import ModelLoadError
-from hal.model_config import ExpertsConfig, LatentConfig, ModelConfig
+from hal.model_config import DeltaConfig, ExpertsConfig, LatentConfig, ModelConfig
 
 _GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu",
          "relu": "relu"}
@@ -187,6 +187,44 @@ def qwen2_moe(read: Reader, architecture: str) -> ModelConfig:
     return _decoder(read, architecture, vocab=151936, inner=5632, kv_heads=16, max_position=32768, hidden=2048,
                     layers=24, heads=16, qkv_bias=read.flag(True, "qkv_bias"), experts=experts,
                     windows=read.windows(layers, window, types))
+
+
+def qwen3_next(read: Reader, architecture: str) -> ModelConfig:
+    layers, every = read.size(48, MAX_LAYERS, "num_hidden_layers"), read.size(1, INT32, "decoder_sparse_step")
+    dense = read.layers("mlp_only_layers", layers)
+    experts = ExpertsConfig(
+        count=read.size(512, MAX_EXPERTS, "num_experts"), per_token=read.size(10, MAX_EXPERTS, "num_experts_per_tok"),
+        normalise=read.flag(True, "norm_topk_prob"), size=read.size(512, MAX_INNER, "moe_intermediate_size"),
+        shared_size=read.size(512, MAX_INNER, "shared_expert_intermediate_size"), shared_gate=True,
+        layers=tuple(i for i in range(layers) if i not in dense and (i + 1) % every == 0))
+    return _delta(read, architecture, layers, vocab=151936, inner=5632, kv_heads=2, hidden=2048, split=False,
+                  experts=experts)
+
+
+def qwen3_5(read: Reader, architecture: str) -> ModelConfig:
+    """Its text alone, in which the three positions of a token are one."""
+    layers = read.size(32, MAX_LAYERS, "num_hidden_layers")
+    return _delta(read, architecture, layers, vocab=248320, inner=12288, kv_heads=4, hidden=4096, split=True)
+
+
+def _delta(read: Reader, architecture: str, layers: int, *, split: bool, **features: Any) -> ModelConfig:
+    """Of every so many layers the last one has attention, and the others a gated delta rule."""
+    every, bias = read.size(4, MAX_LAYERS, "full_attention_interval"), read.flag(False, "attention_bias")
+    default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+    types = read.get(list, default, "layer_types", null=default)
+    if len(types) != layers or not set(types) <= {"linear_attention", "full_attention"}:
+        raise read.unusable("layer_types", types, f"{layers} entries, linear_attention or full_attention")
+    heads, groups = (read.size(default, MAX_HEADS, f"linear_num_{name}_heads")
+                     for name, default in (("value", 32), ("key", 16)))
+    if heads % groups:
+        raise read.unusable("linear_num_value_heads", heads, f"a multiple of linear_num_key_heads ({groups})")
+    delta = DeltaConfig(
+        layers=tuple(i for i, kind in enumerate(types) if kind == "linear_attention"), key_heads=groups,
+        value_heads=heads, key_dim=read.size(128, MAX_HEAD_DIM, "linear_key_head_dim"), split=split,
+        value_dim=read.size(128, MAX_HEAD_DIM, "linear_value_head_dim"),
+        taps=read.size(4, MAX_HEAD_DIM, "linear_conv_kernel_dim"))
+    return _decoder(read, architecture, max_position=32768, layers=layers, heads=16, head_dim=256, partial=0.25,
+                    qkv_bias=bias, out_bias=bias, qk_norm=True, delta=delta, **features)
 
 
 def gpt_oss(read: Reader, architecture: str) -> ModelConfig:

@@ -72,7 +72,7 @@ def _seconds(backend: Backend, call: Callable[[], object], repeats: int) -> floa
 
 
 def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, context: int, *, new: int = 1) -> float:
-    """Bytes of weights and KV cache that a step has to read, over all ranks, for sequences of `context` tokens of which
+    """Bytes of weights, KV cache and states of rows that a step has to read, over all ranks, for sequences of `context` tokens of which
     `new` are computed. A step reads only its tokens' rows of the input embedding, unless the embedding is the output
     head as well. Each layer reads its window of the context, and those experts that the tokens choose if they choose at
     random."""
@@ -87,6 +87,8 @@ def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, co
 
         weights = sum(held.bytes for held in weight_bytes(model, dtype).values())
     kv_item = 1 if kv_dtype == "fp8" else item
+    if (d := model.delta) is not None:  # states in fp32
+        weights += 4 * batch * len(d.layers) * d.values * d.key_dim
     return float(weights - item * unread + kv_item * batch * _seen(model, context) * model.kv_entries)
 
 
@@ -101,4 +103,5 @@ def operations(model: ModelConfig, batch: int, context: int, *, new: int = 1) ->
 
 def _seen(model: ModelConfig, context: int) -> int:
     """Tokens that the attention of all layers sees for one token."""
-    return sum(min(context, window or context) for window in model.windows)
+    stateful = () if model.delta is None else model.delta.layers
+    return sum(min(context, window or context) for i, window in enumerate(model.windows) if i not in stateful)

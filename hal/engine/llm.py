@@ -125,7 +125,8 @@ class LLM:
         self._grammars = Grammars(self.model_config.vocab_size, self.model_config.eos_token_ids, table)
         self.backend = backends.select(config.device)
         self._speculation = None if config.speculate is None else Speculation(config, self.backend)
-        if progress and (self.model_config.quantization is not None or config.kv_dtype != "auto"):
+        if progress and (self.model_config.quantization is not None or self.model_config.delta is not None
+                         or config.kv_dtype != "auto"):
             from hal.models.memory import memory_line
 
             print(memory_line(config, self.model_config, backends.resolve_dtype(
@@ -136,6 +137,9 @@ class LLM:
         finally:
             if bars is not None:
                 bars.close()
+        if self.executor.has_row_states and config.prefix_caching:
+            logging.getLogger("hal").info("prefix caching is off: layers of this model keep a state per row, and the "
+                                          "state after a prefix is not kept")
         embeds = self.model_config.embedding is not None
         wanted = EmbeddingOutput if embeds else SamplerOutput
         if not issubclass(self.executor.output_type, wanted):

@@ -20,8 +20,9 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     """Check that the model can be sharded in this way.
 
     Raises:
-        ConfigError: tp does not divide the heads or the MLP, or neither divides nor is a multiple of the key-value
-            heads; pp exceeds the layers; ep is given, and the model has no experts or ep does not divide them.
+        ConfigError: tp does not divide the heads, the key heads of a delta rule or the MLP, or neither divides nor is a
+            multiple of the key-value heads; pp exceeds the layers; ep is given, and the model has no experts or ep does
+            not divide them.
     """
     tp, kv = topology.tp, config.num_kv_heads
     for name in ("num_heads", "intermediate_size"):
@@ -31,6 +32,9 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     if kv % tp and tp % kv:
         raise ConfigError(f"tp={tp} does not fit the model's num_kv_heads", got=kv,
                           expected=f"a multiple or a divisor of {tp}", hint="choose another tp")
+    if config.delta is not None and config.delta.key_heads % tp:
+        raise ConfigError(f"tp={tp} does not divide the key heads of the model's delta rule",
+                          got=config.delta.key_heads, expected=f"a multiple of {tp}", hint="choose another tp")
     if topology.pp > config.num_layers:
         raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
                           expected=f"at most num_layers ({config.num_layers})")

@@ -30,20 +30,23 @@ class SelfAttention(nn.Module):
         name: in the checkpoint ("layers.0.self_attn").
         rope, rotary: the layer's rotary embedding, and its number among those of a step; None: there is none.
         fused: the checkpoint stores q, k and v as one tensor, qkv_proj.
+        gated: the sigmoid of a further projection multiplies the attention's output. The checkpoint stores it together
+            with q, after each head.
         norm: what the weights of the norms of q and k are made with: dtype, and what is added to them.
     """
 
     order: torch.Tensor | None
+    outputs: torch.Tensor | None  # of qkv, in the order q, k, v, gate
 
     def __init__(self, config: ModelConfig, build: Build, name: str, rope: RopeConfig | None, rotary: int | None, *,
-                 fused: bool = False, norm: dict[str, Any] | None = None) -> None:
+                 fused: bool = False, gated: bool = False, norm: dict[str, Any] | None = None) -> None:
         super().__init__()
         c, norm = config, norm or {}
         self.ops, self.communicator, self.eps, self.head_dim = build.ops, build.communicator, c.norm_eps, c.head_dim
         self.dtype = build.dtype
         self.tp, self.rotary, self.kind = build.topology.tp, rotary, "none"
         self.heads, self.kv_heads = local_heads(c, self.tp)
-        self.qkv = column(build, c.hidden_size, _projections(c, name, fused), bias=c.qkv_bias)
+        self.qkv = column(build, c.hidden_size, _projections(c, name, fused, gated), bias=c.qkv_bias)
         self.q_norm = self.k_norm = None
         if c.qk_norm:
             self.kind = "projection" if c.qk_norm_whole else "head"
@@ -58,6 +61,12 @@ class SelfAttention(nn.Module):
         self.out = row(build, f"{name}.o_proj", c.num_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
         order = None if rope is None else head_order(rope, c.head_dim)
         self.register_buffer("order", None if order is None else torch.tensor(order, device=build.device), False)
+        outputs = None
+        if gated:
+            q = torch.arange(2 * self.heads * c.head_dim).view(self.heads, 2, c.head_dim)
+            kv = torch.arange(q.numel(), q.numel() + 2 * self.kv_heads * c.head_dim)
+            outputs = torch.cat((q[:, 0].flatten(), kv, q[:, 1].flatten())).to(build.device)
+        self.register_buffer("outputs", outputs, False)
         self.arranged = False
         self.kv_scales: nn.Parameter | None = None
         self.kv_factors: torch.Tensor | None = None
@@ -82,9 +91,16 @@ class SelfAttention(nn.Module):
         return float(k)
 
     def arrange(self) -> None:
-        """Put the outputs of q and k into the order in which the rotary embedding wants them. It is called once, after
-        the weights are filled. The heads are put in order in every step where the weights are not dense."""
-        if self.order is None or not isinstance(self.qkv, Linear) or not self.qkv.is_dense:
+        """Put the outputs of q and k into the order in which the rotary embedding wants them, and the outputs of a gate
+        behind the others. It is called once, after the weights are filled. Where the weights are not dense, the outputs
+        are put in order in every step."""
+        if not isinstance(self.qkv, Linear) or not self.qkv.is_dense:
+            return
+        for parameter in (self.qkv.weight, self.qkv.bias) if self.outputs is not None else ():
+            if parameter is not None:
+                parameter.data.copy_(parameter.data[self.outputs])
+        self.arranged = True
+        if self.order is None:
             return
         qk = self.heads + self.kv_heads
         stored = [(self.qkv.weight, qk), (self.qkv.bias, qk), (self.q_norm, -1), (self.k_norm, -1)]
@@ -93,11 +109,13 @@ class SelfAttention(nn.Module):
                 rows = parameter.data[:count * self.head_dim] if count > 0 else parameter.data
                 heads = rows.view(count, self.head_dim, *rows.shape[1:])
                 heads.copy_(heads[:, self.order])
-        self.arranged = True
 
     def forward(self, index: int, qkv: torch.Tensor, rotaries: Sequence[Any], context: ForwardContext) -> torch.Tensor:
         """qkv [n, outputs of this rank] -> [n, hidden_size]. `index` counts the stage's layers with attention."""
-        kv, heads = self.kv_heads, self.heads
+        kv, heads, gate = self.kv_heads, self.heads, None
+        if self.outputs is not None:
+            qkv = qkv if self.arranged else qkv.index_select(1, self.outputs)
+            qkv, gate = torch.split(qkv, [(heads + 2 * kv) * self.head_dim, heads * self.head_dim], 1)
         if self.kind == "projection":
             qkv = self._norm_projections(qkv)
         qkv = qkv.view(-1, heads + 2 * kv, self.head_dim)
@@ -113,6 +131,8 @@ class SelfAttention(nn.Module):
             x = context.attention(index, qkv[:, :heads], qkv[:, heads:-kv], qkv[:, -kv:])
         else:
             x = self.ops.rotary_attention(context.attention, index, qkv, kv, rotaries[self.rotary])
+        if gate is not None:
+            x = x * gate.sigmoid()
         y: torch.Tensor = self.out(x if self.kv_factors is None else x * self.v_scale)
         return y
 
@@ -131,9 +151,11 @@ class SelfAttention(nn.Module):
         return torch.cat((*(x.to(v.dtype) for x in wide), v), -1)
 
 
-def _projections(c: ModelConfig, name: str, fused: bool) -> list[Projection]:
+def _projections(c: ModelConfig, name: str, fused: bool, gated: bool) -> list[Projection]:
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     parts = ("q_proj", q, c.num_heads, 0), ("k_proj", kv, c.num_kv_heads, q), ("v_proj", kv, c.num_kv_heads, q + kv)
+    if gated:
+        parts = ("q_proj", 2 * q, c.num_heads, 0), *parts[1:]
     if fused:
         return [Projection(f"{name}.qkv_proj", size, heads, start, q + 2 * kv) for _, size, heads, start in parts]
     return [Projection(f"{name}.{part}", size, heads) for part, size, heads, _ in parts]

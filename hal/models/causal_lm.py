@@ -26,6 +26,7 @@ class CausalLM(nn.Module, abc.ABC):
     Attributes:
         caches: of all layers of the model, on this rank.
         attention_specs, state_specs: of this stage's layers that have such a cache, in order.
+        places: of each of this stage's layers, its number among those with the same kind of cache.
         intermediate_type: the class of the tensors that a stage passes to the next. Its fields are `intermediates`.
     """
 
@@ -56,6 +57,8 @@ class CausalLM(nn.Module, abc.ABC):
         here = [self.caches[i] for i in self.stage]
         self.attention_specs = [cache for cache in here if isinstance(cache, AttentionSpec)]
         self.state_specs = [cache for cache in here if isinstance(cache, RowState)]
+        kinds = [type(cache) for cache in here]
+        self.places = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
         name = str(build.dtype).removeprefix("torch.")
         self.intermediate_type: type[IntermediateTensors] = IntermediateTensors.declare(
             f"{type(self).__name__}Intermediate",

@@ -18,10 +18,13 @@ from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig, RopeConfig
 from hal.models.attention import SelfAttention
 from hal.models.causal_lm import CausalLM
+from hal.models.delta import GatedDelta
 from hal.models.latent import LatentAttention
 from hal.models.layers import Build
 from hal.models.mlp import GatedMLP, apply_norm
 from hal.models.rope import cos_sin_table
+
+Attention = SelfAttention | LatentAttention | GatedDelta
 
 
 class Norms(NamedTuple):
@@ -38,27 +41,28 @@ class DecoderLayer(nn.Module):
     """Attention and an MLP (or experts), each with its norms.
 
     Args:
+        attention: SelfAttention, or a module with its `qkv` and `forward`.
         norms: the weights at the four places of Norms, or None.
         mlp: a module called like GatedMLP.
     """
 
-    def __init__(self, build: Build, eps: float, attention: SelfAttention | LatentAttention, mlp: nn.Module,
+    def __init__(self, build: Build, eps: float, attention: Attention, mlp: nn.Module,
                  norms: Sequence[nn.Parameter | None]) -> None:
         super().__init__()
         self.ops, self.eps, self.attention, self.mlp = build.ops, eps, attention, mlp
         self.before_attention, self.after_attention, self.before_mlp, self.after_mlp = norms
 
-    def forward(self, index: int, x: torch.Tensor, residual: torch.Tensor | None, rotaries: Sequence[Any],
+    def forward(self, place: int, x: torch.Tensor, residual: torch.Tensor | None, shared: Sequence[Any],
                 context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) -> (x, residual). In both, the sum is the hidden state. The model's first layer gets no
-        residual."""
+        residual. `place` counts the stage's layers with the same kind of cache."""
         ops, eps, attention = self.ops, self.eps, self.attention
         if self.before_attention is None:
             x, residual = apply_norm(ops, x, residual, None, eps)
             qkv = attention.qkv(x)
         else:
             qkv, residual = ops.norm_linear(attention.qkv, x, residual, self.before_attention, eps)
-        x = attention(index, qkv, rotaries, context)
+        x = attention(place, qkv, shared, context)
         if self.after_attention is not None:
             x = ops.rms_norm(x, self.after_attention, eps)
         x, residual = self.mlp(x, residual, self.before_mlp)
@@ -100,13 +104,18 @@ class Decoder(CausalLM):
         return DecoderLayer(build, self.config.norm_eps, self.make_attention(build, index), self.make_mlp(build, index),
                             norms)
 
-    def make_attention(self, build: Build, index: int) -> SelfAttention | LatentAttention:
+    def make_attention(self, build: Build, index: int) -> Attention:
         rope = self.config.layer_rope(index)
         return SelfAttention(self.config, build, f"layers.{index}.self_attn", rope,
                              None if rope is None else self.ropes.index(rope), fused=self.fused_qkv, norm=self.norm)
 
     def make_mlp(self, build: Build, index: int) -> nn.Module:
         return GatedMLP(self.config, build, f"layers.{index}.mlp", self.config.intermediate_size, fused=self.fused_mlp)
+
+    def begin_layers(self, positions: torch.Tensor, context: ForwardContext) -> list[Any]:
+        """Values that the layers of a step share: those of each rotary embedding, by its number."""
+        return [self.ops.begin_rotary(positions, self.get_buffer(f"rope_table{i}"), self.dtype)
+                for i in range(len(self.ropes))]
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
@@ -117,13 +126,12 @@ class Decoder(CausalLM):
                 x = x * self.embedding_scale
         else:
             x, residual = intermediate["hidden_states"], intermediate["residual"]
-        rotaries = [self.ops.begin_rotary(positions, self.get_buffer(f"rope_table{i}"), self.dtype)
-                    for i in range(len(self.ropes))]
+        shared = self.begin_layers(positions, context)
         taps = context.taps
         for index, layer in enumerate(self.layers):
             if taps is not None and index in taps:
                 taps[index] = x if residual is None else x + residual
-            x, residual = layer(index, x, residual, rotaries, context)
+            x, residual = layer(self.places[index], x, residual, shared, context)
         assert residual is not None
         if not self.topology.is_last_stage:
             return self.make_intermediate(x, residual)

@@ -61,6 +61,8 @@ NATIVE = {
     "MixtralForCausalLM": _family("mixtral", "mixtral", "mixture:Mixtral"),
     "Qwen2MoeForCausalLM": _family("qwen2_moe", "qwen2_moe", "mixture:QwenMoe"),
     "Qwen3MoeForCausalLM": _family("qwen3_moe", "qwen3_moe", "mixture:QwenMoe"),
+    "Qwen3NextForCausalLM": _family("qwen3_next", "qwen3_next", "hybrid:Hybrid"),
+    "Qwen3_5ForCausalLM": _family("qwen3_5_text", "qwen3_5", "hybrid:Hybrid"),
     "GptOssForCausalLM": _family("gpt_oss", "gpt_oss", "mixture:GptOss"),
     "Glm4MoeForCausalLM": _family("glm4_moe", "glm4_moe", "mixture:MixtureDecoder"),
     "DeepseekV2ForCausalLM": _family("deepseek_v2", "deepseek_v2", "mixture:DeepSeek"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -37,6 +38,15 @@ def weight_bytes(config: ModelConfig, dtype: str, topology: Topology | None = No
     return found
 
 
+def row_state(config: ModelConfig, dtype: str, topology: Topology | None = None) -> Held:
+    """The layers of a rank that keep a state per row, and the bytes of a row in all of them."""
+    model = build_model(config, topology or Topology(), LocalCommunicator(), Ops(), getattr(torch, dtype),
+                        torch.device("meta"))
+    arrays = [array for spec in model.state_specs for array in spec.tensors.values()]
+    return Held(len(model.state_specs), sum(math.prod(dim.offset for dim in array.dims)
+                                            * getattr(torch, array.dtype).itemsize for array in arrays))
+
+
 def described(held: dict[str, Held]) -> str:
     """ "4.6 GiB of weights: int4-groups 3.5 in 128 layers, dense 0.5 in 1, other 0.5"."""
     unit, name = (1 << 30, "GiB") if sum(h.bytes for h in held.values()) >= 1 << 30 else (1 << 20, "MiB")
@@ -47,7 +57,13 @@ def described(held: dict[str, Held]) -> str:
 
 def memory_line(config: EngineConfig, model: ModelConfig, dtype: str) -> str:
     """For people: the bytes of the first rank's weights by scheme, and those of a token in its KV cache."""
-    text = described(weight_bytes(model, dtype, Topology(config.tp, config.pp, 0, config.ep)))
+    topology = Topology(config.tp, config.pp, 0, config.ep)
+    text = described(weight_bytes(model, dtype, topology))
+    if model.delta is not None:
+        state, rows = row_state(model, dtype, topology), config.max_num_seqs + 1
+        text += (f"; states of {state.layers} layers {state.bytes / (1 << 20):.2f} MiB a row, "
+                 f"{rows * state.bytes / (1 << 20):.0f} MiB for max_num_seqs={config.max_num_seqs} and padding; no "
+                 "prefix caching, since the state after a prefix is not kept")
     if config.model.endswith(".gguf"):
         text += f"; the file has {os.path.getsize(config.model) / (1 << 30):.2f} GiB"
     return text if config.kv_dtype == "auto" else (

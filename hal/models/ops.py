@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from hal.models.delta_rule import CHUNK, Spans, find_spans, step_rule
+from hal.schema.packed import on_host
 from hal.weights.dense import DENSE
 
 if TYPE_CHECKING:
     from hal.contracts.attention import LayerAttention
+    from hal.contracts.inputs import ModelInput
     from hal.models.experts import Experts
     from hal.models.layers import Linear, Unmerged
 
@@ -168,6 +171,21 @@ class Ops:
                 out.index_copy_(0, mine, y if offsets is None else y + offsets.view(count, -1)[i])
                 at += load
         return (out.view(-1, k, x.shape[1]) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def begin_delta(self, m: ModelInput, taps: int) -> Spans | None:
+        """What layers with a delta rule share in a step of a paged input; None where each sequence has one token."""
+        p: Any = m
+        tokens = len(p.positions)
+        if p.max_query_len == 1 and tokens == len(p.seq_lens):
+            return None
+        starts, longest = torch.from_numpy(on_host(m, "query_start_loc")), p.max_query_len or tokens
+        chunk = min(1 << max(longest - 1, 0).bit_length(), CHUNK)
+        return find_spans(starts, tokens, taps, p.num_decode_seqs, chunk).to(p.positions.device)
+
+    def delta_step(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, decay: torch.Tensor, strength: torch.Tensor,
+                   state: torch.Tensor) -> torch.Tensor:
+        """See hal.models.delta_rule.step_rule."""
+        return step_rule(q, k, v, decay, strength, state)
 
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
                          begun: Any) -> torch.Tensor:

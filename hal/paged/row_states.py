@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -24,6 +25,12 @@ class RowStates:
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for layer in self.layers for tensor in layer.values()]
+
+    def over(self, tensors: Sequence[torch.Tensor]) -> RowStates:
+        """The same layers over other tensors, in the order of `tensors`."""
+        made, given = copy(self), iter(tensors)
+        made.layers = [{name: next(given) for name in layer} for layer in self.layers]
+        return made
 
     def begin(self, m: PagedModelInput) -> PagedStepStates:
         return PagedStepStates(self, m)

@@ -20,6 +20,7 @@ from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.errors import ConfigError
 from hal.models.causal_lm import CausalLM
+from hal.models.delta import GatedDelta
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
@@ -130,7 +131,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         # A weight that is not dense is dequantised by way of fp32.
         dequantized = max((sum(m.outputs) * m.in_size * 12 for m in self.model.modules()
                            if isinstance(m, Linear) and not m.is_dense), default=0)
-        return layer + attention + logits + dequantized
+        chunks = max((m.step_bytes(tokens) for m in self.model.modules() if isinstance(m, GatedDelta)), default=0)
+        return layer + attention + logits + dequantized + chunks
 
     @property
     def _tp(self) -> int:

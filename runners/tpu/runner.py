@@ -25,11 +25,12 @@ from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
-from hal.errors import BackendError, ConfigError, StateError
+from hal.errors import BackendError, StateError
 from hal.features.bias import MOST_TOKENS
 from hal.features.masks import WORD
 from hal.models.causal_lm import CausalLM
 from hal.paged.batch import BatchState
+from hal.paged.row_states import RowStates
 from hal.paged.shape_plan import Bucket
 from hal.profiling import span
 from hal.sampling.sampler import TokenLogprobs, logprobs
@@ -109,10 +110,11 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         engine = self.config.engine
         self.model = load(engine, self.config.model, self.config.topology.pp_rank, self.dtype, self.mesh, progress)
         self.intermediate_type = self.model.intermediate_type
-        if any(isinstance(cache, RowState) for cache in self.model.caches):
-            raise ConfigError("backend 'tpu' keeps no state per row, which layers of this model declare",
-                              got=self.config.model.architecture, expected="a model of paged caches alone",
-                              hint="run this model on --device cpu")
+        self.has_row_states = any(isinstance(cache, RowState) for cache in self.model.caches)
+        self.state.has_row_states = self.has_row_states
+        self.fields = (*FIELDS, *(("state_rows",) if self.has_row_states else ()))
+        self.states = RowStates(self.model.state_specs, engine.max_num_seqs, lowering.device())
+        self.row_states = self.states.tensors
         kernel = lowering.device_kind() == "TPU" and engine.tp == 1
         self.attention = TpuAttention(self.model.attention_specs, ranks=engine.tp, kernel=kernel)
 
@@ -232,7 +234,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
     def execute_model(self, model_input: TpuModelInput, kv_caches: Sequence[torch.Tensor],
                       intermediate: IntermediateTensors | None = None) -> SamplerOutput | IntermediateTensors | None:
-        lowering.settle(kv_caches)
+        lowering.settle([*kv_caches, *self.row_states])
         m, before = model_input, self.compiled - self.late
         packed = packed_source(m) or TpuModelInput.schema.pack(m)
         fitted = fit(packed, self.plan, self.widths)
@@ -250,13 +252,13 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
     def _take_step(self, m: TpuModelInput, packed: Any, bucket: Bucket, kv_caches: Sequence[torch.Tensor],
                    intermediate: IntermediateTensors | None) -> SamplerOutput | IntermediateTensors:
-        arguments = [m[name] for name in FIELDS]
-        seqs = bucket.dims["num_seqs"]
-        if arguments[-1].shape[0] != seqs:  # rows for prompt logprobs follow
-            arguments[-1], = lowering.to_device([torch.from_numpy(packed.arrays["logits_indices"][:seqs])])
+        arguments = [m[name] for name in self.fields]
+        seqs, sampled = bucket.dims["num_seqs"], FIELDS.index("logits_indices")
+        if arguments[sampled].shape[0] != seqs:  # rows for prompt logprobs follow
+            arguments[sampled], = lowering.to_device([torch.from_numpy(packed.arrays["logits_indices"][:seqs])])
         if intermediate is not None:
             arguments += [intermediate[name] for name in self.model.intermediates]
-        results = self._program("step", bucket, kv_caches)(arguments, kv_caches)
+        results = self._program("step", bucket, kv_caches)(arguments, [*kv_caches, *self.row_states])
         if self.config.topology.is_last_stage:
             with span("sample"):
                 return self._sample(m, packed, *results)
@@ -270,8 +272,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         if m.num_steps > self.steps:
             raise StateError("a message has more decode steps than the programs take", got=m.num_steps,
                              expected=f"at most steps_per_message={self.steps}")
-        names = *FIELDS, *STOPPING, *KINDS[kind]
-        found = Steps.of(self._program("steps", (bucket, kind), kv_caches)([m[name] for name in names], kv_caches))
+        names, state = (*self.fields, *STOPPING, *KINDS[kind]), [*kv_caches, *self.row_states]
+        found = Steps.of(self._program("steps", (bucket, kind), kv_caches)([m[name] for name in names], state))
         tokens = found.token_ids.cpu().view(-1, self.steps)[:n, :m.num_steps]
         counts, beside = found.counts.cpu()[:n], dict[str, torch.Tensor]()
         if m.num_logprobs >= 0:
@@ -331,6 +333,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         seqs, blocks = dims["num_seqs"], dims["max_blocks"]
         tokens = dims.get("num_tokens", seqs)
         shapes = [(tokens,)] * 3 + [(seqs + 1,), (seqs,), (seqs, blocks), (seqs,)]
+        shapes += [(seqs,)] * (len(self.fields) - len(FIELDS))
         arguments = lowering.to_device([torch.zeros(shape, dtype=torch.int32) for shape in shapes])
         first, last = self.config.topology.is_first_stage, self.config.topology.is_last_stage
         if not first:
@@ -339,21 +342,25 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         size = self.config.engine.block_size
 
         def step(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
-            m: Any = SimpleNamespace(**dict(zip(FIELDS, given, strict=False)), block_size=size)
-            before = None if first else self.model.make_intermediate(*given[len(FIELDS):])
+            m: Any = SimpleNamespace(**dict(zip(self.fields, given, strict=False)), block_size=size,
+                                     max_query_len=int(decode))
+            before = None if first else self.model.make_intermediate(*given[len(self.fields):])
             new, hidden = self._hidden(m, caches, decode, before)
             if not last:
                 return new, [self._whole(hidden[name]) for name in self.model.intermediates]
             return new, [self._whole(hidden), *self._logits(m, hidden)]
 
-        self.programs["step", bucket] = lowering.Program(step, arguments, kv_caches)
+        self.programs["step", bucket] = lowering.Program(step, arguments, [*kv_caches, *self.row_states])
 
     def _hidden(self, m: Any, caches: Sequence[torch.Tensor], decode: bool, before: Any = None,
                 ) -> tuple[list[torch.Tensor], Any]:
-        """The caches after a step, and what its model returns."""
-        attention = self.attention.begin(m, caches, decode)
-        hidden = self.model(m.input_ids, m.positions, ForwardContext(attention, m), before)
-        return [self._split(cache) for cache in attention.caches], hidden
+        """The caches and the states after a step, and what its model returns. `caches` have the states behind them."""
+        paged = len(self.model.attention_specs)
+        attention = self.attention.begin(m, caches[:paged], decode)
+        states = self.states.over([x.clone() for x in caches[paged:]])
+        context = ForwardContext(attention, m, states.begin(m) if self.has_row_states else None)
+        hidden = self.model(m.input_ids, m.positions, context, before)
+        return [*(self._split(cache) for cache in attention.caches), *states.tensors], hidden
 
     def _logits(self, m: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each sampled token: the logits behind it, the most likely next token, and its position."""
@@ -363,7 +370,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     def _compile_steps(self, bucket: Bucket, kind: str, kv_caches: Sequence[torch.Tensor]) -> None:
         dims = {**bucket.dims, **dict.fromkeys(("num_tokens", "num_logits", "num_sampled"), bucket.dims["num_seqs"]),
                 **self.widths}
-        names, fields = (*FIELDS, *STOPPING, *KINDS[kind]), TpuModelInput.schema.by_name
+        names, fields = (*self.fields, *STOPPING, *KINDS[kind]), TpuModelInput.schema.by_name
         arguments = [torch.zeros([d.size(dims) for d in schema_dims(name)],
                                  dtype=getattr(torch, fields[name].array.dtype))  # type: ignore[union-attr]
                      for name in names]
@@ -376,7 +383,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             return trace_steps(forward, dict(zip(names, given, strict=True)), caches, self.config.engine.block_size,
                                self.steps)
 
-        self.programs["steps", (bucket, kind)] = lowering.Program(steps, lowering.to_device(arguments), kv_caches)
+        self.programs["steps", (bucket, kind)] = lowering.Program(steps, lowering.to_device(arguments),
+                                                                  [*kv_caches, *self.row_states])
 
     def _compile_move(self, name: str, kv_caches: Sequence[torch.Tensor]) -> None:
         ids, = lowering.to_device([torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)])

@@ -23,11 +23,13 @@ from hal.errors import BackendError, ConfigError, InputError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
+from hal.models.delta_rule import Spans, find_spans
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.weights.dense import DENSE
 from hal.weights.sharding import spec_of
 from runners.tpu import lowering
+from runners.tpu.attention import TILE
 
 
 class TpuOps(Ops):
@@ -57,6 +59,14 @@ class TpuOps(Ops):
     def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
         begun = super().begin_rotary(positions, table, dtype)
         return begun if self.ranks == 1 else tuple(x.repeat(self.ranks, 1, 1) for x in begun)
+
+
+    def begin_delta(self, m: Any, taps: int) -> Spans | None:
+        """With static shapes: all sequences of a mixed step are computed in chunks, one after another."""
+        tokens, seqs = len(m.positions), len(m.seq_lens)
+        if m.max_query_len == 1:
+            return None
+        return find_spans(m.query_start_loc, tokens, taps, 0, TILE, tokens // TILE + seqs)
 
 
 class MeshCommunicator(LocalCommunicator):
@@ -152,6 +162,9 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
                           expected="tp=1", hint=f"run {config.architecture} with tp=1, or on another device")
     if engine.tp > 1 and config.experts is not None:
         raise ConfigError("backend 'tpu' does not shard experts", got=f"tp={engine.tp}", expected="tp=1",
+                          hint=f"run {config.architecture} with tp=1, or on another device")
+    if engine.tp > 1 and config.delta is not None:
+        raise ConfigError("backend 'tpu' does not shard states of rows", got=f"tp={engine.tp}", expected="tp=1",
                           hint=f"run {config.architecture} with tp=1, or on another device")
     mesh_ranks = Topology(engine.tp, engine.pp, ep=engine.ep).every_rank()
     topologies = [topology for topology in mesh_ranks if topology.pp_rank == pp_rank]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from hal.contracts.cache import RowState
 from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.executor import make_executor
 from hal.contracts.request import ExecuteModelRequest
+from hal.contracts.runner import no_progress
 from hal.engine.llm import LLM
 from hal.engine.scheduler import Scheduler
 from hal.errors import ConfigError, SchemaError, StateError
+from hal.model_config import DeltaConfig
 from hal.recording.bisect import bisect
 from hal.recording.record import RecordingExecutor
 from hal.recording.replay import replay
@@ -163,12 +166,10 @@ def test_a_state_has_one_size() -> None:
         RowState({"kv": Array("float32", "num_tokens", 8)})
 
 
-def test_xla_refuses_states_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runners.tpu import runner as tpu
+def test_xla_refuses_to_shard_states() -> None:
+    from runners.tpu.spmd import load
 
-    config = WorkerConfig(EngineConfig(device="tpu", dtype="float32", **TIGHT), hybrid.MODEL, Topology())
-    model = hybrid.Hybrid(hybrid.MODEL, Topology(), LocalCommunicator(), torch.device("cpu"))
-    monkeypatch.setattr(tpu, "load", lambda *_: model)
-    runner = tpu.TpuModelRunner(config, torch.device("cpu"), LocalCommunicator())
-    with pytest.raises(ConfigError, match=r"(?s)keeps no state per row.*got: Hybrid.*--device cpu"):
-        runner.load_model()
+    delta = DeltaConfig(layers=(1,), key_heads=2, value_heads=2, key_dim=8, value_dim=8, taps=4, split=False)
+    config = EngineConfig(device="tpu", dtype="float32", tp=2, **TIGHT)
+    with pytest.raises(ConfigError, match=r"(?s)does not shard states of rows.*got: tp=2.*expected: tp=1.*Hybrid"):
+        load(config, replace(hybrid.MODEL, delta=delta), 0, torch.float32, None, no_progress)

@@ -24,6 +24,7 @@ from hal.errors import ConfigError
 from hal.models import build_model, check_topology, ops
 from hal.models.ops import Ops
 
+SWAP: dict[str, Any] = {"num_blocks": 41, "max_model_len": 128, "num_cpu_blocks": 64}
 Family = Callable[[str], Path]
 
 
@@ -36,7 +37,7 @@ def prompts(name: str) -> list[list[int]]:
     return families.LONG if "longrope" in name else families.PROMPTS
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("gemma2", "glm4") else pytest.mark.slow)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("gemma2", "qwen3-next") else pytest.mark.slow)
                                   for name in families.FAMILIES])
 def test_chunked_preempted_and_with_a_cached_prefix(family: Family, name: str) -> None:
     """One engine does it all: prompts in chunks of at most 13 tokens, sequences that outgrow the blocks, and a second
@@ -49,7 +50,8 @@ def test_chunked_preempted_and_with_a_cached_prefix(family: Family, name: str) -
         before = llm.stats().cached_tokens
         families.assert_parity(family(name), again, families.generate(llm, again, 8))
         stats = llm.stats()
-    assert stats.preemptions > 0 and stats.cached_tokens > before
+    assert stats.preemptions > 0
+    assert stats.cached_tokens == 0 if name in families.HYBRIDS else stats.cached_tokens > before
 
 
 def test_experts_that_the_ranks_cannot_share_are_refused(family: Family) -> None:
@@ -128,8 +130,10 @@ def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "names"), [
     ({"tp": 2}, ("phi3", "olmo2", "gpt-oss")), ({"pp": 2}, ("gemma3", "deepseek-v2")),
-    ({"tp": 2, "ep": 2}, ("qwen2-moe", "deepseek-v3"))], ids=["tp2", "pp2", "ep2"])
+    ({"tp": 2, "ep": 2}, ("qwen2-moe", "deepseek-v3")), ({"tp": 2, **SWAP}, ("qwen3-next", "qwen3.5")),
+    ({"pp": 2, **SWAP}, ("qwen3-next",))], ids=["tp2", "pp2", "ep2", "tp2, states", "pp2, states"])
 def test_in_processes(family: Family, layout: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         with families.run(family(name), max_num_batched_tokens=13, **layout) as llm:
             families.assert_parity(family(name), prompts(name), families.generate(llm, prompts(name)))
+            assert bool(llm.stats().preemptions) == ("num_cpu_blocks" in layout)

@@ -105,7 +105,7 @@ def test_what_is_not_there_is_refused(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["glm4", "gpt-oss", "gemma2", "deepseek-v3"])
+@pytest.mark.parametrize("name", ["glm4", "gpt-oss", "gemma2", "deepseek-v3", "qwen3-next"])
 def test_native_families(name: str, tmp_path: Path) -> None:
     """An order of a head's entries of their own, experts of static shapes, softcap, sinks and latents."""
     path = families.save(name, tmp_path / name)
