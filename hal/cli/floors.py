@@ -72,10 +72,10 @@ def _seconds(backend: Backend, call: Callable[[], object], repeats: int) -> floa
 
 
 def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, context: int, *, new: int = 1) -> float:
-    """Bytes of weights, KV cache and states of rows that a step has to read, over all ranks, for sequences of `context` tokens of which
-    `new` are computed. A step reads only its tokens' rows of the input embedding, unless the embedding is the output
-    head as well. Each layer reads its window of the context, and those experts that the tokens choose if they choose at
-    random."""
+    """Bytes of weights, KV cache and states of rows that a step has to read, over all ranks, for sequences of `context`
+    tokens of which `new` are computed. A step reads only its tokens' rows of the input embedding, unless the embedding
+    is the output head as well. Each layer reads its window of the context, and those experts that the tokens choose if
+    they choose at random."""
     item = _BYTES[dtype]
     unread = 0 if model.tie_embeddings else max(model.vocab_size - batch * new, 0) * model.hidden_size
     if (e := model.experts) is not None:
