@@ -35,6 +35,7 @@ from hal.testing.tolerance import Tolerances
 Execute = Callable[[ExecuteModelRequest], SamplerOutput]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=0)
 BLOCK_SIZE = 16
+_TIMES = 4.0  # the error of the reference in the device's dtype that a device may have
 # The default options of a run: small, and the same for every device.
 ENGINE = {"block_size": BLOCK_SIZE, "num_blocks": 65, "max_num_seqs": 8, "max_num_batched_tokens": checkpoint.LENGTH,
           "max_model_len": checkpoint.LENGTH, "prefix_caching": False, "async_scheduling": False}
@@ -235,6 +236,14 @@ class Context:
             raise Mismatch(f"{what}: error {float(error[worst]):.3g} above {limit:g} ({op}, {self.dtype}) at {at}: got "
                            f"{float(got.flatten()[worst]):.6g}, expected {float(expected.flatten()[worst]):.6g}; "
                            f"{int((error > limit).sum())} of {len(error)} elements are off")
+
+    def no_worse(self, got: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor, what: str) -> None:
+        """`got` against an fp64 reference, and against that reference computed in this dtype: what the dtype costs is
+        not the device's fault, and what it does not cost is, however far below a tolerance. Root mean squares, since
+        single errors scatter. Raises Mismatch."""
+        mine, dtypes = (float((x.detach().cpu().double() - exact).square().mean().sqrt()) for x in (got, rounded))
+        self.check(mine <= _TIMES * dtypes + 1e-9, f"{what}: the error is {mine:.3g}, {mine / max(dtypes, 1e-30):.1f} "
+                   f"times that of the reference in {self.dtype} ({dtypes:.3g}); {_TIMES:g} times are allowed")
 
     # Runs.
 

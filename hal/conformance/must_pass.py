@@ -16,7 +16,6 @@ from hal.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "assets" / "must_pass"
 UNWRITTEN = (
-    "L3/cache/contents: keys and values in the cache against the reference",
     "L3/model/experts: a mixture of experts, with experts on several ranks",
     "L3/model/row_states: layers with a state per row",
     "L4/shapes/long_contexts: contexts of 10,000 tokens at the edges of blocks",

@@ -47,16 +47,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class Reference:
-    """A model with a checkpoint's weights, rounded to a dtype. It computes in fp64."""
+    """A model with a checkpoint's weights, rounded to a dtype.
 
-    def __init__(self, directory: Path, config: ModelConfig, dtype: str) -> None:
-        self.config = config
-        self.weights = {name: w.to(getattr(torch, dtype)).double() for name, w in
+    Attributes:
+        compute: the dtype in which it computes.
+        kept: keys and values of each layer, [tokens, kv_heads, dim] each, as `logits` has last computed them.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, dtype: str, compute: torch.dtype = torch.float64) -> None:
+        self.config, self.compute = config, compute
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.weights = {name: w.to(getattr(torch, dtype)).to(compute) for name, w in
                         load_file(directory / "model.safetensors").items()}
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """Logits [tokens, vocab] fp64, after each token."""
-        ids = torch.tensor(token_ids)
+        """Logits [tokens, vocab] after each token."""
+        ids, self.kept = torch.tensor(token_ids), []
         hidden = self._llama(ids) if self.config.family == "llama" else self._gpt2(ids)
         embedding = "embed_tokens.weight" if self.config.family == "llama" else "wte.weight"
         return hidden @ self.weights["lm_head.weight" if not self.config.tie_embeddings else embedding].T
@@ -65,7 +71,7 @@ class Reference:
         c, w, n = self.config, self.weights, len(ids)
         assert c.rope is not None
         angles = torch.arange(n).double()[:, None] * inverse_frequencies(c.rope, c.head_dim).double()
-        table, x = torch.cat((angles.cos(), angles.sin()), -1), w["embed_tokens.weight"][ids]
+        table, x = torch.cat((angles.cos(), angles.sin()), -1).to(self.compute), w["embed_tokens.weight"][ids]
         for i in range(c.num_layers):
             name = f"layers.{i}."
             normed = rms_norm(x, w[name + "input_layernorm.weight"], c.norm_eps)
@@ -74,6 +80,7 @@ class Reference:
                 q = rms_norm(q, w[name + "self_attn.q_norm.weight"], c.norm_eps)
                 k = rms_norm(k, w[name + "self_attn.k_norm.weight"], c.norm_eps)
             q, k = rotate(q, table), rotate(k, table)
+            self.kept.append((k, v))
             out = attend(q, k, v, c.head_dim ** -0.5, c.windows[i])
             x = x + out.reshape(n, -1) @ w[name + "self_attn.o_proj.weight"].T
             normed = rms_norm(x, w[name + "post_attention_layernorm.weight"], c.norm_eps)
@@ -94,6 +101,7 @@ class Reference:
         for i in range(c.num_layers):
             qkv = linear(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").view(n, 3, c.num_heads, c.head_dim)
             q, k, v = qkv.unbind(1)
+            self.kept.append((k, v))
             out = attend(q, k, v, c.head_dim ** -0.5, None)
             x = x + linear(out.reshape(n, -1), f"h.{i}.attn.c_proj")
             inner = F.gelu(linear(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh")

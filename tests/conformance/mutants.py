@@ -630,6 +630,59 @@ class scribbles_in_another_block(PagedModelRunner):
         return out
 
 
+class _Noisy(Ops):
+    """An error far below the tolerances, and far above what float32 costs."""
+
+    schemes = None
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        y = super().linear(x, layer)
+        return y * (1 + 4e-6 * torch.cos(torch.arange(y.shape[-1]) * 7.0))
+
+
+@mutant("L3/model", "no_worse*")
+class loses_three_bits_in_products(_Noisy):
+    pass
+
+
+@mutant("L3/model", "no_worse*")
+class rounds_its_logits(PagedModelRunner):
+    def head(self, hidden: torch.Tensor, m: Any) -> Any:
+        out = super().head(hidden, m)
+        return out._replace(logits=(out.logits * 2.0**14).round() / 2.0**14)
+
+
+@mutant("L3/cache", "contents")
+class stores_keys_at_another_scale(_Attention):
+    """Scores are right, since they are scaled back. Only the cache is not what others take it for."""
+
+    def __init__(self, specs: Any, **kwargs: Any) -> None:
+        super().__init__([dataclasses.replace(s, scale=s.scale / 2) for s in specs], **kwargs)
+
+    def begin(self, model_input: Any, kv_caches: Any) -> Any:
+        step = PagedStep(self, model_input, kv_caches)
+        return lambda layer, q, k, v: step(layer, q, k * 2, v)
+
+
+@mutant("L3/cache", "contents")
+class writes_its_last_tokens_late(PagedModelRunner):
+    """The newest keys and values reach the cache when the next step begins. Until then no token has read them."""
+
+    late: Any = None
+
+    def execute_model(self, m: Any, caches: Any, *args: Any) -> Any:
+        if self.late is not None:
+            for cache, (blocks, places, values) in zip(caches, self.late, strict=True):
+                cache[:, blocks, :, places] = values
+        out = super().execute_model(m, caches, *args)
+        at = m.slot_mapping[m.logits_indices].long()
+        blocks, places = at // m.block_size, at % m.block_size
+        self.late = [(blocks, places, cache[:, blocks, :, places].clone()) for cache in caches]
+        for cache in caches:
+            cache[:, blocks, :, places] = 0
+        return out
+
+
 @mutant("L3/model")
 class clips_positions(PagedModelRunner):
     def execute_model(self, m: Any, *args: Any) -> Any:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hal.conformance.case import NotApplicable, case
 from hal.conformance.context import BLOCK_SIZE, GREEDY, Context, Session, drive
+from hal.conformance.reference import Reference
 from hal.contracts.inputs import NULL_BLOCK, PagedModelInput
 from hal.contracts.outputs import SamplerOutput
 from hal.contracts.request import ExecuteModelRequest
@@ -73,6 +76,49 @@ def warmup_leaves_it_clean(ctx: Context) -> None:
     session = ctx.session()
     written = [int(c[:, 1:].ne(0).sum()) for c in session.read_cache()]
     ctx.equal("values written outside the null block", written, [0] * len(written))
+
+
+@case(3, "model", "checkpoints")
+def no_worse_than_its_dtype(ctx: Context) -> None:
+    """Logprobs are about as far from the fp64 reference as a plain computation in this dtype is."""
+    session, found = ctx.session(), list[torch.Tensor]()
+    runs = drive(session.step, session.scheduler(), ctx.prompts(40, 16, 1, 25), GREEDY)
+    for compute in (torch.float64, ctx.torch_dtype):
+        reference = Reference(ctx.model("llama"), session.config.model, ctx.dtype, compute)
+        found.append(torch.cat([reference.logits(r.tokens)[r.prompt - 1:-1].double().log_softmax(-1).gather(
+            1, torch.tensor(r.output)[:, None])[:, 0] for r in runs]))
+    ctx.no_worse(torch.tensor([value for r in runs for value in r.logprobs]), *found, "logprobs")
+
+
+@case(3, "cache", "checkpoints")
+def contents(ctx: Context) -> None:
+    """Keys and values in the cache are those of the reference, in every layer and slot, also those that no token has
+    been computed from yet; and they are about as exact as this dtype allows."""
+    session = ctx.session()
+    slots: dict[int, list[tuple[int, int]]] = {}  # by row, token and slot of each position
+
+    def step(request: ExecuteModelRequest) -> SamplerOutput:
+        m = _paged(session, session.prepare(request))
+        starts, ids, into = (x.tolist() for x in (m.query_start_loc, m.input_ids, m.slot_mapping))
+        for row, start, end in zip(request.rows.tolist(), starts, starts[1:], strict=False):
+            slots.setdefault(row, []).extend(zip(ids[start:end], into[start:end], strict=True))
+        return session.fetch(session.execute(m))
+
+    drive(step, session.scheduler(max_num_batched_tokens=24), ctx.prompts(37, 15, 2), GREEDY)
+    caches, model = session.read_cache(), session.config.model
+    if caches[0].shape[2:] != (model.num_kv_heads, BLOCK_SIZE, model.head_dim):
+        raise NotApplicable(f"{type(session.runner).__name__} has no cache of [2, blocks, kv heads, block size, dim]")
+    parts: list[list[torch.Tensor]] = [[], [], []]  # [layers, tokens, 2, kv heads, dim] each
+    for kept in slots.values():
+        at = torch.tensor([slot for _, slot in kept])
+        parts[0].append(torch.stack([cache[:, at // BLOCK_SIZE, :, at % BLOCK_SIZE] for cache in caches]).double())
+        for part, compute in zip(parts[1:], (torch.float64, ctx.torch_dtype), strict=True):
+            reference = Reference(ctx.model("llama"), model, ctx.dtype, compute)
+            reference.logits([token for token, _ in kept])
+            part.append(torch.stack([torch.stack(pair, 1) for pair in reference.kept]).double())
+    got, exact, rounded = (torch.cat(part, 1) for part in parts)
+    ctx.close("model", got, exact, "keys and values, by layer, token, key or value, and head")
+    ctx.no_worse(got, exact, rounded, "keys and values")
 
 
 @case(3, "output")
