@@ -33,8 +33,8 @@ _HOME = {
 
 __all__ = [
     "LLM", "Array", "AsyncLLM", "Backend", "Capabilities", "Communicator", "Declared", "EngineConfig",
-    "ExecuteModelRequest", "HalError", "IntermediateTensors", "ModelInput", "ModelRunnerBase", "PagedModelInput", "RequestOutput",
-    "SamplerOutput", "SamplingParams", "WorkerInput",
+    "ExecuteModelRequest", "HalError", "IntermediateTensors", "ModelInput", "ModelRunnerBase", "PagedModelInput",
+    "RequestOutput", "SamplerOutput", "SamplingParams", "WorkerInput",
 ]  # fmt: skip
 
 
