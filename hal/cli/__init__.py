@@ -30,12 +30,25 @@ class _Version(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from hal.cli import bench, bisect, certify, compile, conformance, embed, env, generate, record, reduce, replay
+    from hal.cli import (
+        bench,
+        bisect,
+        certify,
+        compile,
+        conformance,
+        embed,
+        env,
+        generate,
+        record,
+        reduce,
+        replay,
+        serve,
+    )
 
     parser = argparse.ArgumentParser(prog="hal", description="Run language models on any device with a hal backend.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (generate, embed, env, bench, compile, certify, conformance, record, replay, bisect, reduce):
+    for module in (generate, serve, embed, env, bench, compile, certify, conformance, record, replay, bisect, reduce):
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").split("\n")[0].partition(": ")[2]
         command = commands.add_parser(name, help=summary, description=summary, epilog=module.EPILOG,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +23,7 @@ from hal.engine.llm import LLM, Stats
 from hal.engine.prompts import Prompt, Prompts
 from hal.engine.request_output import RequestOutput
 from hal.engine.request_state import RequestState
-from hal.errors import HalError, NumericsError, StateError, WorkerError
+from hal.errors import HalError, NumericsError, RequestError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 
 _log = logging.getLogger("hal")
@@ -96,6 +96,7 @@ class AsyncLLM:
             with its error. So a request that ends the engine each time is given up, with those beside it each time.
         restarts: how often the engine starts new workers before a request has completed. When none is left, the
             engine has failed: all requests, later calls and `health` get the error. With 0 this is the first failure.
+        max_prompt_tokens: longer prompts and texts are refused; None: those that the model cannot take.
 
     Attributes:
         failures: of the engine so far.
@@ -105,9 +106,9 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | os.PathLike[str] = str(BUNDLED_MODEL), *, retries: int = 1, restarts: int = 3,
-                 progress: bool = False, **options: Any) -> None:
+                 max_prompt_tokens: int | None = None, progress: bool = False, **options: Any) -> None:
         self.llm = LLM(model, progress=progress, **options)
-        self.retries, self.restarts, self.failures = retries, restarts, 0
+        self.retries, self.restarts, self.failures, self.max_prompt_tokens = retries, restarts, 0, max_prompt_tokens
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # Texts become tokens in another thread, so that a long prompt delays no step. It is one thread, since a
         # tokenizer that cuts texts is not thread-safe.
@@ -129,7 +130,8 @@ class AsyncLLM:
         self._thread.start()
         self._end = weakref.finalize(self, _end, self._inbox, self._thread)  # also when the program ends
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None,
+                       ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the output when it has grown, and when it has ended; each is a snapshot of all tokens so far, whose
         text never shows a part of a stop text.
 
@@ -142,6 +144,7 @@ class AsyncLLM:
         """
         prepared = self._enter().run_in_executor(self._tokenizer, self.llm.prepare, prompt, params)
         ids, chosen = await prepared
+        self._check_length(ids)
         with self._opened(_Stream(self._enter(), self.retries, ids, prompt, chosen)) as stream:
             output: RequestOutput | None = None
             while output is None or output.finish_reason is None:
@@ -152,7 +155,10 @@ class AsyncLLM:
                        ) -> list[list[int]]:
         """The token ids of texts, for `embed`. Arguments and errors are those of `LLM.embed`."""
         ids_of = partial(self.llm.text_ids, texts, prompt_name=prompt_name, truncate=truncate)
-        return await self._enter().run_in_executor(self._tokenizer, ids_of)
+        found = await self._enter().run_in_executor(self._tokenizer, ids_of)
+        for ids in found:
+            self._check_length(ids)
+        return found
 
     async def embed(self, texts: Prompts, *, prompt_name: str | None = None, truncate: bool = True) -> np.ndarray:
         """See `LLM.embed`. Calls that wait at the same time share steps."""
@@ -228,6 +234,11 @@ class AsyncLLM:
             self._open.discard(each)
             self._inbox.put(partial(self._abort, each))
         return loop
+
+    def _check_length(self, ids: list[int]) -> None:
+        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+            raise RequestError("the prompt is longer than this engine takes", got=f"{len(ids)} tokens",
+                               expected=f"at most {self.max_prompt_tokens}")
 
     @contextmanager
     def _opened(self, stream: _Stream) -> Iterator[_Stream]:

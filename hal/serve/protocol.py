@@ -1,0 +1,205 @@
+"""OpenAI's requests as prompts and SamplingParams, and errors in OpenAI's form."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from hal.engine.llm import LLM
+from hal.engine.prompts import Prompt
+from hal.errors import CapacityError, HalError, RequestError, StateError
+from hal.sampling.params import SamplingParams
+
+_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_BOTH = frozenset(("model", "n", "stream", "stream_options", "user"))  # "user" says for whom; it has no effect
+_COMPLETION = _PARAMS | _BOTH | {"prompt", "echo", "best_of", "suffix"}
+_CHAT = _PARAMS | _BOTH | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens",
+                           "response_format", "chat_template_kwargs"}
+_EMBEDDING = frozenset(("model", "input", "encoding_format", "dimensions", "user", "prompt_name", "truncate"))
+_COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+
+
+class ApiError(Exception):
+    """A response with an error.
+
+    Args:
+        status: of HTTP. param: the name of the parameter at fault. code: OpenAI's, for programs to compare.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def as_api_error(error: HalError, prompt: str = "prompt") -> ApiError:
+    """The response to an error of the engine; `prompt` names the parameter that has the prompt."""
+    if isinstance(error, (RequestError, CapacityError)):
+        names = [word for word in re.findall(r"\w+", error.what) if word in _PARAMS]
+        return ApiError(400, str(error), names[0] if names else prompt)
+    return ApiError(503 if isinstance(error, StateError) else 500, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request to generate.
+
+    Attributes:
+        prompts: of completions; for chat there is one, which `messages` makes. params: of each choice of a prompt.
+        echo: the text begins with the prompt. top: the number of most likely tokens to report; None: no logprobs.
+        usage: a stream ends with the numbers of tokens.
+    """
+
+    model: str
+    prompts: list[Prompt]
+    params: list[SamplingParams]
+    stream: bool = False
+    usage: bool = False
+    echo: bool = False
+    top: int | None = None
+
+    @property
+    def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
+        return [(prompt, params) for prompt in self.prompts for params in self.params]
+
+
+class Reader:
+    """The values of a request's body. A value that is null counts as not given.
+
+    Raises:
+        ApiError: the body is no object, or has a parameter that this endpoint does not have.
+    """
+
+    def __init__(self, body: Any, names: frozenset[str]) -> None:
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body is not a JSON object")
+        for name in body:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                raise ApiError(400, f"this server has no parameter {name!r} here"
+                               + (f"; did you mean {close[0]!r}?" if close else ""), name, "unknown_parameter")
+        self.values = {name: value for name, value in body.items() if value is not None}
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any = None, expected: str = "") -> Any:
+        """Remove a value. Raises ApiError: it is of another type."""
+        value = self.values.pop(name, default)
+        wrong = value is not default and (not isinstance(value, kind) or (kind is int and isinstance(value, bool)))
+        if wrong:
+            names = expected or (kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind))
+            raise ApiError(400, f"{name} has the wrong type\n  got: {value!r:.80}\n  expected: {names}", name)
+        return value
+
+    def refuse(self, name: str, why: str, *harmless: Any) -> None:
+        """Raises ApiError: a parameter has a value that would change something, and is not supported."""
+        value = self.values.pop(name, None)
+        if value is not None and value not in harmless:
+            raise ApiError(400, f"{name}={value!r:.80} is not supported: {why}", name, "unsupported_value")
+
+
+def read_completion(body: Any, llm: LLM) -> Call:
+    """Raises ApiError."""
+    reader = Reader(body, _COMPLETION)
+    reader.refuse("suffix", "the model completes texts at their end", "")
+    prompt = reader.take("prompt", (str, list), None, "a text, token ids, or a list of these")
+    if prompt is None:
+        raise ApiError(400, "prompt is missing", "prompt")
+    several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    top, echo = reader.take("logprobs", int), reader.take("echo", bool, False)
+    values = reader.values
+    values.setdefault("max_tokens", llm.defaults.get("max_tokens", _COMPLETION_TOKENS))
+    if echo and top is not None:
+        values["prompt_logprobs"] = top
+    return _call(reader, llm, prompt if several else [prompt], top, echo)
+
+
+def read_chat(body: Any, llm: LLM) -> tuple[Call, dict[str, Any]]:
+    """A call without prompts, and the arguments of `render`. Raises ApiError."""
+    reader = Reader(body, _CHAT)
+    messages = reader.take("messages", list)
+    if not messages:
+        raise ApiError(400, "messages is missing or empty", "messages")
+    tools, choice = reader.take("tools", list), reader.values.get("tool_choice")
+    reader.refuse("tool_choice", "the model decides itself whether it calls a tool", "auto", "none")
+    values = reader.values
+    most = reader.take("max_completion_tokens", int)
+    if most is not None:
+        values["max_tokens"] = most
+    values.setdefault("max_tokens", llm.defaults.get("max_tokens", llm.max_model_len))
+    wanted, top = reader.take("logprobs", bool, False), reader.take("top_logprobs", int)
+    if top is not None and not wanted:
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+    if (form := reader.take("response_format", dict)) is not None:
+        values.update(_constraint(form))
+    template = {"messages": [_message(each) for each in messages], "tools": None if choice == "none" else tools,
+                "options": reader.take("chat_template_kwargs", dict, {})}
+    return _call(reader, llm, [], (top or 0) if wanted else None, False), template
+
+
+def _constraint(form: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a response_format stands for. Raises ApiError."""
+    if form.get("type") == "text":
+        return {}
+    if form.get("type") == "json_object":
+        return {"json_schema": {"type": "object"}}
+    schema = form.get("json_schema")
+    if form.get("type") == "json_schema" and isinstance(schema, dict) and isinstance(schema.get("schema"), dict):
+        return {"json_schema": schema["schema"]}
+    raise ApiError(400, f"response_format is not usable\n  got: {form!r:.80}\n  expected: the type text, json_object, "
+                   "or json_schema with json_schema.schema", "response_format")
+
+
+def _message(message: Any) -> Any:
+    """A message whose content of several text parts is one text."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ApiError(400, "a message is not an object with a role", "messages")
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        raise ApiError(400, "a message has a part that is not text", "messages", "unsupported_value")
+    return {**message, "content": "".join(part["text"] for part in content)}
+
+
+def render(llm: LLM, messages: list[Any], tools: list[Any] | None, options: dict[str, Any]) -> str:
+    """The prompt that the checkpoint's chat template makes. Raises ApiError."""
+    if getattr(llm.tokenizer, "chat_template", None) is None:
+        raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
+    try:
+        text: str = llm.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
+                                                      **{"add_generation_prompt": True, **options})
+    except Exception as error:  # a template may raise any error
+        raise ApiError(400, f"the chat template refuses the messages: {error}", "messages") from error
+    return text
+
+
+def _call(reader: Reader, llm: LLM, prompts: list[Prompt], top: int | None, echo: bool) -> Call:
+    n, stream = reader.take("n", int, 1), reader.take("stream", bool, False)
+    if not 1 <= n <= 128:
+        raise ApiError(400, f"n is not usable\n  got: {n}\n  expected: an integer from 1 to 128", "n")
+    reader.refuse("best_of", "only n completions are made", n)
+    options = Reader(reader.take("stream_options", dict, {}), frozenset(("include_usage",)))
+    model = reader.take("model", str, "")
+    reader.values.pop("user", None)
+    try:
+        params = SamplingParams(**{"temperature": 1.0, **llm.defaults, **reader.values, "logprobs": top})
+        each = [params] if n == 1 or params.seed is None else [
+            dataclasses.replace(params, seed=params.seed + i) for i in range(n)]
+    except RequestError as error:
+        raise as_api_error(error) from None
+    usage = options.take("include_usage", bool, False)
+    return Call(model, prompts, each * (n // len(each)), stream, usage, echo, top)
+
+
+def read_embedding(body: Any) -> Reader:
+    """Raises ApiError: a parameter is unknown, or input is missing."""
+    reader = Reader(body, _EMBEDDING)
+    if "input" not in reader.values:
+        raise ApiError(400, "input is missing", "input")
+    return reader
