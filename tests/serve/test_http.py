@@ -132,6 +132,20 @@ def test_chat_with_tools_logprobs_and_streams(here: Serving) -> None:
     assert without.usage is not None and without.usage.prompt_tokens == len("85=")
 
 
+def test_structured_output(here: Serving) -> None:
+    made = here.client.completions.create(model="", prompt="1+1=", extra_body={"choice": ["7+5", "99"]})
+    assert made.choices[0].text in ("7+5", "99")
+    schema = {"name": "number", "schema": {"enum": [12, 345]}}
+    chat = here.client.chat.completions.create(model="", messages=[{"role": "user", "content": "1+1"}],
+                                               response_format={"type": "json_schema", "json_schema": schema})
+    assert chat.choices[0].message.content in ("12", "345") and chat.choices[0].finish_reason == "stop"
+    for form, param in (({"type": "xml"}, "response_format"), ({"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "no such type"}}}, "json_schema")):
+        status, _, answer = ask(here, "/v1/chat/completions", {"messages": USER, "response_format": form})
+        assert status == 400 and answer["error"]["param"] == param, answer
+    assert ask(here, "/v1/completions", {"prompt": "1", "regex": "("})[2]["error"]["param"] == "regex"
+
+
 @pytest.mark.parametrize(("path", "body", "param", "text"), [
     ("completions", {"prompt": "1", "max_token": 3}, "max_token", "did you mean 'max_tokens'"),
     ("completions", {"prompt": "1", "temperature": -1}, "temperature", "temperature is not usable"),
