@@ -23,7 +23,6 @@ from hal.contracts.outputs import SamplerOutput
 from hal.testing.strategies import instances
 from runners.cpu import backend
 from runners.cpu.memory import free_memory
-from runners.cpu.ops import CpuOps
 from runners.cpu.runner import CpuModelInput, CpuModelRunner
 
 Checkpoint = Callable[[str], Path]
@@ -138,27 +137,6 @@ def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInp
     torch.testing.assert_close(got.logprobs[:m.num_samples], expected.logprobs, rtol=0, atol=1e-4)
     for ours, theirs in zip(padded_caches, caches, strict=True):
         torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], rtol=0, atol=1e-5)
-
-
-@pytest.mark.torch_release
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_linears(dtype: torch.dtype) -> None:
-    from hal.models.layers import Build, column
-    from hal.weights import Projection
-
-    ops = CpuOps(dtype)
-    assert ops.packs, "the operators are there in every supported release on this kind of machine"
-    build = Build(Topology(), LocalCommunicator(), ops, dtype, torch.device("cpu"))
-    weight = torch.randn(40, 24).to(dtype)
-    for bias in (None, torch.randn(40).to(dtype)):
-        layer = column(build, 24, [Projection("x", 40)], bias=bias is not None)
-        layer.weight.data.copy_(weight)
-        if layer.bias is not None:
-            layer.bias.data.copy_(bias)
-        ops.pack_linear(layer)
-        for rows in (0, 1, 9, 64):
-            x = torch.randn(rows, 24).to(dtype)
-            torch.testing.assert_close(ops.linear(x, layer), torch.nn.functional.linear(x, weight, bias))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ EPILOG = """Exit code 1 when one of the packages hal, runners and workers is not
 the device that --device names is not available."""
 _LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "safetensors")
 _NO_BACKENDS = "no backends: delete *.egg-info beside the packages if there is one, and run `pip install -e .`"
-_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HAL_STRICT")
+_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HAL_STRICT", "HAL_CPU_KERNELS", "HAL_CPU_CHOICES")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

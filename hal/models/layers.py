@@ -94,7 +94,7 @@ class Linear(nn.Module):
         outputs: of each projection, on this rank.
         weight: of the dense scheme, [out, in] of this rank, or what Ops.pack_linear made of it.
         reduce: the outputs are summed over the tp ranks. in_size: inputs of this rank.
-        packed: what Ops.pack_linear made of a weight that is not dense, in place of the scheme's tensors, or None.
+        packed: what Ops.pack_linear made of the weight, beside the scheme's tensors or in their place, or None.
         dense: shape and declaration of the rank's dense weight, where the scheme's tensors are made of it on load.
         dtype: of the inputs and outputs.
     """

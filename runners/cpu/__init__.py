@@ -1,4 +1,4 @@
-"""The CPU backend, in plain PyTorch. Importing this loads no torch."""
+"""The CPU backend: PyTorch, and compiled kernels where they are built. Importing this loads no torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class CpuBackend(Backend):
         return kind(config, device, communicator)
 
     def versions(self) -> Mapping[str, str]:
-        found = {}
+        from runners.cpu.library import described
+
+        found = {"kernels": described()}
         for package in ("torch", "intel-extension-for-pytorch"):
             try:
                 found[package] = version(package)

@@ -1,52 +1,54 @@
-"""Linear layers with weights in oneDNN's own blocked layout."""
+"""The operations of a model on the CPU."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 
 from hal.models.layers import Linear
 from hal.models.ops import Ops
-
-_ROWS = 32  # the layout is chosen for so many rows; of 1 to 128, no other number is faster
+from hal.weights.grid import GridScheme
+from runners.cpu.choice import choose
+from runners.cpu.grids import packed
+from runners.cpu.linears import DenseWeight, Kernels
 
 
 class CpuOps(Ops):
-    """With packed weights a linear is 1.1 to 2.1 times as fast as F.linear in bfloat16 (most with few rows), and 0.9 to
-    2.8 times in float32. Intel's extension gains less. `benchmarks/cpu_linear.py` measures it."""
+    """Linear layers are multiplied in the way that `choice` found to be the fastest for the weight's shape and the
+    number of rows. A quantised weight is multiplied as it is stored where the kernels know its form.
 
-    schemes = None  # any but the dense one by its own arithmetic
+    Attributes:
+        counts: linear layers by the ways that they take.
+    """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.packs = _can_pack(dtype)
+    schemes = None  # any other by its own arithmetic
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.kernels = Kernels() if kernels is None else kernels
+        self.counts: Counter[str] = Counter()
 
     def pack_linear(self, layer: Linear) -> None:
-        if self.packs and layer.is_dense:
-            weight = layer.weight
-            del layer.weight  # a parameter cannot be replaced by a tensor
-            layer.weight = _pack(weight.data)
+        if layer.is_dense:
+            weight = layer.weight.data
+            chosen = choose(weight, self.kernels)
+            layer.packed = DenseWeight(weight, layer.bias, self.kernels, chosen)
+            if layer.packed.packed is not None:
+                del layer.weight  # the memory is free, but for a tied embedding's
+        else:
+            layer.packed = packed(layer, self.kernels)
+            for tensor in layer.scheme.tensors(layer.spec) if layer.packed is not None else ():
+                delattr(layer, tensor.name)
+        self.counts["plain PyTorch" if layer.packed is None else ", ".join(dict.fromkeys(layer.packed.chosen))] += 1
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        if not layer.is_dense:
+        if layer.packed is None:
             return super().linear(x, layer)
-        weight = layer.weight
-        if not weight.is_mkldnn:
-            return super().linear(x, layer)
-        if not x.shape[0]:
-            return x.new_empty(0, weight.shape[0])
-        return torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
+        if isinstance(layer.scheme, GridScheme):
+            x = layer.scheme.rounded(x)
+        return layer.packed(x)
 
-
-def _pack(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has the operators, and they give right results. (They serve its compiler, and are not
-    documented.)"""
-    x, weight, bias = (torch.arange(float(n)).remainder(7).sub(3).to(dtype) for n in (3 * 64, 16 * 64, 16))
-    x, weight = x.view(3, 64), weight.view(16, 64)
-    try:
-        got = torch.ops.mkldnn._linear_pointwise(x, _pack(weight), bias, "none", [], "")
-        return torch.allclose(got, torch.nn.functional.linear(x, weight, bias))
-    except (AttributeError, RuntimeError, NotImplementedError):
-        return False
+    def described(self) -> str:
+        """One line for people: how many linear layers take which ways."""
+        ways = "; ".join(f"{count} by {way}" for way, count in self.counts.most_common())
+        return f"linear layers: {ways} (CPU kernels: {self.kernels.name})"

@@ -175,7 +175,7 @@ def test_the_shares_of_an_xla_mesh_are_dense(quantised: tuple[Path, Path]) -> No
     with pytest.raises(ConfigError, match=r"(?s)rows8.*TpuOps: dense"):
         build(quantised[0], Topology(2), TpuOps(2))
     build(quantised[0], ops=TpuOps(1))
-    build(quantised[0], ops=CpuOps(torch.float32))
+    build(quantised[0], ops=CpuOps())
 
 
 @pytest.fixture

@@ -1,0 +1,176 @@
+/* The CPU's kernels: products of few rows with a linear layer's weight, and attention over a paged cache.
+
+   The loops are in kernels_level.h, which is included once for each level of instructions. Python calls the functions
+   through ctypes (library.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
+   passed in, so that there is one pool of threads and this file needs no runtime of its own. */
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define ABI 1 /* of the functions and structures below; library.py has the same number */
+
+EXPORT int hal_abi(void) { return ABI; }
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+static Parallel parallel;
+
+enum { FP32, BF16, INT8, INT4 }; /* values of a weight */
+
+/* A linear layer's weight; library.py mirrors it. */
+typedef struct {
+    const char *w;       /* [outputs, row_bytes]; INT4: the first of two values is in the lower bits */
+    const char *bias;    /* [outputs] in the model's dtype, or NULL */
+    const float *scales; /* INT8, INT4: [outputs, groups] */
+    const uint8_t *zeros; /* INT4: [outputs, groups], or NULL for 8 everywhere */
+    int64_t inputs, outputs, row_bytes, groups, group; /* group: inputs that share a scale; 0: a whole row */
+    int32_t kind, level;
+} Weight;
+
+typedef struct {
+    const Weight *weight;
+    const char *x; /* [rows, inputs], rows of x_stride values */
+    char *y;       /* [rows, outputs] */
+    char *ready;   /* the rows in the form that the level's loops read */
+    float *x_scales;  /* INT8, INT4: [rows, x_groups] */
+    int32_t *x_sums;  /* INT4, of a single row: of the weight's groups, or of x_groups where there is one */
+    int64_t rows, x_stride, ready_bytes, x_groups, x_group, chunk, next;
+} Product;
+
+/* A step of decoding sequences; library.py mirrors it. */
+typedef struct {
+    const char *q; char *out;                  /* [n, heads + 2 * kv_heads, head_dim] from q on, [n, heads, head_dim] */
+    char *keys, *values;                       /* [blocks, kv_heads, block_size, head_dim] */
+    const int32_t *tables, *lens;              /* [n, table_stride], [n] */
+    const char *cos, *sin;                     /* [n, head_dim] in the model's dtype; NULL: q is rotated, k is written */
+    int64_t n, heads, kv_heads, head_dim, block_size, table_stride, q_stride, window; /* window 0: none */
+    float scale;
+    int32_t kind, level;
+} Decode;
+
+typedef struct { const Decode *d; char *scratch; int64_t each, slots, next; int32_t slot; } DecodeJob;
+
+INLINE float from_bf16(uint16_t v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE uint16_t to_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float value_at(const char *p, int64_t i, int kind) {
+    return kind == FP32 ? ((const float *)p)[i] : from_bf16(((const uint16_t *)p)[i]);
+}
+
+INLINE void put(char *p, int64_t i, float v, int kind) {
+    if (kind == FP32) ((float *)p)[i] = v; else ((uint16_t *)p)[i] = to_bf16(v);
+}
+
+INLINE float rounded(float v, int kind) { return kind == FP32 ? v : from_bf16(to_bf16(v)); }
+
+/* The loops of a level. */
+#define LEVEL 1
+#define NAME(x) x##_avx2
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#include "kernels_level.h"
+#pragma GCC pop_options
+#undef LEVEL
+#undef NAME
+#define LEVEL 2
+#define NAME(x) x##_avx512
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#include "kernels_level.h"
+#pragma GCC pop_options
+#undef LEVEL
+#undef NAME
+#define LEVEL 3
+#define NAME(x) x##_avx512_bf16
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
+#include "kernels_level.h"
+#pragma GCC pop_options
+#undef LEVEL
+#undef NAME
+
+typedef void (*Work)(void *);
+static const Work PREPARE[] = {NULL, prepare_avx2, prepare_avx512, prepare_avx512_bf16};
+static const Work MULTIPLY[] = {NULL, multiply_avx2, multiply_avx512, multiply_avx512_bf16};
+static const Work DECODE[] = {NULL, decode_avx2, decode_avx512, decode_avx512_bf16};
+
+/* The highest level that this processor and its operating system can run. */
+EXPORT int hal_level(void) {
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
+        !__builtin_cpu_supports("avx512vnni")) return 1;
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+}
+
+EXPORT void hal_threads(void *gomp_parallel) { parallel = (Parallel)gomp_parallel; }
+
+/* Memory of the calling thread that grows and stays; NULL where there is none. */
+static char *scratch(size_t bytes) {
+    static __thread char *memory;
+    static __thread size_t held;
+    if (bytes > held) {
+        free(memory);
+        memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        held = memory ? bytes : 0;
+    }
+    return memory;
+}
+
+/* y = x W^T + bias. Returns 0, or 1 where there is no memory. */
+EXPORT int hal_linear(const Weight *w, const void *x, int64_t x_stride, void *y, int64_t rows, unsigned threads) {
+    Product p = {.weight = w, .x = x, .y = y, .rows = rows, .x_stride = x_stride};
+    int64_t padded = (w->inputs + 63) / 64 * 64, grid = w->kind >= INT8;
+    p.ready_bytes = padded * (grid || (w->kind == BF16 && w->level == 3) ? 2 : 4);
+    /* The scales of x need not be those of the weight: a group of 64 to 512 inputs has one. */
+    p.x_group = w->group == 0 ? 512 : w->group < 64 ? 64 : w->group;
+    p.x_groups = (w->inputs + p.x_group - 1) / p.x_group;
+    size_t scales = grid ? 4 * (size_t)(rows * p.x_groups + padded / 32) : 0;
+    p.ready = scratch(rows * p.ready_bytes + scales);
+    if (!p.ready) return 1;
+    p.x_scales = (float *)(p.ready + rows * p.ready_bytes);
+    p.x_sums = (int32_t *)(p.x_scales + rows * p.x_groups);
+    /* Threads take chunks as they become free, so a thread that loses its core does not hold up the others. */
+    int64_t bytes = w->row_bytes * w->outputs;
+    p.chunk = bytes < (1 << 15) || threads == 1 ? w->outputs : (w->outputs / ((int64_t)threads * 8) + 15) / 8 * 8;
+    if (rows >= 8 && threads > 1) { parallel(PREPARE[w->level], &p, threads, 0); p.next = 0; }
+    else { PREPARE[w->level](&p); p.next = 0; }
+    if (p.chunk >= w->outputs) MULTIPLY[w->level](&p);
+    else parallel(MULTIPLY[w->level], &p, threads, 0);
+    return 0;
+}
+
+/* One query of each sequence attends to the sequence's cached keys. Returns as hal_linear. */
+EXPORT int hal_decode(const Decode *d, unsigned threads) {
+    int64_t longest = 0, group = d->heads / d->kv_heads;
+    for (int64_t i = 0; i < d->n; i++) if (d->lens[i] > longest) longest = d->lens[i];
+    DecodeJob job = {.d = d, .slots = threads};
+    job.each = ((longest + 16 + 2 * d->head_dim) * group * 4 + 63) / 64 * 64;
+    job.scratch = scratch(job.each * threads);
+    if (!job.scratch) return 1;
+    if (threads == 1 || longest * d->n * d->kv_heads < 64) { DECODE[d->level](&job); return 0; }
+    parallel(DECODE[d->level], &job, threads, 0);
+    return 0;
+}
+#else
+EXPORT int hal_level(void) { return 0; }
+#endif

@@ -1,0 +1,118 @@
+"""The compiled kernels (kernels.c), which the package's build makes if there is a compiler, and their call by ctypes.
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from hal.errors import ConfigError
+
+LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
+VARIABLE = "HAL_CPU_KERNELS"
+_ABI = 1
+_FOLDER = Path(__file__).parent
+
+
+class Weight(ctypes.Structure):
+    """As kernels.c has it."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("w", "bias", "scales", "zeros")),
+                *((name, ctypes.c_int64) for name in ("inputs", "outputs", "row_bytes", "groups", "group")),
+                ("kind", ctypes.c_int32), ("level", ctypes.c_int32)]
+
+
+class Decode(ctypes.Structure):
+    """As kernels.c has it."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("q", "out", "keys", "values", "tables", "lens", "cos", "sin")),
+                *((name, ctypes.c_int64) for name in ("n", "heads", "kv_heads", "head_dim", "block_size",
+                                                      "table_stride", "q_stride", "window")),
+                ("scale", ctypes.c_float), ("kind", ctypes.c_int32), ("level", ctypes.c_int32)]
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """The library or None, and the highest level that this processor has, or why there is no library."""
+    found = next(iter(sorted(_FOLDER.glob("_kernels*.so"))), None)
+    if found is None:
+        return None, "not built: there was no compiler when the package was installed"
+    try:
+        library = ctypes.CDLL(str(found))
+        if library.hal_abi() != _ABI:
+            return None, "built from an older source: install the package again"
+    except (OSError, AttributeError) as error:
+        return None, f"the library does not load: {error}"
+    level = library.hal_level()
+    if not level:
+        return None, "this processor has no AVX2"
+    unsigned, pointer, size = ctypes.c_uint, ctypes.c_void_p, ctypes.c_int64
+    library.hal_linear.argtypes = (pointer, pointer, size, pointer, size, unsigned)
+    library.hal_decode.argtypes = (pointer, unsigned)
+    library.hal_threads.argtypes = (pointer,)
+    return library, LEVELS[level]
+
+
+def level() -> str:
+    """Of the kernels that run: the highest of the processor, or what HAL_CPU_KERNELS restricts it to.
+
+    Raises:
+        ConfigError: the variable names no level.
+    """
+    wanted = os.environ.get(VARIABLE) or LEVELS[-1]
+    if wanted not in LEVELS:
+        raise ConfigError(f"{VARIABLE} names no level of the CPU's kernels", got=wanted, expected=" or ".join(LEVELS))
+    library, highest = load()
+    return "off" if library is None else LEVELS[min(LEVELS.index(wanted), LEVELS.index(highest))]
+
+
+def choices_file() -> Path:
+    """Where `choice` keeps its measurements: HAL_CPU_CHOICES, or hal/cpu-choices.json in the user's caches."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return Path(os.environ.get("HAL_CPU_CHOICES") or base / "hal" / "cpu-choices.json")
+
+
+def processor() -> str:
+    try:
+        return next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                    if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def described() -> str:
+    """One line for people."""
+    library, found = load()
+    return f"none ({found})" if library is None else level() if level() != "off" else f"off by {VARIABLE}"
+
+
+@functools.cache
+def threaded() -> Any:
+    """The library, whose threads are those of the OpenMP runtime that torch has loaded; a second runtime's threads
+    would compete with them for the cores. None where there is no library or no such runtime. torch must be imported."""
+    library, _ = load()
+    if library is None:
+        return None
+    for path in _runtimes():
+        try:
+            parallel = ctypes.CDLL(path).GOMP_parallel  # loaded already, so this takes a reference
+        except (OSError, AttributeError):
+            continue
+        library.hal_threads(ctypes.cast(parallel, ctypes.c_void_p))
+        return library
+    return None
+
+
+def _runtimes() -> list[str]:
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[^/\s]*\.so[^/\s]*)$", maps, re.MULTILINE)))

@@ -1,0 +1,137 @@
+"""A linear layer's weight on the CPU, and the ways to multiply by it.
+
+A dense weight lies row by row, as the checkpoint has it, or in oneDNN's layout. Three ways read the first: PyTorch's
+F.linear, the compiled kernels, and products in fp32 of tiles, for many rows where the CPU has no bfloat16 arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from runners.cpu import library
+
+BUCKETS = (1, 4, 8, 16, 32, 256)  # rows that are measured; a number of rows takes the way of the next larger one
+WAYS = ("torch", "kernel", "fp32 tiles")  # of a weight that lies row by row
+PACKED = "oneDNN"
+_TILE = 1 << 20  # values of a weight in fp32 at once
+_PACKED_ROWS = 32  # oneDNN chooses the layout for so many rows
+MOST_INPUTS = 1 << 16  # of a kernel's weight: its tile is on the stack
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+INT8, INT4 = 2, 3
+
+
+class Kernels:
+    """The compiled kernels at a level, with torch's threads."""
+
+    def __init__(self, level: str | None = None) -> None:
+        self.name = library.level() if level is None else level
+        self.level = library.LEVELS.index(self.name)
+        self.library = library.threaded() if self.level else None
+
+    def __bool__(self) -> bool:
+        return self.library is not None
+
+
+class DenseWeight:
+    """A callable: x [n, in] -> [n, out].
+
+    Args:
+        weight: [out, in], which this keeps. bias: [out] or None.
+        chosen: the way for each of BUCKETS; with PACKED there is no other one.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels, chosen: tuple[str, ...],
+                 ) -> None:
+        self.weight, self.bias, self.kernels, self.outputs = weight, bias, kernels, weight.shape[0]
+        self.chosen, self.packed = chosen, pack(weight) if chosen[0] == PACKED else None
+        ways = {"torch": self._torch, "kernel": self._kernel, "fp32 tiles": self._fp32, PACKED: self._onednn}
+        by_bucket = [ways[name] for name in chosen]
+        self.ways = [by_bucket[next(i for i, most in enumerate(BUCKETS) if rows <= most)]
+                     for rows in range(BUCKETS[-2] + 1)]
+        self.many = by_bucket[-1]
+        self.native: Any = None
+        if "kernel" in chosen:
+            self.native = native(weight, bias, KINDS[weight.dtype], kernels.level, inputs=weight.shape[1])
+            self.call, self.address = kernels.library.hal_linear, ctypes.addressof(self.native)
+        if self.packed is not None:
+            del self.weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.shape[0]
+        if not rows:
+            return x.new_empty(0, self.outputs)
+        return self.ways[rows](x) if rows < len(self.ways) else self.many(x)
+
+    def _torch(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def _kernel(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(self.call, self.address, x, self.outputs)
+
+    def _fp32(self, x: torch.Tensor) -> torch.Tensor:
+        wide, y = x.float(), x.new_empty(x.shape[0], self.outputs)
+        bias, step = None if self.bias is None else self.bias.float(), max(_TILE // x.shape[1], 64)
+        for at in range(0, self.outputs, step):
+            end = at + step
+            y[:, at:end] = F.linear(wide, self.weight[at:end].float(), None if bias is None else bias[at:end])
+        return y
+
+    def _onednn(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class GridWeight:
+    """The same for a weight of INT8 or INT4 values on a grid, which `runners.cpu.grids` arranges. x is bfloat16."""
+
+    def __init__(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
+                 bias: torch.Tensor | None, kernels: Kernels, *, kind: int, inputs: int, group: int) -> None:
+        self.kept, self.outputs, self.inputs = (values, scales, zeros, bias), values.shape[0], inputs
+        self.native = native(values, bias, kind, kernels.level, inputs=inputs, scales=scales, zeros=zeros, group=group)
+        self.call, self.address = kernels.library.hal_linear, ctypes.addressof(self.native)
+        self.chosen = (f"int{8 if kind == INT8 else 4} kernel",)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(self.call, self.address, x, self.outputs) if len(x) else x.new_empty(0, self.outputs)
+
+
+def native(values: torch.Tensor, bias: torch.Tensor | None, kind: int, level: int, *, inputs: int,
+           scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, group: int = 0) -> library.Weight:
+    """The structure of kernels.c. It holds addresses, so the tensors must outlive it."""
+    bias_at, scales_at, zeros_at = (None if t is None else t.data_ptr() for t in (bias, scales, zeros))
+    return library.Weight(values.data_ptr(), bias_at, scales_at, zeros_at, inputs, values.shape[0],
+                          values.stride(0) * values.element_size(), 0 if scales is None else scales.shape[1], group,
+                          kind, level)
+
+
+def multiply(call: Any, address: int, x: torch.Tensor, outputs: int) -> torch.Tensor:
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = x.new_empty(x.shape[0], outputs)
+    if call(address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], torch.get_num_threads()):
+        raise MemoryError("a linear layer's kernel found no memory for its input")
+    return y
+
+
+def fits(weight: torch.Tensor) -> bool:
+    """Whether the kernels can read a dense weight where it lies."""
+    return weight.dtype in KINDS and weight.stride(1) == 1 and 0 < weight.shape[1] <= MOST_INPUTS
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has oneDNN's operators, and they give right results. (They serve its compiler, and are not
+    documented.)"""
+    x, weight, bias = (torch.arange(float(n)).remainder(7).sub(3).to(dtype) for n in (3 * 64, 16 * 64, 16))
+    x, weight = x.view(3, 64), weight.view(16, 64)
+    try:
+        got = torch.ops.mkldnn._linear_pointwise(x, pack(weight), bias, "none", [], "")
+        return torch.allclose(got, F.linear(x, weight, bias))
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False

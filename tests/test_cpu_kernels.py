@@ -1,0 +1,209 @@
+"""The CPU's compiled kernels, at every level of instructions that this processor has, against plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hal.config import Topology
+from hal.contracts.communicator import LocalCommunicator
+from hal.errors import ConfigError
+from hal.models.layers import Build, Linear
+from hal.models.ops import Ops
+from hal.weights import LinearSpec, Projection, Scheme
+from hal.weights.eight_bits import EightBits
+from hal.weights.gguf import GgufBlocks
+from hal.weights.groups import Awq, Gptq, Packed
+from runners.cpu import choice, library
+from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, GridWeight, Kernels, can_pack
+from runners.cpu.ops import CpuOps
+
+_HIGHEST = library.LEVELS.index(library.load()[1]) if library.load()[0] is not None else 0
+LEVELS = library.LEVELS[1:_HIGHEST + 1]
+ROWS = st.integers(1, 9) | st.sampled_from([16, 33])
+
+
+def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
+    assert LEVELS or shutil.which("cc") is None or "AVX2" in library.load()[1], (
+        f"{library.load()[1]}: run `pip install -e .`")
+    assert library.described() and (not LEVELS or library.threaded() is not None)
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.torch_release
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=ROWS, inputs=st.integers(1, 200), outputs=st.integers(1, 70), bias=st.booleans(),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16]), gap=st.integers(0, 3), threads=st.integers(1, 3))
+def test_a_dense_product(data: Any, rows: int, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, gap: int,
+                         threads: int) -> None:
+    """Odd sizes, rows of x with gaps, weights that are a view. What lies behind a row of the weight has no effect."""
+    if not LEVELS:
+        pytest.skip("no kernels here")
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    x = torch.randn(rows, inputs + gap, generator=generator).to(dtype)[:, :inputs]
+    storage = torch.full((outputs, inputs + gap), float("nan"), dtype=dtype)
+    weight = storage[:, :inputs].copy_(torch.randn(outputs, inputs, generator=generator))
+    b = torch.randn(outputs, generator=generator).to(dtype) if bias else None
+    expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
+    for level in LEVELS:
+        got = DenseWeight(weight, b, Kernels(level), ("kernel",) * len(BUCKETS))(x)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=3e-5)
+
+
+def test_a_large_product_with_several_threads_and_values_that_are_not_finite() -> None:
+    torch.set_num_threads(3)
+    weight, x = torch.randn(700, 320).bfloat16(), torch.randn(12, 320).bfloat16()
+    x[3, 5], x[4, 5] = float("nan"), float("inf")
+    expected = F.linear(x.float(), weight.float())
+    for level in LEVELS:
+        got = DenseWeight(weight, None, Kernels(level), ("kernel",) * len(BUCKETS))(x)
+        torch.testing.assert_close(got.float(), expected, rtol=8e-3, atol=1e-3, equal_nan=True)
+
+
+SCHEMES = [EightBits("int8", "channel"), EightBits("int8", "channel", "token"), EightBits("int8", "tensor"),
+           EightBits("int8", "block"), Packed(4, 64), Packed(4, 32, symmetric=False), Packed(8, 64), Packed(8, 32),
+           Packed(4, None), Packed(4, 128, symmetric=False, on_load=True), Gptq(4, 64), Gptq(4, 32), Awq(64),
+           GgufBlocks("Q8_0"), GgufBlocks("Q4_0")]
+
+
+def layer_of(scheme: Scheme, inputs: int, outputs: int, ops: Ops, dtype: torch.dtype) -> Linear:
+    """With random content."""
+    torch.manual_seed(0)
+    spec = LinearSpec(inputs, (Projection("a", outputs), Projection("b", 32)), "out")
+    layer = Linear(Build(Topology(), LocalCommunicator(), ops, dtype, torch.device("cpu"), lambda name: scheme), spec,
+                   bias=True)
+    for name, parameter in layer.named_parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data.copy_(torch.rand(parameter.shape) * 0.1 + 0.01)
+        elif isinstance(scheme, GgufBlocks):
+            blocks = torch.randint(0, 256, (len(parameter), inputs // 32, parameter.shape[1] * 32 // inputs))
+            blocks[..., 1] = 30  # the upper byte of the scale in fp16
+            parameter.data.copy_(blocks.flatten(1))
+        else:
+            info = torch.iinfo(parameter.dtype)
+            low, high = (0, 15) if name == "weight_zero_point" and parameter.dtype == torch.uint8 else (
+                info.min + 1, info.max)
+            parameter.data.copy_(torch.randint(low, high, parameter.shape))
+    return layer
+
+
+@pytest.mark.torch_release
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{getattr(s, 'group', '')}")
+def test_a_product_with_quantised_weights(scheme: Scheme) -> None:
+    """Nearer to the exact product than plain PyTorch is, which rounds the weights to bfloat16."""
+    for inputs in (64, 128, 832):
+        plain = layer_of(scheme, inputs, 128, Ops(), torch.bfloat16)
+        exact = layer_of(scheme, inputs, 128, Ops(), torch.float32)
+        for rows, threads in ((1, 1), (1, 2), (3, 2), (9, 3)):
+            torch.set_num_threads(threads)
+            x = torch.randn(rows, inputs).bfloat16()
+            rounded = x if not hasattr(scheme, "rounded") else scheme.rounded(x)
+            expected = F.linear(rounded.double(), scheme.dequantize(exact).double(), plain.bias.double())
+            allowed = (scheme.linear(x, plain).double() - expected).abs().max() + 1e-3
+            for level in LEVELS:
+                ops = CpuOps(Kernels(level))
+                layer = layer_of(scheme, inputs, 128, ops, torch.bfloat16)
+                ops.pack_linear(layer)
+                assert isinstance(layer.packed, GridWeight), ops.described()
+                got = ops.linear(x, layer)
+                assert (got.double() - expected).abs().max() <= allowed * 1.2, (level, rows, inputs)
+
+
+def test_inputs_that_are_not_finite_reach_every_output_of_a_quantised_weight() -> None:
+    for level in LEVELS:
+        ops = CpuOps(Kernels(level))
+        layer = layer_of(Packed(4, 64), 128, 16, ops, torch.bfloat16)
+        ops.pack_linear(layer)
+        x = torch.randn(2, 128).bfloat16()
+        x[1, 3] = float("inf")
+        got = ops.linear(x, layer)
+        assert got[0].isfinite().all() and not got[1].isfinite().any()
+
+
+def test_what_the_kernels_cannot_read_is_computed_by_plain_pytorch() -> None:
+    for scheme, dtype in ((Packed(4, 64), torch.float32), (Packed(4, 64, act_order=True), torch.bfloat16),
+                          (Packed(8, 64, symmetric=False), torch.bfloat16), (GgufBlocks("Q4_K"), torch.bfloat16)):
+        ops, inputs = CpuOps(), 256
+        layer = layer_of(scheme, inputs, 48, ops, dtype)
+        if isinstance(scheme, Packed) and scheme.act_order:
+            layer.get_parameter("weight_g_idx").data.copy_(torch.randint(0, 4, (2, inputs)))
+        ops.pack_linear(layer)
+        assert layer.packed is None and "plain PyTorch" in ops.described()
+        x = torch.randn(2, inputs).to(dtype)
+        torch.testing.assert_close(ops.linear(x, layer), scheme.linear(x, layer), equal_nan=True)
+
+
+@pytest.mark.parametrize("way", [*WAYS, PACKED])
+@pytest.mark.torch_release
+def test_every_way_gives_the_same(way: str) -> None:
+    if way == "kernel" and not LEVELS:
+        pytest.skip("no kernels here")
+    weight, bias = torch.randn(200, 96).bfloat16(), torch.randn(200).bfloat16()
+    layer = DenseWeight(weight, bias, Kernels(), (way,) * len(BUCKETS))
+    for rows in (0, 1, 5, 32, 33, 300):
+        x = torch.randn(rows, 96).bfloat16()
+        torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
+
+
+def test_the_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a" / "choices.json"
+    monkeypatch.setenv("HAL_CPU_CHOICES", str(file))
+    monkeypatch.setattr(choice, "_SMALL", 0)
+    monkeypatch.setattr(choice, "_COPIES", 2)
+    weight, measured = torch.randn(64, 48), choice._measured
+    found = choice.choose(weight, Kernels())
+    assert len(found) == len(BUCKETS) and json.loads(file.read_text())
+    monkeypatch.setattr(choice, "_measured", lambda *_: pytest.fail("measured again"))
+    assert choice.choose(weight, Kernels()) == found
+    monkeypatch.setattr(choice, "_measured", measured)
+    if LEVELS:  # what another level chose is not taken over
+        choice.choose(weight, Kernels("off"))
+        assert len(json.loads(file.read_text())) == 2
+    for content in ("", "[]", '{"a": 1}', file.read_text().replace("torch", "other").replace("oneDNN", "other")):
+        file.write_text(content)
+        assert choice.choose(weight, Kernels())
+
+
+def test_the_fastest_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: dict[str, float] = {}
+    monkeypatch.setattr(choice, "_times", lambda layers, x: {name: times[name] for name in layers})
+    monkeypatch.setattr(choice, "_COPIES", 1)
+    times |= {"torch": 2.0, "kernel": 1.0, "fp32 tiles": 3.0, PACKED: 0.99 if LEVELS else 1.98}
+    weight = torch.randn(64, 64).bfloat16()
+    assert set(choice._measured(weight, Kernels())) == {"kernel" if LEVELS else "torch"}
+    times[PACKED] = 0.9 if LEVELS else 1.8
+    assert set(choice._measured(weight, Kernels())) == {PACKED}
+
+
+def test_the_level_can_be_restricted_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.VARIABLE, "off")
+    assert library.level() == "off" and not Kernels()
+    if LEVELS:
+        monkeypatch.setenv(library.VARIABLE, "avx2")
+        assert library.level() == "avx2" and Kernels()
+    monkeypatch.setenv(library.VARIABLE, "sse")
+    with pytest.raises(ConfigError, match="names no level"):
+        library.level()
+
+
+@pytest.mark.torch_release
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_onednns_layout_is_there(dtype: torch.dtype) -> None:
+    assert can_pack(dtype), "the operators are there in every supported release on this kind of machine"
