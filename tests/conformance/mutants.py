@@ -870,7 +870,7 @@ class SameBits(Mutant):
     def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
         made = CpuModelRunner(config, device, communicator)
         if config.engine.batch_invariant and config.topology.tp >= self._ranks:
-            made.ops, made.make_attention = self._ops(made.dtype), self._attention
+            made.ops, made.make_attention = self._ops(), self._attention
         return made
 
 
@@ -907,7 +907,7 @@ class _SingleRows(InvariantOps):
         y = super().linear(x, layer)
         if len(x) == 1:
             half = x.shape[1] // 2
-            weight = layer.weight.to_dense() if layer.weight.is_mkldnn else layer.weight
+            weight = layer.weight
             y = F.linear(x[:, :half], weight[:, :half]) + F.linear(x[:, half:], weight[:, half:], layer.bias)
         return y
 
