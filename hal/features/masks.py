@@ -71,6 +71,8 @@ class TokenMasks(Feature):
         return {"token_mask": found}
 
     def adjust(self, scores: torch.Tensor, model_input: Any) -> torch.Tensor:
+        if scores.is_cpu:
+            return _filled_on_host(scores, model_input["token_mask"][:len(scores)])
         return scores.masked_fill(~allowed(model_input["token_mask"][:len(scores)], scores.shape[1]), -float("inf"))
 
     def restore_request(self, model_input: Any, rows: Ints) -> dict[str, np.ndarray[Any, Any]]:
@@ -89,6 +91,21 @@ def allowed(mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
     bits = torch.arange(WORD, dtype=torch.int32, device=mask.device)
     return (torch.bitwise_right_shift(mask[:, :, None], bits) & 1).flatten(1)[:, :vocab_size] != 0
+
+
+def _filled_on_host(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`scores` themselves, -inf where the mask forbids a token. Row by row, and by the places of the fewer tokens, this
+    is several times faster than masked_fill, which costs a tenth of a step of a small model."""
+    bits = np.unpackbits(mask.contiguous().numpy().view(np.uint8), 1, bitorder="little", count=scores.shape[1])
+    for row, allowed_here in zip(scores.numpy(), bits.view(np.bool_), strict=True):
+        if np.count_nonzero(allowed_here) * 2 > len(row):
+            row[np.flatnonzero(~allowed_here)] = -np.inf
+        else:
+            at = np.flatnonzero(allowed_here)
+            kept = row[at]
+            row.fill(-np.inf)
+            row[at] = kept
+    return scores
 
 
 def mask_fields(masks: Mapping[int, np.ndarray[Any, Any]], vocab_size: int) -> dict[str, np.ndarray[Any, Any]]:

@@ -39,7 +39,7 @@ class Sampler:
         raw = logits[:n]
         scores = raw
         for feature in adjusting(m) if n else ():
-            scores = feature.adjust(raw.float() if scores is raw else scores, m)
+            scores = feature.adjust(raw.to(torch.float32, copy=True) if scores is raw else scores, m)
         token_ids = self._draw(scores, m) if m.temperature is not None and n else self.greedy(scores)
         result = {"token_ids": token_ids.int()}
         if m.num_logprobs >= 0:

@@ -27,7 +27,7 @@ def sample(logits: torch.Tensor, positions: torch.Tensor, m: Mapping[str, Any]) 
         logits: [n, vocab]. positions: [n], of the tokens that the logits follow.
         m: the fields of one sampling program, of n rows each, by name; fields of no program are None.
     """
-    scores = logits.float()
+    scores = logits.to(torch.float32, copy=True)  # features may change it
     for feature in adjusting(m):
         scores = feature.adjust(scores, m)
     temperature, seed, top_k, top_p, min_p = (m[name] for name in ("temperature", "seed", "top_k", "top_p", "min_p"))
