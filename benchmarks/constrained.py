@@ -63,8 +63,8 @@ def main() -> None:
     llm._grammars = Grammars(llm.model_config.vocab_size, [0], table)
     began = time.perf_counter()
     llm.check([1], SamplingParams(json_schema=SCHEMA))
-    print(f"{args.shape} on {args.device}, batch {args.batch}, {table.size} tokens in the vocabulary; the first grammar "
-          f"took {time.perf_counter() - began:.1f} s")
+    print(f"{args.shape} on {args.device}, batch {args.batch}, {table.size} tokens in the vocabulary; the first "
+          f"grammar took {time.perf_counter() - began:.1f} s")
     computed, spent = engine.masks, list[float]()
 
     def timed(*given: object) -> object:
