@@ -22,7 +22,7 @@ from pathlib import Path
 import hal.engine.llm as engine
 from hal import LLM, SamplingParams
 from hal.cli.shapes import SHAPES
-from hal.constrained.grammars import Grammars
+from hal.constrained.constraint import Constraints
 
 SCHEMA = {"type": "array", "minItems": 999, "items": {
     "type": "object", "required": ["name", "age", "kind", "tags"], "additionalProperties": False, "properties": {
@@ -35,6 +35,9 @@ class Table(dict[int, bytes]):
     """A made-up vocabulary. Token 0 ends a sequence."""
 
     hidden = {"<eos>": 0}
+
+    def plain(self, text: str) -> list[int]:
+        raise NotImplementedError
 
     def __init__(self, size: int) -> None:
         found: Counter[str] = Counter()
@@ -60,7 +63,7 @@ def main() -> None:
         llm = LLM(folder, device=args.device, random_weights=True, max_num_seqs=args.batch, max_model_len=512,
                   num_blocks=args.batch * 8)
     table = Table(llm.model_config.vocab_size)
-    llm._grammars = Grammars(llm.model_config.vocab_size, [0], table)
+    llm._constraints = Constraints(llm.model_config.vocab_size, [0], table)
     began = time.perf_counter()
     llm.check([1], SamplingParams(json_schema=SCHEMA))
     print(f"{args.shape} on {args.device}, batch {args.batch}, {table.size} tokens in the vocabulary; the first "

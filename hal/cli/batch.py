@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
+from hal.engine.prompts import samples
 from hal.errors import ConfigError, HalError, RequestError
 from hal.sampling.params import SamplingParams
 
@@ -45,6 +46,11 @@ def argument_jobs(prompts: list[str], params: SamplingParams | None) -> list[Job
     """The requests of the command line. Python leaves the bytes of a character as they are when the locale's encoding
     does not have it; they are decoded as UTF-8 here."""
     return [Job(_decoded(prompt), params or SamplingParams()) for prompt in prompts]
+
+
+def one_output_each(job: Job | Refused) -> list[Job | Refused]:
+    """A job for each of the `n` outputs that a job asks for."""
+    return [job] if isinstance(job, Refused) else [dataclasses.replace(job, params=one) for one in samples(job.params)]
 
 
 def _decoded(argument: str) -> str:

@@ -27,7 +27,8 @@ EPILOG = """examples:
 
 A line of FILE has "prompt" or "prompt_token_ids", and may set sampling options by their names with underscores. FILE is
 read as UTF-8 in every locale. --json writes a line when its request has finished: "index" is the request's place, from
-0, and "id" is repeated from the line of FILE, where that has one. A line that is no request, or that the model cannot
+0, and "id" is repeated from the line of FILE, where that has one. With --n N a request
+has N places, one after the other. A line that is no request, or that the model cannot
 do, is reported with its number; the others run, and the exit code is 1. So it is where the model computes NaN."""
 
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     jobs: list[batch.Job | batch.Refused] = list(batch.argument_jobs(args.prompts, SamplingParams(**given)))
     if args.input is not None:
         jobs += batch.read_jobs(args.input, given)
+    jobs = [one for job in jobs for one in batch.one_output_each(job)]
     if not jobs:
         raise RequestError("there is nothing to do", got=f"no request in {args.input}")
     usable = {index: job for index, job in enumerate(jobs) if isinstance(job, batch.Job)}

@@ -101,6 +101,8 @@ def to_json(output: RequestOutput) -> dict[str, Any]:
     """The JSON object of an output, with logprobs if they were asked for, and with the error if there was one."""
     line: dict[str, Any] = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids,
                             "token_ids": output.token_ids, "text": output.text, "finish_reason": output.finish_reason}
+    if output.stop_reason is not None:
+        line["stop_reason"] = output.stop_reason
     if output.error is not None:
         line["error"] = str(output.error)
     if output.logprobs is not None:

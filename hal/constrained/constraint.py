@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from hal.constrained.grammars import KINDS, Grammars, threads
+from hal.constrained.grammars import Grammars, TokenTable, threads
 from hal.constrained.rules import TokenRules, Words
+from hal.errors import RequestError
 from hal.features.masks import WORD
-from hal.sampling.params import SamplingParams
+from hal.sampling.params import GRAMMARS, SamplingParams
 
 
 @dataclass(slots=True, eq=False)
@@ -41,12 +42,44 @@ class Constraint:
         return self.problem is None
 
 
-def make_constraint(grammars: Grammars, params: SamplingParams, rules: TokenRules | None) -> Constraint | None:
-    """The constraint of a request, or None for a request that has none. Raises the errors of Grammars.matcher."""
-    kind = next((kind for kind in KINDS if getattr(params, kind)), None)
-    if kind is None:
-        return None if rules is None else Constraint(None, rules)
-    return Constraint(grammars.matcher(kind, getattr(params, kind)), rules)
+class Constraints:
+    """Makes the constraints of an engine's requests.
+
+    Args:
+        vocab_size: token ids lie below it. eos: tokens that end a request.
+        table: the tokenizer's tokens; None: there is no tokenizer.
+    """
+
+    def __init__(self, vocab_size: int, eos: Sequence[int], table: TokenTable | None) -> None:
+        self._vocab_size, self._eos, self._table = vocab_size, eos, table
+        self._grammars = Grammars(vocab_size, eos, table)
+
+    def of(self, params: SamplingParams) -> Constraint | None:
+        """The constraint of a request, or None for a request that has none.
+
+        Raises:
+            RequestError: see Grammars.matcher; or a token id is out of the vocabulary, or there are bad words and no
+                tokenizer.
+        """
+        kind = next((kind for kind in GRAMMARS if getattr(params, kind)), None)
+        rules = self._rules(params)
+        if kind is None:
+            return None if rules is None else Constraint(None, rules)
+        return Constraint(self._grammars.matcher(kind, getattr(params, kind)), rules)
+
+    def _rules(self, params: SamplingParams) -> TokenRules | None:
+        stops = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos)) if params.min_tokens else ()
+        allowed = params.allowed_token_ids
+        if allowed is not None and max(allowed) >= self._vocab_size:
+            raise RequestError("allowed_token_ids has a token out of the vocabulary", got=max(allowed),
+                               expected=f"at most {self._vocab_size - 1}")
+        if params.bad_words and self._table is None:
+            raise RequestError("the model has no tokenizer", got="bad_words", expected="logit_bias of token ids")
+        if allowed is None and not params.bad_words and not stops:
+            return None
+        words = [] if self._table is None else [self._table.plain(before + word.lstrip())
+                                                for word in params.bad_words for before in ("", " ")]
+        return TokenRules(self._vocab_size, allowed=allowed, words=words, stops=stops, min_tokens=params.min_tokens)
 
 
 def masks(asked: Sequence[tuple[Constraint, Sequence[int], Sequence[int]]], vocab_size: int) -> list[Words]:

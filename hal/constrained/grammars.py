@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from hal.errors import RequestError
 
-KINDS = ("regex", "json_schema", "choice", "grammar")  # parameters of a request, of which it has at most one
 _KEPT = 64  # compiled grammars that are kept for later requests
 # Where a text is certain, llguidance would force the tokens into which its tokenizer divides it. Without that a mask
 # allows every token that goes on with the text, and does not depend on how a tokenizer treats a text's beginning.
@@ -20,13 +19,15 @@ _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 
 class TokenTable(Protocol):
     """The bytes of each token (hal.engine.text.TokenBytes). Attributes: size: their number. hidden: special
-    tokens by their names."""
+    tokens by their names. plain: the ids of a text."""
 
     @property
     def size(self) -> int: ...
 
     @property
     def hidden(self) -> dict[str, int]: ...
+
+    def plain(self, text: str) -> list[int]: ...
 
     def __getitem__(self, token: int) -> bytes: ...
 

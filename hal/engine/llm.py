@@ -17,8 +17,7 @@ import numpy as np
 from hal.checkpoints.generation import generation_defaults, stated
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
-from hal.constrained.constraint import Constraint, make_constraint, masks
-from hal.constrained.grammars import Grammars
+from hal.constrained.constraint import Constraint, Constraints, masks
 from hal.contracts import backend as backends
 from hal.contracts.embedding import EmbeddingOutput
 from hal.contracts.executor import StepHandle, make_executor
@@ -38,6 +37,7 @@ from hal.engine.prompts import (
     check_length,
     check_vocabulary,
     require_text,
+    samples,
 )
 from hal.engine.request_output import RequestOutput
 from hal.engine.request_state import Logprobs, RequestState
@@ -122,7 +122,7 @@ class LLM:
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         table = None if self.tokenizer is None else TokenBytes.of(self.tokenizer)
-        self._grammars = Grammars(self.model_config.vocab_size, self.model_config.eos_token_ids, table)
+        self._constraints = Constraints(self.model_config.vocab_size, self.model_config.eos_token_ids, table)
         self.backend = backends.select(config.device)
         self._speculation = None if config.speculate is None else Speculation(config, self.backend)
         if progress and (self.model_config.quantization is not None or self.model_config.delta is not None
@@ -194,8 +194,8 @@ class LLM:
             progress: show a bar with prefill and decode tokens/s.
 
         Returns:
-            The outputs, in the order of the prompts. A request whose logits were NaN or infinite has the finish_reason
-            "error", and its `error` is a NumericsError; it does not change the others.
+            The outputs, in the order of the prompts, `n` of each one. A request whose logits were NaN or infinite has
+            the finish_reason "error", and its `error` is a NumericsError; it does not change the others.
 
         Raises:
             RequestError, CapacityError: a prompt is refused, which the error names by its index. No prompt is run.
@@ -204,12 +204,13 @@ class LLM:
         several = as_prompts(prompts)
         each = as_params(params, len(several), self._default)
         checked = self._checked(several, each)
+        wanted = [(i, sample) for i, of_prompt in enumerate(each) for sample in samples(of_prompt)]
         with self._calls.begin():
             requests, first = list[RequestState](), self._next_id
-            bar = RequestProgress(len(several), progress)
+            bar = RequestProgress(len(wanted), progress)
             try:
-                for i, (prompt, ids) in enumerate(zip(several, checked, strict=True)):
-                    requests.append(self._add(i, prompt, ids, each[i], polled=False))
+                for i, sample in wanted:
+                    requests.append(self._add(i, several[i], checked[i], sample, polled=False))
                 waiting = {r.output.request_id for r in requests}
                 while waiting:
                     before = self._counts.copy()
@@ -258,7 +259,7 @@ class LLM:
         """Yield the output each time it has grown, and when it has ended. It is the same object each time, and its text
         never shows a part of a stop text. Closing the iterator aborts the request. Several streams may take turns. This
         call itself, not the iterator, raises the errors of `generate`."""
-        chosen, = as_params(params, 1, self._default)
+        chosen = self._of_one(params)
         ids, = self._checked([prompt], [chosen])
         return self._stream(prompt, ids, chosen)
 
@@ -291,9 +292,17 @@ class LLM:
         """A request's token ids and parameters for `enqueue`. Raises the errors of `check`. It reads only what no call
         changes, so a thread may call it while another one is in a call: the text of a long prompt then delays no step.
         """
-        chosen, = as_params(params, 1, self._default)
+        chosen = self._of_one(params)
         self._require_generation()
         return self._check(prompt, chosen), chosen
+
+    def _of_one(self, params: SamplingParams | None) -> SamplingParams:
+        """The parameters of a request with one output. Raises RequestError."""
+        chosen, = as_params(params, 1, self._default)
+        if chosen.n > 1:
+            raise RequestError("this call makes one output", got=f"n={chosen.n}", expected="n=1",
+                               hint="LLM.generate takes n; hal.engine.prompts.samples divides a request")
+        return chosen
 
     def text_ids(self, texts: Prompts, *, prompt_name: str | None = None, truncate: bool = True) -> list[list[int]]:
         """The token ids of texts for `embed`. Raises its errors. As `prepare`, it may run beside another call."""
@@ -338,9 +347,11 @@ class LLM:
             ids = as_token_ids(prompt, self.max_model_len - 1, vocab, hint)
         if params.stop and self.tokenizer is None:
             raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids")
-        if params.stop:
+        if params.stop and params.skip_special_tokens:
             hidden_stops(self.tokenizer, params.stop)
         self._constrain(params)
+        if (most := max((token for token, _ in params.logit_bias), default=0)) >= vocab:
+            raise RequestError("logit_bias has a token out of the vocabulary", got=most, expected=f"below {vocab}")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab:
                 raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab)
@@ -349,7 +360,7 @@ class LLM:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Enqueue a request. Returns its number. Raises the errors of `generate`."""
-        chosen, = as_params(params, 1, self._default)
+        chosen = self._of_one(params)
         ids, = self._checked([prompt], [chosen])
         return self.enqueue(prompt, ids, chosen, polled=True).output.request_id
 
@@ -527,7 +538,7 @@ class LLM:
         self.shutdown()
 
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
-        return min(len(ids) + params.max_tokens, self.max_model_len)
+        return min(len(ids) + max(params.max_tokens, 1), self.max_model_len)  # of max_tokens=0, the token is dropped
 
     def enqueue(self, prompt: Prompt, ids: list[int], params: SamplingParams, *, polled: bool) -> RequestState:
         """Enqueue a request that `prepare` has checked. Raises CapacityError, WorkerError, StateError.
@@ -544,7 +555,7 @@ class LLM:
                 raise
 
     def _add(self, index: int, prompt: Prompt, ids: list[int], params: SamplingParams, polled: bool) -> RequestState:
-        if params.stop and (hidden := hidden_stops(self.tokenizer, params.stop)):
+        if params.stop and params.skip_special_tokens and (hidden := hidden_stops(self.tokenizer, params.stop)):
             params = replace(params, stop_token_ids=(*params.stop_token_ids, *hidden))
         number, self._next_id = self._next_id, self._next_id + 1
         seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
@@ -561,14 +572,16 @@ class LLM:
 
     def _constrain(self, params: SamplingParams) -> Constraint | None:
         """The constraint of a request with these parameters. Raises RequestError: they cannot be served."""
-        made = make_constraint(self._grammars, params, None)
+        made = self._constraints.of(params)
         if made is not None and self.executor.tokens_per_row > 1 and self._speculation is None:
             raise RequestError("this device's model runner gives a sequence several tokens for one token mask",
                                got="a request that restricts its tokens", expected="a runner of one token a step")
         return made
 
     def _make_text(self, prompt_ids: list[int], params: SamplingParams) -> TextStream | None:
-        return None if self.tokenizer is None else TextStream(self.tokenizer, prompt_ids, params.stop)
+        return None if self.tokenizer is None else TextStream(
+            self.tokenizer, prompt_ids, params.stop, special=not params.skip_special_tokens,
+            keep_stop=params.include_stop_str_in_output)
 
     def _keep(self, requests: list[RequestState]) -> None:
         """Remember requests whose outputs the next `step` returns, in the order in which they grew last."""
@@ -592,6 +605,10 @@ class LLM:
         asked = [] if logprobs is None else [(row, len(seq.output_ids)) for row, seq in enumerate(step.sampled)
                                              if seq.finish_reason is None and seq.params.logprobs is not None]
         complete: list[RequestState] = [seq.owner for seq in self.scheduler.update(step, tokens, counts, computed)]
+        for request in complete:
+            if not request.seq.params.max_tokens and request.seq.finish_reason != "error":
+                request.output.token_ids.clear()
+                request.seq.finish_reason = "length"
         for row, before in asked:
             seq, width = step.sampled[row], len(tokens) // len(step.sampled)
             assert logprobs is not None
@@ -630,6 +647,7 @@ class LLM:
         seq = request.seq
         request.write_text()
         request.output.finish_reason = "stop" if request.text and request.text.stopped else seq.finish_reason
+        request.output.stop_reason = request.stop_reason()
         if request.output.finish_reason == "error" and request.output.error is None:
             request.output.error = request.numerics_error(
                 backends.resolve_dtype(self.backend, self.config.dtype, self.model_config.dtype))

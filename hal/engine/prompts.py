@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
+from hal.engine.sequence import derive_seed
 from hal.errors import RequestError
 from hal.sampling.params import SamplingParams
 from hal.values import ArrayLike, described, is_array, plain
@@ -41,6 +43,14 @@ def as_params(params: SamplingParams | Iterable[SamplingParams] | None, count: i
     if len(params) != count:
         raise RequestError("there are not as many params as prompts", got=len(params), expected=count)
     return list(params)
+
+
+def samples(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of a prompt's `n` outputs. The first has the seed of the request, the others seeds that
+    follow from it."""
+    seeds = [params.seed, *(params.seed if params.seed is None else derive_seed(params.seed, i)
+                            for i in range(1, params.n))]
+    return [params] if params.n == 1 else [replace(params, n=1, seed=seed) for seed in seeds]
 
 
 def as_token_ids(prompt: Prompt, most: int, vocab_size: int, hint: str | None = None) -> list[int]:

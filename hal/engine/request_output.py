@@ -30,6 +30,8 @@ class RequestOutput:
         token_ids: of the output; the engine's own list, to be read only.
         text: of the output alone; "" without a tokenizer. Stop texts are cut from it.
         finish_reason: "stop" (end of sequence, stop text or id), "length", "abort", "error"; None while it runs.
+        stop_reason: where the finish_reason is "stop", the stop text that was found, or the token id of stop_token_ids;
+            None: an end-of-sequence token.
         error: why it ended with "error"; the tokens before the error are kept.
         drafted_tokens, accepted_tokens: of speculative decoding: drafts that were verified for the request, and how
             many of them its output got.
@@ -45,6 +47,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    stop_reason: str | int | None = None
     error: HalError | None = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0

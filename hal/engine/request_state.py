@@ -10,7 +10,7 @@ import torch
 from hal.contracts.outputs import SamplerOutput
 from hal.engine.request_output import RequestOutput, TokenLogprob
 from hal.engine.sequence import Sequence
-from hal.engine.text import TextStream
+from hal.engine.text import TextStream, TokenBytes
 from hal.errors import NumericsError
 
 
@@ -38,7 +38,8 @@ class RequestState:
             return
         start, self.shown = self.shown, len(output.token_ids)
         tokens = output.token_ids[start:]
-        if done and tokens and self.seq.finish_reason == "stop" and not self.text.stopped:
+        if done and tokens and self.seq.finish_reason == "stop" and not (
+                self.text.stopped or self.seq.params.include_stop_str_in_output):
             tokens = tokens[:-1]  # the token that ended the output is not shown
         if len(tokens) > 1 and self.seq.params.stop:
             self._append_until_stopped(tokens, start, done)
@@ -60,6 +61,16 @@ class RequestState:
                 if output.logprobs is not None:
                     del output.logprobs[end:]
                 break
+
+    def stop_reason(self) -> str | int | None:
+        """See RequestOutput. The name of a special token may be a stop text, and ends the output by its id."""
+        params, tokens = self.seq.params, self.output.token_ids
+        if self.text is not None and self.text.stopped:
+            return self.text.stop
+        if self.seq.finish_reason != "stop" or not tokens or tokens[-1] not in params.stop_token_ids:
+            return None
+        hidden = {} if self.text is None or not params.stop else TokenBytes.of(self.text.tokenizer).hidden
+        return next((name for name in params.stop if hidden.get(name) == tokens[-1]), tokens[-1])
 
     def numerics_error(self, dtype: str) -> NumericsError:
         """Why the sequence ended with "error", of a model that computes in `dtype`."""

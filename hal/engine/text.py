@@ -145,6 +145,10 @@ class TokenBytes(dict[int, bytes]):
         """The bytes of a token that begins a text: decoders drop a space there."""
         return self._encode(token, self._decode([token]))
 
+    def plain(self, text: str) -> list[int]:
+        """The ids of a text, without those that the tokenizer puts before it."""
+        return list(self._tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+
     @property
     def size(self) -> int:
         """The number of the tokenizer's tokens."""
@@ -161,7 +165,7 @@ class TokenBytes(dict[int, bytes]):
     def prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text."""
         whole = self._tokenizer("a", verbose=False).input_ids
-        plain = self._tokenizer("a", verbose=False, add_special_tokens=False).input_ids
+        plain = self.plain("a")
         starts = (at for at in range(len(whole) - len(plain) + 1) if whole[at:at + len(plain)] == plain)
         return list(whole[:next(starts, 0)]) if plain else []
 
@@ -224,14 +228,18 @@ class TextStream:
     Args:
         prompt: the ids of the tokens before the output.
         stops: texts that end the output.
+        special: show special tokens by their names. keep_stop: the text has the stop text that ended it.
 
     Attributes:
-        stopped: a stop text was found; later tokens are ignored.
+        stop: the stop text that was found, or None. `stopped`: there is one; later tokens are ignored.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Iterable[str]) -> None:
-        self.tokenizer, self.stopped = tokenizer, False
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Iterable[str], *, special: bool = False,
+                 keep_stop: bool = False) -> None:
+        self.tokenizer, self._keep_stop = tokenizer, keep_stop
+        self.stop: str | None = None
         self._bytes = TokenBytes.of(tokenizer)
+        self._names = {i: name.encode() for name, i in self._bytes.hidden.items()} if special else {}
         self._parts: list[str] = []
         self._stops = [Stop(stop) for stop in stops]
         self._first_chars = {stop.text[0] for stop in self._stops}
@@ -246,6 +254,10 @@ class TextStream:
         self._utf8.decode(tail)
         # What the prompt shows of a character that it ends inside.
         self._split = self._utf8.getstate()[0].decode(errors="replace")
+
+    @property
+    def stopped(self) -> bool:
+        return self.stop is not None
 
     @property
     def text(self) -> str:
@@ -270,9 +282,11 @@ class TextStream:
             new = self._up_to_stop(new)
         self._parts.append(new)
         if self.stopped:
-            self._parts, self._held = [self.safe], 0
+            self._parts, self._held = [self.text if self._keep_stop else self.safe], 0
 
     def _take(self, token: int) -> bytes:
+        if token in self._names:
+            return self._names[token]
         if self._begun:
             return self._bytes[token]
         self._begun = bool(self._bytes[token])
@@ -282,8 +296,8 @@ class TextStream:
         """`new` up to the end of the first stop text; that stop text is then held back."""
         for at, char in enumerate(new):
             self._held = max(stop.advance(char) for stop in self._stops)
-            found = max((len(stop.text) for stop in self._stops if stop.seen == len(stop.text)), default=0)
-            if found:
-                self.stopped, self._held = True, found
+            found = max((stop.text for stop in self._stops if stop.seen == len(stop.text)), default=None, key=len)
+            if found is not None:
+                self.stop, self._held = found, len(found)
                 return new[:at + 1]
         return new

@@ -12,8 +12,7 @@ import pytest
 from hal import LLM, SamplingParams
 from hal.config import BUNDLED_MODEL
 from hal.constrained import grammars
-from hal.constrained.constraint import make_constraint, masks
-from hal.constrained.grammars import Grammars
+from hal.constrained.constraint import Constraints, masks
 from hal.engine.text import TokenBytes, load_tokenizer
 from hal.errors import RequestError
 from hal.features.masks import mask_fields
@@ -88,12 +87,12 @@ TOKENS = TokenBytes.of(TOKENIZER := load_tokenizer(str(BUNDLED_MODEL)))
 
 
 def test_masks_are_those_of_a_reference_also_behind_drafts() -> None:
-    made = Grammars(VOCAB, [EOS], TOKENS)
+    made = Constraints(VOCAB, [EOS], TOKENS)
     drafts = [TOKENIZER.convert_tokens_to_ids(char) for char in "13+1"]
     wrong = [drafts[0], drafts[0], drafts[1]]  # the second one is not allowed, so nothing behind it is accepted
     fours = TOKENIZER.convert_tokens_to_ids("4")
     output: list[int] = []
-    constraint = make_constraint(made, SamplingParams(choice=CHOICES), None)
+    constraint = made.of(SamplingParams(choice=CHOICES))
     assert constraint is not None
     for _ in range(3):
         begun = "".join(TOKENS[token].decode() for token in output)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hal.constrained.rules import TokenRules
 from hal.contracts.request import ExecuteModelRequest
-from hal_vllm.constraints import Constraints
 
 
 @dataclass(slots=True, eq=False)
@@ -28,7 +28,7 @@ class Request:
     seed: int
     tokens: list[int]
     num_prompt: int
-    constraints: Constraints | None
+    constraints: TokenRules | None
     needs_tokens: bool
     grammar: bool
     prompt_logprobs: int

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
+from hal.constrained.rules import Words
 from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import derive_seed
 from hal.errors import RequestError
 from hal.features import COLUMNS
 from hal.features.pending import PENDING_TOKEN
-from hal_vllm.constraints import Constraints, Words
+from hal_vllm.constraints import rules_of
 from hal_vllm.fields import refuse_unknown
 from hal_vllm.params import columns, needs_tokens, number_of_logprobs
 from hal_vllm.rows import BlockTables, Request, Scheduled, Step
@@ -126,7 +127,7 @@ class Translator:
             seed = derive_seed(self.seed, self._entered) if params.seed is None else params.seed
         self._entered += 1
         return Request(new.req_id, params, seed, tokens, len(new.prompt_token_ids or ()),
-                       Constraints.of(params, self.vocab_size), needs_tokens(params),
+                       rules_of(params, self.vocab_size), needs_tokens(params),
                        params.structured_outputs is not None,
                        number_of_logprobs(params.prompt_logprobs, self.vocab_size))
 
