@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from hal.checkpoints.hf_config import read_config
-from hal.cli.floors import bytes_per_step
 from hal.cli.measure import time_batch
 from hal.cli.shapes import SHAPES
 from hal.engine.llm import LLM
+from hal.models.floors import bytes_per_step
 from hal.sampling.params import SamplingParams
 
 RESULTS: dict[str, Any] = {}

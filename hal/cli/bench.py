@@ -25,10 +25,10 @@ from hal.contracts.backend import resolve_dtype
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hal.cli.floors import Device
     from hal.cli.measure import Cell
     from hal.contracts.backend import Backend
     from hal.model_config import ModelConfig
+    from hal.models.floors import Device
 
 EPILOG = """columns (medians of the repeats; all prompts arrive at once; no prefix caching; end-of-sequence is ignored):
   TTFT     time to first token, mean over the requests        prefill  prompt tokens/s until every request has a token
@@ -144,9 +144,10 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
         (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
         chosen |= {"model": str(scratch), "random_weights": True}
     from hal.checkpoints.hf_config import read_config
-    from hal.cli import floors, measure, open_loop
+    from hal.cli import measure, open_loop
     from hal.contracts import backend as backends
     from hal.engine.llm import LLM
+    from hal.models import floors
 
     config = _config(args, chosen)
     model = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
@@ -209,7 +210,7 @@ def _config(args: argparse.Namespace, chosen: dict[str, Any]) -> EngineConfig:
 
 
 def _row(config: EngineConfig, model: ModelConfig, dtype: str, device: Device, cell: Cell) -> Row:
-    from hal.cli import floors
+    from hal.models import floors
 
     runs = [sides[0] for sides in cell.rounds]
     step, prefill = (statistics.median(getattr(r, name) for r in runs) for name in ("decode_step", "prefill"))

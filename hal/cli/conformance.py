@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="TOML or JSON of expected failures: case, reason, link, dtype")
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; the report says so; repeatable")
+    parser.add_argument("--speed", type=options.path, nargs="?", const="", metavar="FILE",
+                        help="also measure level S, which is no part of the verdict; FILE is JSON of the least shares "
+                             "that the vendor declares")
     parser.add_argument("--list", action="store_true", help="print the cases, and those not written yet, and end")
     parser.add_argument("--verify", type=options.path, metavar="FILE",
                         help="say whether a report.json is complete and consistent, and end")
@@ -78,12 +81,15 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("give --backend NAME")
     from hal.conformance import report as reports
     from hal.conformance import run as kit
+    from hal.conformance.speed import read_thresholds
     from hal.testing.tolerance import Tolerances
 
+    thresholds = None if args.speed is None else read_thresholds(args.speed) if args.speed else {}
     for name in reports.FILES if args.report else ():
         files.check_writable("--report", Path(args.report) / name)
-    report = kit.run(kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
-                                 tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance)), _show)
+    asked = kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
+                        tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance), thresholds)
+    report = kit.run(asked, _show)
     if args.report:
         reports.write(report, Path(args.report))
     print("\n".join(f"{name}: {value}" for name, value in report.header.items()), end="\n\n")

@@ -9,6 +9,7 @@ import numpy as np
 from hal.conformance.case import LEVELS
 from hal.conformance.report import cell
 from hal.conformance.run import Report, Result
+from hal.conformance.speed import Speed
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1d2430 }
@@ -50,6 +51,13 @@ def html(report: Report) -> str:
         parts.append("<h2>Errors by operation</h2><p class='note'>|got - expected| / (1 + |expected|) against fp64, "
                      "elements by decade on a logarithmic count; the red line is the tolerance. Exact results are at "
                      f"the left edge.</p><div class='plots'>{plots}</div>")
+    if report.speed:
+        rows = "".join(f"<tr><td>{escape(s.name)}</td><td>{escape(s.dtype)}</td><td>{s.seconds * 1e3:.3f}</td>"
+                       f"<td class='{_reached(s)}'>{'' if s.share is None else f'{s.share:.2f}'}</td><td>"
+                       f"{'' if s.least is None else f'{s.least:g}'}</td></tr>" for s in report.speed)
+        parts.append("<h2>Speed</h2><p class='note'>No part of the verdict. Shares are of the bandwidth or matrix rate "
+                     "that was measured in the same process.</p><div class='wide'><table><tr><th>what</th>"
+                     f"<th>dtype</th><th>ms</th><th>share</th><th>declared</th></tr>{rows}</table></div>")
     parts += [_section("Not applicable", report, ("n/a",)), _section("Passed", report, ("pass",)), "<h2>Run</h2><dl>"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.header.items()]
     return "\n".join([*parts, "</dl></body></html>"])
@@ -68,6 +76,10 @@ def _table(report: Report) -> str:
         lines.append(f"<tr><th>L{level} {LEVELS[level]}</th>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</table></div><p class='note'>Passes of what is applicable; what is not applicable is "
                       "no pass.</p>"])
+
+
+def _reached(s: Speed) -> str:
+    return "" if s.least is None else "pass" if (s.share or 0.0) >= s.least else "xfail"
 
 
 def _section(title: str, report: Report, statuses: tuple[str, ...], opened: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def terminal(report: Report) -> str:
     grouped = reasons(report)
     if grouped:
         lines += ["", "not applicable:", *(f"  {reason}" for reason in grouped)]
+    if report.speed:
+        lines += ["", "speed, which is no part of the verdict:", *(f"  {s.text}" for s in report.speed)]
     return "\n".join([*lines, "", report.verdict])
 
 
@@ -79,6 +82,8 @@ def markdown(report: Report) -> str:
     grouped = reasons(report)
     if grouped:
         lines += ["", "## Not applicable", "", *(f"- {reason}" for reason in grouped)]
+    if report.speed:
+        lines += ["", "## Speed", "", "No part of the verdict.", "", *(f"- {s.text}" for s in report.speed)]
     return "\n".join([*lines, ""])
 
 
@@ -95,6 +100,7 @@ def as_json(report: Report) -> str:
     return json.dumps({"verdict": report.verdict, "header": report.header, "dtypes": report.dtypes,
                        "capabilities": report.capabilities, "must_pass": must_pass.digest(must_pass.current()),
                        "partial": report.partial, "levels": table, "errors": errors,
+                       "speed": [dataclasses.asdict(s) for s in report.speed],
                        "results": [_result(r) for r in report.results]}, indent=1)
 
 

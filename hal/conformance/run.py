@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.conformance import KIT_VERSION
+from hal.conformance import KIT_VERSION, speed
 from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, Status, all_cases
 from hal.conformance.context import Context
+from hal.conformance.speed import Speed
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.errors import ConfigError, HalError
@@ -59,6 +60,7 @@ class Options:
     dtypes: tuple[str, ...] = ()
     expected_file: str | None = None
     tolerances: Tolerances = field(default_factory=Tolerances)
+    speed: dict[str, float] | None = None  # level S runs, with these least shares that the vendor declares
 
     def command(self, case: str, dtype: str) -> str:
         """The command that repeats one result."""
@@ -88,6 +90,7 @@ class Report:
         errors: (operation, dtype) -> all measured errors.
         partial: only some cases were asked for, so there is no verdict.
         capabilities: what the backend declares, as JSON holds it.
+        speed: of level S, if it was asked for.
     """
 
     header: dict[str, str]
@@ -97,6 +100,7 @@ class Report:
     tolerances: Tolerances = field(default_factory=Tolerances)
     partial: bool = False
     capabilities: dict[str, Any] = field(default_factory=dict)
+    speed: list[Speed] = field(default_factory=list)
 
     def cell(self, level: int, dtype: str) -> dict[str, int]:
         """The number of cases of a level by outcome, for a dtype. Cases without a dtype count for every dtype."""
@@ -228,10 +232,14 @@ def run(options: Options, progress: Callable[[Result], None] = lambda _: None) -
     kit = Kit(options)
     report = Report(header(kit.backend, options), kit.dtypes, errors=kit.errors, tolerances=options.tolerances,
                     partial=options.cases != ("*",), capabilities=declared(kit.backend))
-    with tempfile.TemporaryDirectory(prefix="hal-conformance-") as scratch, strict():
-        for case, dtype in kit.work():
-            report.results.append(kit.result(case, dtype, Path(scratch)))
-            progress(report.results[-1])
+    with tempfile.TemporaryDirectory(prefix="hal-conformance-") as scratch:
+        with strict():
+            for case, dtype in kit.work():
+                report.results.append(kit.result(case, dtype, Path(scratch)))
+                progress(report.results[-1])
+        for dtype in () if options.speed is None else kit.dtypes:  # without the checks, which cost time
+            report.speed += speed.measure(Context(kit.backend, options.device, dtype, options.seed, name="speed",
+                                                  scratch=Path(scratch)), options.speed or {})
     return report
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from hal import LLM, profiling
 from hal.checkpoints.hf_config import parse_config
-from hal.cli import bench, floors, main, measure, open_loop
+from hal.cli import bench, main, measure, open_loop
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
+from hal.models import floors
 from hal.testing.null import NullRunner
 
 SMALL = ["--device", "cpu", "--prompt-len", "12", "--new-tokens", "4", "--repeat", "2", "--batch-sizes", "1,3"]

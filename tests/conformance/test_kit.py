@@ -21,6 +21,7 @@ from hal.conformance import html, report
 from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, all_cases
 from hal.conformance.context import Context
 from hal.conformance.run import Options, Report, Result, outcome, read_expected, run
+from hal.conformance.speed import read_thresholds
 from hal.errors import BackendError, ConfigError, GuardError
 from hal.testing.null import NullBackend
 from hal.testing.tolerance import TOLERANCES, Tolerances
@@ -237,3 +238,23 @@ def test_too_few_devices_are_no_failure() -> None:
     assert [r.status for r in found] == ["n/a", "n/a"]
     assert all(r.text.startswith("needs 2 devices: ") and r.text.endswith(
         "hal conformance --backend test_kit:one_device --level 5") for r in found), found
+
+
+@pytest.mark.slow
+def test_speed_is_recorded_and_is_no_part_of_the_verdict(tmp_path: Path) -> None:
+    found = run(Options("null", cases=("L0/device/*",), dtypes=("float32",), speed={"decode of 8 sequences": 1e9}))
+    by_name = {s.name: s for s in found.speed}
+    assert {"start-up", "decode of 1 sequences", "prefill of 8 x 256 tokens",
+            "step of a tiny model on 2 ranks"} <= by_name.keys()
+    assert by_name["decode of 8 sequences"].text.endswith("; declared 1e+09, and MISSED") and not found.failed
+    report.write(found, tmp_path)
+    assert "class='xfail'>" in (tmp_path / "report.html").read_text()
+    assert "## Speed" in (tmp_path / "report.md").read_text()
+    assert report.read(str(tmp_path / "report.json"))["speed"][0]["name"] == "copying 1 GB"
+
+
+def test_thresholds_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    for text in ("", "[1]", '{"decode": "fast"}'):
+        (tmp_path / "least.json").write_text(text)
+        with pytest.raises(ConfigError, match="speed thresholds"):
+            read_thresholds(str(tmp_path / "least.json"))

@@ -43,7 +43,7 @@ def read_bandwidth(backend: Backend) -> float:
     x, y = (torch.ones(size // 4, device=device) for _ in range(2))
     candidates: list[tuple[Callable[[], object], int]] = [
         (x.sum, size), (lambda: torch.dot(x, y), 2 * size), (lambda: y.copy_(x), 2 * size)]
-    return max(moved / _seconds(backend, call, 3) for call, moved in candidates)
+    return max(moved / timed(backend, call, 3) for call, moved in candidates)
 
 
 def matrix_rate(backend: Backend, dtype: str) -> float:
@@ -52,14 +52,14 @@ def matrix_rate(backend: Backend, dtype: str) -> float:
     for kind in dict.fromkeys((dtype, "float32")):
         for side in _SIDES.get(device.type, (1024, 8192)):
             x = torch.ones(side, side, dtype=getattr(torch, kind), device=device)
-            seconds = _seconds(backend, lambda x=x: x @ x, 2)  # type: ignore[misc]
+            seconds = timed(backend, lambda x=x: x @ x, 2)  # type: ignore[misc]
             best = max(best, 2 * side**3 / seconds)
             if seconds > _SLOW:
                 break
     return best
 
 
-def _seconds(backend: Backend, call: Callable[[], object], repeats: int) -> float:
+def timed(backend: Backend, call: Callable[[], object], repeats: int) -> float:
     """Of one call, the shortest of `repeats` after a first one."""
     times = []
     for _ in range(1 + repeats):
