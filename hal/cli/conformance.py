@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hal import files
 from hal.cli import options
+from hal.config import BUNDLED_MODEL
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed", type=options.path, nargs="?", const="", metavar="FILE",
                         help="also measure level S, which is no part of the verdict; FILE is JSON of the least shares "
                              "that the vendor declares")
+    parser.add_argument("--tasks", type=options.path, nargs="?", const="", metavar="FILE",
+                        help="also count right answers by dtype, format and topology: of the bundled model's held-out "
+                             "problems, or of FILE, JSONL with prompt and answer")
+    parser.add_argument("--tasks-model", type=options.path, metavar="DIR", help="the model that answers FILE's prompts")
     parser.add_argument("--list", action="store_true", help="print the cases, and those not written yet, and end")
     parser.add_argument("--verify", type=options.path, metavar="FILE",
                         help="say whether a report.json is complete and consistent, and end")
@@ -82,13 +87,16 @@ def run(args: argparse.Namespace) -> int:
     from hal.conformance import report as reports
     from hal.conformance import run as kit
     from hal.conformance.speed import read_thresholds
+    from hal.conformance.tasks import HELD_OUT, read_problems
     from hal.testing.tolerance import Tolerances
 
     thresholds = None if args.speed is None else read_thresholds(args.speed) if args.speed else {}
+    problems = None if args.tasks is None else read_problems(args.tasks or str(HELD_OUT))
     for name in reports.FILES if args.report else ():
         files.check_writable("--report", Path(args.report) / name)
     asked = kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
-                        tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance), thresholds)
+                        tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance),
+                        problems and (problems, args.tasks_model or str(BUNDLED_MODEL)), thresholds)
     report = kit.run(asked, _show)
     if args.report:
         reports.write(report, Path(args.report))

@@ -58,6 +58,11 @@ def html(report: Report) -> str:
         parts.append("<h2>Speed</h2><p class='note'>No part of the verdict. Shares are of the bandwidth or matrix rate "
                      "that was measured in the same process.</p><div class='wide'><table><tr><th>what</th>"
                      f"<th>dtype</th><th>ms</th><th>share</th><th>declared</th></tr>{rows}</table></div>")
+    if report.tasks:
+        rows = "".join(f"<tr><td>{escape(a.how)}</td><td>{escape(a.dtype)}</td><td>"
+                       f"{escape(a.refused) or f'{a.right} of {a.total}'}</td></tr>" for a in report.tasks)
+        parts.append("<h2>Tasks</h2><p class='note'>Right answers; no part of the verdict.</p><div class='wide'><table>"
+                     f"<tr><th>how</th><th>dtype</th><th>right</th></tr>{rows}</table></div>")
     parts += [_section("Not applicable", report, ("n/a",)), _section("Passed", report, ("pass",)), "<h2>Run</h2><dl>"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.header.items()]
     return "\n".join([*parts, "</dl></body></html>"])

@@ -61,6 +61,8 @@ def terminal(report: Report) -> str:
         lines += ["", "not applicable:", *(f"  {reason}" for reason in grouped)]
     if report.speed:
         lines += ["", "speed, which is no part of the verdict:", *(f"  {s.text}" for s in report.speed)]
+    if report.tasks:
+        lines += ["", "tasks, which are no part of the verdict:", *(f"  {a.text}" for a in report.tasks)]
     return "\n".join([*lines, "", report.verdict])
 
 
@@ -84,6 +86,8 @@ def markdown(report: Report) -> str:
         lines += ["", "## Not applicable", "", *(f"- {reason}" for reason in grouped)]
     if report.speed:
         lines += ["", "## Speed", "", "No part of the verdict.", "", *(f"- {s.text}" for s in report.speed)]
+    if report.tasks:
+        lines += ["", "## Tasks", "", "No part of the verdict.", "", *(f"- {a.text}" for a in report.tasks)]
     return "\n".join([*lines, ""])
 
 
@@ -101,6 +105,7 @@ def as_json(report: Report) -> str:
                        "capabilities": report.capabilities, "must_pass": must_pass.digest(must_pass.current()),
                        "partial": report.partial, "levels": table, "errors": errors,
                        "speed": [dataclasses.asdict(s) for s in report.speed],
+                       "tasks": [dataclasses.asdict(a) for a in report.tasks],
                        "results": [_result(r) for r in report.results]}, indent=1)
 
 

@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.conformance import KIT_VERSION, speed
+from hal.conformance import KIT_VERSION, speed, tasks
 from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, Status, all_cases
 from hal.conformance.context import Context
 from hal.conformance.speed import Speed
+from hal.conformance.tasks import Accuracy, Problem
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.errors import ConfigError, HalError
@@ -60,6 +61,7 @@ class Options:
     dtypes: tuple[str, ...] = ()
     expected_file: str | None = None
     tolerances: Tolerances = field(default_factory=Tolerances)
+    tasks: tuple[list[Problem], str] | None = None  # with the model that answers them
     speed: dict[str, float] | None = None  # level S runs, with these least shares that the vendor declares
 
     def command(self, case: str, dtype: str) -> str:
@@ -90,7 +92,7 @@ class Report:
         errors: (operation, dtype) -> all measured errors.
         partial: only some cases were asked for, so there is no verdict.
         capabilities: what the backend declares, as JSON holds it.
-        speed: of level S, if it was asked for.
+        speed: of level S, and tasks: accuracies, if they were asked for.
     """
 
     header: dict[str, str]
@@ -101,6 +103,7 @@ class Report:
     partial: bool = False
     capabilities: dict[str, Any] = field(default_factory=dict)
     speed: list[Speed] = field(default_factory=list)
+    tasks: list[Accuracy] = field(default_factory=list)
 
     def cell(self, level: int, dtype: str) -> dict[str, int]:
         """The number of cases of a level by outcome, for a dtype. Cases without a dtype count for every dtype."""
@@ -240,6 +243,9 @@ def run(options: Options, progress: Callable[[Result], None] = lambda _: None) -
         for dtype in () if options.speed is None else kit.dtypes:  # without the checks, which cost time
             report.speed += speed.measure(Context(kit.backend, options.device, dtype, options.seed, name="speed",
                                                   scratch=Path(scratch)), options.speed or {})
+    if options.tasks is not None:
+        problems, model = options.tasks
+        report.tasks += tasks.measure(options.device, kit.backend, kit.dtypes, problems, model)
     return report
 
 

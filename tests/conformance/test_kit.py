@@ -22,6 +22,7 @@ from hal.conformance.case import LEVELS, Case, Mismatch, NotApplicable, all_case
 from hal.conformance.context import Context
 from hal.conformance.run import Options, Report, Result, outcome, read_expected, run
 from hal.conformance.speed import read_thresholds
+from hal.conformance.tasks import HELD_OUT, read_problems
 from hal.errors import BackendError, ConfigError, GuardError
 from hal.testing.null import NullBackend
 from hal.testing.tolerance import TOLERANCES, Tolerances
@@ -258,3 +259,23 @@ def test_thresholds_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         (tmp_path / "least.json").write_text(text)
         with pytest.raises(ConfigError, match="speed thresholds"):
             read_thresholds(str(tmp_path / "least.json"))
+
+
+@pytest.mark.slow
+def test_tasks_are_counted_by_dtype_format_and_topology(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problems = HELD_OUT.read_text().splitlines()[:20]
+    (tmp_path / "tasks.jsonl").write_text("\n".join([*problems, '{"prompt": "1+1=", "answer": "3"}']))
+    words = ["conformance", "--backend", "cpu", "--case", "L0/device/*", "--dtype", "float32"]
+    assert main([*words, "--report", str(tmp_path), "--tasks", str(tmp_path / "tasks.jsonl")]) == 0
+    shown = capsys.readouterr().out
+    for how in ("as stored, one rank", "quantize=int8", "kv_dtype=fp8", "tp=2", "pp=2"):
+        assert f"float32, {how}: 20 of 21 right" in shown
+    assert "<td>20 of 21</td>" in (tmp_path / "report.html").read_text()
+    assert report.read(str(tmp_path / "report.json"))["tasks"][0]["right"] == 20
+
+
+def test_tasks_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    for text in ("", "[1]", '{"prompt": "1+1="}', '{"prompt": "1+1=", "answer": 2}', '{"prompt": "", "answer": "2"}'):
+        (tmp_path / "tasks.jsonl").write_text(text)
+        with pytest.raises(ConfigError, match="file of tasks"):
+            read_problems(str(tmp_path / "tasks.jsonl"))
