@@ -1,13 +1,16 @@
 """Products with weights of 8 or 4 bits, which are read as they are stored: one row of inputs, and few rows.
 
-The layout of 4 bits: inputs come in chunks, whose size divides the group of a scale. A chunk of C inputs is C / 8 int32
-words, and the nibble i of word j holds the input i * C / 8 + j. So each nibble of a chunk's words meets consecutive
-inputs, and nothing is rearranged in a kernel.
+The layout of integers: inputs come in chunks of 128, and a word of 32 bits has 4 or 8 of them, so that a chunk is 32 or
+16 words. The piece i of word j is the input i * words + j. So each piece of a chunk's words meets consecutive inputs, whose group is the same, and
+nothing is rearranged in a kernel. The lowest 24 bits of a word are a fixed-point number when they are taken for those
+of a floating-point number: n * 2^-149. So one instruction takes a piece out, while a conversion has an eighth of the
+rate of other instructions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,8 @@ from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 MOST_ROWS = 16
 _CHUNKS = (128, 64, 32, 16)
+_OUTPUTS = 32  # the fewest outputs of a program for few rows
+_PROGRAMS = 1056  # eight for each multiprocessor of an H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,32 +31,40 @@ class FewBits:
     """A weight [out, in] in the layout of these kernels.
 
     Attributes:
-        values: [out, chunks * chunk] of int8 or float8_e4m3fn, or [out, chunks * chunk / 8] int32 of 4 bits.
-        scales: [out, chunks / per_scale], of the narrowest floating-point type that holds them. zeros: the same, of
-            bytes where they hold them; None stands for zeros of 0.
+        values: [out, chunks * chunk] of float8_e4m3fn, or [out, chunks * words] int32 of integers from 0 on.
+        scales: [groups, out], of the narrowest floating-point type that holds them. zeros: the same, of bytes where
+            they hold them; None stands for zeros of 0.
         order: [in], which input comes where, or None: they come in their own order.
+        pieces: integers of a word; 0 for float8. offset: what the integers are above the values that were given.
+        group: consecutive inputs that share a scale. chunk: inputs that a kernel takes at once; it divides the group,
+            or of integers, whose chunk is 128, may be a multiple of it.
+        ended: int32 zeros, which programs that share an output count themselves in, and set to zero again.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     order: torch.Tensor | None
-    bits: int
+    pieces: int
+    offset: int
     chunk: int
-    per_scale: int
+    group: int
     inputs: int
+    ended: torch.Tensor
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in], in the order of `order`."""
-        rows, values = len(self.values), self.values
-        if self.bits == 4:
-            words = values.view(rows, -1, 1, self.chunk // 8)
-            shifts = torch.arange(0, 32, 4, device=values.device, dtype=torch.int32)
-            values = words >> shifts.view(8, 1) & 15
-        wide = values.reshape(rows, self.scales.shape[1], -1).float()
+        wide = self.values.float()
+        if self.pieces:
+            words = self.values.view(len(self.values), -1, 1, self.chunk // self.pieces)
+            shifts = torch.arange(0, 32, 32 // self.pieces, device=words.device, dtype=torch.int32)
+            wide = (words >> shifts.view(-1, 1) & (1 << 32 // self.pieces) - 1).flatten(1).float() - self.offset
         if self.zeros is not None:
-            wide = wide - self.zeros.unsqueeze(-1)
-        return (wide * self.scales.unsqueeze(-1)).flatten(1)[:, :self.inputs].to(dtype)
+            wide = wide - self._wide(self.zeros)
+        return (wide * self._wide(self.scales))[:, :self.inputs].to(dtype)
+
+    def _wide(self, of_groups: torch.Tensor) -> torch.Tensor:
+        return of_groups.t().float().repeat_interleave(self.group, 1)
 
 
 def few_bits(grid: Grid) -> FewBits | None:
@@ -65,21 +78,27 @@ def few_bits(grid: Grid) -> FewBits | None:
         if not (grid.index == first).all() or not torch.equal(first[order].long(), regular):
             return None
         values = values[:, order]
-    bits = 4 if values.dtype == torch.uint8 else 8
+    pieces = {torch.uint8: 8, torch.int8: 4}.get(values.dtype, 0)
     group = -(-inputs // 128) * 128 if scales.shape[1] == 1 else grid.group
-    chunk = next((c for c in _CHUNKS if group % c == 0), None)
-    if chunk is None or (bits == 4 and int(values.max()) > 15):
+    chunk = next((c for c in _CHUNKS if group % c == 0), 0)
+    if not chunk or (zeros is not None and not pieces) or (pieces and group % 128 and group != chunk) or (pieces == 8 and int(values.max()) > 15):
         return None
+    offset = 128 if pieces == 4 else 0
+    if pieces:
+        chunk, groups = 128, -(-inputs // 128) * 128 // group
+        scales = F.pad(scales, (0, groups - scales.shape[1]))
+        zeros = None if zeros is None else F.pad(zeros, (0, groups - zeros.shape[1]))
     values = _padded(values, scales.shape[1] * group)
-    if bits == 4:
-        nibbles = values.view(rows, -1, 8, chunk // 8).int()
-        packed = nibbles[:, :, 0]
-        for i in range(1, 8):
-            packed = packed | nibbles[:, :, i] << 4 * i
+    if pieces:
+        parts = (values.int() + offset).view(rows, -1, pieces, 128 // pieces)
+        packed = parts[:, :, 0]
+        for i in range(1, pieces):
+            packed = packed | parts[:, :, i] << 32 // pieces * i
         values = packed.flatten(1)
-    scales = _narrowest(scales, torch.float16, torch.bfloat16)
-    zeros = None if zeros is None else _narrowest(zeros, torch.uint8)
-    return FewBits(values.contiguous(), scales, zeros, order, bits, chunk, group // chunk, inputs)
+    scales = _narrowest(scales.t(), torch.float16, torch.bfloat16)
+    zeros = None if zeros is None else _narrowest(zeros.t(), torch.uint8)
+    ended = torch.zeros(-(-rows // _OUTPUTS), dtype=torch.int32, device=values.device)
+    return FewBits(values.contiguous(), scales, zeros, order, pieces, offset, chunk, group, inputs, ended)
 
 
 def _narrowest(values: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
@@ -97,41 +116,73 @@ def _padded(values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @triton.jit
-def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, per_scale, BITS: tl.constexpr,
-             CHUNK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
-             CHUNKS: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _piece(words, NTH: tl.constexpr, PIECES: tl.constexpr, RAISED: tl.constexpr):
+    """The NTH integer n of each word, as the fp32 number n * 2^(RAISED - 149), or, where RAISED is 0, as n times 2^-149
+    times two to the power of its place, which is `32 // PIECES * NTH % 24`."""
+    PLACE: tl.constexpr = 32 // PIECES * NTH
+    MASK: tl.constexpr = (1 << 32 // PIECES) - 1
+    bits = words & (MASK << PLACE) if PLACE < 24 else (words >> 24) & (MASK << (PLACE - 24))
+    value = bits.to(tl.float32, bitcast=True)
+    if RAISED > 0:
+        value = value * 2.0 ** (RAISED - PLACE % 24)
+    return value
+
+
+@triton.jit
+def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIECES: tl.constexpr, OFFSET: tl.constexpr,
+             CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+             ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
+    """Of integers. PARTS: groups of a chunk; where it is 1, `each` chunks are a group."""
+    WORDS: tl.constexpr = CHUNK // PIECES
+    # Axes in the order of threads, and inputs in the same shape, so that each thread loads the inputs that it needs.
+    some, word = tl.arange(0, CHUNKS)[:, None], tl.arange(0, WORDS)[None, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None]
     mine = row < rows
-    WORDS: tl.constexpr = CHUNK // 8 if BITS == 4 else CHUNK
-    word, some = tl.arange(0, WORDS), tl.arange(0, CHUNKS)
-    source = values + row.to(tl.int64)[:, None, None] * (chunks * WORDS) + word[None, None]
-    groups = chunks // per_scale
+    source = values + row.to(tl.int64)[:, :, None] * (chunks * WORDS) + word
+    acc = tl.zeros((CHUNKS, ROWS), tl.float32)
+    wait_for_inputs(PDL)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + some
+        there = (chunk < chunks) & mine
+        tile = tl.load(source + chunk[:, :, None] * WORDS, mask=there[:, :, None], other=0)
+        for p in tl.static_range(PARTS):
+            product = tl.zeros((CHUNKS, ROWS, WORDS), tl.float32)
+            sums = tl.zeros((CHUNKS, 1, WORDS), tl.float32)
+            for j in tl.static_range(PIECES // PARTS):
+                at = chunk[:, :, None] * CHUNK + (p * (PIECES // PARTS) + j) * WORDS + word
+                value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+                product += _piece(tile, p * (PIECES // PARTS) + j, PIECES, 0) * (
+                    value * 2.0 ** (100 - 32 // PIECES * (p * (PIECES // PARTS) + j) % 24))
+                sums += value
+            part, total = tl.sum(product, 2) * 2.0 ** 49, tl.sum(sums, 2)
+            if OFFSET > 0:
+                part -= OFFSET * total
+            scale_at = (chunk // each * PARTS + p) * rows + row
+            if HAS_ZEROS:
+                part -= tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32) * total
+            acc += part * tl.load(scales + scale_at, mask=there, other=0.0).to(tl.float32)
+    result = tl.sum(acc, 0)[None]
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _one_row_float8(x, values, scales, bias, out, rows, size, chunks, each, CHUNK: tl.constexpr,
+                    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    mine, inner, some = row < rows, tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
+    source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + inner[None, None]
     acc = tl.zeros((ROWS, CHUNKS), tl.float32)
     wait_for_inputs(PDL)
     for start in range(0, chunks, CHUNKS):
         chunk = start + some
         there = mine[:, None] & (chunk < chunks)[None]
-        tile = tl.load(source + chunk[None, :, None] * WORDS, mask=there[:, :, None], other=0.0 if BITS == 8 else 0)
-        scale_at = row[:, None] * groups + (chunk // per_scale)[None]
-        scale = tl.load(scales + scale_at, mask=there, other=0.0).to(tl.float32)
-        if BITS == 8:
-            at = chunk[:, None] * CHUNK + word[None]
-            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-            part = tl.sum(tile.to(tl.float32) * value[None], 2)
-            total = tl.sum(value, 1)
-        else:
-            product = tl.zeros((ROWS, CHUNKS, WORDS), tl.float32)
-            sums = tl.zeros((CHUNKS, WORDS), tl.float32)
-            for i in tl.static_range(8):
-                at = chunk[:, None] * CHUNK + i * WORDS + word[None]
-                value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-                product += ((tile >> (4 * i)) & 15).to(tl.float32) * value[None]
-                sums += value
-            part = tl.sum(product, 2)
-            total = tl.sum(sums, 1)
-        if HAS_ZEROS:
-            part -= tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32) * total[None]
-        acc += part * scale
+        tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
+        at = chunk[:, None] * CHUNK + inner[None]
+        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+        scale = tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0).to(tl.float32)
+        acc += tl.sum(tile.to(tl.float32) * value[None], 2) * scale
     result = tl.sum(acc, 1)
     if HAS_BIAS:
         result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
@@ -139,69 +190,106 @@ def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, per_scale,
 
 
 @triton.jit
-def _few_rows(x, values, scales, zeros, bias, out, count, x_stride, rows, size, chunks, per_scale,
-              BITS: tl.constexpr, CHUNK: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
-              ROWS: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
-              PDL: tl.constexpr):
-    """A tile is ROWS outputs by WORDS values, or words of 8 values."""
-    row, m, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_M), tl.arange(0, WORDS)
+def _few_rows(x, values, scales, zeros, bias, out, parts, ended, count, x_stride, rows, size, chunks, each, splits,
+              PIECES: tl.constexpr, OFFSET: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+              HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
+              BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
+    """Several programs share an output's inputs; the last of them to end adds what they found. PARTS and `each` as in
+    _one_row. A weight is the first factor of a product, since tensor cores take that one from registers."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    row, m = block * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_M)
     mine, real = row < rows, m < count
-    EACH: tl.constexpr = CHUNK // 8 if BITS == 4 else CHUNK
-    words, groups = chunks * EACH, chunks // per_scale
-    source = values + row.to(tl.int64)[:, None] * words
-    inputs = x + m.to(tl.int64)[:, None] * x_stride
-    acc = tl.zeros((BLOCK_M, ROWS), tl.float32)
+    WORDS: tl.constexpr = CHUNK // PIECES if PIECES > 0 else CHUNK
+    word = tl.arange(0, WORDS)
+    source = values + row.to(tl.int64)[:, None] * (chunks * WORDS) + word[None]
+    inputs = x + m.to(tl.int64)[None] * x_stride
+    acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
+    share = tl.cdiv(chunks, splits)
     wait_for_inputs(PDL)
-    for start in range(0, words, WORDS):
-        at = start + word
-        there = mine[:, None] & (at < words)[None]
-        tile = tl.load(source + at[None], mask=there, other=0.0 if BITS == 8 else 0)
-        scale_at = row[:, None] * groups + (at // EACH // per_scale)[None]
-        scale = tl.load(scales + scale_at, mask=there, other=0.0).to(tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32)
-        else:
-            zero = tl.zeros((ROWS, WORDS), tl.float32)
-        if BITS == 8:
-            value = tl.load(inputs + at[None], mask=real[:, None] & (at < size)[None], other=0.0)
-            weight = ((tile.to(tl.float32) - zero) * scale).to(value.dtype)
-            acc += tl.dot(value, tl.trans(weight), input_precision=PRECISION)
-        else:
-            for i in tl.static_range(8):
-                place = at // EACH * CHUNK + i * EACH + at % EACH
-                value = tl.load(inputs + place[None], mask=real[:, None] & (place < size)[None], other=0.0)
-                weight = ((((tile >> (4 * i)) & 15).to(tl.float32) - zero) * scale).to(value.dtype)
-                acc += tl.dot(value, tl.trans(weight), input_precision=PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)[None]
-    into = out + m.to(tl.int64)[:, None] * rows + row[None]
-    tl.store(into, acc.to(out.dtype.element_ty), mask=real[:, None] & mine[None])
+    for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=4):
+        tile = tl.load(source + chunk * WORDS, mask=mine[:, None], other=0 if PIECES > 0 else 0.0)
+        for p in tl.static_range(PARTS):
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            if PIECES == 0:
+                at = chunk * CHUNK + word
+                value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
+                part = tl.dot(tile.to(tl.float32).to(value.dtype), value, input_precision=PRECISION)
+            else:
+                part = tl.zeros((ROWS, BLOCK_M), tl.float32)
+                sums = tl.zeros((WORDS, BLOCK_M), tl.float32)
+                for j in tl.static_range(PIECES // PARTS):
+                    at = chunk * CHUNK + (p * (PIECES // PARTS) + j) * WORDS + word
+                    value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
+                    weight = _piece(tile, p * (PIECES // PARTS) + j, PIECES, 126)
+                    if value.dtype == tl.float16:  # whose smallest number is larger
+                        weight = weight * 2.0 ** 23
+                    part = tl.dot(weight.to(value.dtype), value, part, input_precision=PRECISION)
+                    sums += value.to(tl.float32)
+                total = tl.sum(sums, 0)
+                if x.dtype.element_ty != tl.float16:
+                    part = part * 2.0 ** 23
+                if OFFSET > 0:
+                    part -= OFFSET * total[None]
+            scale_at = (chunk // each * PARTS + p) * rows + row
+            if HAS_ZEROS:
+                part -= tl.load(zeros + scale_at, mask=mine, other=0).to(tl.float32)[:, None] * total[None]
+            acc += part * tl.load(scales + scale_at, mask=mine, other=0.0).to(tl.float32)[:, None]
+    last = split == 0
+    if SHARED:
+        inner = tl.arange(0, ROWS)[:, None] * BLOCK_M + m[None]
+        place, step = parts + block * (ROWS * BLOCK_M) + inner, tl.num_programs(0) * (ROWS * BLOCK_M)
+        tl.store(place + split * step, acc)
+        tl.debug_barrier()  # all threads have stored before one of them counts the program as ended
+        last = tl.atomic_add(ended + block, 1) == splits - 1
+        if last:
+            acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
+            for other in range(splits):
+                acc += tl.load(place + other * step, cache_modifier=".cg")
+            tl.store(ended + block, 0)
+    if last:
+        if HAS_BIAS:
+            acc += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)[:, None]
+        into = out + m.to(tl.int64)[None] * rows + row[:, None]
+        tl.store(into, acc.to(out.dtype.element_ty), mask=real[None] & mine[:, None])
 
 
 def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, rows: int = 0, width: int = 0,
-             warps: int = 4) -> torch.Tensor:
+             warps: int = 0) -> torch.Tensor:
     """x [n, in], contiguous rows in the weight's order, of at most MOST_ROWS rows -> [n, out]; sums are fp32.
 
     Args:
-        rows, width: outputs of a program, and chunks (one row of inputs) or values of its tile; 0 takes the usual ones.
+        rows, width, warps: outputs of a program, chunks of its tile (one row of inputs) or programs that share an
+            output, and its warps; 0 takes what was fastest on an H200 (benchmarks/gpu.py few_bits).
     """
     n, size = x.shape
     out = torch.empty(n, len(weight.values), dtype=x.dtype, device=x.device)
-    each = weight.chunk // 8 if weight.bits == 4 else weight.chunk
-    chunks = weight.values.shape[1] // each
+    chunks = weight.values.shape[1] * max(weight.pieces, 1) // weight.chunk
     zeros = weight.scales if weight.zeros is None else weight.zeros
-    shape = {"BITS": weight.bits, "CHUNK": weight.chunk, "HAS_ZEROS": weight.zeros is not None,
-             "HAS_BIAS": bias is not None, **launch_options(x)}
-    args = (weight.values, weight.scales, zeros, weight.scales if bias is None else bias, out)
-    if n == 1:
-        rows = rows or 4
-        usual = 1024 // weight.chunk if weight.bits == 8 else 2048 // weight.chunk
-        width = width or min(triton.next_power_of_2(chunks), usual)
+    bias_or_any = weight.scales if bias is None else bias
+    parts, each = max(weight.chunk // weight.group, 1), max(weight.group // weight.chunk, 1)
+    shape: dict[str, Any] = {"CHUNK": weight.chunk, "HAS_BIAS": bias is not None, **launch_options(x)}
+    if weight.pieces or n > 1:
+        shape |= {"PIECES": weight.pieces, "OFFSET": weight.offset, "PARTS": parts,
+                  "HAS_ZEROS": weight.zeros is not None}
+    if n == 1 and not weight.pieces:
+        usual = (16, 1024, 4) if out.shape[1] >= 16384 else (8, 2048, 8)
+        rows, width, warps = rows or usual[0], width or usual[1] // weight.chunk, warps or usual[2]
+        _one_row_float8[(triton.cdiv(out.shape[1], rows),)](
+            x, weight.values, weight.scales, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
+            CHUNKS=width, num_warps=warps, **shape)
+    elif n == 1:
+        rows, width, warps = rows or 8, width or 32, warps or 32 // weight.pieces
         _one_row[(triton.cdiv(out.shape[1], rows),)](
-            x, *args, out.shape[1], size, chunks, weight.per_scale, ROWS=rows, CHUNKS=width, num_warps=warps, **shape)
+            x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
+            CHUNKS=width, num_warps=warps, **shape)
     else:
-        rows, width = rows or 32, width or (64 if weight.bits == 8 else 16)
-        _few_rows[(triton.cdiv(out.shape[1], rows),)](
-            x, *args, n, x.stride(0), out.shape[1], size, chunks, weight.per_scale, ROWS=rows, WORDS=width,
-            BLOCK_M=16, PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps, **shape)
+        rows = rows or (128 if weight.pieces == 4 else 64)
+        blocks = triton.cdiv(out.shape[1], rows)
+        splits = width or max(min(_PROGRAMS // blocks, chunks), 1)
+        shared = torch.empty(splits * blocks * rows * MOST_ROWS if splits > 1 else 1, dtype=torch.float32,
+                             device=x.device)
+        _few_rows[(blocks, splits)](
+            x, weight.values, weight.scales, zeros, bias_or_any, out, shared, weight.ended, n, x.stride(0),
+            out.shape[1], size, chunks, each, splits, SHARED=splits > 1, ROWS=rows, BLOCK_M=MOST_ROWS,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps or 4, **shape)
     return out
