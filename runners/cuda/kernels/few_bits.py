@@ -1,10 +1,10 @@
 """Products with weights of 8 or 4 bits, which are read as they are stored: one row of inputs, and few rows.
 
 The layout of integers: inputs come in chunks of 128, and a word of 32 bits has 4 or 8 of them, so that a chunk is 32 or
-16 words. The piece i of word j is the input i * words + j. So each piece of a chunk's words meets consecutive inputs, whose group is the same, and
-nothing is rearranged in a kernel. The lowest 24 bits of a word are a fixed-point number when they are taken for those
-of a floating-point number: n * 2^-149. So one instruction takes a piece out, while a conversion has an eighth of the
-rate of other instructions.
+16 words. The piece i of word j is the input i * words + j. So each piece of a chunk's words meets consecutive inputs,
+whose group is the same, and nothing is rearranged in a kernel. The lowest 24 bits of a word are a fixed-point number
+when they are taken for those of a floating-point number: n * 2^-149. So one instruction takes a piece out, while a
+conversion has an eighth of the rate of other instructions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def few_bits(grid: Grid) -> FewBits | None:
     pieces = {torch.uint8: 8, torch.int8: 4}.get(values.dtype, 0)
     group = -(-inputs // 128) * 128 if scales.shape[1] == 1 else grid.group
     chunk = next((c for c in _CHUNKS if group % c == 0), 0)
-    if not chunk or (zeros is not None and not pieces) or (pieces and group % 128 and group != chunk) or (pieces == 8 and int(values.max()) > 15):
+    if not chunk or (pieces and group % 128 and group != chunk):
+        return None
+    if (zeros is not None and not pieces) or (pieces == 8 and int(values.max()) > 15):
         return None
     offset = 128 if pieces == 4 else 0
     if pieces:
