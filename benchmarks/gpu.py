@@ -119,9 +119,8 @@ def few_bits(bandwidth: float) -> None:
                 x = torch.randn(rows, size, device="cuda").bfloat16()
                 plain = graphed(lambda: F.linear(x, dense))  # noqa: B023
                 spent = {}
-                one = rows == 1  # else the second number is of programs that share an output
-                for tile in itertools.product((4, 8, 16) if one else (64, 128), (8, 16, 32) if one else (1, 2, 5, 8, 16),
-                                              (1, 4, 8) if one else (4, 8)):
+                tiles = ((4, 8, 16), (8, 16, 32), (1, 4, 8)) if rows == 1 else ((64, 128), (1, 2, 5, 8, 16), (4, 8))
+                for tile in itertools.product(*tiles):
                     how = dict(zip(("rows", "width", "warps"), tile, strict=True))
                     try:
                         spent[tile] = graphed(lambda: multiply(x, weight, None, **how))  # noqa: B023
