@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from hal.contracts.backend import resolve_dtype
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hal.cli.measure import Cell
+    from hal.cli.measure import Cell, Side
+    from hal.cli.peer import Peer
     from hal.contracts.backend import Backend
     from hal.model_config import ModelConfig
     from hal.models.floors import Device
@@ -37,6 +39,7 @@ EPILOG = """columns (medians of the repeats; all prompts arrive at once; no pref
   limits   of prefill and of decode: what they lack, memory bandwidth or arithmetic, and the share that they reach of
            the rate that a large tensor's reading or a large matrix product has in this process, before the benchmark.
            "neither": less than half of both, so the time goes elsewhere (many small operations, the host, other ranks)
+  peer     tokens/s of --peer in the same rounds, and ours over them (docs/benchmarks.md)
 
 A row is printed as soon as it is measured. Where --max-seconds would not suffice, a row has fewer repeats, then fewer
 new tokens, then shorter prompts, and a line below it says so. With --wire none nothing is bounded, since ranks must
@@ -49,6 +52,7 @@ runner computes the step, or issues it to a device), and wait (for the device's 
 
 examples:
   hal bench --model-config qwen2-0.5b --batch-sizes 1,8,32 --prompt-len 128 --new-tokens 64
+  hal bench --model-config qwen2-0.5b --peer llama.cpp --peer-python other/bin/python
   hal bench --model-config qwen2-0.5b --rate 0.5,1,2 --requests 64"""
 
 
@@ -65,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=_rates, metavar="R,R,...", help="requests/s that arrive, in place of batches")
     parser.add_argument("--requests", type=positive, default=64, metavar="N", help="for each rate (default: 64)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--peer", choices=("transformers", "llama.cpp", "vllm", "openvino"),
+                        help="time this engine too, in turns with ours, on the same weights")
+    parser.add_argument("--peer-python", type=options.path, default=sys.executable, metavar="PATH",
+                        help="the Python that has the peer (default: this one)")
     parser.add_argument("--profile", type=options.path, metavar="FILE",
                         help="then write a torch.profiler trace of further batches (of several ranks, the driver's), "
                         "for ui.perfetto.dev")
@@ -96,6 +104,7 @@ class Row:
     Attributes:
         prompt_len, new_tokens, repeat: of this row, where --max-seconds left less than was asked for.
         together: all requests of the batch decoded at once.
+        peer_prefill_tokens_per_s, peer_decode_tokens_per_s: of --peer.
         prefill_limit, decode_limit: "memory", "arithmetic" or "neither" (see Device.limit), with the share reached.
     """
 
@@ -114,10 +123,14 @@ class Row:
     prefill_share: float
     decode_limit: str
     decode_share: float
+    peer_prefill_tokens_per_s: float | None = None
+    peer_decode_tokens_per_s: float | None = None
 
 
-_HEAD = ("batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |  prefill limit  |  decode limit\n"
-         "----- | -------- | -------- | ------------- | ------------ | ------ | --------------- | ---------------")
+_HEAD = (("batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |  prefill limit  |  decode limit  ",
+          " | peer prefill  ratio | peer decode  ratio"),
+         ("----- | -------- | -------- | ------------- | ------------ | ------ | --------------- | ---------------",
+          " | ------------------- | ------------------"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,8 +138,10 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--new-tokens must be at least 3: the first is prefill, and decoding is timed between two")
     if args.model_config is not None and hasattr(args, "model"):
         args.usage_error("give either --model or --model-config")
-    if args.rate and args.profile is not None:
-        args.usage_error("--profile is of batches: leave out --rate")
+    if args.rate and (args.profile is not None or args.peer is not None):
+        args.usage_error("--profile and --peer are of batches: leave out --rate")
+    if args.peer is not None and getattr(args, "wire", None) == "none":
+        args.usage_error("--peer is timed by one process: choose another --wire")
     if args.profile is not None:
         args.profile = _trace_file(args.profile)
     with tempfile.TemporaryDirectory(prefix="hal-bench-") as scratch:
@@ -142,7 +157,7 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
     until = math.inf if chosen.get("wire") == "none" else time.perf_counter() + args.max_seconds
     if args.model_config is not None:
         (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
-        chosen |= {"model": str(scratch), "random_weights": True}
+        chosen |= {"model": str(scratch), "random_weights": args.peer is None}
     from hal.checkpoints.hf_config import read_config
     from hal.cli import measure, open_loop
     from hal.contracts import backend as backends
@@ -155,6 +170,7 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
     backend = backends.select(config.device)
     report = _facts(args, config, model, backend) | {"threads": measure.threads()}
     show(_title(report))
+    peer = None if args.peer is None else _peer(args, config, report, scratch)
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     rows: list[dict[str, Any]] = []
     if args.rate:
@@ -167,9 +183,15 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
         return report | {"requests": args.requests, "rows": rows}
     device = floors.measure(backend, report["dtype"])
     show(f"prompt {args.prompt_len}, {args.new_tokens} new tokens, medians of {args.repeat}; memory reads "
-         f"{device.bandwidth / 1e9:.1f} GB/s here, matrix products {device.arithmetic / 1e12:.3g} TFLOP/s\n\n{_HEAD}")
-    with LLM(**values, progress=sys.stderr.isatty()) as llm:
-        sides = [partial(measure.time_prompts, llm)]
+         f"{device.bandwidth / 1e9:.1f} GB/s here, matrix products {device.arithmetic / 1e12:.3g} TFLOP/s")
+    if peer is not None:
+        report["peer"] = peer.about
+        show(f"beside {peer.about}, {report['threads'] * config.tp * config.pp} thread(s), in turns")
+    show("\n" + "\n".join(line + (more if peer else "") for line, more in _HEAD))
+    with peer or nullcontext(), LLM(**values, progress=sys.stderr.isatty()) as llm:
+        sides: list[Side] = [partial(measure.time_prompts, llm)]
+        if peer is not None:
+            sides.append(peer.run)
         for cell in measure.cells(sides, model.vocab_size, args.batch_sizes, args.prompt_len, args.new_tokens,
                                   args.repeat, until):
             row = _row(config, model, report["dtype"], device, cell)
@@ -209,22 +231,35 @@ def _config(args: argparse.Namespace, chosen: dict[str, Any]) -> EngineConfig:
     return replace(config, num_blocks=2 + max(blocks + blocks // 64, -(-values["max_model_len"] // config.block_size)))
 
 
+def _peer(args: argparse.Namespace, config: EngineConfig, report: dict[str, Any], scratch: Path) -> Peer:
+    """The peer, with its model loaded, and with the random weights that ours then loads too. Raises as Peer does."""
+    from hal.cli.peer import Peer, save_checkpoint
+
+    if args.model_config is not None:
+        save_checkpoint(_shape(args.model_config), scratch)
+    return Peer(args.peer, args.peer_python, config.model, dtype=report["dtype"], quantize=config.quantize,
+                threads=report["threads"] * config.tp * config.pp, length=args.prompt_len + args.new_tokens,
+                batch=max(args.batch_sizes), scratch=str(scratch))
+
+
 def _row(config: EngineConfig, model: ModelConfig, dtype: str, device: Device, cell: Cell) -> Row:
     from hal.models import floors
 
-    runs = [sides[0] for sides in cell.rounds]
-    step, prefill = (statistics.median(getattr(r, name) for r in runs) for name in ("decode_step", "prefill"))
+    runs, tokens = [sides[0] for sides in cell.rounds], cell.batch * cell.prompt_len
+    (prefill, step), *peers = ([statistics.median(getattr(run, name) for run in of_side) for name in (
+        "prefill", "decode_step")] for of_side in zip(*cell.rounds, strict=True))
     ranks, context = config.tp * config.pp, cell.prompt_len + cell.new_tokens // 2
     moved = floors.bytes_per_step(model, dtype, config.kv_dtype, cell.batch, context) / ranks
     read = floors.bytes_per_step(model, dtype, config.kv_dtype, cell.batch, cell.prompt_len, new=cell.prompt_len)
-    steps = -(-cell.batch * cell.prompt_len // config.max_num_batched_tokens)
+    steps = -(-tokens // config.max_num_batched_tokens)
     limits = (device.limit(prefill, read * steps / ranks,
                            floors.operations(model, cell.batch, cell.prompt_len, new=cell.prompt_len) / ranks),
               device.limit(step, moved, floors.operations(model, cell.batch, context) / ranks))
     return Row(cell.batch, cell.prompt_len, cell.new_tokens, len(runs), all(r.together for r in runs),
                statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
-               cell.batch * cell.prompt_len / prefill, cell.batch / step, moved / step, moved / step / device.bandwidth,
-               *limits[0], *limits[1])
+               tokens / prefill, cell.batch / step, moved / step, moved / step / device.bandwidth,
+               *limits[0], *limits[1], *(done / seconds for other in peers for done, seconds in zip(
+                   (tokens, cell.batch), other, strict=True)))
 
 
 def _facts(args: argparse.Namespace, config: EngineConfig, model: ModelConfig, backend: Backend) -> dict[str, Any]:
@@ -276,6 +311,10 @@ def _line(row: Row, args: argparse.Namespace) -> str:
     line = (f"{row.batch_size:>5} | {row.ttft * 1e3:8.1f} | {row.tpot * 1e3:8.2f} | {row.prefill_tokens_per_s:13.1f} | "
             f"{row.decode_tokens_per_s:12.1f} | {row.achieved_bandwidth / 1e9:6.1f} | "
             f"{row.prefill_limit:>10} {row.prefill_share:4.0%} | {row.decode_limit:>10} {row.decode_share:4.0%}")
+    prefill, decode = row.peer_prefill_tokens_per_s, row.peer_decode_tokens_per_s
+    if prefill and decode:
+        line += (f" | {prefill:12.1f} {row.prefill_tokens_per_s / prefill:6.2f}"
+                 f" | {decode:11.1f} {row.decode_tokens_per_s / decode:6.2f}")
     if not row.together:
         line += "\n      | not all requests decoded at once: the KV cache or a step of the engine holds fewer"
     if (row.prompt_len, row.new_tokens, row.repeat) != (args.prompt_len, args.new_tokens, args.repeat):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-from hal import LLM, profiling
+from hal import LLM, SamplingParams, profiling
 from hal.checkpoints.hf_config import parse_config
-from hal.cli import bench, main, measure, open_loop
+from hal.cli import bench, main, measure, open_loop, peer
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
 from hal.models import floors
@@ -92,6 +96,51 @@ def test_steps_in_which_all_decode_are_timed() -> None:
     with LLM(device="null", max_num_batched_tokens=8, num_blocks=64) as llm:  # prompts are cut into chunks
         run = measure.time_batch(llm, 16, 3, 12, 16)
     assert 0 < run.ttft <= run.prefill and min(run.decode_step, run.tpot) > 0
+
+
+_BESIDE = ["--model-config", "tiny", "--quantize", "int8", "--peer"]
+
+
+def test_a_peer_takes_turns_and_has_its_ratio(capsys: pytest.CaptureFixture[str],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "_SCRIPT", Path(__file__).with_name("foreign_peer.py"))
+    report = _json(capsys, *_BESIDE, "llama.cpp")
+    assert report["peer"] == f"a peer with {report['threads']} threads" and not report["random_weights"]
+    for row in report["rows"]:
+        assert row["peer_decode_tokens_per_s"] == pytest.approx(row["batch_size"])
+        assert row["peer_prefill_tokens_per_s"] == pytest.approx(row["batch_size"] * 12)
+    shown = bench._line(bench.Row(**{**report["rows"][1], "decode_tokens_per_s": 4.5}), argparse.Namespace(
+        prompt_len=12, new_tokens=4, repeat=2, max_seconds=9))
+    assert shown.split()[-2:] == ["3.0", "1.50"]
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ([*_BESIDE, "openvino"], ("openvino is not installed", "pip install openvino-genai gguf", "--peer-python")),
+    (["--peer", "vllm"], ("vllm ended with status 4", "an illegal instruction")),
+    ([*_BESIDE, "vllm"], ("vllm has no such weights", "--quantize int8", "dense weights")),
+    (["--peer", "vllm", "--peer-python", "/nowhere/python"], ("--peer-python cannot be run", "/nowhere/python"))])
+def test_a_peer_that_cannot_run_is_named(options: list[str], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(peer, "_SCRIPT", Path(__file__).with_name("foreign_peer.py"))
+    assert main(["bench", *SMALL, *options]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("hal: error: ") and all(word in err for word in words)
+
+
+@pytest.mark.slow
+def test_transformers_as_a_peer_gives_the_tokens_of_ours(tmp_path: Path) -> None:
+    shape = {**SHAPES["tiny"], "architectures": ["LlamaForCausalLM"]}
+    peer.save_checkpoint(shape, tmp_path)
+    ran = []
+    with peer.Peer("transformers", sys.executable, str(tmp_path), dtype="float32", threads=1, length=16, batch=2,
+                   quantize=None, scratch=str(tmp_path)) as other:
+        ran.append(other.run([[1, 2, 3], [4, 5, 6]], 4))
+    assert ran[0].together and ran[0].prefill > 0 and "transformers" in other.about
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
+    with LLM(str(tmp_path), device="cpu") as llm:
+        ours, = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert list(ours.token_ids) == theirs
 
 
 class _Clock:
@@ -189,7 +238,8 @@ def test_named_error(options: list[str], words: tuple[str, ...], capsys: pytest.
     assert err.startswith("hal: error: ") and all(word in err for word in words)
 
 
-@pytest.mark.parametrize("options", [["--new-tokens", "2"], ["--model", ".", "--model-config", "tiny"],
+@pytest.mark.parametrize("options", [["--new-tokens", "2"], ["--peer", "x"], ["--peer", "vllm", "--rate", "1"],
+                                     ["--peer", "vllm", "--wire", "none"], ["--model", ".", "--model-config", "tiny"],
                                      ["--batch-sizes", "0"], ["--max-seconds", "0"], ["--batch-sizes", "x"],
                                      ["--repeat", "0"]])
 def test_wrong_usage(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
