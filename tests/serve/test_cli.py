@@ -1,0 +1,121 @@
+"""`hal serve` as a process: it starts, fails early, outlives a rank, and drains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+SMALL = ("--device", "null", "--max-num-seqs", "8", "--num-blocks", "400", "--max-model-len", "500")
+
+
+@contextmanager
+def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and where it serves."""
+    process = subprocess.Popen([sys.executable, "-m", "hal", "serve", "--port", "0", *arguments], text=True,
+                               stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if found := re.search(r"served at (http://\S+)", line):
+                threading.Thread(target=process.stderr.read, daemon=True).start()  # so that its pipe never fills
+                yield process, found[1]
+                return
+        raise AssertionError("it does not serve")
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def health(address: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=20) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def streams(address: str, count: int, tokens: int) -> tuple[list[threading.Thread], list[Any]]:
+    """Threads that read a stream each, and what they got: the text with the finish_reason, or an error."""
+    found: list[Any] = [None] * count
+
+    def read(place: int) -> None:
+        text, reason = "", None
+        try:
+            for chunk in client(address).completions.create(
+                    model="", prompt=[5, place % 7 + 3], max_tokens=tokens, stream=True, temperature=0,
+                    extra_body={"ignore_eos": True}):
+                text, reason = text + chunk.choices[0].text, chunk.choices[0].finish_reason
+                found[place] = text, reason
+        except openai.OpenAIError as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=read, args=(place,)) for place in range(count)]
+    for thread in threads:
+        thread.start()
+    while any(each is None for each in found):
+        time.sleep(0.01)
+    return threads, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deadline", ["60", "0.2"])
+def test_sigterm_ends_requests_in_order_and_exits_with_0(deadline: str) -> None:
+    with served(*SMALL, "--drain-seconds", deadline) as (process, address):
+        threads, found = streams(address, 6, 480)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.15)
+        with pytest.raises(openai.OpenAIError):  # no connection, or 503
+            client(address).completions.create(model="", prompt="1")
+        assert process.wait(60) == 0
+        for thread in threads:
+            thread.join(20)
+        reasons = {reason for _, reason in found}
+        assert reasons == {"length"} if deadline == "60" else reasons <= {"abort", "length"}
+
+
+@pytest.mark.slow
+def test_streams_outlive_a_rank_and_the_server_is_healthy_again() -> None:
+    with served(*SMALL, "--tp", "2") as (process, address):
+        undisturbed = [client(address).completions.create(
+            model="", prompt=[5, place % 7 + 3], max_tokens=480, temperature=0,
+            extra_body={"ignore_eos": True}).choices[0].text for place in range(7)]
+        threads, found = streams(address, 7, 480)
+        rank = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
+        os.kill(rank, signal.SIGKILL)
+        states = {health(address)[0]}
+        while any(thread.is_alive() for thread in threads):
+            states.add(health(address)[0])
+            time.sleep(0.02)
+        assert found == [(text, "length") for text in undisturbed]
+        assert states == {200, 503} and health(address) == (200, {"status": "ok", "error": None})
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch,
+                                                                 capfd: pytest.CaptureFixture[str]) -> None:
+    from hal.cli import main
+
+    assert main(["serve", "--host", "192.0.2.1", *SMALL]) == 1 and "the system refuses" in capfd.readouterr().err
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", *SMALL]) == 1
+    assert 'pip install "hal-runtime[serve]"' in capfd.readouterr().err
