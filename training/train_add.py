@@ -246,6 +246,10 @@ def train(args: argparse.Namespace, heldout: np.ndarray, validation: list[Proble
     return model
 
 
+# The last message is the problem, with or without its "=". The model knows no conversation.
+CHAT_TEMPLATE = "{% set text = messages[-1]['content'] %}{{ text if text.endswith('=') else text + '=' }}"
+
+
 def export(model: LlamaForCausalLM, heldout: list[Problem], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     model = model.bfloat16()
@@ -257,7 +261,8 @@ def export(model: LlamaForCausalLM, heldout: list[Problem], directory: Path) -> 
     build_tokenizer().save_pretrained(directory)
     # transformers 5 writes names that 4.x does not know; these older ones are read by both.
     update_json(directory / "config.json", torch_dtype="bfloat16", rope_theta=10000.0)
-    update_json(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    update_json(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast",
+                chat_template=CHAT_TEMPLATE)
     lines = [json.dumps({"prompt": problem.prompt, "answer": problem.answer}) + "\n" for problem in heldout]
     (directory / "heldout.jsonl").write_text("".join(lines))
 

@@ -43,6 +43,8 @@ class Answer:
             choice["text"] = text
         choice["logprobs"] = None if self.call.top is None else self._logprobs(logprobs)
         choice["finish_reason"] = output.finish_reason
+        if output.stop_reason is not None:
+            choice["stop_reason"] = output.stop_reason
         return choice
 
     def choice(self, output: RequestOutput) -> dict[str, Any]:

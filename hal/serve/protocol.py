@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hal.engine.llm import LLM
-from hal.engine.prompts import Prompt
+from hal.engine.prompts import Prompt, samples
 from hal.errors import CapacityError, HalError, RequestError, StateError
 from hal.sampling.params import SamplingParams
 
 _PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_BOTH = frozenset(("model", "n", "stream", "stream_options", "user"))  # "user" says for whom; it has no effect
+_BOTH = frozenset(("model", "stream", "stream_options", "user"))  # "user" says for whom; it has no effect
 _COMPLETION = _PARAMS | _BOTH | {"prompt", "echo", "best_of", "suffix"}
 _CHAT = _PARAMS | _BOTH | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens",
                            "response_format", "chat_template_kwargs"}
@@ -180,21 +180,17 @@ def render(llm: LLM, messages: list[Any], tools: list[Any] | None, options: dict
 
 
 def _call(reader: Reader, llm: LLM, prompts: list[Prompt], top: int | None, echo: bool) -> Call:
-    n, stream = reader.take("n", int, 1), reader.take("stream", bool, False)
-    if not 1 <= n <= 128:
-        raise ApiError(400, f"n is not usable\n  got: {n}\n  expected: an integer from 1 to 128", "n")
-    reader.refuse("best_of", "only n completions are made", n)
+    stream = reader.take("stream", bool, False)
+    reader.refuse("best_of", "only n completions are made", reader.values.get("n", 1))
     options = Reader(reader.take("stream_options", dict, {}), frozenset(("include_usage",)))
     model = reader.take("model", str, "")
     reader.values.pop("user", None)
     try:
         params = SamplingParams(**{"temperature": 1.0, **llm.defaults, **reader.values, "logprobs": top})
-        each = [params] if n == 1 or params.seed is None else [
-            dataclasses.replace(params, seed=params.seed + i) for i in range(n)]
     except RequestError as error:
         raise as_api_error(error) from None
     usage = options.take("include_usage", bool, False)
-    return Call(model, prompts, each * (n // len(each)), stream, usage, echo, top)
+    return Call(model, prompts, samples(params), stream, usage, echo, top)
 
 
 def read_embedding(body: Any) -> Reader:

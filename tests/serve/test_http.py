@@ -43,6 +43,7 @@ def here() -> Iterator[Serving]:
 @pytest.fixture(scope="module")
 def null() -> Iterator[Serving]:
     with serving(**NULL) as made:
+        made.engine.llm.tokenizer.chat_template = None
         yield made
 
 
@@ -94,6 +95,7 @@ def test_a_stream_is_the_same_as_a_whole_completion_and_ends_with_usage(null: Se
             reasons[choice.index] = choice.finish_reason
     assert texts == [choice.text for choice in whole.choices] and len(set(texts)) > 1
     assert reasons == [choice.finish_reason for choice in whole.choices] and usage == whole.usage
+    assert {getattr(choice, "stop_reason", None) for choice in whole.choices} & {"42", "9"}
 
 
 def test_echo_and_logprobs_are_those_of_the_engine(here: Serving) -> None:
@@ -110,6 +112,10 @@ def test_echo_and_logprobs_are_those_of_the_engine(here: Serving) -> None:
     known = [*expected.prompt_logprobs[1:], *expected.logprobs]
     np.testing.assert_allclose(np.array(found.token_logprobs[1:], float), [each.logprob for each in known if each])
     assert all(len(top) == 2 for top in found.top_logprobs[1:])
+    score = here.client.completions.create(model="", prompt="37+85=122", max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert score.text == "37+85=122" and score.logprobs is not None and score.logprobs.token_logprobs is not None
+    scored = np.array(score.logprobs.token_logprobs[1:], float)
+    np.testing.assert_allclose(scored, [each.logprob for each in known if each], atol=1e-5)
 
 
 def test_chat_with_tools_logprobs_and_streams(here: Serving) -> None:
@@ -150,7 +156,8 @@ def test_structured_output(here: Serving) -> None:
     ("completions", {"prompt": "1", "max_token": 3}, "max_token", "did you mean 'max_tokens'"),
     ("completions", {"prompt": "1", "temperature": -1}, "temperature", "temperature is not usable"),
     ("completions", {"prompt": "1", "top_p": "high"}, "top_p", "top_p is not usable"),
-    ("completions", {"prompt": "1", "n": 0}, "n", "1 to 128"), ("completions", {"prompt": "1", "n": True}, "n", "int"),
+    ("completions", {"prompt": "1", "n": 0}, "n", "1 to 128"),
+    ("completions", {"prompt": "1", "n": True}, "n", "integer"),
     ("completions", {"prompt": "1", "stream": "yes"}, "stream", "bool"),
     ("completions", {"prompt": "1", "best_of": 3}, "best_of", "only n"),
     ("completions", {"prompt": "1", "suffix": "2"}, "suffix", "at their end"),
