@@ -23,7 +23,7 @@ from hal.engine.llm import LLM, Stats
 from hal.engine.prompts import Prompt, Prompts
 from hal.engine.request_output import RequestOutput
 from hal.engine.request_state import RequestState
-from hal.errors import HalError, NumericsError, RequestError, StateError, WorkerError
+from hal.errors import ConfigError, HalError, NumericsError, RequestError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 
 _log = logging.getLogger("hal")
@@ -107,6 +107,9 @@ class AsyncLLM:
 
     def __init__(self, model: str | os.PathLike[str] = str(BUNDLED_MODEL), *, retries: int = 1, restarts: int = 3,
                  max_prompt_tokens: int | None = None, progress: bool = False, **options: Any) -> None:
+        if options.get("wire") == "none":
+            raise ConfigError("requests come at times that the ranks of a launcher cannot agree on", got="wire='none'",
+                              expected="another wire policy", hint="LLM runs under a launcher (docs/distributed.md)")
         self.llm = LLM(model, progress=progress, **options)
         self.retries, self.restarts, self.failures, self.max_prompt_tokens = retries, restarts, 0, max_prompt_tokens
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -189,7 +192,7 @@ class AsyncLLM:
     def health(self) -> HalError | None:
         """The error that ended the engine, or that it restarts after; None while it can run steps. May be called from
         any thread."""
-        return self._failed or self.llm.health()
+        return self.llm.health() if self._failed is None else _again(self._failed)
 
     @property
     def draining(self) -> bool:
@@ -299,7 +302,7 @@ class AsyncLLM:
                 idle = False
         if self._texts:
             self._embed(self._texts)
-        elif self.llm.unfinished:
+        elif self._failed is None and self.llm.unfinished:
             for output in self.llm.step(text=False):
                 stream = self._streams[output.request_id]
                 self._grown[stream] = None

@@ -13,7 +13,8 @@ from hal.engine.prompts import Prompt, samples
 from hal.errors import CapacityError, HalError, RequestError, StateError
 from hal.sampling.params import SamplingParams
 
-_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+# prompt_logprobs are asked for by echo with logprobs.
+_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"prompt_logprobs"}
 _BOTH = frozenset(("model", "stream", "stream_options", "user"))  # "user" says for whom; it has no effect
 _COMPLETION = _PARAMS | _BOTH | {"prompt", "echo", "best_of", "suffix"}
 _CHAT = _PARAMS | _BOTH | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens",
@@ -136,14 +137,16 @@ def read_chat(body: Any, llm: LLM) -> tuple[Call, dict[str, Any]]:
     if top is not None and not wanted:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     if (form := reader.take("response_format", dict)) is not None:
-        values.update(_constraint(form))
+        values.update(_constraint(form, values))
     template = {"messages": [_message(each) for each in messages], "tools": None if choice == "none" else tools,
                 "options": reader.take("chat_template_kwargs", dict, {})}
     return _call(reader, llm, [], (top or 0) if wanted else None, False), template
 
 
-def _constraint(form: dict[str, Any]) -> dict[str, Any]:
+def _constraint(form: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The parameters that a response_format stands for. Raises ApiError."""
+    if "json_schema" in given:
+        raise ApiError(400, "response_format and json_schema are two names of one thing: give one", "response_format")
     if form.get("type") == "text":
         return {}
     if form.get("type") == "json_object":

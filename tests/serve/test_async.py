@@ -18,7 +18,7 @@ import sentences
 
 from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput
-from hal.errors import HalError, NumericsError, RequestError, StateError, WorkerError
+from hal.errors import ConfigError, HalError, NumericsError, RequestError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 from hal.serve.async_llm import AsyncLLM
 
@@ -242,6 +242,11 @@ def test_shutdown_tells_those_who_wait() -> None:
         assert isinstance(engine.health(), StateError) and not engine._thread.is_alive()
 
     run(body)
+
+
+def test_ranks_of_a_launcher_are_refused() -> None:
+    with pytest.raises(ConfigError, match="launcher"):
+        AsyncLLM(**SMALL, wire="none")
 
 
 def test_one_loop_at_a_time_and_requests_of_a_closed_loop_end() -> None:

@@ -111,6 +111,17 @@ def test_streams_outlive_a_rank_and_the_server_is_healthy_again() -> None:
         assert process.wait(60) == 0
 
 
+@pytest.mark.slow
+def test_nothing_is_left_of_clients_that_leave_or_do_not_read() -> None:
+    """The soak of benchmarks/serve.py: rows, blocks, tasks, streams and file descriptors."""
+    soak = Path(__file__).parents[2] / "benchmarks" / "serve.py"
+    done = subprocess.run([sys.executable, str(soak), "soak", "--device", "null", "--seconds", "12", "--window", "3"],
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    read, left = map(int, re.findall(r"(\d+) requests read.* (\d+) left", done.stdout)[0])
+    assert read > 20 and left > 20
+
+
 def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch,
                                                                  capfd: pytest.CaptureFixture[str]) -> None:
     from hal.cli import main
