@@ -29,7 +29,7 @@ _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_toke
              "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
              "draft_tp": 1}  # and the smallest value of each
 _OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling", "speculate",
-             "draft_model")  # may be None
+             "draft_model", "chat_template")  # may be None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,7 @@ class EngineConfig:
         pooling: how the hidden states of a text become its embedding. "auto" takes the checkpoint's modules.json, and a
             checkpoint without that file generates; "none" lets a model generate that has it; the other values are those
             of hal.model_config.EmbeddingConfig.
+        chat_template: a Jinja file that takes the place of the checkpoint's chat template.
         random_weights: initialise instead of loading (benchmarks of a shape without a checkpoint).
         trust_remote_code: run the checkpoint's own Python code where its tokenizer or its model is made of that. No
             certificate covers a model of such code.
@@ -117,6 +118,7 @@ class EngineConfig:
     model_impl: ModelImpl = "auto"
     generation_config: GenerationConfig = "auto"
     pooling: Pooling = "auto"
+    chat_template: str | None = None
     random_weights: bool = False
     trust_remote_code: bool = False
     seed: int = 0
@@ -136,10 +138,10 @@ class EngineConfig:
             self._take(name, (bool,), "true or false")
         for name in ("device", "control_plane", "speculate"):
             self._take(name, (str,), "a text")
-        for name in ("model", "draft_model"):
+        for name in ("model", "draft_model", "chat_template"):
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
-            self._take(name, (str,), "the path of a directory")
+            self._take(name, (str,), "the path of a file" if name == "chat_template" else "the path of a directory")
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName),

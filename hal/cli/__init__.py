@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         bench,
         bisect,
         certify,
+        chat,
         compile,
         conformance,
         embed,
@@ -48,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hal", description="Run language models on any device with a hal backend.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (generate, serve, embed, env, bench, compile, certify, conformance, record, replay, bisect, reduce):
+    for module in (generate, chat, serve, embed, env, bench, compile, certify, conformance, record, replay, bisect,
+                   reduce):
         name = module.__name__.rpartition(".")[2]
         summary = (module.__doc__ or "").split("\n")[0].partition(": ")[2]
         command = commands.add_parser(name, help=summary, description=summary, epilog=module.EPILOG,

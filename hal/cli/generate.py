@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         args.model = args.prompts.pop(0)
     if not args.prompts and args.input is None:
         args.usage_error("give a PROMPT, or --input FILE")
-    given = _with_defaults(args)
+    given = with_defaults(args)
     jobs: list[batch.Job | batch.Refused] = list(batch.argument_jobs(args.prompts, SamplingParams(**given)))
     if args.input is not None:
         jobs += batch.read_jobs(args.input, given)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return int(results.failures > 0)
 
 
-def _with_defaults(args: argparse.Namespace) -> dict[str, Any]:
+def with_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that the user gave, and the model's own for the others."""
     engine = EngineConfig(**options.engine_options(args))
     given = options.sampling_options(args)

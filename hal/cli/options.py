@@ -46,10 +46,11 @@ ENGINE_HELP = {
     "random_weights": "initialise instead of loading",
     "trust_remote_code": "run the checkpoint's own Python where its tokenizer or its model is made of that",
     "generation_config": "auto: the checkpoint's generation_config.json sets the sampling options that are not given",
+    "chat_template": "a Jinja file that takes the place of the checkpoint's chat template",
     "pooling": "how hidden states become an embedding; auto: as the checkpoint's modules.json says, if it has one",
     "model_impl": "a definition of hal, or transformers' modelling code",
 }
-_UNSET = {"quantize": "all", "speculate": "nothing", "draft_model": "none",
+_UNSET = {"chat_template": "the checkpoint's", "quantize": "all", "speculate": "nothing", "draft_model": "none",
          "max_model_len": "the model's context", "num_blocks": "from free memory", "kv_cache_bytes": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}
@@ -105,7 +106,7 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-def add_engine_options(parser: argparse.ArgumentParser, *, skip: tuple[str, ...] = ()) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, *, skip: tuple[str, ...] = ("chat_template",)) -> None:
     group = parser.add_argument_group("engine")
     hints = typing.get_type_hints(EngineConfig)
     for field in dataclasses.fields(EngineConfig):

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="replace every token by another one, and leave out text, paths and error messages")
     parser.add_argument("--output", type=options.path, required=True, metavar="FILE",
                         help="the recording, a safetensors file")
-    options.add_engine_options(parser, skip=("async_scheduling",))
+    options.add_engine_options(parser, skip=("async_scheduling", "chat_template"))
     options.add_sampling_options(parser)
 
 

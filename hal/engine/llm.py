@@ -7,13 +7,14 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from hal.checkpoints.chat import Message, read_template, rendered, require_template
 from hal.checkpoints.generation import generation_defaults, stated
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
@@ -121,6 +122,8 @@ class LLM:
         self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        if config.chat_template is not None and self.tokenizer is not None:
+            self.tokenizer.chat_template = read_template(config.chat_template)
         table = None if self.tokenizer is None else TokenBytes.of(self.tokenizer)
         self._constraints = Constraints(self.model_config.vocab_size, self.model_config.eos_token_ids, table)
         self.backend = backends.select(config.device)
@@ -226,6 +229,37 @@ class LLM:
             finally:
                 bar.close()
         return [r.output for r in requests]
+
+    def chat(self, messages: Several[Message] | Several[Several[Message]],
+             params: SamplingParams | Several[SamplingParams] | None = None, *, tools: Several[Any] | None = None,
+             options: Mapping[str, Any] | None = None, progress: bool = False) -> list[RequestOutput]:
+        """Continue conversations, by `generate`.
+
+        Args:
+            messages: of a conversation, each a mapping with "role" and "content"; or a list of conversations.
+            params, progress: see `generate`. tools, options: see `chat_ids`.
+
+        Raises:
+            The errors of `generate` and `chat_ids`.
+        """
+        several = [messages] if len(messages) and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_ids(each, tools=tools, options=options) for each in several],  # type: ignore
+                             params, progress=progress)
+
+    def chat_ids(self, messages: Several[Message], *, tools: Several[Any] | None = None,
+                 options: Mapping[str, Any] | None = None) -> list[int]:
+        """The token ids of a conversation, by the chat template: where a reply of the model begins. As `prepare`, it
+        may run beside another call.
+
+        Args:
+            tools: JSON schemas of functions, or Python functions, for the template.
+            options: further variables of the template, such as enable_thinking.
+
+        Raises:
+            RequestError: the checkpoint has no tokenizer or no chat template, or the template refuses the messages.
+        """
+        require_template(self.tokenizer, self.config.model)
+        return TokenBytes.of(self.tokenizer).plain(rendered(self.tokenizer, messages, tools, options or {}))
 
     def embed(self, texts: Prompts, *, prompt_name: str | None = None, truncate: bool = True) -> np.ndarray:
         """The embeddings of texts, fp32 [num_texts, dim], in their order.
