@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--speed", type=options.path, nargs="?", const="", metavar="FILE",
                         help="also measure level S, which is no part of the verdict; FILE is JSON of the least shares "
                              "that the vendor declares")
+    parser.add_argument("--shapes", type=options.path, metavar="FILE",
+                        help="a recording, whose lengths and arrivals one case repeats")
     parser.add_argument("--tasks", type=options.path, nargs="?", const="", metavar="FILE",
                         help="also count right answers by dtype, format and topology: of the bundled model's held-out "
                              "problems, or of FILE, JSONL with prompt and answer")
@@ -96,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
         files.check_writable("--report", Path(args.report) / name)
     asked = kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
                         tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance),
-                        problems and (problems, args.tasks_model or str(BUNDLED_MODEL)), thresholds)
+                        args.shapes, (problems, args.tasks_model or str(BUNDLED_MODEL)) if problems else None,
+                        thresholds)
     report = kit.run(asked, _show)
     if args.report:
         reports.write(report, Path(args.report))

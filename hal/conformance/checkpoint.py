@@ -16,12 +16,15 @@ from hal.models import build_model
 from hal.models.ops import Ops
 from hal.weights.sharding import spec_of
 
-VOCAB, WINDOW, LENGTH = 199, 8, 128
+VOCAB, WINDOW, LENGTH, LONG = 199, 8, 128, 10_240
 _DECODER = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH,
             "tie_word_embeddings": False, "eos_token_id": None, "bos_token_id": None}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {**_DECODER, "architectures": ["LlamaForCausalLM"]},
+    "long": {**_DECODER, "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48,
+             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "max_position_embeddings": LONG},
     "window": {**_DECODER, "architectures": ["MistralForCausalLM"], "sliding_window": WINDOW},
     "qwen3": {**_DECODER, "architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "tie_word_embeddings": True},
     "gpt2": {"architectures": ["GPT2LMHeadModel"], "vocab_size": VOCAB, "n_embd": 64, "n_layer": 3, "n_head": 4,

@@ -196,6 +196,7 @@ class Context:
         rng: seeded by the run's seed and the case's name. examples: the number of examples of a property.
         errors: (operation, dtype) -> every measured error, in units of `close`; the report draws them.
         late: what steps have compiled after a warm-up, over all cases of the run; each with the name of its case.
+        shapes: the path of a recording whose shapes a case repeats, if one was given.
         own: names of parts of the library that stood in for a part of the backend.
         report: the run's folder, where a case may leave files; None if there is none.
     """
@@ -203,7 +204,8 @@ class Context:
     def __init__(self, backend: Backend, device: str, dtype: str, seed: int, *, name: str = "", examples: int = 25,
                  tolerances: Tolerances | None = None, scratch: Path,
                  errors: dict[tuple[str, str], list[np.ndarray]] | None = None,
-                 late: dict[str, list[str]] | None = None) -> None:
+                 late: dict[str, list[str]] | None = None, shapes: str | None = None) -> None:
+        self.shapes = shapes
         self.backend, self.device, self.dtype, self.seed = backend, device, dtype, seed
         self.name, self.examples, self.scratch = name, examples, scratch
         self.tolerances, self.errors = tolerances or Tolerances(), {} if errors is None else errors
@@ -330,7 +332,7 @@ class Context:
         path = self.model(shape)
         reference = Reference(path, read_config(path), self.dtype)
         for i, run in enumerate(runs):
-            logits = reference.logits(run.tokens)[run.prompt - 1:-1]
+            logits = reference.logits(run.tokens, len(run.output) + 1)[:-1]
             self.verify_choices(logits, run, f"{what} sequence {i} of {len(runs)}")
             if run.logprobs:
                 expected = logits.log_softmax(-1).gather(1, torch.tensor(run.output)[:, None])[:, 0]
@@ -358,9 +360,9 @@ def _short(value: object) -> str:
 
 
 def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, prompts: list[list[int]],
-          params: SamplingParams | list[SamplingParams], apart: int = 0, *, first_seed: int = 0,
+          params: SamplingParams | list[SamplingParams], apart: int | list[int] = 0, *, first_seed: int = 0,
           in_flight: int = 1, propose: Callable[[int, list[int]], list[int]] | None = None) -> list[Run]:
-    """Run a scheduler's steps until all sequences have ended. A sequence enters every `apart` steps.
+    """Run a scheduler's steps until all sequences have ended. A sequence enters every `apart` steps, or each at a step.
 
     Args:
         execute: returns a SamplerOutput on the host or, with `in_flight` > 1, a StepHandle.
@@ -372,9 +374,10 @@ def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, p
     seqs = [EngineSequence(request_id=i, prompt_ids=r.tokens, params=r.params, seed=r.seed,
                            limit=r.prompt + r.params.max_tokens) for i, r in enumerate(runs)]
     entering, steps = deque(seqs), 0
+    arrivals = apart if isinstance(apart, list) else [apart * i for i in range(len(seqs))]
     pending: deque[tuple[Any, Any]] = deque()
     while scheduler.unfinished or entering or pending:
-        while entering and (steps >= apart * (len(seqs) - len(entering)) or not scheduler.unfinished):
+        while entering and (steps >= arrivals[len(seqs) - len(entering)] or not scheduler.unfinished):
             scheduler.add(entering.popleft())
         step = scheduler.schedule()
         if step is not None:

@@ -18,7 +18,6 @@ FOLDER = Path(__file__).parents[1] / "assets" / "must_pass"
 UNWRITTEN = (
     "L3/model/experts: a mixture of experts, with experts on several ranks",
     "L3/model/row_states: layers with a state per row",
-    "L4/shapes/long_contexts: contexts of 10,000 tokens at the edges of blocks",
     "L5/layout/ep2: experts over two ranks",
 )
 

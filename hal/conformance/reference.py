@@ -60,14 +60,14 @@ class Reference:
         self.weights = {name: w.to(getattr(torch, dtype)).to(compute) for name, w in
                         load_file(directory / "model.safetensors").items()}
 
-    def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """Logits [tokens, vocab] after each token."""
+    def logits(self, token_ids: list[int], last: int = 0) -> torch.Tensor:
+        """Logits [tokens, vocab] after each token, or after the `last` ones alone."""
         ids, self.kept = torch.tensor(token_ids), []
-        hidden = self._llama(ids) if self.config.family == "llama" else self._gpt2(ids)
+        hidden = self._llama(ids, last) if self.config.family == "llama" else self._gpt2(ids)[-last:]
         embedding = "embed_tokens.weight" if self.config.family == "llama" else "wte.weight"
         return hidden @ self.weights["lm_head.weight" if not self.config.tie_embeddings else embedding].T
 
-    def _llama(self, ids: torch.Tensor) -> torch.Tensor:
+    def _llama(self, ids: torch.Tensor, last: int) -> torch.Tensor:
         c, w, n = self.config, self.weights, len(ids)
         assert c.rope is not None
         angles = torch.arange(n).double()[:, None] * inverse_frequencies(c.rope, c.head_dim).double()
@@ -81,8 +81,10 @@ class Reference:
                 k = rms_norm(k, w[name + "self_attn.k_norm.weight"], c.norm_eps)
             q, k = rotate(q, table), rotate(k, table)
             self.kept.append((k, v))
+            if i == c.num_layers - 1:
+                q, x = q[-last:], x[-last:]
             out = attend(q, k, v, c.head_dim ** -0.5, c.windows[i])
-            x = x + out.reshape(n, -1) @ w[name + "self_attn.o_proj.weight"].T
+            x = x + out.flatten(1) @ w[name + "self_attn.o_proj.weight"].T
             normed = rms_norm(x, w[name + "post_attention_layernorm.weight"], c.norm_eps)
             gate, up = (normed @ w[f"{name}mlp.{p}_proj.weight"].T for p in ("gate", "up"))
             x = x + (F.silu(gate) * up) @ w[name + "mlp.down_proj.weight"].T

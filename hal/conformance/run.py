@@ -61,6 +61,7 @@ class Options:
     dtypes: tuple[str, ...] = ()
     expected_file: str | None = None
     tolerances: Tolerances = field(default_factory=Tolerances)
+    shapes: str | None = None  # a recording whose shapes a case repeats
     tasks: tuple[list[Problem], str] | None = None  # with the model that answers them
     speed: dict[str, float] | None = None  # level S runs, with these least shares that the vendor declares
 
@@ -68,6 +69,7 @@ class Options:
         """The command that repeats one result."""
         chosen = "" if dtype == ONCE else f" --dtype {dtype}"
         xfail = f" --xfail {shlex.quote(self.expected_file)}" if self.expected_file else ""
+        xfail += f" --shapes {shlex.quote(self.shapes)}" if self.shapes else ""
         return (f"hal conformance --backend {shlex.quote(self.device)} --case {case}{chosen} --seed {self.seed} "
                 f"--examples {self.examples}{xfail}{self.tolerances.options()}")
 
@@ -201,7 +203,7 @@ class Kit:
         options = self.options
         context = Context(self.backend, options.device, self.dtypes[0] if dtype == ONCE else dtype, options.seed,
                           name=case.name, examples=options.examples, tolerances=options.tolerances, scratch=scratch,
-                          errors=self.errors, late=self.late)
+                          errors=self.errors, late=self.late, shapes=options.shapes)
         start = time.perf_counter()
         several = case.level == 5 or "tp" in case.needs
         apart = (case.alone or (several and self.backend.capabilities.spmd)) and _CHILD not in os.environ

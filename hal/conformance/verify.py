@@ -26,7 +26,8 @@ _REASONS = tuple(map(re.compile, (
     r"the runner captures no graphs that could be left out", r"the runner compiles and captures nothing",
     r"\w+ computes a step in one part \(two_phase\)", r"needs \d+ devices: .+", r"the runner has no .+",
     r".+ is the library's own, on torch's CPU, and is right", r"\w+ takes one decode step a message.*",
-    r"\w+ has no .+", r"the same bits in any batch are not declared; .+")))
+    r"\w+ has no .+", r"the same bits in any batch are not declared; .+",
+    r"no recording was given \(--shapes FILE\)")))
 
 
 def verify(path: str) -> tuple[str, list[str]]:

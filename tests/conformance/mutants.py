@@ -986,6 +986,65 @@ class one_graph_is_stale(PagedModelRunner):
         return super().execute_model(m, *args)
 
 
+class _Shifted(PagedModelRunner):
+    """The positions of some tokens are one too large."""
+
+    def shifted(self, m: Any) -> Any:
+        raise NotImplementedError
+
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        at = self.shifted(m)
+        if at is not None:
+            m.positions = m.positions.clone()
+            m.positions[at] += 1
+        return super().execute_model(m, *args)
+
+
+@mutant("L4/shapes", "full_chunks")
+class forgets_the_tail_of_an_odd_chunk(_Shifted):
+    def shifted(self, m: Any) -> Any:
+        return slice(96, None) if len(m.positions) == 97 else None
+
+
+@mutant("L4/shapes", "full_chunks")
+class splits_an_odd_chunk_between_two_sequences_wrongly(PagedModelRunner):
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        if len(m.positions) == 97 and len(m.seq_lens) > 1:
+            m.slot_mapping = m.slot_mapping.clone()
+            m.slot_mapping[64] = 0
+        return super().execute_model(m, *args)
+
+
+@mutant("L4/shapes", "long_contexts")
+class counts_positions_in_13_bits(PagedModelRunner):
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        m.positions = m.positions & 0x1FFF
+        return super().execute_model(m, *args)
+
+
+@mutant("L4/shapes", "long_contexts")
+class reads_512_blocks_at_most(PagedModelRunner):
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        if m.block_tables.shape[1] > 512:
+            m.block_tables = m.block_tables.clone()
+            m.block_tables[:, 512:] = m.block_tables[:, 511:512]
+        return super().execute_model(m, *args)
+
+
+@mutant("L4/shapes", "those*")
+class confuses_rows_of_a_full_step_of_small_blocks(_Shifted):
+    def shifted(self, m: Any) -> Any:
+        return slice(8, None) if m.block_size == 4 and len(m.positions) == 16 and len(m.seq_lens) > 2 else None
+
+
+@mutant("L4/shapes", "those*")
+class seven_small_tables_are_stale(PagedModelRunner):
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        if m.block_size == 4 and len(m.seq_lens) == 7:
+            m.block_tables = m.block_tables.roll(1, 0)
+        return super().execute_model(m, *args)
+
+
 # L5: ranks.
 
 @mutant("L5/layout", "tp2")

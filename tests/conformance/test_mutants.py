@@ -11,13 +11,15 @@ sys.path.insert(0, str(Path(__file__).parent))  # ranks find `mutants` by sys.pa
 
 import mutants
 
+import hal
 from hal.conformance.run import Options, run
 
 NAMES = sorted(mutants.MUTANTS)
+RECORDING = Path(hal.__file__).parent / "assets" / "golden" / "cpu-float32-greedy.safetensors"
 
 
 def failures(name: str, cases: tuple[str, ...], level: int = 6, seed: int = 0) -> list[str]:
-    report = run(Options(f"mutants:device_{name}", level=level, seed=seed, cases=cases))
+    report = run(Options(f"mutants:device_{name}", level=level, seed=seed, cases=cases, shapes=str(RECORDING)))
     return [r.case.name for r in report.failed]
 
 
@@ -48,7 +50,12 @@ def test_a_backend_without_a_fault_passes(device: str, seed: int) -> None:
 
 
 def test_there_are_enough_mutants() -> None:
-    assert len(NAMES) >= 30
+    """And each case that came after the first version of the kit kills two of them."""
+    assert len(NAMES) >= 100
+    newer = ("L3/batch/*", "L3/model/no_worse*", "L3/cache/contents", "L4/shapes/full_chunks",
+             "L4/shapes/long_contexts", "L4/shapes/those*", "L5/layout/tp2_the_same*")
+    aimed = [f"{area(name)}/{mutants.MUTANTS[name]._cases}" for name in NAMES]
+    assert {case: aimed.count(case) for case in newer if aimed.count(case) < 2} == {}
 
 
 @pytest.mark.slow

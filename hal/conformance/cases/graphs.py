@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from hal.conformance.case import NotApplicable, case
+from hal.conformance.checkpoint import LONG
 from hal.conformance.context import GREEDY, Context, drive
+from hal.recording.format import Recording
 from hal.sampling.params import SamplingParams
 
 _SHORT = SamplingParams(max_tokens=3, ignore_eos=True, logprobs=0)
@@ -31,6 +36,52 @@ def every_length(ctx: Context) -> None:
         scheduler.epoch = i
         runs += drive(session.step, scheduler, ctx.prompts(*lengths), _SHORT)
     ctx.verify(runs, what="every length")
+
+
+@case(4, "shapes")
+def full_chunks(ctx: Context) -> None:
+    """Steps full of tokens whose number is no power of two, and divides by nothing."""
+    session = ctx.session()
+    runs = drive(session.step, session.scheduler(max_num_batched_tokens=97), ctx.prompts(110, 97, 98, 3), _SHORT)
+    ctx.verify(runs, what="chunks of 97 tokens")
+
+
+@case(4, "shapes", once=True)
+def long_contexts(ctx: Context) -> None:
+    """Contexts that grow past 10,000 tokens, the edge of a block, beside a short one; full chunks of 1,500 tokens."""
+    session = ctx.session("long", max_model_len=LONG, num_blocks=1300, max_num_seqs=3, max_num_batched_tokens=1500)
+    ctx.verify(drive(session.step, session.scheduler(), ctx.prompts(9_998, 10_000, 5), _SHORT), "long", "long contexts")
+
+
+@case(4, "shapes", once=True)
+def those_of_a_recording(ctx: Context) -> None:
+    """Lengths, arrivals and limits of the recording that `--shapes` names, with a model and tokens of the kit."""
+    if ctx.shapes is None:
+        raise NotApplicable("no recording was given (--shapes FILE)")
+    recording = Recording.load(Path(ctx.shapes))
+    found, engine = _sequences(recording), recording.engine
+    size, longest = engine.block_size, max(prompt + new for _, prompt, new in found)
+    session = ctx.session("long", max_model_len=longest, block_size=size, max_num_seqs=engine.max_num_seqs,
+                          max_num_batched_tokens=engine.max_num_batched_tokens,
+                          num_blocks=1 + sum(-(-(prompt + new) // size) for _, prompt, new in found))
+    runs = drive(session.step, session.scheduler(), ctx.prompts(*(prompt for _, prompt, _ in found)),
+                 [replace(GREEDY, max_tokens=new) for _, _, new in found], [at for at, _, _ in found])
+    ctx.verify(runs, "long", f"shapes of {ctx.shapes}")
+
+
+def _sequences(recording: Recording) -> list[tuple[int, int, int]]:
+    """Of each sequence of a recording the step in which it enters, and how many tokens its prompt and its output have.
+    What does not fit into the kit's model is cut."""
+    found, at = list[list[int]](), dict[int, list[int]]()
+    for i, step in enumerate(recording.steps):
+        r = step.request
+        for row, prompt in zip(r.new_rows.tolist(), r.new_prompt_lens.tolist(), strict=True):
+            at[row] = [i, min(prompt, LONG // 2), 1]
+            found.append(at[row])
+        counts = [1] * len(r.append_rows) if r.append_counts is None else r.append_counts.tolist()
+        for row, count in zip(r.append_rows.tolist(), counts, strict=True):
+            at[row][2] = min(at[row][2] + count, LONG // 2)
+    return [(entered, prompt, new) for entered, prompt, new in found]
 
 
 @case(4, "shapes")
