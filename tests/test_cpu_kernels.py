@@ -27,8 +27,7 @@ from runners.cpu import choice, library
 from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, GridWeight, Kernels, can_pack
 from runners.cpu.ops import CpuOps
 
-_HIGHEST = library.LEVELS.index(library.load()[1]) if library.load()[0] is not None else 0
-LEVELS = library.LEVELS[1:_HIGHEST + 1]
+LEVELS = library.available()
 ROWS = st.integers(1, 9) | st.sampled_from([16, 33])
 
 

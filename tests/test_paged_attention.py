@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,14 +15,19 @@ from hypothesis import strategies as st
 from hal.contracts.attention import AttentionSpec, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
 from hal.errors import ConfigError
+from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
 from hal.testing.strategies import instances
-from runners.cpu.attention import CpuAttention
+from runners.cpu import library
+from runners.cpu.attention import CpuAttention, CpuStep
+from runners.cpu.linears import Kernels
+from runners.cpu.ops import CpuOps
 
 pytestmark = pytest.mark.torch_release
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 CLASSES = (PagedAttention, CpuAttention)
+LEVELS = library.available()
 
 
 def specs_of(heads: int, kv_heads: int, dim: int, windows: tuple[int | None, ...]) -> list[AttentionSpec]:
@@ -117,8 +124,58 @@ def test_attention_is_what_one_query_at_a_time_gives(cls: type[PagedAttention], 
     check_layers(cls, specs_of(*heads, 8, windows), dtype, m, seed, gathered)
 
 
-def check_layers(cls: type[PagedAttention], specs: Sequence[AttentionSpec], dtype: torch.dtype, m: PagedModelInput,
-                 seed: int, gathered: int) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), dim=st.sampled_from((32, 96)),
+       heads=st.sampled_from(((4, 4), (6, 2), (7, 1))), windows=st.sampled_from(((None,), (3,), (17, None))))
+@settings(max_examples=12, deadline=None)
+def test_the_cpus_kernels_read_the_cache_where_it_lies(level: str, dtype: torch.dtype, m: PagedModelInput, seed: int,
+                                                       dim: int, heads: tuple[int, int],
+                                                       windows: tuple[int | None, ...]) -> None:
+    specs = [dataclasses.replace(spec, scale=dim**-0.5) for spec in specs_of(*heads, dim, windows)]
+    attention = CpuAttention(specs, device=CPU, dtype=dtype, kernels=Kernels(level))
+    assert attention.reads
+    check_layers(lambda *_, **__: attention, specs, dtype, m, seed, 1)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(7, 1, 64, None), (4, 4, 32, 5), (6, 2, 128, None)])
+def test_one_kernel_rotates_writes_and_attends(level: str, dtype: torch.dtype, heads: int, kv_heads: int, dim: int,
+                                               window: int | None) -> None:
+    """The operations one by one give the same output, and write the same slots of the cache."""
+    lens, size = np.array([1, 16, 17, 40, 3]), 8
+    spec, ops = AttentionSpec(heads, kv_heads, dim, dim**-0.5, window), CpuOps(Kernels(level))
+    n, blocks = len(lens), 6
+    tables = np.arange(1, 1 + n * blocks, dtype=np.int32).reshape(n, blocks)
+    packed = PagedModelInput.schema.allocate(
+        {"num_tokens": n, "num_seqs": n, "max_blocks": blocks, "num_logits": n}, set(), block_size=size,
+        num_decode_seqs=n, max_query_len=1, num_samples=n)
+    slots = tables[np.arange(n), (lens - 1) // size] * size + (lens - 1) % size
+    for name, value in {"positions": lens - 1, "seq_lens": lens, "query_start_loc": np.arange(n + 1),
+                        "slot_mapping": slots, "block_tables": tables, "logits_indices": np.arange(n)}.items():
+        packed.fill(name, value)
+    for name in packed.arrays.keys() - {"positions", "seq_lens", "query_start_loc", "slot_mapping", "block_tables",
+                                        "logits_indices"}:
+        packed.fill(name, None)
+    m = packed.to(CPU)
+    plain, ours = PagedAttention([spec], device=CPU, dtype=dtype), CpuAttention([spec], device=CPU, dtype=dtype,
+                                                                               kernels=Kernels(level))
+    cache = torch.randn(plain.cache_shape(spec, 1 + n * blocks, size)).to(dtype)
+    cache[:, 0] = torch.nan
+    qkv, table = torch.randn(n, heads + 2 * kv_heads, dim).to(dtype), torch.randn(64, dim)
+    begun, caches = ops.begin_rotary(m.positions, table, dtype), [cache.clone(), cache.clone()]
+    expected = Ops().rotary_attention(plain.begin(m, caches[:1]), 0, qkv, kv_heads, begun)
+    step = ours.begin(m, caches[1:])
+    assert isinstance(step, CpuStep) and step.alone
+    got = ops.rotary_attention(step, 0, qkv, kv_heads, begun)
+    torch.testing.assert_close(caches[1][:, 1:], caches[0][:, 1:], atol=TOLERANCE[dtype] / 20, rtol=8e-3)
+    assert torch.equal(caches[1][0, 1:] == cache[0, 1:], caches[0][0, 1:] == cache[0, 1:]), "other slots were written"
+    torch.testing.assert_close(got, expected, atol=2 * TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def check_layers(cls: Callable[..., PagedAttention], specs: Sequence[AttentionSpec], dtype: torch.dtype,
+                 m: PagedModelInput, seed: int, gathered: int) -> None:
     attention = cls(specs, device=CPU, dtype=dtype)
     attention.gather_bytes = gathered
     caches = [make_cache(attention, spec, m, seed + i) for i, spec in enumerate(specs)]

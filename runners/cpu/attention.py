@@ -1,7 +1,8 @@
-"""The default attention, with a faster kernel for heads that share no keys, in bfloat16."""
+"""The default attention, whose decoding reads the paged cache where it lies if the compiled kernels are there."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -9,25 +10,43 @@ from typing import Any
 import torch
 
 from hal.contracts.attention import AttentionSpec
-from hal.paged.attention import AttentionBatch, PagedAttention
+from hal.contracts.inputs import PagedModelInput
+from hal.paged.attention import AttentionBatch, PagedAttention, PagedStep
+from runners.cpu.library import Decode
+from runners.cpu.linears import KINDS, Kernels
 
 
 class CpuAttention(PagedAttention):
-    """If every query head has keys of its own, decoding in bfloat16 uses PyTorch's slowest kernels (for a matrix with
-    one row). Then Intel's extension is 1.4 to 2.5 times faster than PyTorch. It is not faster for groups, or in fp32.
+    """Without the kernels, decoding gathers the keys. If every query head has keys of its own, this uses PyTorch's
+    slowest products in bfloat16 (of a matrix with one row), and Intel's extension is 1.4 to 2.5 times faster. It is not
+    faster for groups, or in fp32.
+
+    Attributes:
+        reads: whether the kernels compute every layer's decoding.
     """
 
-    def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, specs: Sequence[AttentionSpec], *, device: torch.device, dtype: torch.dtype,
+                 kernels: Kernels | None = None) -> None:
         super().__init__(specs, device=device, dtype=dtype)
+        self.kernels = Kernels() if kernels is None else kernels
+        self.reads = bool(self.kernels) and dtype in KINDS and all(
+            spec.value_dim == spec.head_dim and spec.head_dim % 32 == 0 and spec.softcap is None and spec.sinks is None
+            and not spec.values_in_keys for spec in specs)
         self.head_maps = {spec.num_heads: torch.arange(spec.num_heads, dtype=torch.int32) for spec in specs
                           if self._single(spec)}
-        self.ipex = ipex_attention() if self.head_maps else None
+        self.ipex = ipex_attention() if self.head_maps and not self.reads else None
 
     def _single(self, spec: AttentionSpec) -> bool:
         return (self.dtype == torch.bfloat16 and spec.num_heads == spec.num_kv_heads and spec.softcap is None
                 and spec.sinks is None)
 
+    def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> PagedStep:
+        reads = self.reads and all(cache.dtype == self.dtype for cache in kv_caches)
+        return (CpuStep if reads else PagedStep)(self, model_input, kv_caches)
+
     def decode(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec) -> torch.Tensor:
+        if batch.blocks is None:
+            return self.read(q, cache, batch, spec, None)
         if not self._single(spec) or cache.dtype == torch.uint8:
             return super().decode(q, cache, batch, spec)
         if self.ipex is not None and spec.window is None and spec.value_dim == spec.head_dim:
@@ -40,6 +59,56 @@ class CpuAttention(PagedAttention):
             return out
         # Two equal rows are faster than one.
         return super().decode(q.repeat_interleave(2, 1), cache, batch, spec)[:, :, 0]
+
+
+    def read(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec,
+             rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """`decode` by the kernels.
+
+        Args:
+            q: [n, heads, head_dim]. With `rotary`, the heads of k and of v follow those of q; neither is in the cache.
+            rotary: what Ops.begin_rotary gives.
+        """
+        assert batch.tables is not None and batch.lens is not None
+        tables, lens, n = batch.tables, batch.lens, len(q)
+        if q.stride(2) != 1 or q.stride(1) != spec.head_dim:
+            q = q.contiguous()
+        if tables.stride(1) != 1:
+            tables = tables.contiguous()
+        out = q.new_empty(n, spec.num_heads, spec.head_dim)
+        cos, sin = (None, None) if rotary is None else (x.data_ptr() for x in rotary)
+        step = Decode(q.data_ptr(), out.data_ptr(), cache[0].data_ptr(), cache[1].data_ptr(), tables.data_ptr(),
+                      lens.data_ptr(), cos, sin, n, spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.shape[3],
+                      tables.stride(0), q.stride(0), spec.window or 0, spec.scale, KINDS[q.dtype], self.kernels.level)
+        if self.kernels.library.hal_decode(ctypes.addressof(step), torch.get_num_threads()):
+            raise MemoryError("attention found no memory for its scores")
+        return out
+
+
+class CpuStep(PagedStep):
+    """A step whose decoding sequences are one batch, of which nothing is gathered or masked."""
+
+    attention: CpuAttention
+
+    def __init__(self, attention: CpuAttention, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> None:
+        super().__init__(attention, m, kv_caches)
+        count = m.num_decode_seqs
+        self.alone = 0 < count == len(m.seq_lens) == len(m.input_ids) == self.real
+
+    def _decode_batches(self, m: PagedModelInput, lens: list[int]) -> list[AttentionBatch]:
+        if not lens:
+            return []
+        context = -(-max(lens) // self.block_size) * self.block_size
+        return [AttentionBatch(0, len(lens), None, context, {}, m.block_tables[:len(lens)], m.seq_lens[:len(lens)])]
+
+    def rotary(self, layer: int, qkv: torch.Tensor, begun: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
+        """Ops.rotary_attention for a step of decoding sequences alone; None where the step is another one."""
+        cache, spec = self.kv_caches[layer], self.attention.specs[layer]
+        if not self.alone or begun[0].shape[-1] != spec.head_dim or begun[0].dtype != qkv.dtype:
+            return None
+        if len(self.begun) > 1:  # the null block alone is not read
+            cache.index_fill_(1, self.begun, 0)
+        return self.attention.read(qkv, cache, self.batches[0], spec, begun).flatten(1)
 
 
 def ipex_attention() -> Any:

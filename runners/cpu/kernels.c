@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 1 /* of the functions and structures below; library.py has the same number */
+#define ABI 2 /* of the functions and structures below; library.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
@@ -46,16 +46,17 @@ typedef struct {
 
 /* A step of decoding sequences; library.py mirrors it. */
 typedef struct {
-    const char *q; char *out;                  /* [n, heads + 2 * kv_heads, head_dim] from q on, [n, heads, head_dim] */
-    char *keys, *values;                       /* [blocks, kv_heads, block_size, head_dim] */
-    const int32_t *tables, *lens;              /* [n, table_stride], [n] */
-    const char *cos, *sin;                     /* [n, head_dim] in the model's dtype; NULL: q is rotated, k is written */
+    const char *q;       /* of each sequence: q, then k and v where they are not in the cache yet; heads of head_dim */
+    char *out;           /* [n, heads, head_dim] */
+    char *keys, *values; /* [blocks, kv_heads, block_size, head_dim] */
+    const int32_t *tables, *lens; /* [n, table_stride], [n] */
+    const char *cos, *sin; /* [n, head_dim] in the model's dtype; NULL: q is rotated, and the key and value are written */
     int64_t n, heads, kv_heads, head_dim, block_size, table_stride, q_stride, window; /* window 0: none */
     float scale;
     int32_t kind, level;
 } Decode;
 
-typedef struct { const Decode *d; char *scratch; int64_t each, slots, next; int32_t slot; } DecodeJob;
+typedef struct { const Decode *d; char *scratch; int64_t each, next; int32_t slot; } DecodeJob;
 
 INLINE float from_bf16(uint16_t v) {
     uint32_t bits = (uint32_t)v << 16;
@@ -163,8 +164,8 @@ EXPORT int hal_linear(const Weight *w, const void *x, int64_t x_stride, void *y,
 EXPORT int hal_decode(const Decode *d, unsigned threads) {
     int64_t longest = 0, group = d->heads / d->kv_heads;
     for (int64_t i = 0; i < d->n; i++) if (d->lens[i] > longest) longest = d->lens[i];
-    DecodeJob job = {.d = d, .slots = threads};
-    job.each = ((longest + 16 + 2 * d->head_dim) * group * 4 + 63) / 64 * 64;
+    DecodeJob job = {.d = d};
+    job.each = ((longest + 16 + d->head_dim) * group * 4 + 63) / 64 * 64;
     job.scratch = scratch(job.each * threads);
     if (!job.scratch) return 1;
     if (threads == 1 || longest * d->n * d->kv_heads < 64) { DECODE[d->level](&job); return 0; }

@@ -8,6 +8,7 @@
 #define V(name) _mm256_##name
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define ZERO _mm256_setzero_si256()
+#define CAST_PS _mm256_castsi256_ps
 #define LOW(w) _mm256_castsi256_ps(_mm256_slli_epi32(w, 16))
 #define HIGH(w) _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)))
 #define DOT256(acc, a, b) _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
@@ -20,6 +21,7 @@
 #define V(name) _mm512_##name
 #define LOAD(p) _mm512_loadu_si512(p)
 #define ZERO _mm512_setzero_si512()
+#define CAST_PS _mm512_castsi512_ps
 #define LOW(w) _mm512_castsi512_ps(_mm512_slli_epi32(w, 16))
 #define HIGH(w) _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))
 #define DOT256(acc, a, b) _mm256_dpwssd_epi32(acc, a, b)
@@ -46,11 +48,6 @@ INLINE __m128 NAME(sum4)(VF a, VF b, VF c, VF d) {
     __m256 h = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
     return _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 #endif
-}
-
-INLINE float NAME(sum)(VF a) {
-    __m128 s = NAME(sum4)(a, a, a, a);
-    return _mm_cvtss_f32(s);
 }
 
 /* A row of x in 16 bits: a group has a scale, and values lie in the order in which the loops unpack the weight's. */
@@ -377,7 +374,140 @@ static void NAME(multiply)(void *job) {
         }
 }
 
-static void NAME(decode)(void *job) { (void)job; }
+/* 2 * LANES values as fp32: of bfloat16 the even ones and the odd ones, of fp32 the first half and the second one. */
+INLINE void NAME(two)(const char *from, int64_t at, const int kind, VF *a, VF *b) {
+    if (kind == BF16) {
+        VI v = LOAD(from + 2 * at);
+        *a = LOW(v);
+        *b = HIGH(v);
+    } else {
+        *a = V(loadu_ps)((const float *)from + at);
+        *b = V(loadu_ps)((const float *)from + at + LANES);
+    }
+}
+
+/* Where `two` has the value that lies at i. */
+INLINE int64_t NAME(place)(int64_t i, const int kind) {
+    int64_t in = i % (2 * LANES);
+    return kind == BF16 ? i - in + in % 2 * LANES + in / 2 : i;
+}
+
+/* e^x for x of at most 0. The polynomial is Cephes' expf. NaN stays. */
+INLINE VF NAME(exp)(VF x) {
+    x = V(max_ps)(V(set1_ps)(-87.0f), x);
+    VI n = V(cvtps_epi32)(V(mul_ps)(x, V(set1_ps)(1.44269504f)));
+    VF f = V(cvtepi32_ps)(n), y = V(set1_ps)(1.9875691500e-4f);
+    x = V(fmadd_ps)(f, V(set1_ps)(-0.693359375f), x);
+    x = V(fmadd_ps)(f, V(set1_ps)(2.12194440e-4f), x);
+    const float c[5] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+#pragma GCC unroll 5
+    for (int i = 0; i < 5; i++) y = V(fmadd_ps)(y, x, V(set1_ps)(c[i]));
+    y = V(fmadd_ps)(y, V(mul_ps)(x, x), V(add_ps)(x, V(set1_ps)(1.0f)));
+    return V(mul_ps)(y, CAST_PS(V(slli_epi32)(V(add_epi32)(n, V(set1_epi32)(127)), 23)));
+}
+
+/* The rotary embedding of value i of a head, rounded where PyTorch's operations round. */
+INLINE float NAME(rotated)(const char *head, const char *cos, const char *sin, int64_t i, int64_t dim, const int kind) {
+    int64_t other = i < dim / 2 ? i + dim / 2 : i - dim / 2;
+    float y = rounded(value_at(head, i, kind) * value_at(cos, i, kind), kind);
+    return rounded(y + value_at(head, other, kind) * value_at(sin, i, kind), kind);
+}
+
+/* The query heads of one sequence that share the key-value head h. */
+INLINE void NAME(attend)(const Decode *d, float *scratch, int64_t s, int64_t h, const int kind) {
+    int64_t size = kind == FP32 ? 4 : 2, dim = d->head_dim, group = d->heads / d->kv_heads, len = d->lens[s];
+    int64_t first = d->window && len > d->window ? len - d->window : 0, keys = len - first, row = (keys + 15) / 16 * 16;
+    const char *q = d->q + s * d->q_stride * size, *cos = d->cos + s * dim * size, *sin = d->sin + s * dim * size;
+    const int32_t *table = d->tables + s * d->table_stride;
+    float *queries = scratch, *scores = scratch + group * dim;
+    if (len <= 0) { /* padding */
+        memset(d->out + (s * d->heads + h * group) * dim * size, 0, group * dim * size);
+        return;
+    }
+#define AT(cache, t) (cache + (((table[(t) / d->block_size] * d->kv_heads + h) * d->block_size + (t) % d->block_size) * \
+                               dim) * size)
+    if (d->cos) {
+        const char *k = q + (d->heads + h) * dim * size, *v = q + (d->heads + d->kv_heads + h) * dim * size;
+        char *key = AT(d->keys, len - 1);
+        for (int64_t i = 0; i < dim; i++) put(key, i, NAME(rotated)(k, cos, sin, i, dim, kind), kind);
+        memcpy(AT(d->values, len - 1), v, dim * size);
+    }
+    for (int64_t g = 0; g < group; g++) {
+        const char *head = q + (h * group + g) * dim * size;
+        for (int64_t i = 0; i < dim; i++)
+            queries[g * dim + NAME(place)(i, kind)] = d->scale * (
+                d->cos ? NAME(rotated)(head, cos, sin, i, dim, kind) : value_at(head, i, kind));
+    }
+    for (int64_t t = first; t < len; t++) {
+        const char *key = AT(d->keys, t);
+        for (int64_t g = 0; g < group; g += 4) { /* four heads at a time; the last of them may be the same */
+            VF acc[4] = {V(setzero_ps)(), V(setzero_ps)(), V(setzero_ps)(), V(setzero_ps)()};
+            float found[4];
+            for (int64_t at = 0; at < dim; at += 2 * LANES) {
+                VF a, b;
+                NAME(two)(key, at, kind, &a, &b);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    const float *head = queries + MIN(g + i, group - 1) * dim + at;
+                    acc[i] = V(fmadd_ps)(a, V(loadu_ps)(head), acc[i]);
+                    acc[i] = V(fmadd_ps)(b, V(loadu_ps)(head + LANES), acc[i]);
+                }
+            }
+            _mm_storeu_ps(found, NAME(sum4)(acc[0], acc[1], acc[2], acc[3]));
+            for (int i = 0; i < 4 && g + i < group; i++) scores[(g + i) * row + t - first] = found[i];
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float *of = scores + g * row, most = of[0], all[LANES], total = 0;
+        for (int64_t t = 1; t < keys; t++) most = of[t] > most ? of[t] : most;
+        for (int64_t t = keys; t < row; t++) of[t] = -1e30f;
+        VF sum = V(setzero_ps)();
+        for (int64_t t = 0; t < row; t += LANES) {
+            VF e = NAME(exp)(V(sub_ps)(V(loadu_ps)(of + t), V(set1_ps)(most)));
+            V(storeu_ps)(of + t, e);
+            if (t + LANES <= keys) sum = V(add_ps)(sum, e);
+            else for (int64_t i = t; i < keys; i++) total += of[i];
+        }
+        V(storeu_ps)(all, sum);
+        for (int i = 0; i < LANES; i++) total += all[i];
+        for (int64_t t = 0; t < keys; t++) of[t] /= total;
+    }
+    for (int64_t g = 0; g < group; g += 4)
+        for (int64_t at = 0; at < dim; at += 2 * LANES) {
+            VF acc[4][2];
+            float found[2 * LANES];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) acc[i][0] = acc[i][1] = V(setzero_ps)();
+            for (int64_t t = first; t < len; t++) {
+                VF a, b;
+                NAME(two)(AT(d->values, t), at, kind, &a, &b);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    VF weight = V(set1_ps)(scores[MIN(g + i, group - 1) * row + t - first]);
+                    acc[i][0] = V(fmadd_ps)(weight, a, acc[i][0]);
+                    acc[i][1] = V(fmadd_ps)(weight, b, acc[i][1]);
+                }
+            }
+            for (int i = 0; i < 4 && g + i < group; i++) {
+                V(storeu_ps)(found, acc[i][0]);
+                V(storeu_ps)(found + LANES, acc[i][1]);
+                char *out = d->out + ((s * d->heads + h * group + g + i) * dim + at) * size;
+                for (int64_t l = 0; l < 2 * LANES; l++) put(out, l, found[NAME(place)(l, kind)], kind);
+            }
+        }
+#undef AT
+}
+
+static void NAME(decode)(void *job) {
+    DecodeJob *j = job;
+    const Decode *d = j->d;
+    float *memory = (float *)(j->scratch + __atomic_fetch_add(&j->slot, 1, __ATOMIC_RELAXED) * j->each);
+    int64_t item;
+    while ((item = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < d->n * d->kv_heads) {
+        if (d->kind == FP32) NAME(attend)(d, memory, item / d->kv_heads, item % d->kv_heads, FP32);
+        else NAME(attend)(d, memory, item / d->kv_heads, item % d->kv_heads, BF16);
+    }
+}
 
 #undef LANES
 #undef ROWS
@@ -386,6 +516,7 @@ static void NAME(decode)(void *job) { (void)job; }
 #undef V
 #undef LOAD
 #undef ZERO
+#undef CAST_PS
 #undef LOW
 #undef HIGH
 #undef DOT

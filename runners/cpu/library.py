@@ -17,7 +17,7 @@ from hal.errors import ConfigError
 
 LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
 VARIABLE = "HAL_CPU_KERNELS"
-_ABI = 1
+_ABI = 2
 _FOLDER = Path(__file__).parent
 
 
@@ -60,6 +60,12 @@ def load() -> tuple[Any, str]:
     return library, LEVELS[level]
 
 
+def available() -> tuple[str, ...]:
+    """The levels that this processor has, if the kernels are built."""
+    library, highest = load()
+    return () if library is None else LEVELS[1:LEVELS.index(highest) + 1]
+
+
 def level() -> str:
     """Of the kernels that run: the highest of the processor, or what HAL_CPU_KERNELS restricts it to.
 
@@ -69,8 +75,7 @@ def level() -> str:
     wanted = os.environ.get(VARIABLE) or LEVELS[-1]
     if wanted not in LEVELS:
         raise ConfigError(f"{VARIABLE} names no level of the CPU's kernels", got=wanted, expected=" or ".join(LEVELS))
-    library, highest = load()
-    return "off" if library is None else LEVELS[min(LEVELS.index(wanted), LEVELS.index(highest))]
+    return LEVELS[min(LEVELS.index(wanted), len(available()))]
 
 
 def choices_file() -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
+from hal.contracts.attention import LayerAttention
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
+from runners.cpu.attention import CpuStep
 from runners.cpu.choice import choose
 from runners.cpu.grids import packed
 from runners.cpu.linears import DenseWeight, Kernels
@@ -47,6 +50,14 @@ class CpuOps(Ops):
         if isinstance(layer.scheme, GridScheme):
             x = layer.scheme.rounded(x)
         return layer.packed(x)
+
+    def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
+                         begun: Any) -> torch.Tensor:
+        if isinstance(attention, CpuStep):
+            found = attention.rotary(layer, qkv, begun)
+            if found is not None:
+                return found
+        return super().rotary_attention(attention, layer, qkv, num_kv_heads, begun)
 
     def described(self) -> str:
         """One line for people: how many linear layers take which ways."""
