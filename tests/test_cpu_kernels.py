@@ -152,7 +152,7 @@ def test_what_the_kernels_cannot_read_is_computed_by_plain_pytorch() -> None:
 @pytest.mark.parametrize("way", [*WAYS, PACKED])
 @pytest.mark.torch_release
 def test_every_way_gives_the_same(way: str) -> None:
-    if way == "kernel" and not LEVELS:
+    if way in ("kernel", "one thread") and not LEVELS:
         pytest.skip("no kernels here")
     weight, bias = torch.randn(200, 96).bfloat16(), torch.randn(200).bfloat16()
     layer = DenseWeight(weight, bias, Kernels(), (way,) * len(BUCKETS))
@@ -184,7 +184,7 @@ def test_the_fastest_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     times: dict[str, float] = {}
     monkeypatch.setattr(choice, "_times", lambda layers, x: {name: times[name] for name in layers})
     monkeypatch.setattr(choice, "_COPIES", 1)
-    times |= {"torch": 2.0, "kernel": 1.0, "fp32 tiles": 3.0, PACKED: 0.99 if LEVELS else 1.98}
+    times |= {"torch": 2.0, "kernel": 1.0, "one thread": 1.5, "fp32 tiles": 3.0, PACKED: 0.99 if LEVELS else 1.98}
     weight = torch.randn(64, 64).bfloat16()
     assert set(choice._measured(weight, Kernels())) == {"kernel" if LEVELS else "torch"}
     times[PACKED] = 0.9 if LEVELS else 1.8

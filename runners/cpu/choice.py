@@ -47,7 +47,7 @@ def _ways(weight: torch.Tensor, kernels: Kernels) -> list[str]:
     """To multiply by the weight where it lies."""
     without = {"fp32 tiles"} if weight.dtype == torch.float32 else set()
     if not kernels or not fits(weight):
-        without.add("kernel")
+        without |= {"kernel", "one thread"}
     return [way for way in WAYS if way not in without]
 
 

@@ -2,6 +2,7 @@
 
 A dense weight lies row by row, as the checkpoint has it, or in oneDNN's layout. Three ways read the first: PyTorch's
 F.linear, the compiled kernels, and products in fp32 of tiles, for many rows where the CPU has no bfloat16 arithmetic.
+The kernels may use one thread: to wake the others can take longer than a small weight.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from runners.cpu import library
 
 BUCKETS = (1, 4, 8, 16, 32, 256)  # rows that are measured; a number of rows takes the way of the next larger one
-WAYS = ("torch", "kernel", "fp32 tiles")  # of a weight that lies row by row
+WAYS = ("torch", "kernel", "one thread", "fp32 tiles")  # of a weight that lies row by row
 PACKED = "oneDNN"
 _TILE = 1 << 20  # values of a weight in fp32 at once
 _PACKED_ROWS = 32  # oneDNN chooses the layout for so many rows
@@ -48,13 +49,14 @@ class DenseWeight:
                  ) -> None:
         self.weight, self.bias, self.kernels, self.outputs = weight, bias, kernels, weight.shape[0]
         self.chosen, self.packed = chosen, pack(weight) if chosen[0] == PACKED else None
-        ways = {"torch": self._torch, "kernel": self._kernel, "fp32 tiles": self._fp32, PACKED: self._onednn}
+        ways = {"torch": self._torch, "kernel": self._kernel, "one thread": self._one_thread,
+                "fp32 tiles": self._fp32, PACKED: self._onednn}
         by_bucket = [ways[name] for name in chosen]
         self.ways = [by_bucket[next(i for i, most in enumerate(BUCKETS) if rows <= most)]
                      for rows in range(BUCKETS[-2] + 1)]
         self.many = by_bucket[-1]
         self.native: Any = None
-        if "kernel" in chosen:
+        if {"kernel", "one thread"} & {*chosen}:
             self.native = native(weight, bias, KINDS[weight.dtype], kernels.level, inputs=weight.shape[1])
             self.call, self.address = kernels.library.hal_linear, ctypes.addressof(self.native)
         if self.packed is not None:
@@ -71,6 +73,9 @@ class DenseWeight:
 
     def _kernel(self, x: torch.Tensor) -> torch.Tensor:
         return multiply(self.call, self.address, x, self.outputs)
+
+    def _one_thread(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(self.call, self.address, x, self.outputs, 1)
 
     def _fp32(self, x: torch.Tensor) -> torch.Tensor:
         wide, y = x.float(), x.new_empty(x.shape[0], self.outputs)
@@ -107,11 +112,13 @@ def native(values: torch.Tensor, bias: torch.Tensor | None, kind: int, level: in
                           kind, level)
 
 
-def multiply(call: Any, address: int, x: torch.Tensor, outputs: int) -> torch.Tensor:
+def multiply(call: Any, address: int, x: torch.Tensor, outputs: int, threads: int = 0) -> torch.Tensor:
+    """`threads`: 0 stands for torch's."""
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(x.shape[0], outputs)
-    if call(address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], torch.get_num_threads()):
+    if call(address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0],
+            threads or torch.get_num_threads()):
         raise MemoryError("a linear layer's kernel found no memory for its input")
     return y
 
