@@ -24,6 +24,7 @@ _SMALL = 1 << 18  # values of a weight below which nothing is measured
 _BYTES = 1 << 25  # of copies that take turns, so that few rows are multiplied by weights that come from memory
 _COPIES = 64
 _MANY_VALUES = 1 << 22  # of the weights that are measured with many rows
+_LITTLE = 1 << 22  # bytes of a weight above which one thread wins only while others use the cores
 _ROUNDS = 5
 _GAIN = 1.03  # oneDNN's layout must gain so much over all buckets: it is a second copy of a tied embedding
 
@@ -48,6 +49,8 @@ def _ways(weight: torch.Tensor, kernels: Kernels) -> list[str]:
     without = {"fp32 tiles"} if weight.dtype == torch.float32 else set()
     if not kernels or not fits(weight):
         without |= {"kernel", "one thread"}
+    if weight.numel() * weight.element_size() > _LITTLE:
+        without.add("one thread")
     return [way for way in WAYS if way not in without]
 
 
