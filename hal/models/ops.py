@@ -178,7 +178,7 @@ class Ops:
         tokens = len(p.positions)
         if p.max_query_len == 1 and tokens == len(p.seq_lens):
             return None
-        starts, longest = torch.from_numpy(on_host(m, "query_start_loc")), p.max_query_len or tokens
+        starts, longest = torch.tensor(on_host(m, "query_start_loc")), p.max_query_len or tokens
         chunk = min(1 << max(longest - 1, 0).bit_length(), CHUNK)
         return find_spans(starts, tokens, taps, p.num_decode_seqs, chunk).to(p.positions.device)
 

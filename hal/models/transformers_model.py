@@ -7,8 +7,6 @@ that get the same input are merged, which one traced forward pass shows (hal.mod
 from __future__ import annotations
 
 import fnmatch
-from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,10 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from hal.contracts.attention import AttentionSpec, ForwardContext, LayerAttention
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
-from hal.models import skeleton
+from hal.models import skeleton, swaps
 from hal.models.causal_lm import CausalLM
 from hal.models.layers import Build, Linear
-from hal.models.ops import Ops
 from hal.models.skeleton import AttentionCall, Trace, refuse
 from hal.weights import LinearSpec, Projection
 from hal.weights.base import canonical
@@ -79,6 +76,7 @@ class TransformersModel(CausalLM):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
         self.step.attention = context.attention
+        self.step.rotaries.clear()
         inputs: dict[str, Any]
         if intermediate is None:
             inputs = {"input_ids": input_ids.long()[None]}
@@ -95,9 +93,12 @@ class TransformersModel(CausalLM):
 
 
 class _Step:
-    """The attention of the running step, which the layers share."""
+    """What the layers share in the running step: its attention, and the values of rotary embeddings."""
 
     attention: LayerAttention
+
+    def __init__(self) -> None:
+        self.rotaries: swaps.Rotaries = {}
 
 
 class _Attend:
@@ -110,14 +111,8 @@ class _Attend:
                  ) -> torch.Tensor:
         """[1, heads, num_tokens, head_dim] -> [1, num_tokens, heads, value_dim]."""
         heads, tokens = q.shape[1], q.shape[2]
-        q, k, v = (_by_token(x) for x in (q, k, v))
+        q, k, v = (swaps.by_token(x) for x in (q, k, v))
         return self.step.attention(self.layer, q, k, v).view(1, tokens, heads, -1)
-
-
-def _by_token(x: torch.Tensor) -> torch.Tensor:
-    """[1, heads, num_tokens, dim] -> [num_tokens, heads, dim], whose heads lie side by side."""
-    x = x[0].transpose(0, 1)
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 class _Hidden(BaseModelOutputWithPast):
@@ -191,8 +186,12 @@ class _Merged(HfLinear):
 
     kept: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
+    def all(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of all layers, side by side."""
+        return super().forward(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first, *rest = torch.split(super().forward(x), list(self.outputs), -1)
+        first, *rest = torch.split(self.all(x), list(self.outputs), -1)
         self.kept = x, rest
         return first
 
@@ -212,35 +211,6 @@ class _Following(nn.Module):
         if self.place == len(first.kept[1]) - 1:
             first.kept = None
         return found
-
-
-class _Norm:
-    """The forward pass of an RMSNorm as one of our operations."""
-
-    def __init__(self, ops: Ops, module: Any) -> None:
-        self.ops, self.weight, self.eps = ops, module.weight, module.variance_epsilon
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim > 2 and len(x) == 1:
-            return self.ops.rms_norm(x[0], self.weight, self.eps)[None]
-        return self.ops.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
-
-
-@cache
-def _is_rms_norm(kind: Any) -> bool:
-    """Whether a class of transformers computes what Ops.rms_norm does: tried on random numbers. Some of these classes
-    add 1 to the weight, or have none, or round elsewhere."""
-    generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(1, 3, 16, generator=generator).to(dtype)
-        weight = torch.rand(16, generator=generator).to(dtype)
-        try:
-            theirs = kind.forward(SimpleNamespace(weight=weight, variance_epsilon=1e-5), x)
-        except (AttributeError, TypeError):
-            return False
-        if not torch.allclose(theirs, Ops().rms_norm(x, weight, 1e-5), rtol=1e-6, atol=1e-6):
-            return False
-    return True
 
 
 class _Parts:
@@ -296,9 +266,7 @@ class _Parts:
                 self.own(name, module)
                 if self.style(name) == "moe_tp_experts":
                     module.register_forward_hook(self.sum)
-                kind: Any = type(module)
-                if kind.__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon") and _is_rms_norm(kind):
-                    module.forward = _Norm(self.build.ops, module)
+                swaps.swap(module, self.build.ops, self.step.rotaries)
 
     def mergeable(self, group: list[str]) -> bool:
         names = group if len(group) > 1 else []

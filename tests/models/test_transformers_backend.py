@@ -16,7 +16,9 @@ from hal.engine import certificates, certify
 from hal.engine.llm import LLM
 from hal.engine.tiny import save_tiny, tiny_config
 from hal.errors import ConfigError, ModelLoadError
-from hal.models.transformers_model import HfLinear, TransformersModel, _Merged, _Norm
+from hal.models import swaps
+from hal.models.ops import Ops
+from hal.models.transformers_model import HfLinear, TransformersModel, _Merged
 from hal.sampling.params import SamplingParams
 
 NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "minicpm3")
@@ -55,14 +57,47 @@ def test_the_comparison_refuses_wrong_results_and_a_test_that_cannot_fail() -> N
     assert "ignores its cache" in certify.judge(1e-6, 1e-3)
 
 
-def test_linear_layers_are_merged_and_norms_are_ours(checkpoint: Any) -> None:
+def test_linear_layers_are_merged_and_parts_are_ours(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rotary operation a layer embeds the queries and keys of a step, if no norm comes before; here one of each."""
+    used, rotary = [], Ops.rotary
+
+    def counting(self: Ops, heads: torch.Tensor, begun: Any) -> torch.Tensor:
+        used.append(heads.shape[1])
+        return rotary(self, heads, begun)
+
+    monkeypatch.setattr(Ops, "rotary", counting)
+    for name, heads in (("llama3-gqa", [6] * 4), ("qwen3", [4, 2] * 3)):
+        with LLM(str(checkpoint(name)), device="cpu", dtype="float32", model_impl="transformers") as llm:
+            llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1))  # the first step has tried everything
+            used.clear()
+            llm.generate([[5, 6, 7]], SamplingParams(max_tokens=1))
+            assert used == heads, name
     with LLM(str(checkpoint("qwen3")), device="cpu", dtype="float32", model_impl="transformers") as llm:
         model = llm.executor._worker.runner.model  # type: ignore[attr-defined]
         assert isinstance(model, TransformersModel)
         layer = model.base.layers[0]
         assert isinstance(layer.self_attn.q_proj, _Merged) and len(layer.self_attn.q_proj.spec.projections) == 3
         assert isinstance(layer.mlp.gate_proj, _Merged) and len(layer.mlp.gate_proj.spec.projections) == 2
-        assert isinstance(layer.self_attn.o_proj, HfLinear) and isinstance(layer.self_attn.q_norm.forward, _Norm)
+        assert isinstance(layer.self_attn.o_proj, HfLinear) and isinstance(layer.self_attn.q_norm.forward, swaps._Norm)
+        assert isinstance(layer.mlp.forward, swaps._GatedMLP)
+        original = type(layer.self_attn).forward.__globals__["apply_rotary_pos_emb"]
+        assert not isinstance(original, swaps._Rotary)  # the module of transformers is as it was
+
+
+def test_what_computes_something_else_is_not_swapped() -> None:
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as interleaved
+    from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaMLP, apply_rotary_pos_emb
+
+    assert swaps._is_rotary(apply_rotary_pos_emb) and not swaps._is_rotary(interleaved)
+    assert swaps._is_gated_mlp(LlamaMLP) and swaps._is_gated_mlp(GemmaMLP)  # with SiLU, which Gemma has not
+    assert not swaps._is_rms_norm(GemmaRMSNorm)
+    rotary, begun = swaps._Rotary(Ops(), apply_rotary_pos_emb), dict[int, Any]()
+    rotary.begun = begun
+    q, k, cos, sin = (torch.rand(1, *shape) for shape in ((4, 3, 8), (2, 3, 8), (3, 8), (3, 8)))
+    for ours, theirs in zip(rotary(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        assert torch.equal(ours, theirs)  # the angles of the two halves differ
+    assert rotary.halves is False and not begun
 
 
 @pytest.mark.slow
