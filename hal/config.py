@@ -69,6 +69,8 @@ class EngineConfig:
         batch_invariant: a request gives the same tokens and logprobs, to the last bit, whatever else is in its batch
             and however its prompt is cut into chunks. It fixes the kernels that otherwise depend on the number of
             rows, so it costs speed. Only where the backend offers it; with tp up to 2, and without speculation.
+        expert_loads: count how many tokens each expert computes (Stats.expert_loads). It costs one small operation in
+            each layer with experts. Only with pp=1, and for native models on the CPU and CUDA.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
@@ -114,6 +116,7 @@ class EngineConfig:
     control_plane: str = "auto"
     heartbeat: float = 30.0
     batch_invariant: bool = False
+    expert_loads: bool = False
     graphs: bool = True
     model_impl: ModelImpl = "auto"
     generation_config: GenerationConfig = "auto"
@@ -133,8 +136,8 @@ class EngineConfig:
             self._take("steps_per_message", (int,), f'an integer from 1 to {MOST_STEPS}, or "auto"', 1, MOST_STEPS)
         for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0)):
             self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)
-        for name in ("prefix_caching", "batch_invariant", "graphs", "random_weights", "trust_remote_code",
-                     "async_scheduling"):
+        for name in ("prefix_caching", "batch_invariant", "expert_loads", "graphs", "random_weights",
+                     "trust_remote_code", "async_scheduling"):
             self._take(name, (bool,), "true or false")
         for name in ("device", "control_plane", "speculate"):
             self._take(name, (str,), "a text")
@@ -164,6 +167,9 @@ class EngineConfig:
                               got=f"steps_per_message={self.steps_per_message}, pp={self.pp}",
                               expected='steps_per_message=1 or "auto", or pp=1',
                               hint="tp divides a model without stages")
+        if self.expert_loads and self.pp > 1:
+            raise ConfigError("expert_loads counts on the driver's stage, which has some of the layers",
+                              got=f"expert_loads=True, pp={self.pp}", expected="pp=1")
         if self.batch_invariant and (self.tp > 2 or self.speculate is not None):
             raise ConfigError("batch_invariant has one order of every sum, which collectives of more than two ranks "
                               "and the verification of drafts do not have", expected="tp up to 2, and no speculation",

@@ -197,6 +197,10 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
             row = _row(config, model, report["dtype"], device, cell)
             rows.append(asdict(row))
             show(_line(row, args))
+        imbalance = llm.stats().expert_imbalance
+        if imbalance is not None:
+            report["expert_imbalance"] = imbalance
+            show(f"\nexperts: the most loaded one of a layer has {imbalance:.2f} times the average load")
         if args.profile is not None:
             measure.profile(llm, args.batch_sizes, args.prompt_len, args.new_tokens, args.profile)
             show(f"\ntrace for ui.perfetto.dev: {args.profile}")

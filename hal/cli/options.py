@@ -32,6 +32,7 @@ ENGINE_HELP = {
     "async_scheduling": "prepare a step before the tokens of the one before it are known on the host",
     "steps_per_message": "decode steps that ranks take for one message, or auto: 8 while no request waits",
     "batch_invariant": "the same bits for a request in any batch, where the device offers it, at some cost",
+    "expert_loads": "count the tokens that each expert computes",
     "graphs": "run every step eagerly",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
     "speculate": "what proposes tokens for the model to verify: ngram, draft, eagle or module:attribute of a Proposer",

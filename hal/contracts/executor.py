@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from hal.config import EngineConfig
 from hal.contracts.backend import Backend
 from hal.contracts.inputs import ModelInput
@@ -94,6 +96,9 @@ class Executor(Protocol):
         Raises:
             StateError: the step before still waits for `StepHandle.sample`; or as `check`. WorkerError.
         """
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        """See ModelRunnerBase.expert_loads. May be called from any thread."""
 
     def shutdown(self) -> None:
         """End all workers and release what they hold. Idempotent; in a forked child it does nothing."""

@@ -6,6 +6,8 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
+
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput
@@ -82,6 +84,11 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     @abc.abstractmethod
     def load_model(self, progress: Progress = no_progress) -> None:
         """Build this rank's part of the model and load its weights. Raises ModelLoadError, ConfigError."""
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        """Of an engine with EngineConfig.expert_loads: int64 [layers with experts, experts], the tokens that each
+        expert was chosen for since the model was loaded. It waits for the device. None where the runner counts none."""
+        return None
 
     @abc.abstractmethod
     def kv_bytes_per_block(self) -> int:

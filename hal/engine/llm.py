@@ -9,7 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,8 @@ class Stats:
         drafted_tokens, accepted_tokens: drafts of speculative decoding that steps have verified, and how many of them
             were right.
         running, waiting: requests at this moment.
+        expert_loads: with EngineConfig.expert_loads, of each layer with experts the tokens that each expert was chosen
+            for since the workers started; reading them waits for the device. None without it.
         used_blocks, num_blocks: KV blocks that running requests hold at this moment, and that there are for requests.
     """
 
@@ -77,6 +79,16 @@ class Stats:
     waiting: int
     used_blocks: int
     num_blocks: int
+    expert_loads: np.ndarray | None = field(default=None, compare=False)
+
+    @property
+    def expert_imbalance(self) -> float | None:
+        """The load of a layer's most loaded expert over that of its average one, as a mean over the layers: 1.0 is
+        balanced. None without expert_loads, and before any load."""
+        loads = self.expert_loads
+        if loads is None or not loads.sum(1).all():
+            return None
+        return float((loads.max(1) / loads.mean(1)).mean())
 
 
 class LLM:
@@ -158,6 +170,10 @@ class LLM:
                               expected="async_scheduling=None or False: then steps are scheduled one after another")
         if self._speculation is not None:
             self._speculation.take_times(self.executor.round_times)
+        if config.expert_loads and self.executor.expert_loads() is None:
+            self.executor.shutdown()
+            raise ConfigError("expert_loads counts the experts of a native model on the CPU or CUDA",
+                              got=f"{self.model_config.architecture} on {config.device}", expected="expert_loads=False")
         self._begin()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
@@ -173,6 +189,7 @@ class LLM:
     def _begin(self) -> None:
         """The engine's own part for new workers: a scheduler, and for a model of embeddings an Embedder."""
         self.scheduler = self._make_scheduler()
+        self._loads_at_start = self.executor.expert_loads() if self.config.expert_loads else None  # of the warm-up
         self._embedder = None if self.model_config.embedding is None else Embedder(
             self.executor, self.config, self.model_config, self.tokenizer)
 
@@ -509,10 +526,12 @@ class LLM:
         counts["preemptions"] += sum(s.preemptions for s in live)
         running = sum(s.row >= 0 for s in live)
         drafts, blocks = self._speculation, self.scheduler.blocks
+        loads = None if self._loads_at_start is None else self.executor.expert_loads()
         drafted, accepted = (0, 0) if drafts is None else (drafts.drafted, drafts.accepted)
         return Stats(**counts, drafted_tokens=drafted, accepted_tokens=accepted, running=running,
                      waiting=len(live) - running, used_blocks=max(blocks.num_blocks - 1, 0) - blocks.num_free,
-                     num_blocks=max(blocks.num_blocks - 1, 0))
+                     num_blocks=max(blocks.num_blocks - 1, 0),
+                     expert_loads=None if loads is None else loads - self._loads_at_start)
 
     def restart(self) -> None:
         """Start new workers, after a failure or at any other time. Unfinished requests keep their tokens and go on from

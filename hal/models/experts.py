@@ -7,8 +7,8 @@ and with them those of an MLP that computes every token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from hal.models.layers import Build
 from hal.models.mlp import GatedMLP, apply_norm
 from hal.weights.mxfp4 import BLOCK, decoded
 from hal.weights.sharding import ParameterSpec, StoredSlice
+
+if TYPE_CHECKING:
+    from hal.contracts.inputs import PagedModelInput
 
 
 class ExpertNames(NamedTuple):
@@ -33,6 +36,29 @@ class ExpertNames(NamedTuple):
     router: str = "gate"
     parts: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj")
     shared: str = "shared_experts"
+
+
+class ExpertLoads:
+    """How many tokens each expert of a model was chosen for. Nothing here waits for the device.
+
+    Attributes:
+        counts: int64 [layers with experts, experts], over all ranks: each rank counts all of a step's choices.
+    """
+
+    def __init__(self, layers: Sequence[Experts]) -> None:
+        router = layers[0].router
+        self.counts = torch.zeros(len(layers), len(router), dtype=torch.int64, device=router.device)
+        for place, layer in enumerate(layers):
+            layer.loads, layer.place = self, place
+
+    def begin(self, m: PagedModelInput) -> None:
+        """Tell the real tokens of a step from padding."""
+        at = torch.arange(len(m.positions), device=m.positions.device)
+        self.real = (at < m.query_start_loc[-1]).long().unsqueeze(1)
+
+    def add(self, place: int, chosen: torch.Tensor) -> None:
+        """chosen: [n, experts of a token]."""
+        self.counts[place].scatter_add_(0, chosen.long().flatten(), self.real.expand(chosen.shape).flatten())
 
 
 class Experts(nn.Module):
@@ -51,7 +77,11 @@ class Experts(nn.Module):
         shared: the MLP that computes every token, or None; shared_gate: [1, hidden], or None.
         packed: shapes and declarations of uint8 tensors that the checkpoint stores in place of the weights; the loader
             fills them and calls `unpack`.
+        loads, place: where choices are counted, and the number of this layer there; None where nobody counts.
     """
+
+    loads: ExpertLoads | None = None
+    place: int
 
     def __init__(self, config: ModelConfig, build: Build, name: str, names: ExpertNames) -> None:
         super().__init__()
@@ -147,6 +177,8 @@ class Experts(nn.Module):
         ops = self.ops
         x, residual = apply_norm(ops, x, residual, norm, self.eps)
         weights, chosen = ops.route(x, self)
+        if self.loads is not None:
+            self.loads.add(self.place, chosen)
         y = ops.experts(x, weights, chosen, self)
         if self.shared is not None:
             beside = ops.linear(ops.silu_mul(self.shared.gate_up(x)), self.shared.down)

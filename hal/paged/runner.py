@@ -21,6 +21,7 @@ from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.errors import ConfigError
 from hal.models.causal_lm import CausalLM
 from hal.models.delta import GatedDelta
+from hal.models.experts import ExpertLoads, Experts
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
@@ -99,6 +100,11 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
                               got=self.config.engine.model, expected="a model whose layers have paged caches")
         self.states = RowStates(self.model.state_specs, self.config.engine.max_num_seqs, self.device)
         self.row_states = self.states.tensors
+        layers = [module for module in model.modules() if isinstance(module, Experts)]
+        self.loads = ExpertLoads(layers) if layers and self.config.engine.expert_loads else None
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        return None if self.loads is None else self.loads.counts.cpu().numpy().copy()
 
     def make_model(self, progress: Progress = no_progress) -> CausalLM:
         """This rank's part of the model, with its weights. Raises as load_model."""
@@ -210,6 +216,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         return self.state.prepare_sampling(sampling).to(self.device)
 
     def forward_context(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> ForwardContext:
+        if self.loads is not None:
+            self.loads.begin(m)
         return ForwardContext(self.attention.begin(m, kv_caches), m, self.states.begin(m) if self.row_states else None,
                               dict.fromkeys(self.taps) if self.taps else None)
 

@@ -68,6 +68,9 @@ class RecordingExecutor:
     def health(self) -> HalError | None:
         return self.executor.health()
 
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        return self.executor.expert_loads()
+
     def on_failure(self, listener: Callable[[WorkerError], None]) -> None:
         self.executor.on_failure(listener)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hal.config import WorkerConfig
@@ -100,6 +101,9 @@ class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
         self.target.load_model(progress)
         self.intermediate_type, self.has_row_states = self.target.intermediate_type, self.target.has_row_states
         self.proposer.load_model(progress)
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        return self.target.expert_loads()
 
     def kv_bytes_per_block(self) -> int:
         return self.target.kv_bytes_per_block() + self.proposer.kv_bytes_per_block()

@@ -47,6 +47,16 @@ def test_json_of_a_config_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
+def test_the_load_of_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {**SHAPES["tiny"], "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4,
+             "num_hidden_layers": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert main(["bench", *SMALL, "--expert-loads", "--model-config", str(tmp_path / "config.json")]) == 0
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("experts: "))
+    assert 1 <= float(line.partition(" has ")[2].partition(" times")[0]) <= 2  # of two choices of four
+
+
+@pytest.mark.slow
 def test_table_of_the_bundled_checkpoint_in_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *SMALL, "--tp", "2"]) == 0
     out = capsys.readouterr().out

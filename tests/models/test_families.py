@@ -99,6 +99,33 @@ def test_experts_in_mxfp4_are_decoded_as_transformers_decodes_them(tmp_path: Pat
                     torch.device("meta"))
 
 
+@pytest.mark.parametrize("layout", [{}, pytest.param({"tp": 2, "ep": 2}, marks=pytest.mark.slow)], ids=str)
+def test_loads_of_experts_are_those_of_transformers(family: Family, layout: dict[str, Any]) -> None:
+    """In the steps of an engine, without those of its warm-up and without padding."""
+    path, prompt = family("qwen3-moe"), families.PROMPTS[0]
+    with families.run(path, expert_loads=True, max_num_batched_tokens=13, **layout) as llm:
+        before = llm.stats()
+        tokens = families.generate(llm, [prompt], 8)[0].token_ids
+        stats = llm.stats()
+    assert before.expert_loads is not None and not before.expert_loads.any() and before.expert_imbalance is None
+    model, expected = checkpoints.load(path), list[torch.Tensor]()
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda module, args, out: expected.append(
+                out[2].flatten().bincount(minlength=6)))
+    model(input_ids=torch.tensor([prompt + tokens[:-1]]), use_cache=False)
+    loads = torch.stack(expected).numpy()
+    assert (stats.expert_loads == loads).all() and loads.sum() == 3 * 3 * (len(prompt) + 7)
+    assert stats.expert_imbalance == pytest.approx((loads.max(1) * 6 / loads.sum(1)).mean())
+
+
+def test_loads_that_nobody_can_count_are_refused(family: Family) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)counts the experts of a native model.*Glm4ForCausalLM on cpu"):
+        families.run(family("glm4"), expert_loads=True)
+    with pytest.raises(ConfigError, match=r"(?s)the driver's stage.*pp=2"):
+        families.run(family("qwen3-moe"), expert_loads=True, pp=2)
+
+
 @pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
 def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch: pytest.MonkeyPatch, name: str,
                                                      ) -> None:

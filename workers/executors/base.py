@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+
 from hal.contracts.inputs import ModelInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import HalError, StateError, WorkerError, in_forked_child
@@ -104,6 +106,9 @@ class ExecutorBase(abc.ABC):
         except HalError as error:
             return error
         return None
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        return self._worker.expert_loads()
 
     def on_failure(self, listener: Callable[[WorkerError], None]) -> None:
         self.listeners.add(listener)

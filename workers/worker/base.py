@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hal.config import WorkerConfig
@@ -73,6 +74,10 @@ class WorkerBase(abc.ABC):
     def has_row_states(self) -> bool:
         """See hal.contracts.executor.Executor. Known once the model is loaded."""
         return False
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        """See hal.contracts.executor.Executor."""
+        return None
 
     @abc.abstractmethod
     def initialize_cache(self, num_blocks: int) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from hal.config import WorkerConfig
@@ -109,6 +110,9 @@ class Worker(LocalOrDistributedWorkerBase):
     @property
     def has_row_states(self) -> bool:
         return self.runner.has_row_states
+
+    def expert_loads(self) -> np.ndarray[Any, Any] | None:
+        return self.runner.expert_loads()
 
     def warmup(self, progress: Progress = no_progress) -> None:
         self.runner.warmup(self.cache.device, progress)
