@@ -70,7 +70,7 @@ class EngineConfig:
             and however its prompt is cut into chunks. It fixes the kernels that otherwise depend on the number of
             rows, so it costs speed. Only where the backend offers it; with tp up to 2, and without speculation.
         expert_loads: count how many tokens each expert computes (Stats.expert_loads). It costs one small operation in
-            each layer with experts. Only with pp=1, and for native models on the CPU and CUDA.
+            each layer with experts. Only with pp=1, for native models, and where the device can.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native

@@ -172,7 +172,7 @@ class LLM:
             self._speculation.take_times(self.executor.round_times)
         if config.expert_loads and self.executor.expert_loads() is None:
             self.executor.shutdown()
-            raise ConfigError("expert_loads counts the experts of a native model on the CPU or CUDA",
+            raise ConfigError("expert_loads counts the experts of a native model, where the device can",
                               got=f"{self.model_config.architecture} on {config.device}", expected="expert_loads=False")
         self._begin()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
