@@ -62,6 +62,7 @@ def same(got: torch.Tensor, want: torch.Tensor, name: str) -> None:
     assert torch.equal(got, want), (name, got, want)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from((1, 3, 16)), lively=st.booleans(),
        asynchronous=st.booleans(), stops=st.booleans())
 @settings(max_examples=200, deadline=None)

@@ -80,6 +80,7 @@ def draw_params(rng: random.Random) -> dict[str, float]:
     return {name: rng.choice(values) for name, values in choices.items()}
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from((1, 3, 16)), lively=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_every_step_is_what_plain_lists_give(seed: int, size: int, lively: bool) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "hal" / "assets" / "add-tiny"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["hal", "hal.errors", "hal.guard", "hal.config", "hal.profiling", "hal.cli",
                                     "hal.sampling.params", "runners.cpu"])
 def test_import_loads_no_torch(module: str) -> None:

@@ -113,6 +113,7 @@ def test_layers_may_differ_in_all_that_they_declare(cls: type[PagedAttention], d
     check_layers(cls, UNLIKE, dtype, m, seed, gathered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @given(m=instances(PagedModelInput), seed=st.integers(0, 2**31), gathered=st.sampled_from((1, 4000, 1 << 20)),

@@ -16,7 +16,8 @@ Checkpoint = Callable[[str], Path]
 
 
 @pytest.mark.parametrize("mode", parity.MODES)
-@pytest.mark.parametrize("name", checkpoints.NAMES)
+@pytest.mark.parametrize("name", [name if i == 0 else pytest.param(name, marks=pytest.mark.slow)
+                                  for i, name in enumerate(checkpoints.NAMES)])
 def test_tokens_and_logprobs(checkpoint: Checkpoint, name: str, mode: str) -> None:
     outputs, llm = parity.run(checkpoint(name), "cpu", **parity.MODES[mode])
     parity.assert_parity(checkpoint(name), outputs)

@@ -177,6 +177,7 @@ def test_penalties_overflow_to_the_largest_number(repetition: float, presence: f
     assert token == -1 if broken is not None else token not in (-1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Sampler, CpuSampler])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(seed=st.integers(0, 2**31), vocab=st.sampled_from((1, 33, 600)),
@@ -275,6 +276,7 @@ NOISE = [[0.3884589, 0.0838927, 1.236341],
          [0.9618741, 0.4647858, 1.017213]]
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**31), vocab=st.sampled_from((5, 300, 2000)), scale=st.sampled_from((0.01, 1.0, 6.0)),
        ties=st.booleans())
 @settings(max_examples=100, deadline=None)

@@ -227,6 +227,7 @@ def _check(status: int, out: str, err: str, words: tuple[str, ...]) -> None:
         assert word in err, f"{word!r} is not in:\n{err}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_named_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make, words = BAD[name]

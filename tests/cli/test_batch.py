@@ -132,6 +132,7 @@ def test_a_signal_keeps_what_has_finished(kill: signal.Signals, word: str, forks
     assert lines(ended.out)[0]["id"] == "short" and len(lines(ended.out)) < 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_command_that_prints_at_its_end(kill: signal.Signals, forks: Forks, tmp_path: Path) -> None:
     def catches(out: bytes, pid: int) -> bool:

@@ -111,6 +111,7 @@ def test_steps_in_which_all_decode_are_timed() -> None:
 _BESIDE = ["--model-config", "tiny", "--quantize", "int8", "--peer"]
 
 
+@pytest.mark.slow
 def test_a_peer_takes_turns_and_has_its_ratio(capsys: pytest.CaptureFixture[str],
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "_SCRIPT", Path(__file__).with_name("foreign_peer.py"))
@@ -124,6 +125,7 @@ def test_a_peer_takes_turns_and_has_its_ratio(capsys: pytest.CaptureFixture[str]
     assert shown.split()[-2:] == ["3.0", "1.50"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "words"), [
     ([*_BESIDE, "openvino"], ("openvino is not installed", "pip install openvino-genai gguf", "--peer-python")),
     (["--peer", "vllm"], ("vllm ended with status 4", "an illegal instruction")),
@@ -202,6 +204,7 @@ def test_tokens_that_come_several_a_step_are_counted_one_by_one() -> None:
     assert not apart.together and apart.decode_step == pytest.approx(3.0 * 2 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--max-model-len", "512"], ["--steps-per-message", "16"],
                                      ["--speculate", "ngram"], ["--kv-cache-bytes", "4000000"]])
 def test_every_batch_runs_at_once_whatever_the_engine_is_asked_for(options: list[str],
@@ -235,6 +238,7 @@ def test_bandwidth_is_that_of_memory() -> None:
     assert 5e8 < floors.read_bandwidth(select("cpu")) < 5e12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "words"), [
     (["--model-config", "huge"], ("neither a known shape nor", "qwen2-0.5b")),
     (["--model-config", "tiny", "--block-size", "0"], ("block_size is not usable",)),

@@ -101,6 +101,7 @@ def test_a_recording_that_fails_leaves_the_older_one(tmp_path: Path, capsys: pyt
     assert path.read_bytes() == older and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_the_home_directory_in_every_option_that_names_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                               capsys: pytest.CaptureFixture[str]) -> None:
     home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"

@@ -30,6 +30,7 @@ def test_a_closed_stdout_is_named(name: str, forks: Forks) -> None:
     assert ended.err.startswith("hal: error: the standard output is closed\n") and "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_stdout_is_an_error(name: str, forks: Forks) -> None:
     ended = forks.run(*COMMANDS[name], stdout="/dev/full")
@@ -37,12 +38,14 @@ def test_a_full_stdout_is_an_error(name: str, forks: Forks) -> None:
     assert "hal: error: " in ended.err and "No space left" in ended.err and "Traceback" not in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_reader_of_stdout_that_went_away_is_no_error(name: str, forks: Forks) -> None:
     ended = forks.run(*COMMANDS[name], stdout=BROKEN)
     assert (ended.status, ended.err) == (141, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stdin", ["/dev/null", CLOSED])
 @pytest.mark.parametrize("stderr", ["", CLOSED, "/dev/full", BROKEN])
 def test_the_answer_needs_stdout_alone(stdin: str, stderr: str, forks: Forks) -> None:
@@ -50,6 +53,7 @@ def test_the_answer_needs_stdout_alone(stdin: str, stderr: str, forks: Forks) ->
     assert (ended.status, ended.out) == (0, b"122\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stderr", [CLOSED, "/dev/full", BROKEN])
 def test_an_error_that_cannot_be_written_still_has_its_exit_code(stderr: str, forks: Forks) -> None:
     for status, args in ((1, ("generate", *NULL, "")), (1, ("replay", "/nowhere")), (2, ("sing",)), (2, ("generate",))):
@@ -79,6 +83,7 @@ def test_printed_text_gets_into_no_file(forks: Forks, recording: Path) -> None:
 TEXT = "é²😀 \u2028"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii", "cp1252", "utf-16"])
 def test_json_lines_are_utf8_in_every_locale(encoding: str, forks: Forks, tmp_path: Path) -> None:
     request = json.dumps({"prompt": TEXT, "id": TEXT, "max_tokens": 1}, ensure_ascii=False) + "\n"
@@ -97,6 +102,7 @@ def test_half_a_surrogate_pair_in_an_id_stays_json(forks: Forks, tmp_path: Path)
     assert found["id"] == "\ud800"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_needs_more_than_ascii(name: str, forks: Forks) -> None:
     ended = forks.run(*COMMANDS[name], encoding="ascii")

@@ -129,6 +129,7 @@ def test_widening_lets_a_case_pass_and_is_printed() -> None:
     assert not wide.failed and wide.header["widened tolerances"] == "attention:float32=0.02"
 
 
+@pytest.mark.slow
 def test_a_failure_prints_the_command_that_repeats_it(capsys: pytest.CaptureFixture[str]) -> None:
     broken = "mutants:device_drops_the_bias"
     first = run(Options(broken, seed=4, cases=("L2/*",))).failed[0]

@@ -145,6 +145,7 @@ def test_steps_that_no_engine_could_run_are_refused(name: str, value: float, wor
         Recording.load(forged(tmp_path / "bad", put(name, value, words)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "name", "value"), [
     ("engine", "max_num_seqs", 10**9), ("engine", "max_num_batched_tokens", 10**12), ("engine", "block_size", 2**40),
     ("engine", "max_model_len", 2**40), ("engine", "max_model_len", 513), ("engine", "num_cpu_blocks", 10**9),
@@ -171,6 +172,7 @@ def test_metadata_that_is_not_a_recording_is_refused(text: str, tmp_path: Path) 
         Recording.load(tmp_path / "bad")
 
 
+@pytest.mark.slow
 def test_a_file_does_not_choose_what_is_run_or_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Processes, executor, planes, modules and paths are the caller's, in the library as on the command line."""
     wish = {"tp": 50, "executor": "ray", "control_plane": "ray", "wire": "none", "device": "evilmodule:backend",

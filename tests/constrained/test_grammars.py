@@ -45,6 +45,7 @@ def expected() -> list[list[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"async_scheduling": True}, {"steps_per_message": 4}, {"speculate": "ngram"}, {"block_size": 4, "num_blocks": 12},
     {"block_size": 4, "num_blocks": 12, "num_cpu_blocks": 16, "async_scheduling": True}, {"max_num_seqs": 2}], ids=str)

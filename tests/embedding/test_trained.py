@@ -24,6 +24,7 @@ def reference(minilm: Path) -> np.ndarray:
     return sentences.minilm_vectors(minilm)
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_transformers(minilm: Path, reference: np.ndarray) -> None:
     with LLM(str(minilm), device="cpu", dtype="float32") as llm:
         sentences.check_minilm(llm, reference)

@@ -332,6 +332,7 @@ def test_outputs_that_grew_in_another_call_are_handed_out_by_step(llm: LLM) -> N
     assert not llm.unfinished and llm.step() == [] and is_clean(llm)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(["add", "generate", "stream", "next", "close", "step", "abort", "restart"]),
                 max_size=25), st.integers(0, 99))

@@ -42,6 +42,7 @@ def plain() -> tuple[list[Any], Any]:
     return generated("null", **SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {**SMALL, "steps_per_message": 2}, {**SMALL, "steps_per_message": 8}, {**SMALL, "steps_per_message": "auto"},
     {**SMALL, "steps_per_message": 8, "async_scheduling": True},

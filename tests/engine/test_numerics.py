@@ -55,6 +55,7 @@ def told_apart(clean: list[list[int]]) -> tuple[int, int]:
     raise AssertionError("no prompt has a token of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {}, {"prefix_caching": False, "max_num_batched_tokens": 8}, {"async_scheduling": True}, {"tp": 2}, {"pp": 2},
     {"tp": 2, "wire": "request", "async_scheduling": True}, {"num_blocks": 20, "num_cpu_blocks": 10}], ids=str)

@@ -152,6 +152,7 @@ ARRIVAL = st.tuples(st.integers(0, 5), st.integers(0, 1), st.integers(0, 20), st
                     st.integers(0, 2))
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(st.lists(ARRIVAL, min_size=1, max_size=9), st.integers(14, 40), st.sampled_from((0, 5, 30)),
        st.sampled_from((1, 3, 7, 64)), st.sampled_from((1, 2, "ahead")), st.booleans(),

@@ -111,6 +111,7 @@ def added(before: bytes, after: bytes) -> str:
     return both[len(next(start for start in starts if both.startswith(start))):]
 
 
+@pytest.mark.slow
 @each_kind
 @settings(max_examples=200, deadline=None)
 @given(st.data())
@@ -125,6 +126,7 @@ def test_prompt_and_output_read_as_the_tokenizer_decodes_both(kind: str, clean: 
     assert before + shown(TextStream(tokenizer, prompt, ()), output)[-1] == both
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 256), max_size=24))
 def test_invalid_bytes_read_as_the_tokenizer_decodes_them(output: list[int]) -> None:

@@ -144,6 +144,7 @@ def test_only_true_means_trust(value: Any) -> None:
         EngineConfig(trust_remote_code=value)
 
 
+@pytest.mark.slow
 def test_every_loading_by_transformers_says_whom_it_trusts() -> None:
     """Without the argument transformers asks on standard input."""
     silent = []

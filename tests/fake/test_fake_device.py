@@ -88,6 +88,7 @@ def test_outputs_and_caches_that_their_runner_alone_can_open(ranks: dict[str, in
         assert [o.text for o in llm.generate(["37+85=", "123+456="])] == ["122", "579"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["L0/runner/keeps_its_contract", "L3/cache/writes_nothing_else",
                                   "L3/cache/warmup_leaves_it_clean", "L3/output/outlives_the_next_step"])
 def test_the_kit_opens_them_no_more_than_a_worker_does(case: str) -> None:
@@ -151,6 +152,7 @@ def test_a_default_copy_waits(context: Callable[..., Context]) -> None:
         steps(context(FakeBackend(PagedModelRunner, forbid_syncs=True)))
 
 
+@pytest.mark.slow
 def test_a_round_of_a_draft_model_waits_for_nothing() -> None:
     """Neither between its parts nor within them; nor do the steps of prompts."""
     with LLM(device="fake_runners:no_syncs", speculate="draft", draft_model=BUNDLED_MODEL, speculative_tokens=3,

@@ -76,6 +76,7 @@ def test_the_kv_cache_takes_what_is_free() -> None:
         LLM(device=MODULE, num_blocks=2 * blocks)
 
 
+@pytest.mark.slow
 def test_a_failed_step_leaves_no_memory_behind() -> None:
     """The new workers find as much room as the first, though the error, whose traceback knows the old ones, is still
     being handled."""

@@ -52,6 +52,7 @@ def now() -> tuple[Phase, int, bool | None] | None:
 # Regions
 
 
+@pytest.mark.slow
 def test_phases_nest_and_restore() -> None:
     assert now() is None
     with phase(WORKER, 1):

@@ -88,6 +88,7 @@ def check(error: GuardError, case: Case, step: Phase) -> None:
     assert error.hint and "allow(reason)" in error.hint
 
 
+@pytest.mark.slow
 def test_table_in_docs(env: Env) -> None:
     """Made of outcomes, not of what the cases declare. An operation this torch lacks is taken as declared."""
     rows = [(case, outcome(case, env)) for case in CASES]

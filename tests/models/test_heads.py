@@ -77,6 +77,7 @@ def oracle(path: Path) -> tuple[torch.Tensor, torch.Tensor] | None:
     return None if tables & set(info["missing_keys"]) else (embeddings.detach(), head.detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("name", NAMES)

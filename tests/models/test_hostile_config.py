@@ -94,6 +94,7 @@ def outcome(data: dict[str, Any]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", KINDS)
 def test_every_key_with_every_value(architecture: str) -> None:
     accepted = refused = 0

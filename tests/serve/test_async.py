@@ -88,6 +88,7 @@ def test_tasks_get_what_generate_gives_in_growing_snapshots() -> None:
     run(body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["closed", "cancelled", "dropped", "cancelled before the first output"])
 def test_a_reader_that_goes_away_aborts_its_request_alone(how: str) -> None:
     async def body(engine: AsyncLLM) -> None:

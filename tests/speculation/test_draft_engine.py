@@ -45,6 +45,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return heads.save(tmp_path_factory.mktemp("eagle"), vocab=checkpoints.VOCAB, hidden=64, drafts=80)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {}, {"max_num_batched_tokens": 9}, {"max_model_len": 64, "num_blocks": 24, "max_num_batched_tokens": 24},
     {"max_model_len": 64, "num_blocks": 24, "num_cpu_blocks": 40, "speculative_tokens": 8},

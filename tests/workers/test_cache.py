@@ -50,6 +50,7 @@ def steps(draw: Any) -> list[WorkerInput]:
                         blocks_to_copy=pairs(draw, blocks, blocks)) for _ in range(draw(st.integers(1, 4)))]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(steps())
 def test_moves_blocks_like_the_model(given_steps: list[WorkerInput]) -> None:

@@ -78,6 +78,7 @@ def _nothing_in_shared_memory() -> Iterator[None]:
 @on_each_torch
 @pytest.mark.parametrize("kind", ["shm", "gloo", "nccl"])
 class TestEveryCommunicator:
+    @pytest.mark.slow
     @pytest.mark.parametrize("tp", [2, 3])
     def test_sums_are_right_and_the_same_on_every_rank(self, kind: str, tp: int) -> None:
         """Sizes of one place, of many (and then of shared additions), of nothing; twice each, as places take turns."""
@@ -106,6 +107,7 @@ class TestEveryCommunicator:
 
         on(kind, 2, 1, call)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("tp", [2, 3])
     def test_rows_are_gathered_side_by_side(self, kind: str, tp: int) -> None:
         shapes = [(5, 3), (2, 3, 4), (0, 4), (9,), (1200, 301)]
@@ -129,6 +131,7 @@ class TestEveryCommunicator:
 
         on(kind, 2, 1, call)
 
+    @pytest.mark.slow
     def test_stages_hand_on(self, kind: str) -> None:
         """Through three stages of two ranks, sizes that change, several on their way; and what came is kept."""
         sizes = (3, 1, 0, 9000, 2, 40_000, 5)
@@ -160,6 +163,7 @@ class TestEveryCommunicator:
 
         on(kind, 1, 2, call)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("calls", "field"), [
         (lambda c, r: (c.fingerprint.begin(3 + r, 5), c.all_reduce(torch.ones(2))), "step"),
         (lambda c, r: (c.fingerprint.begin(3, 5 + r), c.all_gather(torch.ones(2))), "input digest"),

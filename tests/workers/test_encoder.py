@@ -72,6 +72,7 @@ def test_an_output_that_cannot_be_carried_is_refused_at_construction(name: str, 
         start(name)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_in_their_output_type_do_not_start() -> None:
     with pytest.raises((StateError, WorkerError), match=r"rank 1 differs from the driver in schema (Wider)?Embeddings"):
         start("differs", tp=2)

@@ -104,6 +104,7 @@ def test_local_tokens_are_the_models() -> None:
             assert tokens[end] == total % MODEL.vocab_size
 
 
+@pytest.mark.slow
 @on_each_torch
 @pytest.mark.parametrize(("layout", "wire", "plane", "temperature"), [
     ({"tp": 2}, "model-input", "auto", 0.0), ({"tp": 2}, "request", "gloo", 0.7), ({"pp": 2}, "request", "auto", 0.0),
@@ -247,6 +248,7 @@ def test_failure_in_execute_is_named(monkeypatch: pytest.MonkeyPatch, options: d
     assert seconds < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "cause", "text", "options", "rank"), [
     ("prepare-bug", "KeyError", "prepare-bug", {}, 0), ("prepare-invalid", "InputError", "slot_mapping", {}, 0),
     ("prepare-bug", "KeyError", "prepare-bug", {"tp": 2, "wire": "request"}, 1),
@@ -313,6 +315,7 @@ def test_rank_killed_between_steps_is_named() -> None:
         driver.run(1)
 
 
+@pytest.mark.slow
 def test_a_failure_while_no_step_runs_is_told_once() -> None:
     """Each listener hears of it, also one that comes later or that raises. A shutdown is no failure."""
     told: queue.SimpleQueue[WorkerError] = queue.SimpleQueue()

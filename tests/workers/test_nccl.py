@@ -132,6 +132,7 @@ def send_and_receive(communicator: TorchCommunicator) -> None:
     communicator.send(stage(3, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "wait"), [({"tp": 2}, lambda c: c.all_reduce(torch.ones(3))),
                                              ({"tp": 2}, lambda c: c.all_gather(torch.ones(3))),
                                              ({"pp": 2}, send_and_receive)], ids=["all_reduce", "all_gather", "send"])
@@ -153,6 +154,7 @@ def test_ranks_that_wait_for_a_killed_rank_get_an_error_and_no_output(
             assert error.value.rank == -1 and 0 <= time.monotonic() - ranks.killed < 1
 
 
+@pytest.mark.slow
 def test_an_output_that_another_rank_sampled_is_not_trusted_either(backend: StandInBackend) -> None:
     with pair(backend, pp=2) as ranks:
         worker = Worker.__new__(Worker)
@@ -246,6 +248,7 @@ def test_the_driver_leaves_last_if_the_others_do_soon(backend: StandInBackend) -
     close(*(plane for plane, _ in links))
 
 
+@pytest.mark.slow
 def test_a_rank_that_goes_on_after_another_has_left_gets_an_error(backend: StandInBackend) -> None:
     links = joined(backend, tp=2, pp=1)
     (_, driver), (_, other) = links

@@ -156,6 +156,7 @@ class TestEveryPlane:
                     call()
                 assert error.value.rank == -1
 
+    @pytest.mark.slow
     def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(self, name: str, tmp_path: Path) -> None:
         path = str(tmp_path / "store")
         store = dist.FileStore(path, 2)
@@ -346,6 +347,7 @@ def test_too_many_parts_are_refused() -> None:
         writer.send(data(*[1] * 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cores", [1, 2])
 def test_waiting_costs_no_cpu(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
     """With a core for each rank or fewer: 50 messages a second, and what a rank burns that waits for them."""
