@@ -110,7 +110,7 @@ def test_a_product_with_quantised_weights(scheme: Scheme) -> None:
     for inputs in (64, 128, 832):
         plain = layer_of(scheme, inputs, 128, Ops(), torch.bfloat16)
         exact = layer_of(scheme, inputs, 128, Ops(), torch.float32)
-        for rows, threads in ((1, 1), (1, 2), (3, 2), (9, 3)):
+        for rows, threads in ((1, 1), (1, 2), (3, 2), (9, 3), (70, 2)):
             torch.set_num_threads(threads)
             x = torch.randn(rows, inputs).bfloat16()
             rounded = x if not hasattr(scheme, "rounded") else scheme.rounded(x)

@@ -19,6 +19,7 @@ BUCKETS = (1, 4, 8, 16, 32, 256)  # rows that are measured; a number of rows tak
 WAYS = ("torch", "kernel", "one thread", "fp32 tiles")  # of a weight that lies row by row
 PACKED = "oneDNN"
 _TILE = 1 << 20  # values of a weight in fp32 at once
+_FEW = 64  # rows up to which a quantised weight is multiplied as it is stored
 _PACKED_ROWS = 32  # oneDNN chooses the layout for so many rows
 MOST_INPUTS = 1 << 16  # of a kernel's weight: its tile is on the stack
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -94,13 +95,39 @@ class GridWeight:
 
     def __init__(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
                  bias: torch.Tensor | None, kernels: Kernels, *, kind: int, inputs: int, group: int) -> None:
-        self.kept, self.outputs, self.inputs = (values, scales, zeros, bias), values.shape[0], inputs
+        self.values, self.scales, self.zeros, self.bias = values, scales, zeros, bias
+        self.outputs, self.inputs, self.kind, self.group = values.shape[0], inputs, kind, group
         self.native = native(values, bias, kind, kernels.level, inputs=inputs, scales=scales, zeros=zeros, group=group)
         self.call, self.address = kernels.library.hal_linear, ctypes.addressof(self.native)
         self.chosen = (f"int{8 if kind == INT8 else 4} kernel",)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > _FEW:
+            return self._dequantising(x)
         return multiply(self.call, self.address, x, self.outputs) if len(x) else x.new_empty(0, self.outputs)
+
+    def _dequantising(self, x: torch.Tensor) -> torch.Tensor:
+        """Many rows, by bfloat16 weights that are made tile by tile."""
+        y, step = x.new_empty(x.shape[0], self.outputs), max(_TILE // x.shape[1], 64)
+        for at in range(0, self.outputs, step):
+            tile = slice(at, at + step)
+            y[:, tile] = F.linear(x, self.dequantized(tile).to(x.dtype), None if self.bias is None else self.bias[tile])
+        return y
+
+    def dequantized(self, outputs: slice) -> torch.Tensor:
+        """Rows of the weight, fp32 [outputs, inputs]."""
+        packed = self.values[outputs]
+        if self.kind == INT4:
+            values = torch.stack((packed & 15, packed >> 4), -1).flatten(1).float()
+            values -= 8 if self.zeros is None else self._wide(self.zeros[outputs].float(), values.shape[1])
+        else:
+            if self.group == 32:
+                packed = packed.view(len(packed), -1, 4, 2, 8).transpose(2, 3).flatten(1)
+            values = packed.float()
+        return values.mul_(self._wide(self.scales[outputs], values.shape[1]))[:, :self.inputs]
+
+    def _wide(self, of_groups: torch.Tensor, inputs: int) -> torch.Tensor:
+        return of_groups if not self.group else of_groups.repeat_interleave(self.group, 1)[:, :inputs]
 
 
 def native(values: torch.Tensor, bias: torch.Tensor | None, kind: int, level: int, *, inputs: int,
