@@ -6,7 +6,7 @@ export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
 
-.PHONY: demo test test-fast test-xla test-vllm test-vllm-slow test-jax fuzz lint clean
+.PHONY: demo test test-fast test-tutorial test-xla test-vllm test-vllm-slow test-jax fuzz lint clean
 
 # The bundled model adds numbers below 1,000; here in two processes, tensor-parallel.
 demo: .venv/.made
@@ -63,6 +63,10 @@ test-vllm-slow: .venv-vllm/.made
 
 test-jax: .venv-jax/.made
 	.venv-jax/bin/python -m pytest examples/jax-backend/tests
+
+# The whole kit on the tutorial's example of static shapes: three minutes of CPU.
+test-tutorial: .venv/.made
+	.venv/bin/python tests/conformance/test_tutorial.py
 
 test-fast: .venv/.made
 	.venv/bin/python -m pytest -q tests -m "not slow"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import operator
 import reprlib
+import sys
 from operator import attrgetter
 from typing import Any, Protocol, SupportsIndex, TypeGuard
 
@@ -17,6 +18,20 @@ def imported(name: str) -> Any:
     """The object that "module:attribute" names. Raises ImportError, AttributeError, ValueError."""
     module, _, attribute = name.partition(":")
     return attrgetter(attribute)(importlib.import_module(module))
+
+
+def origin(name: str) -> str:
+    """Where the module of "module:attribute" came from, and what to do if it is another one than was meant. Empty if it
+    was not imported."""
+    module = name.partition(":")[0]
+    found = sys.modules.get(module) or sys.modules.get(module.partition(".")[0])
+    if found is None:
+        return ""
+    if (file := getattr(found, "__file__", None)) is not None:
+        return f"{found.__name__} was imported from {file}. If it is another module than you mean, rename one of the two"
+    folder = next(iter(getattr(found, "__path__", ())), "no file")
+    return (f"{found.__name__} was imported from the folder {folder}, which has no __init__.py: it may hide an "
+            "installed package of this name. Run in another folder, or rename it")
 
 
 class ArrayLike(Protocol):

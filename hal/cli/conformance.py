@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hal import files
 from hal.cli import options
@@ -15,7 +15,7 @@ from hal.config import BUNDLED_MODEL
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hal.conformance.run import Result
+    from hal.conformance.run import Report, Result
 
 EPILOG = """levels (each includes those before it):
   L0 registration and capabilities   L1 input contracts   L2 operations against fp64   L3 a tiny model in every way
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="that each property is tried on (default: 25)")
     parser.add_argument("--report", type=options.path, metavar="DIR",
                         help="write report.md, report.html, report.json and junit.xml there")
+    parser.add_argument("--resume", type=options.path, metavar="REPORT",
+                        help="a report.json, or its folder: cases that it has passed do not run again, if backend, "
+                             "versions, seed and examples are the same")
     parser.add_argument("--case", action="append", metavar="NAME", help="only these; * matches anything; repeatable")
     parser.add_argument("--dtype", action="append", metavar="NAME", help="only these of those declared; repeatable")
     parser.add_argument("--xfail", type=options.path, metavar="FILE",
@@ -99,8 +102,22 @@ def run(args: argparse.Namespace) -> int:
     asked = kit.Options(args.backend, args.level, args.seed, args.examples, tuple(args.case or ("*",)),
                         tuple(args.dtype or ()), args.xfail, Tolerances.parse(args.tolerance),
                         args.shapes, (problems, args.tasks_model or str(BUNDLED_MODEL)) if problems else None,
-                        thresholds)
-    report = kit.run(asked, _show)
+                        thresholds, _earlier(args.resume) if args.resume else None)
+    so_far: list[Report] = []
+
+    def progress(report: Report, result: Result | None) -> None:
+        so_far[:] = [report]
+        if result is not None:
+            _show(result)
+            if args.report:  # for --resume, should the run be killed
+                reports.write(report, Path(args.report), ("report.json",))
+
+    try:
+        report = kit.run(asked, progress)
+    except KeyboardInterrupt:
+        for report in so_far:
+            print(reports.unfinished(report), file=sys.stderr)
+        raise
     if args.report:
         reports.write(report, Path(args.report))
     print("\n".join(f"{name}: {value}" for name, value in report.header.items()), end="\n\n")
@@ -135,6 +152,12 @@ def _diff(paths: list[str], directory: str | None) -> int:
     return 0
 
 
+def _earlier(path: str) -> dict[str, Any]:
+    from hal.conformance.report import read
+
+    return read(str(Path(path) / "report.json") if Path(path).is_dir() else path)
+
+
 def _show(result: Result) -> None:
-    if sys.stderr.isatty() or result.status in ("fail", "error"):
-        print(f"{result.status:<5} {result.seconds:6.1f} s  {result.case.name} ({result.dtype})", file=sys.stderr)
+    print(f"{result.status:<5} {result.seconds:6.1f} s  {result.case.name} ({result.dtype})", file=sys.stderr,
+          flush=True)

@@ -66,6 +66,12 @@ def terminal(report: Report) -> str:
     return "\n".join([*lines, "", report.verdict])
 
 
+def unfinished(report: Report) -> str:
+    """A run that was interrupted: the table so far, the failures, and the case that ran."""
+    where = f"interrupted in {report.running}" if report.running else "interrupted between two cases"
+    return f"{terminal(report)}\n{where}" if report.results else where
+
+
 def markdown(report: Report) -> str:
     head, *body = rows(report)
     lines = [f"# Conformance of {report.header['backend']}", "", f"**{report.verdict}**", "",
@@ -96,14 +102,27 @@ def _result(r: Result) -> dict[str, Any]:
             "text": r.text, "seconds": round(r.seconds, 3), "command": r.command, "link": r.link}
 
 
+def _joined(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each operation and dtype. Of several runs, the largest median stands for the median."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for e in errors:
+        first = found.setdefault((e["operation"], e["dtype"]), e)
+        if first is not e:
+            found[e["operation"], e["dtype"]] = {**e, "elements": first["elements"] + e["elements"], **{
+                name: max(first.get(name, 0.0), e.get(name, 0.0)) for name in ("worst", "median")}}
+    return list(found.values())
+
+
 def as_json(report: Report) -> str:
     table = {d: {f"L{n}": report.cell(n, d) for n in range(len(LEVELS))} for d in report.dtypes}
     errors = [{"operation": op, "dtype": dtype, "elements": int(sum(map(len, found))),
                "worst": float(max(e.max() for e in found)), "median": float(np.median(np.concatenate(found))),
                "tolerance": report.tolerances(op, dtype)} for (op, dtype), found in report.errors.items()]
+    errors = _joined([*report.earlier_errors, *errors])
     return json.dumps({"verdict": report.verdict, "header": report.header, "dtypes": report.dtypes,
                        "capabilities": report.capabilities, "must_pass": must_pass.digest(must_pass.current()),
-                       "partial": report.partial, "levels": table, "errors": errors,
+                       "partial": report.partial, "levels": table, "errors": errors, "late": report.late,
+                       "runs": report.runs or [report.header],
                        "speed": [dataclasses.asdict(s) for s in report.speed],
                        "tasks": [dataclasses.asdict(a) for a in report.tasks],
                        "results": [_result(r) for r in report.results]}, indent=1)
@@ -128,6 +147,8 @@ def read(path: str) -> dict[str, Any]:
                   for key, kind in keys.items() if not isinstance(entry[key], kind)]
         wrong += [name for name in ("header", "dtypes") for value in (*data[name], *(data["header"].values()))
                   if not isinstance(value, str)]
+        wrong += ["runs" for run in data.get("runs", []) for fact in run.values() if not isinstance(fact, str)]
+        wrong += ["late" for texts in data.get("late", {}).values() if not isinstance(texts, list)]
         if wrong:
             raise TypeError(f"{wrong[0]} has a value of another kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -143,7 +164,8 @@ def loaded(data: dict[str, Any]) -> Report:
 
     return Report(data["header"], tuple(data["dtypes"]), [
         Result(case(r), r["dtype"], r["status"], r["text"], float(r["seconds"]), r["command"], r["link"])
-        for r in data["results"]], partial=data["partial"], capabilities=data["capabilities"])
+        for r in data["results"]], partial=data["partial"], capabilities=data["capabilities"],
+        runs=data.get("runs", []))
 
 
 def _no_check(context: object) -> None: ...
@@ -167,12 +189,14 @@ def junit(report: Report) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode")
 
 
-def write(report: Report, directory: Path) -> list[Path]:
-    """Write the report in all its forms into a directory. Each file is written as a whole. Raises OSError."""
+def write(report: Report, directory: Path, only: tuple[str, ...] = FILES) -> list[Path]:
+    """Write the report in all its forms, or in some, into a directory. Each file is written as a whole. Raises OSError.
+    """
     from hal.conformance.html import html
 
-    made = [directory / name for name in FILES]
-    for path, text in zip(made, (markdown(report), html(report), as_json(report), junit(report)), strict=True):
+    forms = dict(zip(FILES, (markdown, html, as_json, junit), strict=True))
+    made = [directory / name for name in only]
+    for path, text in ((path, forms[path.name](report)) for path in made):
         with files.replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return made

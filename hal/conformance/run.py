@@ -64,6 +64,7 @@ class Options:
     shapes: str | None = None  # a recording whose shapes a case repeats
     tasks: tuple[list[Problem], str] | None = None  # with the model that answers them
     speed: dict[str, float] | None = None  # level S runs, with these least shares that the vendor declares
+    resume: dict[str, Any] | None = None  # an earlier report, as hal.conformance.report.read gives it
 
     def command(self, case: str, dtype: str) -> str:
         """The command that repeats one result."""
@@ -92,7 +93,9 @@ class Report:
     """Attributes:
         header: facts about the run and the machine. results: in the order in which the cases ran.
         errors: (operation, dtype) -> all measured errors.
-        partial: only some cases were asked for, so there is no verdict.
+        partial: some cases have not run, so there is no verdict. running: the case that runs now, and its dtype.
+        runs: the headers of all runs that the results come from. earlier_errors: those of the runs before, as JSON.
+        late: by case, the programs that its steps have made after a warm-up.
         capabilities: what the backend declares, as JSON holds it.
         speed: of level S, and tasks: accuracies, if they were asked for.
     """
@@ -106,6 +109,10 @@ class Report:
     capabilities: dict[str, Any] = field(default_factory=dict)
     speed: list[Speed] = field(default_factory=list)
     tasks: list[Accuracy] = field(default_factory=list)
+    running: str = ""
+    runs: list[dict[str, str]] = field(default_factory=list)
+    earlier_errors: list[dict[str, Any]] = field(default_factory=list)
+    late: dict[str, list[str]] = field(default_factory=dict)
 
     def cell(self, level: int, dtype: str) -> dict[str, int]:
         """The number of cases of a level by outcome, for a dtype. Cases without a dtype count for every dtype."""
@@ -142,7 +149,8 @@ class Report:
                    if "n/a" in (found := [r.status for r in self.results if r.case.level == n])]
         text = ", ".join(parts) + (f"; n/a: {', '.join(lacking)}" if lacking else "")
         expected = sum(r.status == "xfail" for r in self.results)
-        return text + (f"; {expected} expected failures" if expected else "")
+        text += f"; {expected} expected failures" if expected else ""
+        return text + (f"; from {len(self.runs)} runs" if len(self.runs) > 1 else "")
 
 
 def read_expected(path: str) -> list[Expected]:
@@ -189,11 +197,11 @@ class Kit:
         self.errors: dict[tuple[str, str], list[np.ndarray]] = {}
         self.late: dict[str, list[str]] = {}  # by case, the programs that its steps have made after a warm-up
 
-    def work(self) -> list[tuple[Case, str]]:
-        """The chosen cases by level, each with its dtypes."""
+    def work(self, cases: tuple[str, ...] = ()) -> list[tuple[Case, str]]:
+        """The chosen cases by level, each with its dtypes. `cases`: globs, in place of those of the options."""
         options = self.options
         chosen = [c for c in all_cases() if c.level <= options.level
-                  and any(fnmatch.fnmatch(c.name, p) for p in options.cases)]
+                  and any(fnmatch.fnmatch(c.name, p) for p in cases or options.cases)]
         if not chosen:
             raise ConfigError("no case has this name", got=", ".join(options.cases),
                               hint="`hal conformance --list`")
@@ -232,16 +240,28 @@ class Kit:
         return found["status"], found["text"]
 
 
-def run(options: Options, progress: Callable[[Result], None] = lambda _: None) -> Report:
-    """All chosen cases in this process. Raises as Kit."""
+def run(options: Options, progress: Callable[[Report, Result | None], None] = lambda *_: None) -> Report:
+    """All chosen cases in this process, but those that `options.resume` has passed already. `progress` gets the report
+    so far when a case begins (`running`), and again with the result when it has ended. Raises as Kit, and ConfigError:
+    the earlier report is of another run."""
+    from hal.conformance.resume import code, resume, settled
+
     kit = Kit(options)
-    report = Report(header(kit.backend, options), kit.dtypes, errors=kit.errors, tolerances=options.tolerances,
-                    partial=options.cases != ("*",), capabilities=declared(kit.backend))
+    report = Report({**header(kit.backend, options), "code": code(kit.backend)}, kit.dtypes, errors=kit.errors,
+                    tolerances=options.tolerances, partial=True, capabilities=declared(kit.backend), late=kit.late)
+    found = {} if options.resume is None else resume(kit, report, options.resume)
+    whole = [(case.name, dtype) for case, dtype in kit.work(("*",))]
     with tempfile.TemporaryDirectory(prefix="hal-conformance-") as scratch:
         with strict():
             for case, dtype in kit.work():
-                report.results.append(kit.result(case, dtype, Path(scratch)))
-                progress(report.results[-1])
+                if settled(kit, found, case, dtype):
+                    continue
+                report.running = f"{case.name} ({dtype})"
+                progress(report, None)
+                found[case.name, dtype] = result = kit.result(case, dtype, Path(scratch))
+                report.results, report.running = [found[key] for key in whole if key in found], ""
+                progress(report, result)
+        report.results, report.partial = [found[key] for key in whole if key in found], len(found) < len(whole)
         for dtype in () if options.speed is None else kit.dtypes:  # without the checks, which cost time
             report.speed += speed.measure(Context(kit.backend, options.device, dtype, options.seed, name="speed",
                                                   scratch=Path(scratch)), options.speed or {})

@@ -9,6 +9,7 @@ from typing import Any
 
 from hal.conformance import must_pass, report
 from hal.conformance.case import LEVELS
+from hal.conformance.resume import differing
 from hal.conformance.run import ONCE
 from hal.errors import ConfigError
 from hal.testing.tolerance import TOLERANCES, Tolerances
@@ -43,6 +44,9 @@ def _run(data: dict[str, Any], listed: dict[str, Any]) -> Iterator[str]:
     yield from (f"the header lacks {name!r}" for name in _HEADER if not header.get(name))
     if data["partial"] or header.get("level") != f"L{len(LEVELS) - 1}":
         yield f"only a part of the kit ran (level {header.get('level')})"
+    for number, other in enumerate(data.get("runs", ()), 1):
+        yield from (f"run {number} had another {name} than the header says: {other.get(name)}"
+                    for name in differing(header, other))
     if data["must_pass"] != must_pass.digest(listed):
         yield (f"the run had another list of cases than kit {listed['kit']} has: digest {data['must_pass']}, expected "
                f"{must_pass.digest(listed)}")

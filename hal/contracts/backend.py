@@ -12,7 +12,7 @@ from hal.config import Topology
 from hal.contracts import VERSION
 from hal.contracts.device import GLOO, Collectives, DeviceRuntime
 from hal.errors import BackendError
-from hal.values import imported
+from hal.values import imported, origin
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +126,10 @@ def load(name: str) -> Backend:
         backend = imported(entry.value if entry.attr else f"{entry.value}:backend")
         contracts = backend.capabilities.contracts if isinstance(backend, Backend) else ""
     except Exception as error:
+        found = origin(entry.value) if isinstance(error, (ImportError, AttributeError)) else ""
         raise BackendError(f"backend {name!r} does not load", got=f"{type(error).__name__}: {error}",
-                           hint=f"`hal env` lists backends and why they are rejected. A backend for another version "
-                                f"of hal.contracts than {VERSION} may not load") from error
+                           hint=found or f"`hal env` lists backends and why they are rejected. A backend for another "
+                           f"version of hal.contracts than {VERSION} may not load") from error
     if not isinstance(backend, Backend):
         raise BackendError(f"{entry.value} is not a backend", got=type(backend).__name__, expected="hal.Backend")
     _check_contracts(name, contracts)

@@ -72,6 +72,7 @@ class Bisection:
         calls: the number of operations compared.
         flip: (step, row, token of `against`, token of `device`) of the first token that differs when `device` runs by
             itself and each step gets the recorded tokens.
+        known, told: names of the values that execute_traced may tell of this model, and that it has told.
     """
 
     device: str
@@ -79,6 +80,8 @@ class Bisection:
     calls: int = 0
     divergence: Divergence | None = None
     flip: tuple[int, int, int, int] | None = None
+    known: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         d = self.divergence
@@ -88,6 +91,8 @@ class Bisection:
         else:
             text = f"{self.device} parts from {self.against} in step {d.step}: {'before ' * d.between}{d.call}\n" \
                    f"  error {d.error:.3g}, tolerance {d.tolerance:g}; got {d.got:.6g}, expected {d.expected:.6g}"
+        for what, names in (("never told", self.known - self.told), ("unknown here", self.told - self.known)):
+            text += f"\n  names of execute_traced, {what}: {', '.join(sorted(names))}" if names else ""
         if self.flip is None:
             return text + "\n  no token is another"
         step, row, old, new = self.flip
@@ -300,7 +305,7 @@ def bisect_recording(recording: Recording, device: str, against: str, *, model: 
             operations = there.composed and here.composed
             followed.follow = noted.calls if operations else None
             got = here.step(step.request)
-            result.calls += len(followed.calls) if operations else _compare_values(followed, noted)
+            result.calls += len(followed.calls) if operations else _compare_values(followed, noted, result)
             if followed.found is None and got != expected:
                 drawn = Call(None, "sampler", "", [], [])
                 followed.found = drawn, False, torch.inf, 0.0, torch.nan, torch.nan
@@ -312,9 +317,11 @@ def bisect_recording(recording: Recording, device: str, against: str, *, model: 
     return result
 
 
-def _compare_values(here: _Trace, there: _Trace) -> int:
+def _compare_values(here: _Trace, there: _Trace, result: Bisection) -> int:
     """Compare a step's values, layer by layer; `here` takes the first that differs. The number of values compared."""
     got, expected = _told(here.calls), _told(there.calls)
+    result.known |= {name for _, name in expected}
+    result.told |= {name for _, name in got}
     common = [key for key in expected if key in got]
     if not common:
         raise BackendError("the two runners tell no value in common", got=sorted({name for _, name in got}),

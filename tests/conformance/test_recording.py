@@ -287,6 +287,7 @@ def test_bisect_names_the_layer_of_the_numpy_example_that_has_a_fault(monkeypatc
     monkeypatch.syspath_prepend(str(NUMPY))
     right = bisect(GREEDY, device, "cpu")
     assert right.divergence is None and right.calls > 100 and right.flip is None
+    assert (device == "telling:telling") == ("names of execute_traced, never told: attention\n" in str(right))
     monkeypatch.setenv("FAULT", "layers.1.mlp.down_proj")
     found = bisect(GREEDY, device, "cpu").divergence
     assert found is not None and (found.step, found.call.layer, found.call.name) == (0, 1, "layers.1.mlp.down")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def test_the_example_is_found_by_its_entry_point(tmp_path: Path) -> None:
     words = ["hal", "generate", "--device", "numpy", "--dtype", "float32", "37+85="]
     done = run(words, tmp_path, tmp_path / "site")
     assert done.stdout == "122\n", done.stderr
+
+
+if __name__ == "__main__":  # `make test-tutorial`: the second part, through the whole kit
+    with tempfile.TemporaryDirectory() as made:
+        for info, content in blocks():
+            name = info.partition(" file=")[2]
+            if name.startswith("my_device/"):
+                (Path(made) / name).parent.mkdir(exist_ok=True)
+                (Path(made) / name).write_text(content)
+        words = ["-m", "hal", "conformance", "--backend", "my_device.static:backend"]
+        sys.exit(subprocess.run([sys.executable, *words], cwd=made).returncode)
