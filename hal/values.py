@@ -28,7 +28,7 @@ def origin(name: str) -> str:
     if found is None:
         return ""
     if (file := getattr(found, "__file__", None)) is not None:
-        return f"{found.__name__} was imported from {file}. If it is another module than you mean, rename one of the two"
+        return f"{found.__name__} was imported from {file}: if another module is meant, rename one of the two"
     folder = next(iter(getattr(found, "__path__", ())), "no file")
     return (f"{found.__name__} was imported from the folder {folder}, which has no __init__.py: it may hide an "
             "installed package of this name. Run in another folder, or rename it")

@@ -40,12 +40,13 @@ SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "
                          "head_dim": 8, "intermediate_size": 64, "max_position": 64}
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
 LLAMA: dict[str, Any] = {**SIZES, "family": "llama", "architecture": "Qwen3ForCausalLM", "rope": RopeConfig()}
-GPT2: dict[str, Any] = {**SIZES, **BIASES, "family": "gpt2", "architecture": "GPT2LMHeadModel", "activation": "gelu_tanh",
-                        "gated": False, "embedding_name": "wte"}
+GPT2: dict[str, Any] = {**SIZES, **BIASES, "family": "gpt2", "architecture": "GPT2LMHeadModel", "gated": False,
+                        "activation": "gelu_tanh", "embedding_name": "wte"}
 
 
 def built(**config: Any) -> CausalLM:
-    return build_model(ModelConfig(**config), Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return build_model(ModelConfig(**config), Topology(), LocalCommunicator(), Ops(), torch.float32, cpu)
 
 
 @pytest.mark.parametrize(("title", "config"), [("Llama family", {**LLAMA, **BIASES, "qk_norm": True}), ("GPT-2", GPT2)])

@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
     def progress(report: Report, result: Result | None) -> None:
         so_far[:] = [report]
         if result is not None:
-            _show(result)
             if args.report:  # for --resume, should the run be killed
                 reports.write(report, Path(args.report), ("report.json",))
+            _show(result)
 
     try:
         report = kit.run(asked, progress)

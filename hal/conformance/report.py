@@ -122,7 +122,7 @@ def as_json(report: Report) -> str:
     return json.dumps({"verdict": report.verdict, "header": report.header, "dtypes": report.dtypes,
                        "capabilities": report.capabilities, "must_pass": must_pass.digest(must_pass.current()),
                        "partial": report.partial, "levels": table, "errors": errors, "late": report.late,
-                       "runs": report.runs or [report.header],
+                       "runs": report.runs,
                        "speed": [dataclasses.asdict(s) for s in report.speed],
                        "tasks": [dataclasses.asdict(a) for a in report.tasks],
                        "results": [_result(r) for r in report.results]}, indent=1)

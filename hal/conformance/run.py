@@ -94,7 +94,7 @@ class Report:
         header: facts about the run and the machine. results: in the order in which the cases ran.
         errors: (operation, dtype) -> all measured errors.
         partial: some cases have not run, so there is no verdict. running: the case that runs now, and its dtype.
-        runs: the headers of all runs that the results come from. earlier_errors: those of the runs before, as JSON.
+        runs: the headers of all runs, if there were several. earlier_errors: those of the runs before, as JSON.
         late: by case, the programs that its steps have made after a warm-up.
         capabilities: what the backend declares, as JSON holds it.
         speed: of level S, and tasks: accuracies, if they were asked for.

@@ -1,4 +1,4 @@
-"""What a decoder has beside the parts of a plain Llama, so that a runner of one's own refuses what it does not compute."""
+"""What a decoder has beside the parts of a plain Llama: a runner of one's own refuses what it does not compute."""
 
 from __future__ import annotations
 

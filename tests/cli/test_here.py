@@ -64,6 +64,14 @@ def test_env_says_why_a_device_cannot_be_used(folder: Path, forks: Forks) -> Non
     assert "broken:backend rejected: " in out and "No module named 'no_such_library'" in out
 
 
+def test_an_error_names_the_file_or_folder_that_was_imported(folder: Path, forks: Forks) -> None:
+    (folder / "hidden").mkdir()
+    ended = forks.run("generate", "--device", "hidden:backend", "1+1=", cwd=folder)
+    assert f"from the folder {folder / 'hidden'}, which has no __init__.py" in ended.err and ended.status == 1
+    ended = forks.run("generate", "--device", "mymodule:other", "1+1=", cwd=folder)
+    assert f"mymodule was imported from {folder / 'mymodule.py'}" in ended.err and "rename" in ended.err
+
+
 @pytest.mark.slow
 def test_the_installed_script_itself(folder: Path) -> None:
     done = subprocess.run([SCRIPT, *COMMANDS["generate"][0]], cwd=folder, capture_output=True, text=True, check=False)
