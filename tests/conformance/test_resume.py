@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_verify import found, honest
 
 from hal.conformance import report
-from hal.conformance.resume import OVER_ALL
+from hal.conformance.resume import OVER_ALL, SHAPES
 from hal.conformance.run import Options, run
 from hal.errors import ConfigError
 
@@ -67,6 +67,13 @@ def test_the_report_of_another_run_is_refused(name: str, other: str, earlier: di
 def test_what_steps_compiled_in_an_earlier_run_still_counts(earlier: dict[str, Any]) -> None:
     made, ran = resumed({**earlier, "late": {"L3/model/x": ["1 in execute of step 2"]}}, level=4, cases=(OVER_ALL,))
     assert ran == {OVER_ALL} and [r.case.name for r in made.failed] == [OVER_ALL]
+
+
+def test_a_case_with_a_recording_of_its_own_runs_again(earlier: dict[str, Any]) -> None:
+    passed = {**earlier["results"][0], "case": SHAPES, "level": 4, "area": "shapes", "dtype": "any"}
+    data = {**earlier, "results": [*earlier["results"], passed]}
+    assert resumed(data, level=4, cases=(SHAPES,))[1] == set()
+    assert resumed(data, level=4, cases=(SHAPES,), shapes="no such file")[1] == {SHAPES}
 
 
 def test_the_verifier_compares_the_runs(tmp_path: Path) -> None:
