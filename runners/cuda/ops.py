@@ -15,13 +15,14 @@ from hal.contracts.attention import LayerAttention
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
-from hal.weights.grid import LARGEST, GridScheme, encoded
+from hal.weights.grid import GridScheme
 from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import elementwise, experts
-from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply
+from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
 _ROUTER = Tile(1, 2048, 2)  # a router has few rows
+_EXACT_ROWS = 64  # of inputs to FP8 weights, which are not rounded where weights are what takes time
 _ROUNDS, _MOVED = 20, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
 
 
@@ -73,13 +74,13 @@ class CudaOps(Ops):
         FP8 are rounded as their scheme says, so that tensor cores multiply FP8; other weights are dequantised."""
         if weight.order is not None:
             x = x.index_select(1, weight.order)
-        if 0 < len(x) <= MOST_ROWS:
+        rounded = len(x) > _EXACT_ROWS and _multiplies_fp8(x, layer, weight)
+        if 0 < len(x) <= MOST_ROWS and not rounded:
             return multiply(x, weight, layer.bias)
-        if weight.values.dtype == torch.float8_e4m3fn and _multiplies_fp8(x, layer, weight):
-            x = F.pad(x, (0, weight.values.shape[1] - x.shape[1]))
-            scale = (x.abs().amax(1, keepdim=True).float() / LARGEST["fp8"]).clamp(min=1e-12)
-            y = torch._scaled_mm(encoded(x, scale, "fp8"), weight.values.t(), scale_a=scale,
-                                 scale_b=weight.scales.float().t(), out_dtype=x.dtype, use_fast_accum=True)
+        if rounded:
+            values, scales = round_rows(x, weight.values.shape[1])
+            y = torch._scaled_mm(values, weight.values.t(), scale_a=scales, scale_b=weight.scales.float(),
+                                 out_dtype=x.dtype, use_fast_accum=True)
             return y if layer.bias is None else y + layer.bias
         return F.linear(x, weight.dequantized(x.dtype), layer.bias)
 
@@ -176,7 +177,8 @@ class CudaOps(Ops):
 def _multiplies_fp8(x: torch.Tensor, layer: Linear, weight: FewBits) -> bool:
     """Whether tensor cores multiply rounded inputs by the weight: PyTorch has it for scales of rows, with results in
     bfloat16."""
-    return (layer.scheme.inputs in ("token", "tensor") and weight.scales.shape[1] == 1 and x.dtype == torch.bfloat16
+    return (weight.values.dtype == torch.float8_e4m3fn and layer.scheme.inputs in ("token", "tensor")
+            and len(weight.scales) == 1 and x.dtype == torch.bfloat16
             and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
             and weight.values.shape[0] % 16 == 0 and weight.values.shape[1] % 16 == 0)
 

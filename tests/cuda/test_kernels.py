@@ -383,7 +383,7 @@ def grids(draw: int) -> list[Grid]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("rows", [1, 2, 16, 37])
 def test_weights_of_few_bits(dtype: torch.dtype, rows: int) -> None:
     from runners.cuda.kernels.few_bits import few_bits, multiply
 
@@ -401,6 +401,23 @@ def test_weights_of_few_bits(dtype: torch.dtype, rows: int) -> None:
         got = multiply(ours.contiguous(), weight, None if bias is None else bias.to(DEVICE))
         close(got / 10, expected / 10, dtype)  # products of 200 terms, whose weights tensor cores take in the dtype
         close(ours @ weight.dequantized(dtype).t() / 10, product / 10, dtype)
+
+
+@pytest.mark.parametrize("size", [48, 200])
+def test_rows_are_rounded_to_fp8_by_their_largest(size: int) -> None:
+    from hal.weights.grid import LARGEST, encoded
+    from runners.cuda.kernels.few_bits import round_rows
+
+    x = torch.randn(5, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[3] = 0
+    values, scales = (y.cpu() for y in round_rows(x.to(DEVICE), 208))
+    expected = (x.abs().amax(1, keepdim=True).float() / LARGEST["fp8"]).clamp(min=1e-12)
+    torch.testing.assert_close(scales, expected)
+    assert not values[:, size:].float().any()
+    # A quotient between two numbers of the format may be rounded to either. The interpreter forgets to carry into the
+    # exponent.
+    alike = torch.isclose(values[:, :size].float(), encoded(x, expected, "fp8").float(), rtol=0.13, atol=0.01)
+    assert alike.float().mean() > (0.95 if DEVICE.type == "cpu" else 0.9999)
 
 
 def test_forms_that_no_kernel_has() -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from hal.weights.grid import Grid
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
-MOST_ROWS = 16
+MOST_ROWS = 128
 _CHUNKS = (128, 64, 32, 16)
 _OUTPUTS = 32  # the fewest outputs of a program for few rows
 _PROGRAMS = 1056  # eight for each multiprocessor of an H200
@@ -54,17 +54,14 @@ class FewBits:
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in], in the order of `order`."""
-        wide = self.values.float()
-        if self.pieces:
-            words = self.values.view(len(self.values), -1, 1, self.chunk // self.pieces)
-            shifts = torch.arange(0, 32, 32 // self.pieces, device=words.device, dtype=torch.int32)
-            wide = (words >> shifts.view(-1, 1) & (1 << 32 // self.pieces) - 1).flatten(1).float() - self.offset
-        if self.zeros is not None:
-            wide = wide - self._wide(self.zeros)
-        return (wide * self._wide(self.scales))[:, :self.inputs].to(dtype)
-
-    def _wide(self, of_groups: torch.Tensor) -> torch.Tensor:
-        return of_groups.t().float().repeat_interleave(self.group, 1)
+        rows, zeros = len(self.values), self.scales if self.zeros is None else self.zeros
+        out = torch.empty(rows, self.inputs, dtype=dtype, device=self.values.device)
+        chunks = triton.cdiv(self.inputs, self.chunk)
+        _dequantize[(triton.cdiv(rows, 32), chunks)](
+            self.values, self.scales, zeros, out, rows, self.inputs, self.values.shape[1], self.group,
+            PIECES=self.pieces, OFFSET=self.offset, CHUNK=self.chunk, HAS_ZEROS=self.zeros is not None, ROWS=32,
+            **launch_options(out))
+        return out
 
 
 def few_bits(grid: Grid) -> FewBits | None:
@@ -128,6 +125,26 @@ def _piece(words, NTH: tl.constexpr, PIECES: tl.constexpr, RAISED: tl.constexpr)
     if RAISED > 0:
         value = value * 2.0 ** (RAISED - PLACE % 24)
     return value
+
+
+@triton.jit
+def _dequantize(values, scales, zeros, out, rows, size, width, group, PIECES: tl.constexpr, OFFSET: tl.constexpr,
+                CHUNK: tl.constexpr, HAS_ZEROS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+    row, chunk = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    WORDS: tl.constexpr = CHUNK // PIECES if PIECES > 0 else CHUNK
+    word, mine = tl.arange(0, WORDS), (row < rows)[:, None]
+    wait_for_inputs(PDL)
+    source = values + row.to(tl.int64)[:, None] * width + (chunk * WORDS + word)[None]
+    tile = tl.load(source, mask=mine, other=0 if PIECES > 0 else 0.0)
+    for i in tl.static_range(PIECES if PIECES > 0 else 1):
+        at = chunk * CHUNK + i * WORDS + word
+        scale_at = (at // group)[None] * rows + row[:, None]
+        value = _piece(tile, i, PIECES, 126) * 2.0 ** 23 - OFFSET if PIECES > 0 else tile.to(tl.float32)
+        if HAS_ZEROS:
+            value -= tl.load(zeros + scale_at, mask=mine, other=0).to(tl.float32)
+        value *= tl.load(scales + scale_at, mask=mine, other=0.0).to(tl.float32)
+        into = out + row.to(tl.int64)[:, None] * size + at[None]
+        tl.store(into, value.to(out.dtype.element_ty), mask=mine & (at < size)[None])
 
 
 @triton.jit
@@ -208,7 +225,8 @@ def _few_rows(x, values, scales, zeros, bias, out, parts, ended, count, x_stride
     acc = tl.zeros((ROWS, BLOCK_M), tl.float32)
     share = tl.cdiv(chunks, splits)
     wait_for_inputs(PDL)
-    for chunk in tl.range(split * share, tl.minimum(split * share + share, chunks), num_stages=4):
+    first = split * share
+    for chunk in tl.range(first, tl.minimum(first + share, chunks), num_stages=4 if BLOCK_M == 16 else 2):
         tile = tl.load(source + chunk * WORDS, mask=mine[:, None], other=0 if PIECES > 0 else 0.0)
         for p in tl.static_range(PARTS):
             total = tl.zeros((BLOCK_M,), tl.float32)
@@ -255,6 +273,28 @@ def _few_rows(x, values, scales, zeros, bias, out, parts, ended, count, x_stride
         tl.store(into, acc.to(out.dtype.element_ty), mask=real[None] & mine[:, None])
 
 
+@triton.jit
+def _round_rows(x, out, scales, size, width, x_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = tl.load(x + row * x_stride + at, mask=at < size, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), 0) / 448.0, 1e-12)
+    value = tl.minimum(tl.maximum(value / scale, -448.0), 448.0)
+    tl.store(out + row * width + at, value.to(tl.float8e4nv), mask=at < width)
+    tl.store(scales + row, scale)
+
+
+def round_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [n, in], contiguous rows -> x / scale in float8_e4m3fn, [n, width] with zeros behind the inputs, and the scales
+    of the rows, [n, 1] fp32."""
+    out = torch.empty(len(x), width, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    _round_rows[(len(x),)](x, out, scales, x.shape[1], width, x.stride(0), BLOCK=block,
+                           num_warps=min(max(block // 1024, 1), 16), **launch_options(x))
+    return out, scales
+
+
 def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, rows: int = 0, width: int = 0,
              warps: int = 0) -> torch.Tensor:
     """x [n, in], contiguous rows in the weight's order, of at most MOST_ROWS rows -> [n, out]; sums are fp32.
@@ -285,13 +325,13 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
             x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
             CHUNKS=width, num_warps=warps, **shape)
     else:
-        rows = rows or (128 if weight.pieces == 4 else 64)
+        rows = rows or (128 if weight.pieces == 4 and n <= 16 else 64)
         blocks = triton.cdiv(out.shape[1], rows)
         splits = width or max(min(_PROGRAMS // blocks, chunks), 1)
-        shared = torch.empty(splits * blocks * rows * MOST_ROWS if splits > 1 else 1, dtype=torch.float32,
-                             device=x.device)
+        block_m = max(triton.next_power_of_2(n), 16)
+        shared = torch.empty(splits * blocks * rows * block_m if splits > 1 else 1, dtype=torch.float32, device=x.device)
         _few_rows[(blocks, splits)](
             x, weight.values, weight.scales, zeros, bias_or_any, out, shared, weight.ended, n, x.stride(0),
-            out.shape[1], size, chunks, each, splits, SHARED=splits > 1, ROWS=rows, BLOCK_M=MOST_ROWS,
+            out.shape[1], size, chunks, each, splits, SHARED=splits > 1, ROWS=rows, BLOCK_M=block_m,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps or 4, **shape)
     return out
