@@ -26,6 +26,8 @@ _QUERIES = 1024  # attended to at once, which bounds the memory of their parts
 
 
 class InvariantOps(CudaOps):
+    schemes = None
+
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         n = len(x)
         if not n:

@@ -22,7 +22,7 @@ from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
 _ROUTER = Tile(1, 2048, 2)  # a router has few rows
-_EXACT_ROWS = 64  # of inputs to FP8 weights, which are not rounded where weights are what takes time
+_EXACT_ROWS = 16  # of inputs to FP8 weights, which are not rounded: reading the weights is what takes time
 _ROUNDS, _MOVED = 20, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from hal.weights.grid import Grid
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
-MOST_ROWS = 128
+MOST_ROWS = 32
 _CHUNKS = (128, 64, 32, 16)
 _OUTPUTS = 32  # the fewest outputs of a program for few rows
 _PROGRAMS = 1056  # eight for each multiprocessor of an H200
@@ -329,7 +329,8 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
         blocks = triton.cdiv(out.shape[1], rows)
         splits = width or max(min(_PROGRAMS // blocks, chunks), 1)
         block_m = max(triton.next_power_of_2(n), 16)
-        shared = torch.empty(splits * blocks * rows * block_m if splits > 1 else 1, dtype=torch.float32, device=x.device)
+        size_of_parts = splits * blocks * rows * block_m if splits > 1 else 1
+        shared = torch.empty(size_of_parts, dtype=torch.float32, device=x.device)
         _few_rows[(blocks, splits)](
             x, weight.values, weight.scales, zeros, bias_or_any, out, shared, weight.ended, n, x.stride(0),
             out.shape[1], size, chunks, each, splits, SHARED=splits > 1, ROWS=rows, BLOCK_M=block_m,
