@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hal.errors import ConfigError
+from hal.files import local_checkpoint
 from hal.model_config import ModelConfig, ModelImpl
 from hal.values import described, plain
 
@@ -35,7 +36,8 @@ _OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Attributes:
-        model: checkpoint directory in Hugging Face format, or a GGUF file; a leading "~" is expanded.
+        model: checkpoint directory in Hugging Face format, or a GGUF file; a leading "~" is expanded. An id of the
+            Hugging Face hub stands for its files in the local cache; nothing is downloaded.
         device: a backend's name, "auto", or "module:attribute" of a Backend that is not installed as an entry point.
         dtype: of weights and KV cache; "auto" takes the checkpoint's where the backend has it, else float32.
         kv_dtype: of the KV cache: "auto" is that of the weights, "fp8" (e4m3) holds twice the tokens of 16 bits at
@@ -45,7 +47,8 @@ class EngineConfig:
         tp, pp: tensor and pipeline parallel sizes; the engine has tp * pp ranks.
         ep: expert parallel size, a divisor of tp: the tp ranks of a stage are grouped anew for the layers that hold
             whole experts, so ep adds no rank.
-        max_model_len: longest prompt + output in tokens; None takes the model's context length.
+        max_model_len: longest prompt + output in tokens; None takes the model's context length, or what the KV cache
+            holds where that is less and num_blocks is None.
         max_num_seqs: sequences in one step. max_num_batched_tokens: tokens in one step (longer prompts are chunked).
         block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from kv_cache_bytes, the bytes
             that each rank gives its KV cache, or else from free memory * memory_fraction.
@@ -146,7 +149,7 @@ class EngineConfig:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
             self._take(name, (str,), "the path of a file" if name == "chat_template" else "the path of a directory")
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+                object.__setattr__(self, name, local_checkpoint(os.path.expanduser(getattr(self, name))))
         for name, kind in (("dtype", DType), ("kv_dtype", KVDType), ("wire", WirePolicy), ("executor", ExecutorName),
                            ("model_impl", ModelImpl), ("quantize", Quantize), ("pooling", Pooling),
                            ("generation_config", GenerationConfig)):

@@ -1,14 +1,18 @@
-"""Output files that are replaced as a whole, so that a failure does not change the older file."""
+"""Output files that are replaced as a whole, so that a failure does not change the older file; and the files that the
+id of a checkpoint stands for."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hal.errors import ConfigError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # of the Hugging Face hub
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -50,6 +54,19 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def local_checkpoint(name: str) -> str:
+    """The directory of a checkpoint. It is `name`, unless this is no path and is an id of the Hugging Face hub
+    ("owner/model") whose files are in the local cache. Nothing is downloaded."""
+    if os.path.exists(name) or not HUB_ID.fullmatch(name):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(name, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # it is not there, or is no such id
+        return name
+
+
 def _temporary(path: Path) -> Path:
     """A name beside the file that `path` leads to. Raises OSError where a rename to `path` would fail or do harm."""
     target = Path(os.path.realpath(path))
@@ -64,4 +81,4 @@ def _temporary(path: Path) -> Path:
     return target.with_name(f".hal-{os.getpid()}-{os.urandom(4).hex()}{target.suffix}")
 
 
-__all__ = ["check_writable", "replacing"]
+__all__ = ["HUB_ID", "check_writable", "local_checkpoint", "replacing"]

@@ -19,6 +19,7 @@ from hal.checkpoints.shapes import llama
 from hal.checkpoints.stored import HEAD, equal, has_weights, locate, read_json, shown, stored_dtype
 from hal.config import Pooling
 from hal.errors import ConfigError, ModelLoadError
+from hal.files import HUB_ID
 from hal.model_config import EagleConfig, ModelConfig, ModelImpl
 from hal.models.families import EMBEDDERS, architectures, family_of, native
 from hal.weights.formats import check_known
@@ -52,7 +53,9 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
     if not isdir(directory) and not is_gguf(directory):
         raise ModelLoadError("the model directory does not exist", got=directory,
                              expected="a directory with config.json and *.safetensors in Hugging Face format, or a "
-                                      "GGUF file")
+                                      "GGUF file",
+                             hint=f"an id of the Hugging Face hub needs its files in the local cache: hf download "
+                                  f"{directory}" if HUB_ID.fullmatch(str(directory)) else None)
     data = config_data(directory) if is_gguf(directory) else read_json(directory / "config.json")
     config = _by_transformers(data, directory, trust_remote_code) if impl == "transformers" or (
         impl == "auto" and not _is_native(data)) else parse_config(data)

@@ -13,7 +13,7 @@ from hal.config import EngineConfig
 from hal.sampling.params import SamplingParams
 
 ENGINE_HELP = {
-    "model": "checkpoint directory in Hugging Face format, or a GGUF file",
+    "model": "checkpoint directory in Hugging Face format, a GGUF file, or a hub id whose files are in the local cache",
     "device": "auto, a backend's name (`hal env` lists them), or module:attribute of a backend",
     "dtype": "of weights and KV cache",
     "kv_dtype": "of the KV cache, where it is not the weights'",
@@ -52,7 +52,8 @@ ENGINE_HELP = {
     "model_impl": "a definition of hal, or transformers' modelling code",
 }
 _UNSET = {"chat_template": "the checkpoint's", "quantize": "all", "speculate": "nothing", "draft_model": "none",
-         "max_model_len": "the model's context", "num_blocks": "from free memory", "kv_cache_bytes": "from free memory",
+         "max_model_len": "the model's context, or what memory holds",
+         "num_blocks": "from free memory", "kv_cache_bytes": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}
 

@@ -131,7 +131,6 @@ class LLM:
         if self.defaults:
             logging.getLogger("hal").info(stated(self.defaults))
         self._default = SamplingParams(**self.defaults)
-        self.max_model_len = config.longest_sequence(self.model_config)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         if config.chat_template is not None and self.tokenizer is not None:
@@ -190,6 +189,12 @@ class LLM:
         """The engine's own part for new workers: a scheduler, and for a model of embeddings an Embedder."""
         self.scheduler = self._make_scheduler()
         self._loads_at_start = self.executor.expert_loads() if self.config.expert_loads else None  # of the warm-up
+        self.max_model_len = longest = self.config.longest_sequence(self.model_config)
+        held = (self.executor.num_blocks - 1) * self.config.block_size
+        if self.config.max_model_len is None and 0 < held < longest:
+            self.max_model_len = held
+            logging.getLogger("hal").warning("the context is %s tokens, and not the model's %s: the KV cache has no "
+                                             "room for more (memory_fraction, kv_cache_bytes)", held, longest)
         self._embedder = None if self.model_config.embedding is None else Embedder(
             self.executor, self.config, self.model_config, self.tokenizer)
 

@@ -13,6 +13,7 @@ from hal.contracts.inputs import NULL_BLOCK, WorkerInput
 from hal.contracts.runner import ModelRunnerBase
 from hal.errors import CapacityError
 
+LEAST_CONTEXT = 256  # tokens; no context is made shorter than this because memory is short
 IDLE = WorkerInput()  # shared by all steps without moves, which are most; never change it
 
 
@@ -28,8 +29,11 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
             sequences of max_model_len can use.
         row_states: layers of the model keep a state per row.
 
+    Where neither max_model_len nor num_blocks is given, the blocks may be fewer than a sequence of the model's context
+    needs: the engine then shortens the context.
+
     Raises:
-        CapacityError: one sequence of max_model_len, or num_blocks, does not fit.
+        CapacityError: one sequence of max_model_len, or of a short context, or num_blocks, does not fit.
     """
     if not per_block and not row_states:
         return 0
@@ -42,6 +46,9 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
     if asked is None and engine.kv_cache_bytes is not None and per_block:
         asked = engine.kv_cache_bytes // per_block
     wanted = each + 1 if asked is None else asked
+    if engine.max_model_len is None and engine.num_blocks is None:
+        each = min(each, max(-(-LEAST_CONTEXT // engine.block_size), min(wanted, fitting) - 1))
+        wanted = each + 1 if asked is None else asked
     if wanted < each + 1:
         raise CapacityError("the KV cache is too small for one sequence of max_model_len",
                             got=f"num_blocks={wanted} of {engine.block_size} tokens, one of them the null block",
