@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hal.cli import identity
+from hal.cpus import usable_cpus
 
 EPILOG = """Exit code 1 when one of the packages hal, runners and workers is not ours (nothing will work then), or when
 the device that --device names is not available."""
@@ -51,9 +52,8 @@ def _hal() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor(),
-            "cpus": usable, "memory_gib": _memory_gib()}
+            "cpus": usable_cpus(), "memory_gib": _memory_gib()}
 
 
 def _processor() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hal.config import WorkerConfig
+from hal.cpus import usable_cpus
 from workers.links.rendezvous import Rendezvous
 from workers.links.reports import Failure, FailureListeners
 
@@ -208,8 +209,8 @@ class Ranks:
 
 
 def threads_per_rank(world_size: int) -> int:
-    """The cores that this process may use, shared by the ranks."""
-    return max(len(os.sched_getaffinity(0)) // world_size, 1)
+    """The processors that this process may use, shared by the ranks."""
+    return max(usable_cpus() // world_size, 1)
 
 
 def threads_of_driver(world_size: int) -> int:
@@ -220,7 +221,7 @@ def threads_of_driver(world_size: int) -> int:
     if world_size > 1:
         return threads_per_rank(world_size)
     # torch starts one thread a core, and not one for each of the core's hardware threads.
-    return len({_siblings(cpu) for cpu in os.sched_getaffinity(0)})
+    return min(len({_siblings(cpu) for cpu in os.sched_getaffinity(0)}), usable_cpus())
 
 
 def _siblings(cpu: int) -> str:
