@@ -32,6 +32,7 @@ class Ops:
     """
 
     schemes: tuple[str, ...] | None = None
+    traced = False  # a step is traced, so no value of a tensor can be looked at
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -117,7 +117,7 @@ class _Rotary:
     def __call__(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any,
                  **options: Any) -> Any:
         _, heads, tokens, dim = q.shape
-        if args or options or len(q) != 1 or cos.shape != (1, tokens, dim):
+        if args or options or len(q) != 1 or cos.shape != (1, tokens, dim) or self.ops.traced:
             return self.theirs(q, k, cos, sin, *args, **options)
         half = dim // 2
         if self.halves is None:

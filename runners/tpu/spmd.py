@@ -36,6 +36,8 @@ class TpuOps(Ops):
     """Linear layers over `ranks` shares. x of a column-parallel layer is [n, in], of a row-parallel one [R * n, in].
     Weights are [in, out]: the other way round XLA's CPU client multiplies 17 times slower, and a TPU does not care."""
 
+    traced = True
+
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
         # A scheme's own arithmetic knows the tensors of one rank, not those of all ranks side by side.

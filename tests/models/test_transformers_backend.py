@@ -20,6 +20,7 @@ from hal.models import swaps
 from hal.models.ops import Ops
 from hal.models.transformers_model import HfLinear, TransformersModel, _Merged
 from hal.sampling.params import SamplingParams
+from runners.tpu.spmd import TpuOps
 
 NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "minicpm3")
 
@@ -98,6 +99,9 @@ def test_what_computes_something_else_is_not_swapped() -> None:
     for ours, theirs in zip(rotary(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         assert torch.equal(ours, theirs)  # the angles of the two halves differ
     assert rotary.halves is False and not begun
+    rotary = swaps._Rotary(TpuOps(1), apply_rotary_pos_emb)
+    rotary(q, k, cos, sin)
+    assert rotary.halves is None  # a compiled step cannot compare values
 
 
 @pytest.mark.slow
