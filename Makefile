@@ -64,7 +64,7 @@ test-vllm-slow: .venv-vllm/.made
 test-jax: .venv-jax/.made
 	.venv-jax/bin/python -m pytest examples/jax-backend/tests
 
-# The whole kit on the tutorial's example of static shapes: three minutes of CPU.
+# The whole kit on the tutorial's example of static shapes: some minutes of CPU.
 test-tutorial: .venv/.made
 	.venv/bin/python tests/conformance/test_tutorial.py
 
