@@ -6,8 +6,7 @@ from html import escape
 from typing import Any
 
 from hal.conformance import report
-from hal.conformance.html import STYLE
-from hal.conformance.run import ONCE, Report
+from hal.conformance.html import STYLE, kind
 
 _WORSE = 2.0  # times as large, from which a change of an operation's worst error is told
 
@@ -36,21 +35,8 @@ def diff(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def matrix(data: dict[str, Any]) -> list[list[str]]:
-    """What is covered: a line for each area and, at L5, for each topology and control plane, a column for each dtype.
-    A cell has the passes of the applicable cases, or "-" where none applies."""
-    found = report.loaded(data)
-    rows: dict[str, list[str]] = {}
-    for result in found.results:
-        name = result.case.name if result.case.level == 5 else result.case.name.rpartition("/")[0]
-        rows.setdefault(name, [_passes(found, name, dtype) for dtype in found.dtypes])
-    return [["feature", *found.dtypes], *([name, *cells] for name, cells in rows.items())]
-
-
-def _passes(found: Report, name: str, dtype: str) -> str:
-    there = [r.status for r in found.results if r.dtype in (dtype, ONCE)
-             and (r.case.name == name or r.case.name.rpartition("/")[0] == name)]
-    applicable = [status for status in there if status != "n/a"]
-    return f"{applicable.count('pass')}/{len(applicable)}" if applicable else "-"
+    """What a report that was read covers; see hal.conformance.report.coverage."""
+    return report.coverage(report.loaded(data))
 
 
 def page(reports: list[dict[str, Any]]) -> str:
@@ -69,10 +55,5 @@ def page(reports: list[dict[str, Any]]) -> str:
         cells = [cell for d, rows in zip(reports, matrices, strict=True)
                  for cell in rows.get(feature, ["-"] * len(d["dtypes"]))]
         lines.append(f"<tr><td><code>{escape(feature)}</code></td>" + "".join(
-            f"<td class='{_kind(cell)}'>{escape(cell)}</td>" for cell in cells) + "</tr>")
+            f"<td class='{kind(cell)}'>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</table></div></body></html>"])
-
-
-def _kind(cell: str) -> str:
-    passes, _, applicable = cell.partition("/")
-    return "na" if cell == "-" else "pass" if passes == applicable else "bad"

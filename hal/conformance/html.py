@@ -7,7 +7,7 @@ from html import escape
 import numpy as np
 
 from hal.conformance.case import LEVELS
-from hal.conformance.report import cell
+from hal.conformance.report import cell, coverage
 from hal.conformance.run import Report, Result
 from hal.conformance.speed import Speed
 
@@ -43,7 +43,7 @@ def html(report: Report) -> str:
              f"<title>Conformance of {escape(report.header['backend'])}</title><style>{STYLE}</style></head><body>",
              f"<h1>Conformance of {escape(report.header['backend'])}</h1>",
              f"<p class='verdict{' bad' if bad else ''}'>{escape(report.verdict)}</p>", _table(report)]
-    parts += [_section("Failures", report, ("fail", "error"), opened=True),
+    parts += [_coverage(report), _section("Failures", report, ("fail", "error"), opened=True),
               _section("Expected failures", report, ("xfail",), opened=True)]
     if report.errors:
         plots = "".join(histogram(f"{op}, {dtype}", np.concatenate(found), report.tolerances(op, dtype))
@@ -52,12 +52,11 @@ def html(report: Report) -> str:
                      "elements by decade on a logarithmic count; the red line is the tolerance. Exact results are at "
                      f"the left edge.</p><div class='plots'>{plots}</div>")
     if report.speed:
-        rows = "".join(f"<tr><td>{escape(s.name)}</td><td>{escape(s.dtype)}</td><td>{s.seconds * 1e3:.3f}</td>"
-                       f"<td class='{_reached(s)}'>{'' if s.share is None else f'{s.share:.2f}'}</td><td>"
-                       f"{'' if s.least is None else f'{s.least:g}'}</td></tr>" for s in report.speed)
+        rows = "".join(f"<tr><td>{escape(s.name)}</td><td>{escape(s.dtype)}</td><td>{s.seconds * 1e3:.4g}</td>"
+                       f"<td class='{_reached(s)}'>{_share(s)}</td></tr>" for s in report.speed)
         parts.append("<h2>Speed</h2><p class='note'>No part of the verdict. Shares are of the bandwidth or matrix rate "
                      "that was measured in the same process.</p><div class='wide'><table><tr><th>what</th>"
-                     f"<th>dtype</th><th>ms</th><th>share</th><th>declared</th></tr>{rows}</table></div>")
+                     f"<th>dtype</th><th>ms</th><th>share</th></tr>{rows}</table></div>")
     if report.tasks:
         rows = "".join(f"<tr><td>{escape(a.how)}</td><td>{escape(a.dtype)}</td><td>"
                        f"{escape(a.refused) or f'{a.right} of {a.total}'}</td></tr>" for a in report.tasks)
@@ -85,6 +84,25 @@ def _table(report: Report) -> str:
 
 def _reached(s: Speed) -> str:
     return "" if s.least is None else "pass" if (s.share or 0.0) >= s.least else "xfail"
+
+
+def _share(s: Speed) -> str:
+    declared = "" if s.least is None else f" of {s.least:g} declared"
+    return ("" if s.share is None else f"{s.share:.2f}") + declared
+
+
+def kind(cell: str) -> str:
+    """The class of a cell of `coverage`."""
+    passes, _, applicable = cell.partition("/")
+    return "na" if cell == "-" else "pass" if passes == applicable else "bad"
+
+
+def _coverage(report: Report) -> str:
+    (_, *dtypes), *lines = coverage(report)
+    rows = "".join(f"<tr><td><code>{escape(name)}</code></td>" + "".join(
+        f"<td class='{kind(cell)}'>{cell}</td>" for cell in cells) + "</tr>" for name, *cells in lines)
+    return ("<h2>Coverage</h2><details><summary>by feature, topology and dtype</summary><div class='wide'><table><tr>"
+            f"<th>feature</th>{''.join(f'<th>{escape(d)}</th>' for d in dtypes)}</tr>{rows}</table></div></details>")
 
 
 def _section(title: str, report: Report, statuses: tuple[str, ...], opened: bool = False) -> str:

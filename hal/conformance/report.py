@@ -42,6 +42,23 @@ def table(rows: list[list[str]]) -> str:
                      for row in rows)
 
 
+def coverage(report: Report) -> list[list[str]]:
+    """What is covered: a line for each area and, at L5, for each topology and control plane, a column for each dtype.
+    A cell has the passes of the applicable cases, or "-" where none applies."""
+    found: dict[str, list[str]] = {}
+    for result in report.results:
+        name = result.case.name if result.case.level == 5 else result.case.name.rpartition("/")[0]
+        found.setdefault(name, [_passes(report, name, dtype) for dtype in report.dtypes])
+    return [["feature", *report.dtypes], *([name, *cells] for name, cells in found.items())]
+
+
+def _passes(report: Report, name: str, dtype: str) -> str:
+    there = [r.status for r in report.results if r.dtype in (dtype, ONCE)
+             and (r.case.name == name or r.case.name.rpartition("/")[0] == name)]
+    applicable = [status for status in there if status != "n/a"]
+    return f"{applicable.count('pass')}/{len(applicable)}" if applicable else "-"
+
+
 def reasons(report: Report) -> list[str]:
     """Why cases were not applicable: each reason once, with its cases."""
     by_reason: dict[str, list[str]] = {}
