@@ -34,8 +34,9 @@ SAMPLES = 6  # of each operation and dtype
 _OWN = ("privateuse1",) if torch._C._get_privateuse1_backend_name() == _TYPE else ()
 
 
-class TestOperations(TestCase):  # type: ignore[misc]  # torch does not annotate it
-    @ops([op for op in op_db if op.name in OPERATIONS], allowed_dtypes=(torch.float32, torch.bfloat16))  # type: ignore[misc]
+class TestOperations(TestCase):
+    @ops([op for op in op_db if op.name in OPERATIONS],  # type: ignore[untyped-decorator]
+         allowed_dtypes=(torch.float32, torch.bfloat16))
     def test_as_on_the_cpu(self, device: str, dtype: torch.dtype, op: Any) -> None:
         for sample, _ in zip(op.sample_inputs("cpu", dtype), range(SAMPLES), strict=False):
             there = sample.transform(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x)
@@ -47,4 +48,4 @@ class TestOperations(TestCase):  # type: ignore[misc]  # torch does not annotate
                 self.assertEqual(one.cpu(), other)
 
 
-instantiate_device_type_tests(TestOperations, globals(), only_for=(_TYPE, *_OWN))
+instantiate_device_type_tests(TestOperations, globals(), only_for=(_TYPE, *_OWN))  # type: ignore[no-untyped-call]
