@@ -26,7 +26,7 @@ class Answer:
     def chunk(self, output: RequestOutput) -> dict[str, Any] | None:
         """The part of the choice that is new; None where there is nothing to show."""
         first, self.output = self.output is None, output
-        text = output.text[self._text:]
+        text, tokens = output.text[self._text:], output.token_ids[self._tokens:]
         logprobs = output.logprobs[self._tokens:] if output.logprobs is not None else []
         self._text, self._tokens = len(output.text), len(output.token_ids)
         if first and self.call.echo:
@@ -34,7 +34,8 @@ class Answer:
             text = self._prompt_text(output) + text
             known = [] if output.prompt_logprobs is None else output.prompt_logprobs
             logprobs = [*(each or TokenLogprob(prompt[0], float("nan"), 0) for each in known), *logprobs]
-        if not (text or logprobs or first or output.finish_reason):
+        bare = tokens if self.llm.tokenizer is None else []  # then nothing but token ids can be shown
+        if not (text or bare or logprobs or first or output.finish_reason):
             return None
         choice: dict[str, Any] = {"index": self.index}
         if self.chat:
@@ -43,6 +44,8 @@ class Answer:
             choice["text"] = text
         choice["logprobs"] = None if self.call.top is None else self._logprobs(logprobs)
         choice["finish_reason"] = output.finish_reason
+        if bare:
+            choice["token_ids"] = bare
         if output.stop_reason is not None:
             choice["stop_reason"] = output.stop_reason
         return choice

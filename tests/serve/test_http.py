@@ -262,6 +262,7 @@ def test_a_client_that_does_not_read_slows_nobody_and_is_not_written_to(tmp_path
             if data.endswith(b"0\r\n\r\n"):
                 break
         chunks = [json.loads(line[6:]) for line in data.split(b"\n") if line.startswith(b"data: {")]
+        assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) == 400  # it has no tokenizer
         sizes = [len(chunk["choices"][0]["logprobs"]["tokens"]) for chunk in chunks]
         assert sum(sizes) == 400 and sizes[-1] > 100
         slow.close()
