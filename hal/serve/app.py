@@ -39,7 +39,6 @@ from hal.serve.protocol import (
     read_chat,
     read_completion,
     read_embedding,
-    render,
 )
 
 _log = logging.getLogger("hal.serve")
@@ -90,7 +89,10 @@ class Server:
         if chat:
             call, template = read_chat(body, llm)
             self._check_model(call.model)
-            call = replace(call, prompts=[await asyncio.to_thread(render, llm, **template)])
+            try:
+                call = replace(call, prompts=[await self.engine.chat_ids(**template)])
+            except HalError as error:
+                raise as_api_error(error, "messages") from error
         else:
             call = read_completion(body, llm)
             self._check_model(call.model)

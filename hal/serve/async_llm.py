@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hal.checkpoints.chat import Message
 from hal.config import BUNDLED_MODEL
 from hal.engine.llm import LLM, Stats
 from hal.engine.prompts import Prompt, Prompts
@@ -153,6 +154,12 @@ class AsyncLLM:
             while output is None or output.finish_reason is None:
                 output = await stream.next()
                 yield output
+
+    async def chat_ids(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None,
+                       options: Mapping[str, Any] | None = None) -> list[int]:
+        """The token ids of a conversation, for `generate`. See `LLM.chat_ids`."""
+        ids_of = partial(self.llm.chat_ids, messages, tools=tools, options=options)
+        return await self._enter().run_in_executor(self._tokenizer, ids_of)
 
     async def text_ids(self, texts: Prompts, *, prompt_name: str | None = None, truncate: bool = True,
                        ) -> list[list[int]]:

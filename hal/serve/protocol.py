@@ -121,7 +121,7 @@ def read_completion(body: Any, llm: LLM) -> Call:
 
 
 def read_chat(body: Any, llm: LLM) -> tuple[Call, dict[str, Any]]:
-    """A call without prompts, and the arguments of `render`. Raises ApiError."""
+    """A call without prompts, and the arguments of `LLM.chat_ids`. Raises ApiError."""
     reader = Reader(body, _CHAT)
     messages = reader.take("messages", list)
     if not messages:
@@ -168,18 +168,6 @@ def _message(message: Any) -> Any:
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         raise ApiError(400, "a message has a part that is not text", "messages", "unsupported_value")
     return {**message, "content": "".join(part["text"] for part in content)}
-
-
-def render(llm: LLM, messages: list[Any], tools: list[Any] | None, options: dict[str, Any]) -> str:
-    """The prompt that the checkpoint's chat template makes. Raises ApiError."""
-    if getattr(llm.tokenizer, "chat_template", None) is None:
-        raise ApiError(400, "this model has no chat template: use /v1/completions", "messages")
-    try:
-        text: str = llm.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
-                                                      **{"add_generation_prompt": True, **options})
-    except Exception as error:  # a template may raise any error
-        raise ApiError(400, f"the chat template refuses the messages: {error}", "messages") from error
-    return text
 
 
 def _call(reader: Reader, llm: LLM, prompts: list[Prompt], top: int | None, echo: bool) -> Call:

@@ -63,6 +63,7 @@ def test_a_template_that_begins_with_bos_begins_with_one(adder: Path, tmp_path: 
 def test_a_checkpoint_without_template_or_tokenizer_says_what_to_do(
         forks: Forks, tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:
     with LLM(device="cpu", num_blocks=64) as llm, pytest.raises(RequestError, match="no chat template") as caught:
+        llm.tokenizer.chat_template = None
         llm.chat([user("37")])
     assert "--chat-template FILE" in str(caught.value)
     (tmp_path / "own.jinja").write_text(TEMPLATE)
