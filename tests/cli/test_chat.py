@@ -71,7 +71,11 @@ def test_a_checkpoint_without_template_or_tokenizer_says_what_to_do(
     stdin.write_text("37\n")
     given = forks.run("chat", "--device", "cpu", "--chat-template", str(tmp_path / "own.jinja"), stdin=str(stdin))
     assert (given.status, given.out, given.err) == (0, b"38\n", "")
-    without = forks.run("chat", "--device", "cpu", stdin=str(stdin))
+    plain = shutil.copytree(BUNDLED_MODEL, tmp_path / "plain")
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (plain / "tokenizer_config.json").write_text(json.dumps(settings))
+    without = forks.run("chat", "--device", "cpu", "--model", str(plain), stdin=str(stdin))
     assert without.status == 1 and "--chat-template FILE" in without.err and without.out == b""
     model = checkpoint("qwen3")
     assert not any(model.glob("tokenizer*")) and checkpoints.VOCAB
