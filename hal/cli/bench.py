@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", type=options.path, metavar="FILE",
                         help="then write a torch.profiler trace of further batches (of several ranks, the driver's), "
                         "for ui.perfetto.dev")
-    options.add_engine_options(parser, skip=("prefix_caching", "trust_remote_code", "chat_template"))
+    options.add_engine_options(parser, skip=("prefix_caching", "trust_remote_code", "chat_template", "max_adapters",
+                                              "max_adapter_rank"))
 
 
 def _sizes(text: str) -> list[int]:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", default="cpu", metavar="NAME", help="the one that is right (default: cpu)")
     parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
                         "is read")
+    options.add_adapter_option(parser)
     parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
                         "it was recorded so")
     parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             args.file, args.live = _recorded(args, Path(folder)), None
             return run(args)
     given: dict[str, Any] = {"random_weights": True} if args.random_weights else {}
+    given["adapters"] = dict(args.adapters)
     if args.kv_dtype is not None:
         given["kv_dtype"] = args.kv_dtype
     found = bisect(Path(args.file), args.device, args.against, model=args.model,

@@ -24,6 +24,7 @@ EPILOG = """examples:
   hal generate --model DIR --temperature 0.8 --max-tokens 64 "Once upon a time"
   hal generate model.gguf "Once upon a time"    a GGUF file that is the first argument is the model
   hal generate --input prompts.jsonl --json     one object a line in, one a line out
+  hal generate --model DIR --adapter law=DIR2 --use-adapter law "Article 1"
 
 A line of FILE has "prompt" or "prompt_token_ids", and may set sampling options by their names with underscores. FILE is
 read as UTF-8 in every locale. --json writes a line when its request has finished: "index" is the request's place, from
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
             with LLM(**options.engine_options(args), progress=sys.stderr.isatty()) as llm:
                 llm.generate([])  # refuses a model of embeddings once, instead of each prompt
+                options.load_adapters(llm, args)
                 if len(jobs) == 1 and sys.stdout.isatty() and not args.json:
                     results.report(_stream(llm, usable[0]))
                 else:

@@ -7,10 +7,13 @@ import dataclasses
 import os
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal.config import EngineConfig
 from hal.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from hal.engine.llm import LLM
 
 ENGINE_HELP = {
     "model": "checkpoint directory in Hugging Face format, a GGUF file, or a hub id whose files are in the local cache",
@@ -39,6 +42,8 @@ ENGINE_HELP = {
     "speculative_tokens": "the most tokens that are proposed at a time",
     "draft_model": "checkpoint directory of --speculate draft or eagle",
     "draft_tp": "tensor-parallel ranks of the draft model; a divisor of tp",
+    "max_adapters": "adapters that may be loaded at a time",
+    "max_adapter_rank": "the largest rank of an adapter",
     "executor": "who starts the other ranks",
     "wire": "what crosses the control plane",
     "control_plane": "the mechanism that carries it",
@@ -61,7 +66,7 @@ _UNSET = {"chat_template": "the checkpoint's", "quantize": "all", "speculate": "
 def _add(group: argparse._ArgumentGroup, name: str, hint: Any, default: Any, text: str, unset: str | None) -> None:
     """Add one option. If the user does not give it, it is absent from the namespace, so the field's default holds."""
     options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-    flag = "--" + name.replace("_", "-")
+    flag = "--use-adapter" if name == "adapter" else "--" + name.replace("_", "-")  # --adapter loads one
     if hint is bool:
         flag = flag if not default else "--no-" + flag[2:]
         group.add_argument(flag, action="store_false" if default else "store_true", **options)
@@ -114,6 +119,19 @@ def add_engine_options(parser: argparse.ArgumentParser, *, skip: tuple[str, ...]
     for field in dataclasses.fields(EngineConfig):
         if field.name not in ("seed", "random_weights", *skip):
             _add(group, field.name, hints[field.name], field.default, ENGINE_HELP[field.name], _UNSET.get(field.name))
+    if "max_adapters" not in skip:
+        add_adapter_option(group)
+
+
+def add_adapter_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--adapter", dest="adapters", action="append", type=_named, default=[], metavar="NAME=DIR",
+                        help="load the adapter (LoRA) of a directory, for requests that name it; repeatable")
+
+
+def load_adapters(llm: LLM, args: argparse.Namespace) -> None:
+    """Load what --adapter names. Raises as LLM.load_adapter."""
+    for name, directory in args.adapters:
+        llm.load_adapter(name, directory)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +141,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         _add(group, field.name, SamplingParams.kind(field.name)[0], field.default, param.help, param.unset)
 
 
+def _named(text: str) -> tuple[str, str]:
+    """ "NAME=DIR" of the command line."""
+    name, _, directory = text.partition("=")
+    if not name or not directory:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, path(directory)
+
+
 def _pair(text: str) -> tuple[str, float]:
     """ "ID=X" of the command line."""
     token, _, number = text.partition("=")
@@ -130,8 +156,16 @@ def _pair(text: str) -> tuple[str, float]:
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of EngineConfig that the user gave. Its `seed` has no option: `--seed` is the seed of sampling."""
-    return {name: value for name, value in _given(args, EngineConfig).items() if name != "seed"}
+    """The fields of EngineConfig that the user gave, or that --adapter needs. Its `seed` has no option: `--seed` is the
+    seed of sampling."""
+    given = {name: value for name, value in _given(args, EngineConfig).items() if name != "seed"}
+    if getattr(args, "adapters", None):  # room for those of --adapter, where the user says nothing else
+        from hal.adapters.files import read_adapter
+
+        given.setdefault("max_adapters", len(args.adapters))
+        if "max_adapter_rank" not in given:
+            given["max_adapter_rank"] = max(read_adapter(directory).max_rank for _, directory in args.adapters)
+    return given
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

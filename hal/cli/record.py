@@ -60,6 +60,7 @@ def _record(args: argparse.Namespace, path: str) -> list[RequestOutput]:
     from hal.recording.record import record_run
 
     with LLM(**{**options.engine_options(args), "async_scheduling": False}) as llm:
+        options.load_adapters(llm, args)
         return record_run(llm, args.prompts, params, Path(path))
 
 
@@ -77,7 +78,7 @@ def _again(args: argparse.Namespace) -> int:
     model = given.pop("model", None)
     backend = select(args.device)
     config = recording.config(backend, device=backend.name if args.device == "auto" else args.device, model=model,
-                              **given)
+                              adapters=dict(args.adapters), **given)
     refill(recording, lambda: make_executor(config.engine, config.model, backend))
     recording.info["device"] = backend.name
     recording.save(Path(args.output))

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=options.path, required=True, metavar="FILE", help="the smaller recording")
     parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
                         "is read")
+    options.add_adapter_option(parser)
     parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
                         "it was recorded so")
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {"random_weights": True} if args.random_weights else {}
     show = (lambda text: print(text, file=sys.stderr)) if sys.stderr.isatty() else (lambda text: None)
     reduction = reduce(Recording.load(Path(args.file)), args.device, args.against, model=args.model, progress=show,
-                       **given)
+                       adapters=dict(args.adapters), **given)
     reduction.recording.save(Path(args.output))
     print(reduction)
     return 0

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, a backend's name, or module:attribute")
     parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
                         "is read")
+    options.add_adapter_option(parser)
     parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
                         "it was recorded so")
     parser.add_argument("--dtype", metavar="NAME", help="of weights and KV cache (default: the recorded one)")
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         given["random_weights"] = True
     backend = select(args.device)
     device = backend.name if args.device == "auto" else args.device
-    comparison = replay(Path(args.file), backend, device, model=args.model, **given)
+    comparison = replay(Path(args.file), backend, device, model=args.model, adapters=dict(args.adapters),
+                        **given)
     print(comparison.table())
     return int(bool(comparison.wrong(Tolerances()("model", comparison.dtype)) or comparison.failure))

@@ -50,6 +50,7 @@ class Capabilities:
             its batch and however its prompt is cut into chunks; "option": only with
             EngineConfig.batch_invariant; "no": neither.
         embeddings: the backend's runner turns texts into vectors where the model has an EmbeddingConfig.
+        adapters: the backend's runner has slots for adapters (ModelRunnerBase.load_adapter).
         checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
     """
 
@@ -66,6 +67,7 @@ class Capabilities:
     token_cost: float = 0.1
     batch_invariant: str = "no"
     embeddings: bool = False
+    adapters: bool = False
     checkpoints: bool = True
 
 
@@ -209,7 +211,7 @@ def mesh(backend: Backend, engine: EngineConfig) -> Topology:
 
 
 def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, num_cpu_blocks: int,
-            embeddings: bool = False, batch_invariant: bool = False) -> None:
+            embeddings: bool = False, batch_invariant: bool = False, max_adapters: int = 0) -> None:
     """Check a configuration against the declared capabilities.
 
     Raises:
@@ -231,6 +233,11 @@ def require(backend: Backend, *, dtype: str, kv_dtype: str, tp: int, pp: int, nu
         raise BackendError(f"backend {backend.name!r} makes no embeddings", got="a model of embeddings",
                            expected='a model that generates, or pooling="none" where the model has a head',
                            hint="run it on --device cpu")
+    if max_adapters and (embeddings or not can.adapters):
+        raise BackendError("a model of embeddings takes no adapters" if embeddings else
+                           f"backend {backend.name!r} takes no adapters", got=f"max_adapters={max_adapters}",
+                           expected="max_adapters=0", hint="peft's merge_and_unload makes a checkpoint of model and "
+                           "adapter, which runs everywhere")
     if kv_dtype == "fp8" and not can.fp8_kv:
         raise BackendError(f"backend {backend.name!r} has no fp8 KV cache", got=f"kv_dtype={kv_dtype}",
                            expected="kv_dtype=auto")

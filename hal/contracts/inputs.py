@@ -78,8 +78,8 @@ class IntermediateTensors(Declared):
 
 
 class WorkerInput(Declared):
-    """What the worker does to the KV cache before a step: int32 pairs (source block, destination block), and where
-    layers keep a state per row (row, row on the host) or the other way round."""
+    """What the worker does before a step. To the KV cache: int32 pairs (source block, destination block), and where
+    layers keep a state per row (row, row on the host) or the other way round. To the adapters: slots to fill."""
 
     sampling_follows: Annotated[bool, Doc("a SamplingInput completes the step")] = False
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1, doc="device to device")] = None
@@ -91,6 +91,9 @@ class WorkerInput(Declared):
                                                         doc="states, host to device")] = None
     rows_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_rows_out", 2, low=0,
                                                          doc="states, device to host")] = None
+    adapters_to_load: Annotated[np.ndarray | None, Array("int32", "num_loads", low=0, doc="slots")] = None
+    adapter_names: Annotated[tuple[str, ...], Doc("the name of each")] = ()
+    adapter_paths: Annotated[tuple[str, ...], Doc("the directory of each")] = ()
 
 
 class PagedModelInput(ModelInput, fields=input_annotations()):
@@ -167,6 +170,8 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
             self._refuse("positions", positions, expected)
         self._check_slots(seq, expected, lens)
         self._check_sampling()
+        if self.adapted != (self.adapter_slots is not None):
+            self._refuse("adapted", self.adapted, "1 exactly where there are adapter_slots")
         if self.state_rows is not None:
             held = self.state_rows.cpu().numpy()[queries > 0]
             if (held < 0).any() or len(np.unique(held)) != len(held):

@@ -63,6 +63,11 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
     num_proposals: Annotated[int, Doc("tokens that a proposer on the ranks gives each sampled sequence after this "
                                       "step")] = 0
 
+    adapters_to_load: Annotated[np.ndarray | None, Array("int32", "num_loads", low=0, doc="slots that get an adapter "
+                                                         "before this step")] = None
+    adapter_names: Annotated[tuple[str, ...], Doc("the name of each")] = ()
+    adapter_paths: Annotated[tuple[str, ...], Doc("the directory of each, which every rank reads")] = ()
+
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1)] = None
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0)] = None
     blocks_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_swaps_out", 2, low=0)] = None

@@ -10,7 +10,7 @@ import numpy as np
 
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput
+from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import StateError
 from hal.schema import Declared
@@ -124,6 +124,23 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
     def warmup(self, kv_caches: Any, progress: Progress = no_progress) -> None:
         """Compile or capture every shape that a step may have. Nothing compiles or captures afterwards, unless the user
         limited the time of the warm-up. Programs that steps compile later count in `late`."""
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        """Put the adapter of a directory (hal.adapters.files) into a slot, 0 to EngineConfig.max_adapters - 1,
+        whatever the slot held before. It is called between steps; earlier steps may still run on the device, and later
+        ones use it. The engine has checked the adapter.
+
+        Raises:
+            ModelLoadError: the directory cannot be read on this rank.
+        """
+        raise StateError(f"{type(self).__name__} has no slots for adapters", expected="load_adapter, since its "
+                         "backend declares Capabilities(adapters=True)")
+
+    def load_adapters(self, step: WorkerInput | ExecuteModelRequest) -> None:
+        """Fill the slots that a step names, before the step."""
+        if step.adapters_to_load is not None:
+            for slot, path in zip(step.adapters_to_load.tolist(), step.adapter_paths, strict=True):
+                self.load_adapter(slot, path)
 
     @abc.abstractmethod
     def prepare_model_input(self, request: ExecuteModelRequest) -> InputT:

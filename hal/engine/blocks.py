@@ -11,14 +11,16 @@ from hashlib import blake2b
 _EMPTY = blake2b(digest_size=16)  # a copy of it is made in less time than a new one
 
 
-def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], block_size: int, count: int) -> None:
+def extend_hashes(hashes: list[bytes], tokens: Callable[[int, int], list[int]], block_size: int, count: int,
+                  root: bytes = b"") -> None:
     """Grow `hashes` to the first `count` full blocks; `tokens(start, end)` gives the token ids there. A block's
     address is BLAKE2b-128 over its parent's address and its tokens. So equal addresses mean equal prefixes: nobody can
-    construct a collision."""
+    construct a collision. `root` stands for the address of the first block's parent: prefixes with other roots are
+    never equal."""
     pack = _packer(block_size)
     for i in range(len(hashes), count):
         address = _EMPTY.copy()
-        address.update((hashes[i - 1] if i else b"") + pack(*tokens(i * block_size, (i + 1) * block_size)))
+        address.update((hashes[i - 1] if i else root) + pack(*tokens(i * block_size, (i + 1) * block_size)))
         hashes.append(address.digest())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hal.adapters.table import AdapterTable
 from hal.checkpoints.chat import Message, read_template, rendered, require_template
 from hal.checkpoints.generation import generation_defaults, stated
 from hal.checkpoints.hf_config import read_config
@@ -48,6 +49,7 @@ from hal.engine.sequence import Sequence, derive_seed
 from hal.engine.speculation import Speculation
 from hal.engine.text import TextStream, TokenBytes, encode, hidden_stops, load_tokenizer
 from hal.errors import CapacityError, ConfigError, HalError, RequestError, StateError
+from hal.features.adapter import Adapter
 from hal.sampling.params import SamplingParams
 from hal.torch_state import TorchState
 from hal.values import described, plain
@@ -173,6 +175,7 @@ class LLM:
             self.executor.shutdown()
             raise ConfigError("expert_loads counts the experts of a native model, where the device can",
                               got=f"{self.model_config.architecture} on {config.device}", expected="expert_loads=False")
+        self._adapters = AdapterTable(config, self.model_config)
         self._begin()
         self._steps_in_flight = 2 if self.scheduler.ahead else config.pp
         self._calls = Calls()
@@ -411,6 +414,8 @@ class LLM:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab:
                 raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab)
+        if params.adapter is not None:
+            self._adapters.find(params.adapter)
         self.scheduler.check(len(ids), self._limit(ids, params))
         return ids
 
@@ -419,6 +424,40 @@ class LLM:
         chosen = self._of_one(params)
         ids, = self._checked([prompt], [chosen])
         return self.enqueue(prompt, ids, chosen, polled=True).output.request_id
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Load an adapter (LoRA), in PEFT's files, so that requests can name it (`SamplingParams.adapter`). It is
+        checked at once; the ranks read the directory at the beginning of the next step, so it must be there for all of
+        them. Requests go on meanwhile.
+
+        Raises:
+            RequestError: the name is in use. CapacityError: no slot is free (max_adapters). ModelLoadError: the adapter
+            cannot be read, does not fit the model, or asks for something that is not supported. StateError: see the
+            class.
+        """
+        with self._calls.begin():
+            self.scheduler.load_adapter(self._adapters.load(name, path, self._used_adapters()))
+
+    def unload_adapter(self, name: str, *, wait: bool = False) -> None:
+        """Unload an adapter: no new request can name it, and its slot can be given to another one.
+
+        Args:
+            wait: unfinished requests that use the adapter keep it, and the slot is free when the last of them has
+                ended; the call itself returns at once. False refuses to unload an adapter in use.
+
+        Raises:
+            RequestError: there is no such adapter, or it is in use. StateError: see the class.
+        """
+        with self._calls.begin():
+            self._adapters.unload(name, self._used_adapters(), wait=wait)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the loaded adapters, the oldest first."""
+        return list(self._adapters.named)
+
+    def _used_adapters(self) -> list[Adapter]:
+        return [r.seq.adapter for r in self._requests.values() if r.seq.adapter is not None]
 
     def abort(self, request_id: int) -> None:
         """End a request now. Its output appears in no further step. A finished or unknown request stays as it is. A
@@ -554,6 +593,8 @@ class LLM:
                 self._drop(self._cancelled.popleft())
             self.executor = make_executor(self.config, self.model_config, self.backend)
             self._begin()
+            for adapter in dict.fromkeys((*self._adapters.named.values(), *self._used_adapters())):
+                self.scheduler.load_adapter(adapter)
             self._stop_texts = sum(bool(r.seq.params.stop) for r in self._requests.values())
             self._constrained = sum(r.seq.constraint is not None for r in self._requests.values())
             try:
@@ -618,7 +659,8 @@ class LLM:
         number, self._next_id = self._next_id, self._next_id + 1
         seed = derive_seed(self.config.seed, number) if params.seed is None else params.seed
         seq = Sequence(request_id=number, prompt_ids=ids, params=params, seed=seed, limit=self._limit(ids, params),
-                       constraint=self._constrain(params))
+                       constraint=self._constrain(params),
+                       adapter=None if params.adapter is None else self._adapters.find(params.adapter))
         output = RequestOutput(index, number, prompt if isinstance(prompt, str) else None, ids.copy(), seq.output_ids,
                                logprobs=None if params.logprobs is None else [],
                                prompt_logprobs=None if params.prompt_logprobs is None else [None])

@@ -14,6 +14,7 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.engine.sequence import Sequence
 from hal.errors import StateError
 from hal.features import COLUMNS, FEATURES
+from hal.features.adapter import Adapter
 from hal.features.masks import mask_fields
 
 # Most steps change nothing here. Making eight empty arrays would take as long as making the rest of a request.
@@ -106,7 +107,7 @@ class Changes:
     Attributes:
         rows_out, rows_in: (row, row on the host) and the other way round of each state that is swapped.
         finished: rows that sequences have left. entered: sequences that have entered rows. grown: (row, column, block)
-            of each block that a running sequence was given.
+            of each block that a running sequence was given. loads: adapters that slots get.
     """
 
     finished: list[int] = field(default_factory=list)
@@ -117,6 +118,7 @@ class Changes:
     rows_in: list[tuple[int, int]] = field(default_factory=list)
     entered: list[Sequence] = field(default_factory=list)
     grown: list[tuple[int, int, int]] = field(default_factory=list)
+    loads: list[Adapter] = field(default_factory=list)
 
     def request(self, rows: np.ndarray, counts: np.ndarray, computed: np.ndarray, append_rows: np.ndarray,
                 append_tokens: np.ndarray, append_counts: np.ndarray | None = None,
@@ -128,6 +130,10 @@ class Changes:
         of_features: dict[str, Any] = {}
         for feature in _WITH_ARRAYS if new else ():
             of_features |= feature.request_fields(new)
+        if self.loads:
+            values |= {"adapters_to_load": _ints([a.slot for a in self.loads]),
+                       "adapter_names": tuple(a.name for a in self.loads),
+                       "adapter_paths": tuple(a.path for a in self.loads)}
         return ExecuteModelRequest(
             finished_rows=_ints(self.finished), new_rows=_ints([s.row for s in new]),
             new_lens=_ints([len(s) for s in new]), new_prompt_lens=_ints([len(s.prompt_ids) for s in new]),

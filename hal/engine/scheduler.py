@@ -18,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 
 from hal.config import AUTO_STEPS, EngineConfig
-from hal.engine.blocks import BlockManager, extend_hashes
+from hal.engine.blocks import BlockManager
 from hal.engine.request_output import FinishReason
 from hal.engine.scheduled_step import Changes, ScheduledStep
 from hal.engine.sequence import Sequence
 from hal.errors import CapacityError, StateError
 from hal.features import needs_tokens
+from hal.features.adapter import Adapter
 from hal.features.pending import PENDING_TOKEN
 from hal.features.stopping import STOP_IDS
 
@@ -112,6 +113,10 @@ class Scheduler:
         """Raises CapacityError (see `check`)."""
         self.check(len(seq.prompt_ids), seq.limit)
         insort(self.waiting, seq, key=_AGE)
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        """The next step brings an adapter into its slot."""
+        self._changes.loads.append(adapter)
 
     def ending(self, seq: Sequence) -> FinishReason | None:
         """The reason why a sequence with these tokens is complete, or None when it is not."""
@@ -461,7 +466,7 @@ class Scheduler:
         total, hits, source = -(-length // size), list[int](), list[int]()
         reserve = max(1, self.num_blocks // 100) if self.running else 0  # or it is preempted at once
         if not seq.host_blocks and self.prefix_caching and not seq.wants_prompt_logprobs:
-            extend_hashes(seq.hashes, seq.tokens, size, length // size)
+            seq.extend_hashes(size, length // size)
             hits = blocks.match(seq.hashes)
             if len(hits) * size == length:  # its last token is computed again, in a copy, since others hold the block
                 source = [hits.pop()]
@@ -635,7 +640,7 @@ class Scheduler:
                                       strict=True):
             seq = self._at[row]
             assert seq is not None
-            extend_hashes(seq.hashes, seq.tokens, self.block_size, count)
+            seq.extend_hashes(self.block_size, count)
             if not seq.distrusted:
                 for column in range(before, count):
                     self.blocks.register(seq.blocks[column], seq.hashes[column], seq.hashes[0])

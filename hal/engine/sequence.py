@@ -8,7 +8,9 @@ from hashlib import blake2b
 from typing import Any
 
 from hal.constrained.constraint import Constraint
+from hal.engine.blocks import extend_hashes
 from hal.engine.request_output import FinishReason
+from hal.features.adapter import Adapter
 from hal.features.declare import Column
 from hal.sampling.params import SamplingParams
 
@@ -21,6 +23,7 @@ class Sequence:
         needs_tokens: the sequence is scheduled only when its last token is known on the host. A mask that depends on
             the token needs this, unless the step is in two phases (`ScheduledStep.restrict` with a handle).
         constraint: a mask of the tokens that it may get comes with each of its steps; None: with none of them.
+        adapter: the one with which its tokens are computed, or None.
         owner: the engine's RequestState, until the sequence is complete.
         limit: the length at which it ends (prompt + max_tokens, at most the model's context).
         row: its row in the ranks' batch state while it runs, else -1.
@@ -46,6 +49,7 @@ class Sequence:
     limit: int
     needs_tokens: bool = False
     constraint: Constraint | None = field(default=None, repr=False)
+    adapter: Adapter | None = None
     owner: Any = field(default=None, repr=False)
     row: int = -1
     num_computed: int = 0
@@ -65,6 +69,10 @@ class Sequence:
     accepted: int = 0
     propose: Any = field(default=None, repr=False)
     proposed: Any = field(default=None, repr=False)
+
+    def extend_hashes(self, block_size: int, count: int) -> None:
+        """Grow `hashes` to the first `count` full blocks."""
+        extend_hashes(self.hashes, self.tokens, block_size, count, b"" if self.adapter is None else self.adapter.key)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)

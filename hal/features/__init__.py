@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from hal.errors import ConfigError
+from hal.features.adapter import Adapters
 from hal.features.bias import LogitBias
 from hal.features.declare import Column, Feature
 from hal.features.drawing import Draw, MinP, TopK, TopP
@@ -41,9 +42,10 @@ def _third_party() -> Iterable[Feature]:
         yield kind()
 
 
-# In the order in which they change the scores of a token.
-FEATURES: tuple[Feature, ...] = (Pending(), Penalties(), LogitBias(), TokenMasks(), Draw(), TopK(), TopP(), MinP(),
-                                 Logprobs(), Stopping(), *_third_party())
+# In the order in which they change the scores of a token. First come those whose fields a forward pass reads, so that a
+# step's input has them at the same place whatever else it carries.
+FEATURES: tuple[Feature, ...] = (Pending(), Adapters(), Penalties(), LogitBias(), TokenMasks(), Draw(), TopK(), TopP(),
+                                 MinP(), Logprobs(), Stopping(), *_third_party())
 ADJUSTING = tuple(f for f in FEATURES if type(f).adjust is not Feature.adjust)
 FOR_SAMPLING = tuple(f for f in FEATURES if f.for_sampling)
 COLUMNS: Mapping[str, tuple[Column, ...]] = {kind: tuple(c for f in FEATURES for c in f.columns if c.kind == kind)

@@ -97,8 +97,10 @@ class Linear(nn.Module):
         packed: what Ops.pack_linear made of the weight, beside the scheme's tensors or in their place, or None.
         dense: shape and declaration of the rank's dense weight, where the scheme's tensors are made of it on load.
         dtype: of the inputs and outputs.
+        adapters: the layer's slots for adapters (hal.adapters.layers.LayerAdapters); None where the engine has none.
     """
 
+    adapters: Any = None
     weight: torch.Tensor
     bias: torch.Tensor | None
 
@@ -131,6 +133,8 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in of this rank] -> [n, out of this rank]; summed over the tp ranks where the layer is row-parallel."""
         y = self.ops.linear(x, self)
+        if self.adapters is not None and self.adapters.step.begun is not None:
+            y = self.ops.adapt(y, x, self)
         return self.communicator.all_reduce(y) if self.reduce else y
 
 

@@ -52,6 +52,30 @@ class Ops:
         are filled. It may replace the tensors of the layer's weight by any that this table's own `linear` takes. A tied
         embedding keeps its own tensor."""
 
+    def adapter_memory(self, slots: int, out: int, rank: int, dtype: torch.dtype, device: torch.device,
+                       ) -> torch.Tensor:
+        """Zeros [slots, out, rank] for the B of a layer's adapters, in the strides that `adapt` wants."""
+        return torch.zeros(out, slots, rank, dtype=dtype, device=device).transpose(0, 1)
+
+    def begin_adapters(self, slots: torch.Tensor, count: int) -> Any:
+        """What all layers of a step share; `adapt` finds it as layer.adapters.step.begun.
+
+        Args:
+            slots: int32 [num_tokens], -1 for a token without an adapter. count: of all slots.
+        """
+        return (slots[:, None] == torch.arange(count, dtype=slots.dtype, device=slots.device))[:, :, None, None]
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """y [n, out], the layer's outputs, plus (x A^T) B^T of each token's adapter, of this rank's parts. `y` may be
+        changed and returned. Here all slots are multiplied, and a mask drops those that are not the token's: shapes
+        depend on no value, and a token's result on no other token."""
+        held = layer.adapters
+        mask, slots, rank = held.step.begun, len(held.a), held.rank
+        inner = F.linear(x, held.a.flatten(0, 1)).view(len(x), slots, -1, rank).masked_fill(~mask, 0)
+        b = held.b.transpose(0, 1).flatten(1)
+        parts = [F.linear(inner[:, :, i].flatten(1), w) for i, w in enumerate(torch.split(b, list(held.outputs)))]
+        return y + (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / rms(x) over the last dimension in fp32, rounded, times weight (arXiv 1910.07467). x has any shape. A
         weight in fp32 is multiplied before the result is rounded to x's dtype."""

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
+from hal.adapters.files import slot_values
+from hal.adapters.layers import ModelAdapters
 from hal.checkpoints.loader import load_model
 from hal.config import WorkerConfig
 from hal.contracts.attention import ForwardContext, MakeAttention
@@ -62,6 +64,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         taps: layers whose inputs a proposer reads; it sets them before the model is loaded.
         queries: the numbers of tokens of a sequence, above one, in the steps of a round of speculative decoding,
             ascending: a device may prepare programs for them. A proposer sets those of its draft likewise.
+        adapters: the slots of the model's layers; None where the engine has none.
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
@@ -69,6 +72,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     model: CausalLM
     taps: tuple[int, ...] = ()
     queries: tuple[int, ...] = ()
+    adapters: ModelAdapters | None = None
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator, *,
                  attention: MakeAttention = PagedAttention, ops: Ops | None = None,
@@ -102,9 +106,18 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         self.row_states = self.states.tensors
         layers = [module for module in model.modules() if isinstance(module, Experts)]
         self.loads = ExpertLoads(layers) if layers and self.config.engine.expert_loads else None
+        if self.config.engine.max_adapters:
+            engine = self.config.engine
+            self.adapters = ModelAdapters(model, self.ops, engine.max_adapters, engine.max_adapter_rank, self.device)
 
     def expert_loads(self) -> np.ndarray[Any, Any] | None:
         return None if self.loads is None else self.loads.counts.cpu().numpy().copy()
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        assert self.adapters is not None
+        for layer, a, b in slot_values(self.model, self.adapters, path):
+            layer.adapters.a[slot].copy_(a)
+            layer.adapters.b[slot].copy_(b)
 
     def make_model(self, progress: Progress = no_progress) -> CausalLM:
         """This rank's part of the model, with its weights. Raises as load_model."""
@@ -138,7 +151,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         dequantized = max((sum(m.outputs) * m.in_size * 12 for m in self.model.modules()
                            if isinstance(m, Linear) and not m.is_dense), default=0)
         chunks = max((m.step_bytes(tokens) for m in self.model.modules() if isinstance(m, GatedDelta)), default=0)
-        return layer + attention + logits + dequantized + chunks
+        adapters = 0 if self.adapters is None else 3 * tokens * self.adapters.width * item
+        return layer + attention + logits + dequantized + chunks + adapters
 
     @property
     def _tp(self) -> int:
@@ -154,23 +168,26 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         shapes = ((1, prompt), (engine.max_num_seqs, 1))
         for done, (seqs, queries) in enumerate(shapes):
             progress("warming up", done, len(shapes))
-            self.execute_model(self.dummy_input(seqs, queries), kv_caches, self.dummy_intermediate(seqs * queries))
+            for adapted in (False, True) if self.adapters is not None else (False,):
+                self.execute_model(self.dummy_input(seqs, queries, adapted), kv_caches,
+                                   self.dummy_intermediate(seqs * queries))
         progress("warming up", len(shapes), len(shapes))
 
-    def dummy_input(self, num_seqs: int, queries: int) -> PagedModelInput:
-        """Prompts of `queries` tokens (decoding sequences when it is 1) that write the null block alone."""
-        return self.stage(self._dummy(num_seqs, queries, False))
+    def dummy_input(self, num_seqs: int, queries: int, adapted: bool = False) -> PagedModelInput:
+        """Prompts of `queries` tokens (decoding sequences when it is 1) that write the null block alone. `adapted`: all
+        have the adapter in slot 0."""
+        return self.stage(self._dummy(num_seqs, queries, False, adapted))
 
     def dummy_round(self, num_seqs: int, drafts: int) -> PagedModelInput:
         """As dummy_input: a round of speculative decoding that verifies `drafts` drafts of each sequence and proposes
         as many, prepared as that of a request is."""
         return self.stage(self._dummy(num_seqs, 1 + drafts, True))
 
-    def _dummy(self, num_seqs: int, queries: int, verified: bool) -> Packed[PagedModelInput]:
+    def _dummy(self, num_seqs: int, queries: int, verified: bool, adapted: bool = False) -> Packed[PagedModelInput]:
         size, tokens, samples = self.config.engine.block_size, num_seqs * queries, num_seqs
         values: dict[str, Any] = {"block_size": size, "num_decode_seqs": num_seqs if queries == 1 else 0,
-                                  "max_query_len": queries}
-        also = {"state_rows"} if self.has_row_states else set()
+                                  "max_query_len": queries, "adapted": int(adapted)}
+        also = ({"state_rows"} if self.has_row_states else set()) | ({"adapter_slots"} if adapted else set())
         if verified:
             samples, also = tokens, also | ({"sample_counts"} if queries > 1 else set())
             values |= {"num_proposals": queries - 1, "max_samples": queries}
@@ -183,7 +200,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         at, counts = np.arange(tokens), np.full(num_seqs, queries)
         fields = {"positions": at % queries, "seq_lens": counts, "sample_counts": counts,
                   "query_start_loc": np.arange(num_seqs + 1) * queries,
-                  "logits_indices": at if verified else at[queries - 1::queries]}
+                  "logits_indices": at if verified else at[queries - 1::queries], "adapter_slots": at * 0}
         for name in packed.arrays:
             packed.fill(name, fields.get(name))  # 0 is the null block, too
         return packed
@@ -218,6 +235,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
     def forward_context(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> ForwardContext:
         if self.loads is not None:
             self.loads.begin(m)
+        if self.adapters is not None:
+            self.adapters.begin(m.adapter_slots)
         return ForwardContext(self.attention.begin(m, kv_caches), m, self.states.begin(m) if self.row_states else None,
                               dict.fromkeys(self.taps) if self.taps else None)
 

@@ -28,9 +28,9 @@ from hal.recording.format import Recording
 from hal.testing.tolerance import Tolerances
 
 # Operations by name: how many leading arguments are activations, and the row of the tolerance table.
-_TRACED = {"linear": (1, "linear"), "rms_norm": (1, "norm"), "add_rms_norm": (2, "norm"), "layer_norm": (1, "norm"),
-           "rotary": (1, "rotary"), "silu_mul": (1, "activation"), "activation": (1, "activation"),
-           "attention": (3, "attention")}
+_TRACED = {"linear": (1, "linear"), "adapt": (2, "linear"), "rms_norm": (1, "norm"), "add_rms_norm": (2, "norm"),
+           "layer_norm": (1, "norm"), "rotary": (1, "rotary"), "silu_mul": (1, "activation"),
+           "activation": (1, "activation"), "attention": (3, "attention")}
 _PARTS = "ops", "make_attention", "forward_context", "sample"
 
 
@@ -124,14 +124,13 @@ class _Trace:
         if other is not None:
             self._compare(other, given, other.arguments, kind, True)
             given = [a.to(g.device, g.dtype) for g, a in zip(given, other.arguments, strict=True)]
+        kept = [x.cpu().clone() for x in given]  # copies, since models and operations change their arguments in place
         result = function(*given, *args[count:])
         results = list(result) if isinstance(result, tuple) else [result]
         if other is not None:
             self._compare(other, results, other.results, kind, False)
             results = [a.to(r.device, r.dtype) for r, a in zip(results, other.results, strict=True)]
-        # Copies, since models change their arguments in place.
-        kept = ([x.cpu().clone() for x in tensors] for tensors in (given, results))
-        self.calls.append(Call(self.layer, op, name, *kept))
+        self.calls.append(Call(self.layer, op, name, kept, [x.cpu().clone() for x in results]))
         return tuple(results) if isinstance(result, tuple) else results[0]
 
     def _compare(self, call: Call, got: list[torch.Tensor], expected: list[torch.Tensor], kind: str, before: bool,
@@ -238,6 +237,7 @@ class _Device:
         """The tokens."""
         move_blocks(request, self.caches, self.num_blocks, self.host, self.runner)
         move_rows(request, self.runner.row_states, self.host_rows)
+        self.runner.load_adapters(request)
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output = self.runner.execute_model(m, self.caches)

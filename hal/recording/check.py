@@ -62,6 +62,7 @@ def _check(state: BatchState, r: ExecuteModelRequest, engine: EngineConfig, firs
     lens[r.new_rows], tables[r.new_rows] = r.new_lens, 0
     for feature in FEATURES:
         feature.check_request(r, state.vocab_size)
+    _adapters(r, engine.max_adapters)
     _rows("append_rows", r.append_rows, lens)
     _within("append_tokens", r.append_tokens, 0, state.vocab_size - 1)
     lens[r.append_rows] += 1 if r.append_counts is None else r.append_counts
@@ -125,6 +126,14 @@ def _rows(field: str, rows: np.ndarray[Any, Any], lens: np.ndarray[Any, Any], li
     need(field, len(np.unique(rows)) == len(rows), rows, "each row once")
     need(field, bool(((lens[rows] > 0) == live).all()), rows,
           "rows that hold a sequence" if live else "rows that are free")
+
+
+def _adapters(r: ExecuteModelRequest, slots: int) -> None:
+    count = 0 if r.adapters_to_load is None else len(r.adapters_to_load)
+    need("adapter_names", len(r.adapter_names) == len(r.adapter_paths) == count, r.adapter_names, f"{count} texts")
+    for name in ("adapters_to_load", "adapted_slots"):
+        if r[name] is not None:
+            _within(name, r[name], 0, slots - 1)
 
 
 def _moves(field: str, pairs: np.ndarray[Any, Any] | None, source: tuple[int, int], into: tuple[int, int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,17 +78,19 @@ class Recording:
         """The steps have paged inputs, as those of a runner with a KV cache have."""
         return all(step.input is not None for step in self.steps)
 
-    def config(self, backend: Backend, *, device: str, model: str | None = None, **options: Any) -> WorkerConfig:
+    def config(self, backend: Backend, *, device: str, model: str | None = None,
+               adapters: Mapping[str, str] | None = None, **options: Any) -> WorkerConfig:
         """The configuration of a run on one rank. A dtype of weights or KV cache that the backend lacks is replaced.
 
         Args:
             device: the name of the backend.
             model: the checkpoint's directory. Without it, only the bundled model is read.
+            adapters: the directory of each adapter that the steps name.
             options: engine options that replace recorded ones. random_weights takes the model's shape from the file.
 
         Raises:
-            ConfigError: the recording needs a checkpoint and none is given, or another model is given, or the recording
-                was made with random weights and `options` do not ask for them.
+            ConfigError: the recording needs a checkpoint or an adapter and none is given, or another model is given,
+                or the recording was made with random weights and `options` do not ask for them.
             ModelLoadError: the checkpoint cannot be read.
             CapacityError: random weights of the recorded shape do not fit. WireError: the steps do not fit `options`.
         """
@@ -113,7 +116,17 @@ class Recording:
                                       expected=getattr(self.model, name), hint="give its own checkpoint: --model DIR")
         if any(getattr(engine, name) != getattr(self.engine, name) for name in LIMITS):
             inputs_of([step.request for step in self.steps], engine, found, paged=self.paged)
+        self._find_adapters(adapters or {})
         return WorkerConfig(engine, found, Topology())
+
+    def _find_adapters(self, given: Mapping[str, str]) -> None:
+        for request in (step.request for step in self.steps):
+            missing = [name for name in request.adapter_names if name not in given]
+            if missing:
+                raise ConfigError("the recording uses an adapter, and a file does not choose what is read",
+                                  got=f"no directory of {missing[0]!r}", expected="the directory of each adapter",
+                                  hint=f"say where it lies: --adapter {missing[0]}=DIR")
+            request.adapter_paths = tuple(given[name] for name in request.adapter_names)
 
     def _checkpoint(self, given: str | None) -> str:
         if self.ignored.get("random_weights") and given is None:
@@ -223,6 +236,7 @@ def _steps(head: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[Recor
             start = f"{i:05}."
             request = object_of(scalars, "request")
             step = RecordedStep(_restore(ExecuteModelRequest, start + "request.", request, tensors))
+            step.request.adapter_paths = ("",) * len(step.request.adapter_names)  # a file does not choose what is read
             if "input" in scalars:
                 step.input = _restore(PagedModelInput, start + "input.", object_of(scalars, "input"), tensors)
             if "output" in scalars:
@@ -302,6 +316,7 @@ def _restore(kind: type[D], prefix: str, scalars: dict[str, Any], tensors: dict[
         found = tensors.pop(prefix + f.name, None)
         if f.array and found is not None:
             arrays[f.name] = found if f.kind == "tensor" else found.numpy()
+    scalars = {n: tuple(value) if type(value) is list else value for n, value in scalars.items()}  # JSON has lists
     made: D = kind(**arrays, **scalars)
     made.validate()
     return made

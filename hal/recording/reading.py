@@ -16,9 +16,9 @@ from hal.model_config import ModelConfig
 FORMAT = 3
 # The options that a run takes from a file. The numbers of blocks follow from the steps. The caller gives all others.
 HONOURED = ("dtype", "kv_dtype", "quantize", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-            "graphs", "seed")
+            "graphs", "seed", "max_adapters", "max_adapter_rank")
 LIMITS = {"max_model_len": 1 << 24, "max_num_seqs": 1 << 16, "max_num_batched_tokens": 1 << 24, "block_size": 1 << 12,
-           "num_blocks": 2**31 - 1, "num_cpu_blocks": 1 << 24}
+           "num_blocks": 2**31 - 1, "num_cpu_blocks": 1 << 24, "max_adapters": 1 << 10, "max_adapter_rank": 1 << 10}
 _TOKENS = 1 << 28  # tokens that the rows of all sequences may hold: 1 GiB on the host
 _MODEL_LIMITS = {"vocab_size": 1 << 24, "hidden_size": 1 << 20, "num_layers": 1 << 12, "num_heads": 1 << 14,
                  "num_kv_heads": 1 << 14, "head_dim": 1 << 14, "intermediate_size": 1 << 24, "max_position": 1 << 24}

@@ -23,6 +23,7 @@ from hal.engine.scheduled_step import Changes
 from hal.engine.sequence import Sequence
 from hal.errors import HalError, WireError, WorkerError
 from hal.features import FEATURES
+from hal.features.adapter import Adapter
 from hal.paged.batch import BatchState
 from hal.recording.format import RecordedStep, Recording
 from hal.sampling.params import SamplingParams
@@ -80,7 +81,7 @@ class RecordingExecutor:
 
     def keep(self, request: ExecuteModelRequest) -> RecordedStep:
         """A step whose request is whole."""
-        step = RecordedStep(request)
+        step = RecordedStep(without_paths(request))
         if self._state is not None:
             self._state.apply(request)
             step.input = self._state.prepare(request).to()
@@ -136,9 +137,14 @@ class FlightRecorder:
         self.directory, self.config, self.backend = Path(directory), config, backend
         self.slots, self.host = np.zeros((2, 0, config.engine.block_size), np.int64)
         self.last: PagedModelInput | None = None
+        self.adapters: dict[int, Adapter] = {}  # by slot
 
     def moved(self, step: WorkerInput, num_blocks: int) -> None:
-        """The cache moves blocks, so the tokens of these blocks move too."""
+        """The cache moves blocks, so the tokens of these blocks move too. Slots get adapters."""
+        if step.adapters_to_load is not None:
+            slots = step.adapters_to_load.tolist()
+            self.adapters |= {slot: Adapter(name, path, slot, b"") for slot, name, path in
+                              zip(slots, step.adapter_names, step.adapter_paths, strict=True)}
         if len(self.slots) != num_blocks:
             size = self.config.engine.block_size
             self.slots = np.full((num_blocks, size), -1)
@@ -190,7 +196,7 @@ class FlightRecorder:
             given.append("--random-weights")
         elif Path(engine.model) != BUNDLED_MODEL:
             given.append(f"--model {shlex.quote(engine.model)}")
-        return given
+        return given + [f"--adapter {shlex.quote(f'{a.name}={a.path}')}" for a in self.adapters.values()]
 
     def _save(self, step: int, error: Exception) -> Path:
         config, m = self.config, self.last
@@ -201,7 +207,7 @@ class FlightRecorder:
         recording = Recording(engine, config.model, {**describe(config, self.backend), "rank": config.topology.rank,
                                                      "step": step, "error": f"{type(error).__name__}: {error}"})
         state = batch_state(config)
-        for request in rebuild(m, self.slots, engine.max_num_batched_tokens):
+        for request in map(without_paths, rebuild(m, self.slots, engine.max_num_batched_tokens, self.adapters)):
             state.apply(request)
             recording.steps.append(RecordedStep(request, state.prepare(request).to()))
         path = self.directory / f"step-{step}-rank-{config.topology.rank}-{os.getpid()}.safetensors"
@@ -209,12 +215,23 @@ class FlightRecorder:
         return path
 
 
-def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteModelRequest]:
+def without_paths(request: ExecuteModelRequest) -> ExecuteModelRequest:
+    """The request without the directories of adapters. A file names adapters, and whoever replays it says where they
+    lie."""
+    if request.adapters_to_load is None:
+        return request
+    named = copy.copy(request)
+    named.adapter_paths = ("",) * len(request.adapter_names)
+    return named
+
+
+def rebuild(m: PagedModelInput, slots: np.ndarray, most: int, adapters: Mapping[int, Adapter],
+            ) -> list[ExecuteModelRequest]:
     """Requests that prefill the tokens which a step's sequences had in the cache, at most `most` tokens in each, and
     then the step itself.
 
     Args:
-        slots: [num_blocks, block_size], the token of each slot.
+        slots: [num_blocks, block_size], the token of each slot. adapters: by their slots.
     """
     starts, lens, tables = (x.cpu().numpy() for x in (m.query_start_loc, m.seq_lens, m.block_tables))
     queries, size = np.diff(starts), m.block_size
@@ -231,7 +248,8 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
 
     def issue(run: list[tuple[Sequence, int, int]], arrays: dict[str, Any] | None = None) -> None:
         nonlocal digest
-        changes = Changes(entered=[s for s, _, _ in run if s.row not in entered])
+        loads = [] if requests or m.adapter_slots is None else list(adapters.values())
+        changes = Changes(entered=[s for s, _, _ in run if s.row not in entered], loads=loads)
         entered.update(s.row for s, _, _ in run)
         none = np.zeros(0, np.int32)
         rows, counts, computed = (np.array(column) for column in zip(*((s.row, n, c) for s, n, c in run), strict=True))
@@ -258,7 +276,8 @@ def rebuild(m: PagedModelInput, slots: np.ndarray, most: int) -> list[ExecuteMod
         else:
             tokens.append(0)  # the sequence goes on, so it is not sampled in this request
         seq = Sequence(request_id=row, prompt_ids=tokens[:prompt], output_ids=tokens[prompt:], params=params, seed=seed,
-                       limit=length + 1, row=row, blocks=blocks)
+                       limit=length + 1, row=row, blocks=blocks, adapter=(
+                           None if m.adapter_slots is None else adapters.get(int(m.adapter_slots[int(starts[row])]))))
         last.append((seq, count, length - count))
         drafted.append(proposed)
         for at in range(0, length - count, most):

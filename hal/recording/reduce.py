@@ -21,11 +21,16 @@ from hal.recording.share import with_requests
 
 # Of a dimension of a request's arrays: the array that says to which row each entry belongs.
 _ROWS = {"num_finished": "finished_rows", "num_new": "new_rows", "num_appended": "append_rows",
-         "num_block_rows": "block_rows", "num_seqs": "rows", "num_biased": "bias_rows", "num_masked": "mask_rows"}
+         "num_block_rows": "block_rows", "num_seqs": "rows", "num_biased": "bias_rows", "num_masked": "mask_rows",
+         "num_adapted": "adapted_rows"}
 # Of a dimension whose entries are ragged: how many of them each entry of another dimension has.
 _RAGGED = {"num_new_tokens": "new_lens", "num_appended_tokens": "append_counts", "num_new_blocks": "block_counts",
            "num_drafts": "draft_counts", "num_bias": "bias_counts"}
-_MOVES = ("blocks_to_copy", "blocks_to_swap_in", "blocks_to_swap_out", "rows_to_swap_in", "rows_to_swap_out")
+_MOVES = ("blocks_to_copy", "blocks_to_swap_in", "blocks_to_swap_out", "rows_to_swap_in", "rows_to_swap_out",
+          "adapters_to_load")
+# Arrays of a feature that a request has together, or none of them.
+_TOGETHER = (("bias_rows", "bias_counts", "bias_ids", "bias_values"), ("mask_rows", "token_masks"),
+             ("adapted_rows", "adapted_slots"))
 _SHORT = 64  # tokens that one of the requests computes which rebuild a cache, at least
 
 
@@ -112,8 +117,8 @@ def _rebuilt(recording: Recording) -> Recording | None:
     last = recording.steps[-1].input
     assert last is not None
     try:
-        return with_requests(replace(recording, engine=engine), rebuild(last, tokens.slots,
-                                                                        engine.max_num_batched_tokens))
+        return with_requests(replace(recording, engine=engine), rebuild(
+            last, tokens.slots, engine.max_num_batched_tokens, tokens.adapters))
     except HalError:
         return None
 
@@ -185,9 +190,7 @@ def _only(request: ExecuteModelRequest, rows: set[int]) -> ExecuteModelRequest:
             belongs = next(str(g.array.dims[0]) for g in ExecuteModelRequest.schema.fields
                            if g.name == _RAGGED[dim] and g.array is not None)
             changed[f.name] = value[np.repeat(np.isin(request[_ROWS[belongs]], [*rows]), counts)]
-    for name in ("bias_rows", "mask_rows"):  # all arrays of a feature, or none
-        if name in changed and not len(changed[name]):
-            group = ("bias_rows", "bias_counts", "bias_ids", "bias_values") if name == "bias_rows" else (
-                "mask_rows", "token_masks")
+    for group in _TOGETHER:
+        if group[0] in changed and not len(changed[group[0]]):
             changed |= dict.fromkeys(group)
     return ExecuteModelRequest(**{f.name: request[f.name] for f in ExecuteModelRequest.schema.fields} | changed)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from hal.errors import RequestError
 from hal.features import FEATURES
+from hal.features.adapter import AdapterParams
 from hal.features.bias import LogitBiasParams
 from hal.features.drawing import DrawParams, MinPParams, TopKParams, TopPParams
 from hal.features.logprobs import LogprobParams
@@ -56,7 +57,7 @@ class ConstraintParams(Params):
         help="the output is a text of this grammar, in Lark's notation", longest=MAX_GRAMMAR, unset="none")] = None
 
 
-class _BuiltIn(ConstraintParams, StopParams, LogprobParams, PenaltyParams, LogitBiasParams, MinPParams, TopPParams,
+class _BuiltIn(ConstraintParams, StopParams, AdapterParams, LogprobParams, PenaltyParams, LogitBiasParams, MinPParams,
                TopKParams, DrawParams):  # a dataclass takes the fields of its bases in reverse order
     pass
 

@@ -88,7 +88,7 @@ class DraftProposer(RankProposer):
                               expected="a hal.paged.runner.PagedModelRunner", hint='speculate="ngram"')
         self.runs = engine.draft_tp == topology.tp or topology.samples
         own = dataclasses.replace(engine, model=directory, speculate=None, draft_model=None, draft_tp=1, pp=1,
-                                  ep=1, tp=engine.draft_tp, max_model_len=config.max_model_len)
+                                  ep=1, max_adapters=0, tp=engine.draft_tp, max_model_len=config.max_model_len)
         place = Topology(engine.draft_tp, 1, topology.tp_rank if engine.draft_tp > 1 else 0)
         among = communicator if engine.draft_tp > 1 else LocalCommunicator()
         self.runner: PagedModelRunner = type(target)(WorkerConfig(own, model, place), device, among)

@@ -129,6 +129,10 @@ class SpeculativeRunner(ModelRunnerBase[PagedModelInput]):
         self.target.warmup(kv_caches[:self._caches], progress)
         self.proposer.warmup(kv_caches[self._caches:], progress)
 
+    def load_adapter(self, slot: int, path: str) -> None:
+        """The proposer has none: the target verifies its proposals with the adapter of each row."""
+        self.target.load_adapter(slot, path)
+
     def prepare_model_input(self, request: ExecuteModelRequest) -> PagedModelInput:
         made: PagedModelInput = self.target.prepare_model_input(request)
         return made

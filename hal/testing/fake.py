@@ -108,7 +108,8 @@ class FakeBackend(Backend):
 
     name = "fake"
     priority = -200  # never what "auto" means
-    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=4, max_pp=4, asynchronous=True)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=4, max_pp=4, asynchronous=True,
+                                adapters=True)
 
     def __init__(self, runner: type[ModelRunnerBase[Any]] = FakeRunner, *, memory_bytes: int = 1 << 29,
                  static_shapes: bool = False, forbid_syncs: bool = False, **parts: Any) -> None:

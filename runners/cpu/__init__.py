@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class CpuBackend(Backend):
     name = "cpu"
     capabilities = Capabilities(contracts="2.0", dtypes=("float32", "bfloat16"), max_tp=64, max_pp=64, fp8_kv=True,
-                                embeddings=True, batch_invariant="option")
+                                embeddings=True, adapters=True, batch_invariant="option")
 
     def unavailable(self) -> str | None:
         return None

@@ -39,8 +39,8 @@ class CudaBackend(Backend):
     name = "cuda"
     priority = 10
     capabilities = Capabilities(contracts="2.0", dtypes=("bfloat16", "float16", "float32"), max_tp=64, max_pp=64,
-                                fp8_kv=True, embeddings=True, asynchronous=True, ray_resource="GPU", token_cost=0.01,
-                                batch_invariant="option")
+                                fp8_kv=True, embeddings=True, adapters=True, asynchronous=True, ray_resource="GPU",
+                                token_cost=0.01, batch_invariant="option")
     collectives: Collectives = NcclCollectives()
     runtime = CudaRuntime()
 

@@ -17,7 +17,7 @@ from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
 from runners.cuda.attention import CudaStep
-from runners.cuda.kernels import elementwise, experts
+from runners.cuda.kernels import adapters, elementwise, experts
 from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
@@ -44,6 +44,7 @@ class CudaOps(Ops):
     def __init__(self) -> None:
         self.tiles: dict[Use, Tile | None] = {}
         self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._adapted_tiles: dict[tuple[int, ...], torch.Tensor] = {}  # by a layer's outputs
 
     def pack_linear(self, layer: Linear) -> None:
         if isinstance(layer.scheme, GridScheme):
@@ -64,10 +65,24 @@ class CudaOps(Ops):
 
     def norm_linear(self, layer: Linear | Unmerged, x: torch.Tensor, residual: torch.Tensor | None,
                     weight: torch.Tensor, eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(layer, Unmerged) or layer.reduce or not layer.is_dense:
+        if isinstance(layer, Unmerged) or layer.reduce or not layer.is_dense or (
+                layer.adapters is not None and layer.adapters.step.begun is not None):
             return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
         use = Use(layer.weight.shape, gated, True)
         return self._apply(x, layer.weight, layer.bias, use, Norm(weight, eps, residual))
+
+    def adapter_memory(self, slots: int, out: int, rank: int, dtype: torch.dtype, device: torch.device,
+                       ) -> torch.Tensor:
+        return torch.zeros(slots, out, rank, dtype=dtype, device=device)
+
+    def begin_adapters(self, slots: torch.Tensor, count: int) -> Any:
+        return adapters.by_slot(slots, count)
+
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        held = layer.adapters
+        if held.outputs not in self._adapted_tiles:  # in the warm-up, before anything is captured
+            self._adapted_tiles[held.outputs] = adapters.tiles_of(held.outputs, x.device)
+        return adapters.adapt(y, x, held.a, held.b, held.step.begun, self._adapted_tiles[held.outputs])
 
     def _few_bits(self, x: torch.Tensor, layer: Linear, weight: FewBits) -> torch.Tensor:
         """Few rows are multiplied by the weight as it is stored, and are not rounded themselves. Of many rows, those of

@@ -50,6 +50,8 @@ class CudaModelRunner(PagedModelRunner):
         plan: the sizes that have a graph; none when every step is eager.
         graphs: of decode steps, by batch size.
         several: of steps with several tokens a sequence, by batch size and tokens of a sequence (see `queries`).
+        adapted: of decode steps in which a token has an adapter, by batch size. Such steps of several tokens a sequence
+            run eagerly.
     """
 
     input_type = CudaModelInput
@@ -66,12 +68,13 @@ class CudaModelRunner(PagedModelRunner):
         self.plan = ShapePlan({})
         self.graphs: dict[int, StepGraph] = {}
         self.several: dict[tuple[int, int], StepGraph] = {}
+        self.adapted: dict[int, StepGraph] = {}
         self._logits = torch.empty(0, device=device)  # that all of `several` write, since one is replayed at a time
         self._graph_at: list[StepGraph] = []  # for each number of sequences the graph that holds them
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
-        self._views: dict[tuple[int, int], tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input
+        self._views: dict[tuple[int, int, bool], tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input
 
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
@@ -93,7 +96,8 @@ class CudaModelRunner(PagedModelRunner):
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            self.execute_model(self.dummy_input(seqs, queries), caches, self.dummy_intermediate(seqs * queries))
+            self.execute_model(self.dummy_input(seqs, queries, self.adapters is not None), caches,
+                               self.dummy_intermediate(seqs * queries))
             torch.cuda.synchronize(self.device)
             steps = torch.cuda.max_memory_allocated(self.device) - before
         del caches
@@ -110,7 +114,8 @@ class CudaModelRunner(PagedModelRunner):
     def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
         super().warmup(kv_caches, progress)
         self._views.clear()
-        self.execute_model(self.dummy_input(1, 1), kv_caches, self.dummy_intermediate(1))  # chooses kernels of one row
+        for adapted in (False, True) if self.adapters is not None else (False,):  # chooses kernels of one row
+            self.execute_model(self.dummy_input(1, 1, adapted), kv_caches, self.dummy_intermediate(1))
         self.ops.settle()
         self.ops.warm_experts(self.model, self.config.engine.max_num_batched_tokens)
         self.attention.warmup(kv_caches)
@@ -128,8 +133,10 @@ class CudaModelRunner(PagedModelRunner):
                 num_seqs, queries = bucket.dims["num_seqs"], bucket.dims.get("queries", 1)
                 if queries == 1:
                     dims = graph_dims(num_seqs, self.width)
-                    self.graphs[num_seqs] = capture(self._empty(dims), dims, self.dummy_intermediate(num_seqs), decode,
-                                                    pool, _ROOM, self.device)
+                    for graphs in (self.graphs, self.adapted) if self.adapters is not None else (self.graphs,):
+                        empty = self._empty(dims, adapted=graphs is self.adapted)
+                        graphs[num_seqs] = capture(empty, dims, self.dummy_intermediate(num_seqs), decode, pool, _ROOM,
+                                                   self.device)
                 else:
                     # A draft needs logits behind one token of each sequence alone.
                     dims = graph_dims(num_seqs, self.width, queries, queries if self.config.engine.speculate else 1)
@@ -189,17 +196,18 @@ class CudaModelRunner(PagedModelRunner):
             for m.top_k, m.top_p in ((None, None), (None, one), (row.int(), None)):
                 self.sampler(logits, m)
 
-    def _empty(self, dims: Mapping[str, int], queries: int = 1) -> Packed[Any]:
+    def _empty(self, dims: Mapping[str, int], queries: int = 1, adapted: bool = False) -> Packed[Any]:
         """A graph's input in which every sequence is padding: it writes the null block."""
+        also = (*(PENDING if queries == 1 else ()), *(("adapter_slots",) if adapted else ()))
         packed = self.input_type.schema.allocate(
-            dims, PENDING if queries == 1 else (), block_size=self.config.engine.block_size, max_query_len=queries,
-            num_samples=dims["num_logits"])
+            dims, also, block_size=self.config.engine.block_size, max_query_len=queries,
+            num_samples=dims["num_logits"], adapted=int(adapted))
         for name, array in packed.arrays.items():
-            array[...] = -1 if name in PENDING else NULL_BLOCK
+            array[...] = -1 if name in also else NULL_BLOCK
         return packed
 
     def stage(self, packed: Packed[PagedModelInput]) -> PagedModelInput:
-        graph = self._graph_for(packed.values["max_query_len"], packed.dims)
+        graph = self._graph_for(packed.values, packed.dims)
         if graph is not None and packed.buffer.size <= graph.staged.numel():
             staged = graph.staged
         else:
@@ -207,7 +215,7 @@ class CudaModelRunner(PagedModelRunner):
         self.pinned.copy(packed.buffer, staged)
         if graph is None or staged is not graph.staged:
             return packed.over(staged)
-        key = graph.num_seqs, graph.queries
+        key = graph.num_seqs, graph.queries, packed.values["adapted"] > 0
         kept = self._views.get(key)
         if kept is None or kept[0] is not packed.layout:  # otherwise it is as in the step before
             kept = self._views[key] = packed.layout, packed.views(staged)
@@ -224,14 +232,17 @@ class CudaModelRunner(PagedModelRunner):
         self.pinned.copy(packed.buffer, staged)
         return packed.over(staged)
 
-    def _graph_for(self, max_query_len: int, dims: Mapping[str, int]) -> StepGraph | None:
+    def _graph_for(self, values: Mapping[str, Any], dims: Mapping[str, int]) -> StepGraph | None:
         """The graph that a step of these sizes runs as, once it is padded; None where the step runs eagerly. Graphs
         run the steps in which every sequence decodes and is sampled, or has a few tokens, and of which nothing else is
         wanted."""
         n, at = dims["num_seqs"], self._graph_at
+        max_query_len, adapted = values["max_query_len"], values.get("adapted")
         if max_query_len == 1:
-            return at[n] if dims["num_logits"] == n < len(at) and not dims["num_targets"] else None
-        if not self.several or dims["num_targets"]:
+            if dims["num_logits"] != n or n >= len(at) or dims["num_targets"]:
+                return None
+            return self.adapted[at[n].num_seqs] if adapted else at[n]
+        if not self.several or dims["num_targets"] or adapted:
             return None
         most = self.plan.kinds["several"]
         if not (n <= most["num_seqs"][-1] and 1 < max_query_len <= most["queries"][-1]):
@@ -242,13 +253,13 @@ class CudaModelRunner(PagedModelRunner):
 
     def padding(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Sequence[str]]:
         """The sizes, and the optional fields, of the graph that a step runs as."""
-        graph = self._graph_for(values["max_query_len"], dims)
+        graph = self._graph_for(values, dims)
         return ({}, ()) if graph is None else (graph.dims, PENDING if graph.queries == 1 else ())
 
     def _runs_as(self, m: PagedModelInput) -> StepGraph | None:
         """The graph that this input runs as; None where it runs eagerly."""
         packed = packed_source(m)
-        graph = None if packed is None else self._graph_for(m.max_query_len, packed.dims)
+        graph = None if packed is None else self._graph_for(packed.values, packed.dims)
         if packed is None or packed.moved is None or graph is None or not graph.dims.items() <= packed.dims.items():
             return None
         # Pending tokens, or room for them, are in the layout that a graph of decode steps reads, and in no other.
@@ -265,7 +276,8 @@ class CudaModelRunner(PagedModelRunner):
         graph, n = self._runs_as(m), len(m.seq_lens)
         if graph is not None:
             self._stage(m, graph)
-        elif packed_source(m) is None and m.max_query_len == 1 and m.num_samples == n < len(self._graph_at):
+        elif packed_source(m) is None and m.max_query_len == 1 and m.num_samples == n < len(self._graph_at) and (
+                m.adapter_slots is None):
             graph = self._graph_at[n]
             for name in ("input_ids", "positions", "slot_mapping", "seq_lens"):
                 graph.input[name][:n].copy_(m[name])
@@ -340,8 +352,8 @@ class CudaModelRunner(PagedModelRunner):
 
     def capture_report(self) -> str:
         """The cost of the graphs, as a table."""
-        rows, graphs = [f"{'batch':>6} {'tokens':>6} {'seconds':>8} {'MiB':>7}"], [*self.graphs.values(),
-                                                                                   *self.several.values()]
+        rows, graphs = [f"{'batch':>6} {'tokens':>6} {'seconds':>8} {'MiB':>7}"], [
+            *self.graphs.values(), *self.several.values(), *self.adapted.values()]
         rows += [f"{g.num_seqs:>6} {g.queries:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}"
                  for g in sorted(graphs, key=lambda g: (g.queries, g.num_seqs))]
         total = sum(g.seconds for g in graphs), sum(g.bytes for g in graphs) / 2**20

@@ -47,7 +47,7 @@ class TpuBackend(Backend):
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]
         return Capabilities(contracts="2.0", dtypes=("bfloat16", "float32"), max_tp=256, max_pp=64, spmd=True,
-                            embeddings=True, host_memory=os.environ.get("PJRT_DEVICE") == "CPU")
+                            embeddings=True, adapters=True, host_memory=os.environ.get("PJRT_DEVICE") == "CPU")
 
     @property
     def priority(self) -> int:  # type: ignore[override]

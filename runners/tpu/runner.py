@@ -38,6 +38,7 @@ from hal.sampling.verification import verify
 from hal.schema.fields import Dim
 from hal.schema.packed import packed_source
 from runners.tpu import lowering
+from runners.tpu.adapters import TpuAdapters
 from runners.tpu.attention import TILE, TpuAttention
 from runners.tpu.inputs import ADJUSTED, DRAWN, FILTERED, TpuModelInput, bucket_for, fit, stage
 from runners.tpu.plan import budget, by_need, make_plan
@@ -116,7 +117,14 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         self.states = RowStates(self.model.state_specs, engine.max_num_seqs, lowering.device())
         self.row_states = self.states.tensors
         kernel = lowering.device_kind() == "TPU" and engine.tp == 1
+        self.adapters = None
+        if engine.max_adapters:
+            self.adapters = TpuAdapters(self.model, engine, self.config.topology.pp_rank, self.mesh)
         self.attention = TpuAttention(self.model.attention_specs, ranks=engine.tp, kernel=kernel)
+
+    def load_adapter(self, slot: int, path: str) -> None:
+        assert self.adapters is not None
+        self.adapters.load(slot, path)
 
     def _cache_shapes(self, num_blocks: int) -> list[tuple[int, ...]]:
         return [self.attention.cache_shape(spec, num_blocks, self.config.engine.block_size)
@@ -136,7 +144,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         scores = keys * TILE * max((spec.num_heads for spec in specs), default=0) * (item + 8)
         layer = tokens * (6 * c.hidden_size + 3 * c.intermediate_size // engine.tp) * item
         samples = min(engine.max_num_seqs * max(engine.max_samples, self.steps), tokens * self.steps)
-        return contexts + scores + layer + samples * c.vocab_size * (item + 24)
+        adapters = 0 if self.adapters is None else 3 * tokens * self.adapters.width * item
+        return adapters + contexts + scores + layer + samples * c.vocab_size * (item + 24)
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         return [lowering.zeros(shape, self.dtype, self.mesh, 3) for shape in self._cache_shapes(num_blocks)]
@@ -163,18 +172,20 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
     def _all_programs(self) -> list[tuple[str, Any]]:
         """Keys of `programs`, in the order in which the warm-up makes them."""
         steps = by_need(self.plan, largest_first=lowering.device_kind() != "CPU")
-        keys: list[tuple[str, Any]] = [("step", bucket) for bucket in steps]
+        names = {"step": "steps"} if self.adapters is None else {"step": "steps", "adapted": "adapted steps"}
+        keys: list[tuple[str, Any]] = [(name, bucket) for name in names for bucket in steps]
         if self.config.topology.is_last_stage:
             keys += [(name, rows) for rows in self.seq_rungs for name in (*SAMPLERS, "logprobs")]
             tokens = {b.dims.get("num_tokens", b.dims["num_seqs"]) for b in steps}
             keys += [("head", count) for count in sorted(tokens)]
-            keys += [("steps", (bucket, kind)) for kind in KINDS for bucket in steps if bucket.kind == "decode"
-                     and self.steps > 1]
+            keys += [(name, (bucket, kind)) for name in names.values() for kind in KINDS for bucket in steps
+                     if bucket.kind == "decode" and self.steps > 1]
         return [*keys, ("read", None), ("write", None)]
 
     def _tell(self, keys: Sequence[tuple[str, Any]], each: float, limit: float) -> None:
         """Write one line to the standard error if compiling takes long; `each` is the time of the first program."""
-        costs = [{"step": 1, "steps": self.steps}.get(name, SMALL) * each for name, _ in keys]
+        steps = {"step": 1, "adapted": 1, "steps": self.steps, "adapted steps": self.steps}
+        costs = [steps.get(name, SMALL) * each for name, _ in keys]
         now = sum(end - cost < limit for end, cost in zip(accumulate(costs), costs, strict=True))
         if self.config.topology.rank == 0 and min(sum(costs), limit) > QUIET:
             tqdm.write(f"hal: compiling about {now} of {len(keys)} XLA programs, for at most {limit:g} seconds; the "
@@ -182,10 +193,10 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
                        "fewer seconds or lower max_num_seqs or max_num_batched_tokens.", file=sys.stderr)
 
     def _compile(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor]) -> None:
-        if name == "step":
-            self._compile_step(key, kv_caches)
-        elif name == "steps":
-            self._compile_steps(*key, kv_caches)
+        if name in ("step", "adapted"):
+            self._compile_step(name, key, kv_caches)
+        elif name in ("steps", "adapted steps"):
+            self._compile_steps(name, *key, kv_caches)
         elif name == "logprobs":
             self._compile_logprobs(key)
         elif name == "head":
@@ -258,12 +269,19 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             arguments[sampled], = lowering.to_device([torch.from_numpy(packed.arrays["logits_indices"][:seqs])])
         if intermediate is not None:
             arguments += [intermediate[name] for name in self.model.intermediates]
-        results = self._program("step", bucket, kv_caches)(arguments, [*kv_caches, *self.row_states])
+        name, of_adapters = self._adapted(m, "step", "adapted")
+        results = self._program(name, bucket, kv_caches)([*arguments, *of_adapters], [*kv_caches, *self.row_states])
         if self.config.topology.is_last_stage:
             with span("sample"):
                 return self._sample(m, packed, *results)
         stage: IntermediateTensors = self.model.make_intermediate(*results)
         return stage
+
+    def _adapted(self, m: TpuModelInput, plain: str, adapted: str) -> tuple[str, list[torch.Tensor]]:
+        """The kind of program of a step, and what the program takes of adapters."""
+        if m.adapter_slots is None or self.adapters is None:
+            return plain, []
+        return adapted, [m.adapter_slots, *self.adapters.tensors()]
 
     def _take_steps(self, m: TpuModelInput, bucket: Bucket, kv_caches: Sequence[torch.Tensor]) -> SamplerOutput:
         """The steps of a message by one program of `self.steps`: where the message has fewer, all rows have stopped
@@ -273,7 +291,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             raise StateError("a message has more decode steps than the programs take", got=m.num_steps,
                              expected=f"at most steps_per_message={self.steps}")
         names, state = (*self.fields, *STOPPING, *KINDS[kind]), [*kv_caches, *self.row_states]
-        found = Steps.of(self._program("steps", (bucket, kind), kv_caches)([m[name] for name in names], state))
+        name, of_adapters = self._adapted(m, "steps", "adapted steps")
+        found = Steps.of(self._program(name, (bucket, kind), kv_caches)([*(m[n] for n in names), *of_adapters], state))
         tokens = found.token_ids.cpu().view(-1, self.steps)[:n, :m.num_steps]
         counts, beside = found.counts.cpu()[:n], dict[str, torch.Tensor]()
         if m.num_logprobs >= 0:
@@ -328,7 +347,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
 
     # Programs. Their arguments while tracing are of the right shapes, and of no value.
 
-    def _compile_step(self, bucket: Bucket, kv_caches: Sequence[torch.Tensor]) -> None:
+    def _compile_step(self, name: str, bucket: Bucket, kv_caches: Sequence[torch.Tensor]) -> None:
         decode, dims = bucket.kind == "decode", bucket.dims
         seqs, blocks = dims["num_seqs"], dims["max_blocks"]
         tokens = dims.get("num_tokens", seqs)
@@ -339,18 +358,27 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         if not first:
             state = torch.zeros(tokens, self.config.model.hidden_size, dtype=self.dtype)
             arguments += lowering.to_device([state.clone() for _ in self.model.intermediates])
+        plain = len(arguments)
+        arguments += self._of_adapters(name, tokens)
         size = self.config.engine.block_size
 
         def step(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
             m: Any = SimpleNamespace(**dict(zip(self.fields, given, strict=False)), block_size=size,
-                                     max_query_len=int(decode))
-            before = None if first else self.model.make_intermediate(*given[len(self.fields):])
+                                     max_query_len=int(decode),
+                                     adapter_slots=given[plain] if len(given) > plain else None)
+            before = None if first else self.model.make_intermediate(*given[len(self.fields):plain])
             new, hidden = self._hidden(m, caches, decode, before)
             if not last:
                 return new, [self._whole(hidden[name]) for name in self.model.intermediates]
             return new, [self._whole(hidden), *self._logits(m, hidden)]
 
-        self.programs["step", bucket] = lowering.Program(step, arguments, [*kv_caches, *self.row_states])
+        self.programs[name, bucket] = lowering.Program(step, arguments, [*kv_caches, *self.row_states])
+
+    def _of_adapters(self, name: str, tokens: int) -> list[torch.Tensor]:
+        """The arguments that a program of this kind takes of adapters."""
+        if not name.startswith("adapted") or self.adapters is None:
+            return []
+        return [*lowering.to_device([torch.zeros(tokens, dtype=torch.int32)]), *self.adapters.tensors()]
 
     def _hidden(self, m: Any, caches: Sequence[torch.Tensor], decode: bool, before: Any = None,
                 ) -> tuple[list[torch.Tensor], Any]:
@@ -359,6 +387,8 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         attention = self.attention.begin(m, caches[:paged], decode)
         states = self.states.over([x.clone() for x in caches[paged:]])
         context = ForwardContext(attention, m, states.begin(m) if self.has_row_states else None)
+        if self.adapters is not None:
+            self.adapters.begin(m.adapter_slots)
         hidden = self.model(m.input_ids, m.positions, context, before)
         return [*(self._split(cache) for cache in attention.caches), *states.tensors], hidden
 
@@ -367,7 +397,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).contiguous()
         return self._whole(logits), most_likely(logits), m.positions.index_select(0, m.logits_indices)
 
-    def _compile_steps(self, bucket: Bucket, kind: str, kv_caches: Sequence[torch.Tensor]) -> None:
+    def _compile_steps(self, which: str, bucket: Bucket, kind: str, kv_caches: Sequence[torch.Tensor]) -> None:
         dims = {**bucket.dims, **dict.fromkeys(("num_tokens", "num_logits", "num_sampled"), bucket.dims["num_seqs"]),
                 **self.widths}
         names, fields = (*self.fields, *STOPPING, *KINDS[kind]), TpuModelInput.schema.by_name
@@ -380,11 +410,13 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             return new, *self._logits(m, hidden)
 
         def steps(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
-            return trace_steps(forward, dict(zip(names, given, strict=True)), caches, self.config.engine.block_size,
+            fields = (*names, "adapter_slots") if of_adapters else names
+            return trace_steps(forward, dict(zip(fields, given, strict=False)), caches, self.config.engine.block_size,
                                self.steps)
 
-        self.programs["steps", (bucket, kind)] = lowering.Program(steps, lowering.to_device(arguments),
-                                                                  [*kv_caches, *self.row_states])
+        of_adapters = self._of_adapters(which, bucket.dims["num_seqs"])
+        self.programs[which, (bucket, kind)] = lowering.Program(
+            steps, [*lowering.to_device(arguments), *of_adapters], [*kv_caches, *self.row_states])
 
     def _compile_move(self, name: str, kv_caches: Sequence[torch.Tensor]) -> None:
         ids, = lowering.to_device([torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)])

@@ -58,6 +58,20 @@ class TpuOps(Ops):
             y = y + bias[:, None]
         return y.reshape(-1, y.shape[-1])
 
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """As the base's. With several shares, A of a row-parallel layer and B of a column-parallel one are in shares
+        too: [R, slots, ...]."""
+        if self.ranks == 1:
+            return super().adapt(y, x, layer)
+        held, inputs = layer.adapters, x.view(self.ranks if layer.reduce else 1, -1, x.shape[-1])
+        a, b = (w if w.ndim == 4 else w[None] for w in (held.a, held.b))
+        inner = torch.einsum("rni,rsci->rnsc", inputs.expand(len(a), -1, -1), a)
+        inner = inner.view(*inner.shape[:3], -1, held.rank).masked_fill(~held.step.begun, 0)
+        inner, b = (w.expand(self.ranks, *w.shape[1:]) for w in (inner, b))
+        parts = [torch.einsum("rnsk,rsok->rno", inner[..., i, :], w)
+                 for i, w in enumerate(torch.split(b, list(held.outputs), 2))]
+        return y + torch.cat(parts, -1).reshape(y.shape)
+
     def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
         begun = super().begin_rotary(positions, table, dtype)
         return begun if self.ranks == 1 else tuple(x.repeat(self.ranks, 1, 1) for x in begun)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapters_by_hand
 import families
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
     with LLM(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24, max_model_len=24) as llm:
         runner = llm.executor._worker.runner
         assert [o.text for o in llm.generate(PROMPTS[:3])] == ANSWERS[:3]
-        assert (4, 1) in runner._views and 3 not in runner.graphs
+        assert (4, 1, False) in runner._views and 3 not in runner.graphs
 
 
 def replays_of(graphs: Any) -> list[Any]:
@@ -229,6 +230,28 @@ def test_several_decode_steps_are_replays_without_the_host_between() -> None:
             if steps > 1:
                 assert len(replays) > llm.stats().steps
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_decode_steps_with_adapters_are_replays_of_graphs_of_their_own(tmp_path: Path) -> None:
+    """An adapter and none in one batch give the tokens of the CPU; a batch without adapters replays the others. One row
+    has a penalty, whose fields lie behind those that a graph reads."""
+    sizes = {"num_blocks": 12, "max_num_seqs": 2, "block_size": 24, "max_model_len": 24, "dtype": "float32",
+             "max_adapters": 2}
+    path = adapters_by_hand.write(tmp_path / "one", BUNDLED_MODEL, 1, r=3, strength=0.3)
+    params = [SamplingParams(max_tokens=3, ignore_eos=True, adapter=name, repetition_penalty=penalty)
+              for name, penalty in (("one", 1.0), (None, 1.2))]
+    found = []
+    for device in ("cpu", "cuda"):
+        with LLM(device=device, **sizes) as llm:
+            llm.load_adapter("one", path)
+            runner = llm.executor._worker.runner
+            plain, adapted = [replays_of(g) for g in (runner.graphs, runner.adapted)] if device == "cuda" else ([], [])
+            found.append([o.token_ids for o in llm.generate(PROMPTS[:2], params)])
+            assert (2 in adapted) == (device == "cuda") and 2 not in plain
+            found.append([o.token_ids for o in llm.generate(PROMPTS[1:2], params[1:])])
+            assert bool(plain) == (device == "cuda")
+    assert found[:2] == found[2:] and found[0][1] == found[1][0] != found[0][0]
 
 
 @pytest.mark.slow

@@ -453,3 +453,28 @@ def test_layers_of_few_bits(name: str, rows: int) -> None:
     assert set(dict(layer.named_parameters())) == {"bias"}
     x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(0))
     close(ops.linear(x.to(DEVICE), layer), x.double() @ expected.t() + 0.5, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "size", "outputs", "rank"), [
+    (1, 40, (24,), 3), (7, 1100, (48, 16, 16), 8), (20, 96, (130, 140), 16), (150, 200, (24, 8), 20)])
+def test_adapters_of_several_slots(dtype: torch.dtype, tokens: int, size: int, outputs: tuple[int, ...], rank: int,
+                                   ) -> None:
+    """Each token gets the products of its own slot, at the offset of each projection, and one without a slot none.
+    There are a sum over the inputs in parts, tiles of the outputs, more than one block of tokens, an empty slot."""
+    from runners.cuda.kernels.adapters import adapt, by_slot, tiles_of
+
+    generator, slots = torch.Generator().manual_seed(tokens), 5
+    of_token = torch.randint(-1, slots, (tokens,), generator=generator, dtype=torch.int32)
+    of_token[of_token == 3] = 1
+    x, y = (torch.randn(tokens, n, generator=generator).to(dtype) for n in (size, sum(outputs)))
+    a = torch.randn(slots, len(outputs) * rank, size, generator=generator).mul_(size ** -0.5).to(dtype)
+    b = torch.randn(slots, sum(outputs), rank, generator=generator).mul_(rank ** -0.5).to(dtype)
+    expected = y.double()
+    for token, slot in enumerate(of_token.tolist()):
+        inner = x[token].double() @ a[slot].double().t()
+        parts = [w @ inner[i * rank:(i + 1) * rank] for i, w in enumerate(b[slot].double().split(outputs))]
+        expected[token] += torch.cat(parts) if slot >= 0 else 0.0
+    got = adapt(y.to(DEVICE), x.to(DEVICE), a.to(DEVICE), b.to(DEVICE), by_slot(of_token.to(DEVICE), slots),
+                tiles_of(outputs, DEVICE))
+    close(got, expected, dtype)

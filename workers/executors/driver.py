@@ -45,7 +45,7 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
         backends.resolve_async(backend, engine)))
     backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
                      num_cpu_blocks=engine.num_cpu_blocks, embeddings=model.embedding is not None,
-                     batch_invariant=engine.batch_invariant)
+                     batch_invariant=engine.batch_invariant, max_adapters=engine.max_adapters)
     if engine.speculate is not None:
         proposer_class(engine.speculate).check(engine, model)
     if engine.wire == "none" and backends.mesh(backend, engine).world_size > 1:

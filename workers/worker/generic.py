@@ -28,6 +28,7 @@ from workers.worker.consistency import schemas_of
 from workers.worker.wire_policy import MessageReader, StepInputs
 
 D = TypeVar("D", bound=Declared)
+ADAPTERS = "adapters_to_load", "adapter_names", "adapter_paths"
 
 
 class Worker(LocalOrDistributedWorkerBase):
@@ -122,10 +123,11 @@ class Worker(LocalOrDistributedWorkerBase):
         self.backend.runtime.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
-        if not (request.sampling_follows or moves_blocks(request)):
+        loads = request.adapters_to_load is not None
+        if not (request.sampling_follows or loads or moves_blocks(request)):
             return IDLE
         return self._checked(WorkerInput(sampling_follows=request.sampling_follows,
-                                         **{name: request[name] for name in MOVES}))
+                                         **{name: request[name] for name in (*MOVES, *(ADAPTERS if loads else ()))}))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
@@ -159,6 +161,7 @@ class Worker(LocalOrDistributedWorkerBase):
         if self.flight_recorder is not None:
             self.flight_recorder.moved(worker_input, self.num_blocks)
         self.cache.apply(worker_input)
+        self.runner.load_adapters(worker_input)
 
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
         kind = self.runner.intermediate_type
