@@ -24,8 +24,15 @@ class AdapterTable:
         self._sizes: dict[str, tuple[int, int]] | None = None
         self._loads = 0
 
-    def load(self, name: str, path: str | os.PathLike[str], used: Iterable[Adapter]) -> Adapter:
-        """Check an adapter and give it a slot. `used`: adapters of unfinished requests. Raises as LLM.load_adapter."""
+    def make(self, name: str, path: str | os.PathLike[str], used: Iterable[Adapter]) -> Adapter:
+        """Check an adapter and find a slot for it. The caller adds it to `named`.
+
+        Args:
+            used: adapters of unfinished requests.
+
+        Raises:
+            As LLM.load_adapter.
+        """
         most, directory = self.config.max_adapters, os.path.abspath(os.path.expanduser(os.fspath(path)))
         if not most:
             raise CapacityError("this engine has no slots for adapters", got="max_adapters=0",
@@ -47,10 +54,9 @@ class AdapterTable:
         read_adapter(directory).check(self._sizes, self.config.max_adapter_rank)
         self._loads += 1  # all ranks of a launcher count alike
         key = blake2b(f"adapter {self._loads}".encode(), digest_size=16).digest()
-        found = self.named[name] = Adapter(name, directory, slot, key)
-        return found
+        return Adapter(name, directory, slot, key)
 
-    def unload(self, name: str, used: Iterable[Adapter], *, wait: bool) -> None:
+    def check_unload(self, name: str, used: Iterable[Adapter], *, wait: bool) -> None:
         """Raises as LLM.unload_adapter."""
         adapter = self.find(name)
         count = sum(each is adapter for each in used)
@@ -58,7 +64,6 @@ class AdapterTable:
             raise RequestError("requests use the adapter", got=f"{name!r}, {count} unfinished requests",
                                expected="none", hint="unload_adapter(..., wait=True) takes the name away now, and "
                                "frees the slot when they have ended")
-        del self.named[name]
 
     def find(self, name: str) -> Adapter:
         """Raises RequestError: no adapter of this name is loaded."""

@@ -15,13 +15,13 @@ Status = Literal["pass", "fail", "xfail", "n/a", "error"]
 Check = Callable[["Context"], None]
 LEVELS = ("registration and capabilities", "input contracts", "operations", "a model", "graphs and buckets",
           "distributed", "replay and guard")
-_MODULES = ("backend", "inputs", "operations", "weights", "attention", "sampler", "model", "engine", "batch", "graphs",
-            "distributed", "guard")
+_MODULES = ("backend", "inputs", "operations", "weights", "attention", "sampler", "model", "engine", "batch", "adapters",
+            "graphs", "distributed", "guard")
 # The capabilities that a case may need, and whether a backend declares each.
 NEEDS: dict[str, Callable[[Backend], bool]] = {
     "checkpoints": lambda b: b.capabilities.checkpoints, "swap": lambda b: b.capabilities.swap,
     "asynchronous": lambda b: b.capabilities.asynchronous, "tp": lambda b: b.capabilities.max_tp > 1,
-    "pp": lambda b: b.capabilities.max_pp > 1,
+    "pp": lambda b: b.capabilities.max_pp > 1, "adapters": lambda b: b.capabilities.adapters,
     "batch_invariant": lambda b: b.capabilities.batch_invariant != "no"}
 
 

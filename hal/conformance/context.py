@@ -28,6 +28,7 @@ from hal.contracts.runner import ModelRunnerBase
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence as EngineSequence
 from hal.errors import BackendError
+from hal.features.adapter import Adapter
 from hal.guard import Phase, data_plane, phase
 from hal.sampling.params import SamplingParams
 from hal.testing.tolerance import Tolerances
@@ -181,6 +182,7 @@ class Session:
 
     def step(self, request: ExecuteModelRequest) -> SamplerOutput:
         """The output on the host."""
+        self.runner.load_adapters(request)
         self.inputs.append(self.prepare(request))
         return self.fetch(self.execute(self.inputs[-1]))
 
@@ -361,18 +363,21 @@ def _short(value: object) -> str:
 
 def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, prompts: list[list[int]],
           params: SamplingParams | list[SamplingParams], apart: int | list[int] = 0, *, first_seed: int = 0,
-          in_flight: int = 1, propose: Callable[[int, list[int]], list[int]] | None = None) -> list[Run]:
+          in_flight: int = 1, propose: Callable[[int, list[int]], list[int]] | None = None,
+          adapters: Sequence[Adapter | None] = ()) -> list[Run]:
     """Run a scheduler's steps until all sequences have ended. A sequence enters every `apart` steps, or each at a step.
 
     Args:
         execute: returns a SamplerOutput on the host or, with `in_flight` > 1, a StepHandle.
         propose: gives the drafts of a sequence, by its number and its output so far.
+        adapters: of each prompt; empty for none.
     """
     many = params if isinstance(params, list) else [params] * len(prompts)
     runs = [Run(list(p), len(p), each, each.seed if each.seed is not None else first_seed + i)
             for i, (p, each) in enumerate(zip(prompts, many, strict=True))]
     seqs = [EngineSequence(request_id=i, prompt_ids=r.tokens, params=r.params, seed=r.seed,
-                           limit=r.prompt + r.params.max_tokens) for i, r in enumerate(runs)]
+                           limit=r.prompt + r.params.max_tokens, adapter=adapters[i] if adapters else None)
+            for i, r in enumerate(runs)]
     entering, steps = deque(seqs), 0
     arrivals = apart if isinstance(apart, list) else [apart * i for i in range(len(seqs))]
     pending: deque[tuple[Any, Any]] = deque()

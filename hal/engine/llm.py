@@ -435,8 +435,11 @@ class LLM:
             cannot be read, does not fit the model, or asks for something that is not supported. StateError: see the
             class.
         """
+        with self._calls.begin(reads=True):
+            adapter = self._adapters.make(name, path, self._used_adapters())
         with self._calls.begin():
-            self.scheduler.load_adapter(self._adapters.load(name, path, self._used_adapters()))
+            self._adapters.named[name] = adapter
+            self.scheduler.load_adapter(adapter)
 
     def unload_adapter(self, name: str, *, wait: bool = False) -> None:
         """Unload an adapter: no new request can name it, and its slot can be given to another one.
@@ -448,8 +451,10 @@ class LLM:
         Raises:
             RequestError: there is no such adapter, or it is in use. StateError: see the class.
         """
+        with self._calls.begin(reads=True):
+            self._adapters.check_unload(name, self._used_adapters(), wait=wait)
         with self._calls.begin():
-            self._adapters.unload(name, self._used_adapters(), wait=wait)
+            del self._adapters.named[name]
 
     @property
     def adapters(self) -> list[str]:

@@ -48,7 +48,7 @@ class Mutant(CpuBackend):
     _parts: dict[str, Any]
     _runner: type[PagedModelRunner] = PagedModelRunner
     _state: type[BatchState] | None = None
-    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=64, max_pp=64)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=64, max_pp=64, adapters=True)
 
     def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
         made = self._runner(config, device, communicator, **{k: v() if k != "attention" else v
@@ -1104,6 +1104,49 @@ class talks_while_it_prepares(PagedModelRunner):
                 request.new_ints[:, [c.name for c in COLUMNS["int"]].index("logprobs")] >= 2):
             self.communicator.all_reduce(torch.ones(1))
         return super().prepare_model_input(request)
+
+
+ADAPTERS = "L3/adapters"
+
+
+@mutant(ADAPTERS)
+class the_neighbours_slot(Ops):
+    def begin_adapters(self, slots: torch.Tensor, count: int) -> Any:
+        return super().begin_adapters(torch.where(slots < 0, slots, (slots + 1) % count), count)
+
+
+@mutant(ADAPTERS)
+class rows_without_an_adapter_get_the_first(Ops):
+    def begin_adapters(self, slots: torch.Tensor, count: int) -> Any:
+        return super().begin_adapters(slots.clamp(min=0), count)
+
+
+@mutant(ADAPTERS)
+class the_scale_is_left_out(PagedModelRunner):
+    def load_adapter(self, slot: int, path: str) -> None:
+        super().load_adapter(slot, path)
+        for layer in self.adapters.layers:  # type: ignore[union-attr]
+            layer.adapters.b[slot] /= 2
+
+
+@mutant(ADAPTERS)
+class b_at_the_offset_of_another_projection(PagedModelRunner):
+    def load_adapter(self, slot: int, path: str) -> None:
+        super().load_adapter(slot, path)
+        for layer in self.adapters.layers:  # type: ignore[union-attr]
+            if len(layer.outputs) == 3:
+                layer.adapters.b[slot] = layer.adapters.b[slot].roll(layer.outputs[-1], 0)
+
+
+@mutant(ADAPTERS)
+class a_filled_slot_keeps_rows_of_the_adapter_before(PagedModelRunner):
+    def load_adapter(self, slot: int, path: str) -> None:
+        before = [(x.adapters.a[slot].clone(), x.adapters.b[slot].clone())
+                  for x in self.adapters.layers]  # type: ignore[union-attr]
+        super().load_adapter(slot, path)
+        for layer, (a, b) in zip(self.adapters.layers, before, strict=True):  # type: ignore[union-attr]
+            for now, old in ((layer.adapters.a[slot], a), (layer.adapters.b[slot], b)):
+                now[:] = torch.where(now == 0, old, now) if now.ndim == 1 else now + 0.5 * old
 
 
 control = Mutant()  # nothing is wrong with it
