@@ -177,6 +177,9 @@ class EngineConfig:
         if self.expert_loads and self.pp > 1:
             raise ConfigError("expert_loads counts on the driver's stage, which has some of the layers",
                               got=f"expert_loads=True, pp={self.pp}", expected="pp=1")
+        if self.batch_invariant and self.max_adapters:
+            raise ConfigError("batch_invariant has no kernels for the products of adapters",
+                              got=f"max_adapters={self.max_adapters}", expected="max_adapters=0, or no batch_invariant")
         if self.batch_invariant and (self.tp > 2 or self.speculate is not None):
             raise ConfigError("batch_invariant has one order of every sum, which collectives of more than two ranks "
                               "and the verification of drafts do not have", expected="tp up to 2, and no speculation",

@@ -135,13 +135,6 @@ def _flag(name: str, given: object, param: Param) -> bool:
     return value
 
 
-def _text(name: str, given: object, param: Param) -> str:
-    value = plain(given)
-    if not isinstance(value, str) or not value:
-        raise _refuse(name, given, "a text")
-    return value
-
-
 def _items(name: str, given: object) -> tuple[Any, ...]:
     """The value of a parameter that takes one item or several."""
     value: Any = plain(given)

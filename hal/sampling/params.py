@@ -58,7 +58,7 @@ class ConstraintParams(Params):
 
 
 class _BuiltIn(ConstraintParams, StopParams, AdapterParams, LogprobParams, PenaltyParams, LogitBiasParams, MinPParams,
-               TopKParams, DrawParams):  # a dataclass takes the fields of its bases in reverse order
+               TopPParams, TopKParams, DrawParams):  # a dataclass takes the fields of its bases in reverse order
     pass
 
 
