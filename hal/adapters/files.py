@@ -179,7 +179,7 @@ def slot_values(model: CausalLM, adapters: ModelAdapters, directory: str | Path,
     from hal.models.attention import SelfAttention
 
     files, topology = read_adapter(directory), topology or model.topology
-    orders = {m.qkv: m for m in model.modules() if isinstance(m, SelfAttention) and m.arranged}
+    orders = {m.qkv: m for m in model.modules() if isinstance(m, SelfAttention) and m.arranged and m.order is not None}
     with open_file(files.path / _WEIGHTS, "pt") as file:
         for layer in adapters.layers:
             rank, spec, at = adapters.rank, layer.spec, 0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hal.models.attention import SelfAttention
 from hal.models.latent import LatentAttention
 from hal.models.layers import Head, Linear
 from hal.models.ops import Ops
@@ -62,12 +63,13 @@ class ModelAdapters:
 
 
 def adaptable(model: nn.Module) -> Iterator[Linear]:
-    """The layers that an adapter may change: all linear layers but the head and, in latent attention, the one whose
-    weight is moved to the queries and behind the attention."""
-    folded = {m.kv_up for m in model.modules() if isinstance(m, LatentAttention)}
+    """The layers that an adapter may change: all linear layers but the head, in latent attention the one whose weight
+    is moved to the queries and behind the attention, and in gated attention the one whose outputs are moved."""
+    moved: set[nn.Module | None] = {m.kv_up for m in model.modules() if isinstance(m, LatentAttention)}
+    moved |= {m.qkv for m in model.modules() if isinstance(m, SelfAttention) and m.outputs is not None}
     heads = {"lm_head", model.config.embedding_name}  # type: ignore[union-attr]  # transformers' head is a Linear too
     for module in model.modules():
-        if isinstance(module, Linear) and not isinstance(module, Head) and module not in folded and (
+        if isinstance(module, Linear) and not isinstance(module, Head) and module not in moved and (
                 module.spec.name not in heads):
             yield module
 

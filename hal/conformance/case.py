@@ -15,8 +15,8 @@ Status = Literal["pass", "fail", "xfail", "n/a", "error"]
 Check = Callable[["Context"], None]
 LEVELS = ("registration and capabilities", "input contracts", "operations", "a model", "graphs and buckets",
           "distributed", "replay and guard")
-_MODULES = ("backend", "inputs", "operations", "weights", "attention", "sampler", "model", "engine", "batch", "adapters",
-            "graphs", "distributed", "guard")
+_MODULES = ("backend", "inputs", "operations", "weights", "attention", "sampler", "model", "engine", "batch",
+            "adapters", "graphs", "distributed", "guard")
 # The capabilities that a case may need, and whether a backend declares each.
 NEEDS: dict[str, Callable[[Backend], bool]] = {
     "checkpoints": lambda b: b.capabilities.checkpoints, "swap": lambda b: b.capabilities.swap,

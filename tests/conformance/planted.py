@@ -45,6 +45,9 @@ class PlantedOps(Ops):
     def linear(self, *args: Any) -> torch.Tensor:
         return self.spoilt("linear", super().linear(*args))
 
+    def adapt(self, *args: Any) -> torch.Tensor:
+        return self.spoilt("adapt", super().adapt(*args))
+
     def rms_norm(self, *args: Any) -> torch.Tensor:
         return self.spoilt("rms_norm", super().rms_norm(*args))
 
@@ -88,7 +91,7 @@ class FailingRunner(PagedModelRunner):
 
 class PlantedBackend(CpuBackend):
     name = "planted"
-    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=8, max_pp=8)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=8, max_pp=8, adapters=True)
 
     def make_runner(self, *args: Any) -> PagedModelRunner:
         return PagedModelRunner(*args, ops=PlantedOps(), attention=PlantedAttention)
