@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import tempfile
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.checkpoints.hf_config import read_config
-from hal.cli.measure import time_batch
+from hal.cli.measure import random_prompts, time_batch, time_prompts
 from hal.cli.shapes import SHAPES
 from hal.engine.llm import LLM
 from hal.models.floors import bytes_per_step
@@ -285,6 +286,46 @@ def invariant(bandwidth: float) -> None:
         RESULTS[f"invariant_{batch}"] = {name: same[name] / plain[name] for name in ("ms", "prefill_s")}
 
 
+def lora() -> None:
+    """Decode steps with 8 adapters of rank 16 on all linear layers beside steps without, on the 8B shape."""
+    from safetensors.torch import save_file
+
+    from hal.adapters.files import targets_of
+
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(SHAPES["llama-3-8b"]))
+        model, tensors = read_config(scratch), dict[str, torch.Tensor]()
+        for name, (size_in, size_out) in targets_of(model).items():
+            for part, shape in (("A", (16, size_in)), ("B", (size_out, 16))):
+                tensors[f"base_model.model.{name}.lora_{part}.weight"] = torch.randn(shape).mul_(0.01).bfloat16()
+        adapter = os.path.join(scratch, "adapter")
+        os.mkdir(adapter)
+        save_file(tensors, os.path.join(adapter, "adapter_model.safetensors"))
+        Path(adapter, "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 16}))
+        with LLM(scratch, device="cuda", random_weights=True, max_num_seqs=32, max_model_len=1152, max_adapters=8,
+                 prefix_caching=False, max_num_batched_tokens=8192) as llm:
+            names = [str(i) for i in range(8)]
+            begin = time.perf_counter()
+            for name in names:
+                llm.load_adapter(name, adapter)
+            print(f"a load is checked in {(time.perf_counter() - begin) / 8:.2f} s", flush=True)
+            for batch, prompt in ((1, 128), (32, 128), (32, 1024)):
+                times: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+                for repeat in range(4):
+                    for adapted in times:
+                        run = time_prompts(llm, random_prompts(model.vocab_size, batch, prompt), 100,
+                                           names if adapted else [None])
+                        if repeat:  # the first reads the files
+                            times[adapted].append((run.decode_step, run.prefill))
+                (plain, first), (with_them, first_with) = (
+                    (statistics.median(step for step, _ in runs), min(prefill for _, prefill in runs))
+                    for runs in times.values())
+                print(f"lora batch {batch:>3}, prompt {prompt:>5}: {with_them * 1e3:.3f} ms a step with adapters, "
+                      f"{plain * 1e3:.3f} without, ratio {with_them / plain:.3f}; prompts take {first_with / first:.2f} "
+                      "times as long", flush=True)
+                RESULTS[f"lora_{batch}x{prompt}"] = {"ratio": with_them / plain, "ms": with_them * 1e3}
+
+
 def ranks(bandwidth: float) -> None:
     """The 8B shape over all GPUs of the machine (tp), beside one."""
     cells, several = [(1, 128), (32, 1024), (128, 1024)], torch.cuda.device_count()
@@ -418,7 +459,7 @@ def main() -> None:
         "small": lambda: small(bandwidth), "steady": steady,
         "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth),
         "ranks": lambda: ranks(bandwidth), "invariant": lambda: invariant(bandwidth),
-        "serving": serving,
+        "serving": serving, "lora": lora,
         "few_bits": lambda: few_bits(bandwidth),
         "8b": lambda: engine("llama-3-8b", [(1, 128), (32, 1024), (128, 1024)], bandwidth, quantize=args.quantize,
                              kv_dtype=args.kv_dtype, max_num_batched_tokens=8192)}

@@ -7,7 +7,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 
@@ -124,13 +125,13 @@ def time_batch(llm: LLM, vocab_size: int, batch: int, prompt_len: int, new_token
     return time_prompts(llm, random_prompts(vocab_size, batch, prompt_len), new_tokens)
 
 
-def time_prompts(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
-    """Time prompts, with `new_tokens` (at least 3) greedy tokens each. Raises NumericsError: the model computes NaN, so
-    there is nothing to time."""
+def time_prompts(llm: LLM, prompts: list[list[int]], new_tokens: int, adapters: Sequence[str | None] = (None,)) -> Run:
+    """Time prompts, with `new_tokens` (at least 3) greedy tokens each; the adapters take turns. Raises NumericsError:
+    the model computes NaN, so there is nothing to time."""
     params, events, had = SamplingParams(max_tokens=new_tokens, ignore_eos=True), list[Event](), dict[int, int]()
     start = time.perf_counter()
-    for prompt in prompts:
-        llm.add_request(prompt, params)
+    for prompt, adapter in zip(prompts, cycle(adapters), strict=False):
+        llm.add_request(prompt, replace(params, adapter=adapter))
     while llm.unfinished:
         outputs = llm.step(text=False)
         now = time.perf_counter() - start

@@ -32,7 +32,7 @@ PROMPTS = ["37+85=", "123+456=", "37+85=", "999+1="]
 
 @pytest.fixture
 def given(tmp_path: Path) -> dict[str, str]:
-    return {name: str(adapters_by_hand.write(tmp_path / name, BUNDLED_MODEL, i, strength=0.3))
+    return {name: str(adapters_by_hand.write(tmp_path / name, BUNDLED_MODEL, i, strength=0.8))
             for i, name in enumerate("ab")}
 
 
