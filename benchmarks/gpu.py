@@ -321,8 +321,8 @@ def lora() -> None:
                     (statistics.median(step for step, _ in runs), min(prefill for _, prefill in runs))
                     for runs in times.values())
                 print(f"lora batch {batch:>3}, prompt {prompt:>5}: {with_them * 1e3:.3f} ms a step with adapters, "
-                      f"{plain * 1e3:.3f} without, ratio {with_them / plain:.3f}; prompts take {first_with / first:.2f} "
-                      "times as long", flush=True)
+                      f"{plain * 1e3:.3f} without, ratio {with_them / plain:.3f}; prompts "
+                      f"take {first_with / first:.2f} times as long", flush=True)
                 RESULTS[f"lora_{batch}x{prompt}"] = {"ratio": with_them / plain, "ms": with_them * 1e3}
 
 
