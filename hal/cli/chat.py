@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     with LLM(**options.engine_options(args), progress=sys.stderr.isatty()) as llm:
         llm.generate([])  # refuses a model of embeddings
         require_template(llm.tokenizer, llm.config.model)
+        options.load_adapters(llm, args)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # at the prompt, Ctrl-C may come again
         try:
             _converse(llm, params, tools, args.system)

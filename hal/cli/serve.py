@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         engine = AsyncLLM(retries=args.retries, restarts=args.restarts, max_prompt_tokens=args.max_prompt_tokens,
                           progress=sys.stderr.isatty(), **{**options.engine_options(args), "model": args.model})
         try:
+            options.load_adapters(engine.llm, args)  # no request has come yet
             server = Server(engine, name, api_key=args.api_key,
                             limits=Limits(requests=args.max_requests, body=args.max_body))
             return asyncio.run(_serve(server, listener, args.drain_seconds))
