@@ -19,6 +19,7 @@ from hal.conformance import checkpoint, compilers
 from hal.conformance.case import Mismatch, NotApplicable
 from hal.conformance.reference import Reference, race
 from hal.contracts.backend import Backend
+from hal.contracts.block_moves import load_adapters
 from hal.contracts.communicator import AxisName, LocalCommunicator
 from hal.contracts.executor import Executor, make_executor
 from hal.contracts.inputs import ModelInput
@@ -182,7 +183,7 @@ class Session:
 
     def step(self, request: ExecuteModelRequest) -> SamplerOutput:
         """The output on the host."""
-        self.runner.load_adapters(request)
+        load_adapters(request, self.runner)
         self.inputs.append(self.prepare(request))
         return self.fetch(self.execute(self.inputs[-1]))
 

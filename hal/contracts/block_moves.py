@@ -33,6 +33,13 @@ def moves_blocks(step: WorkerInput | ExecuteModelRequest) -> bool:
     return any(fields[name] is not None for name in MOVES)
 
 
+def load_adapters(step: Any, runner: ModelRunnerBase[Any]) -> None:
+    """Fill the slots that a WorkerInput or an ExecuteModelRequest names, before the step."""
+    if step.adapters_to_load is not None:
+        for slot, path in zip(step.adapters_to_load.tolist(), step.adapter_paths, strict=True):
+            runner.load_adapter(slot, path)
+
+
 def move_blocks(step: WorkerInput | ExecuteModelRequest, caches: Any, num_blocks: int, host: Sequence[torch.Tensor],
                 runner: Runner = ModelRunnerBase) -> None:
     """Move blocks before a step: swaps first, then copies.

@@ -11,6 +11,7 @@ from hal.contracts import advance as rules
 from hal.contracts.advance import Taken
 from hal.errors import InputError, SchemaError
 from hal.features import FEATURES, FOR_SAMPLING, input_annotations
+from hal.features.adapter import LOADS
 from hal.schema import Array, Declared, Doc, stays
 from hal.schema.layout import MOST
 
@@ -77,7 +78,7 @@ class IntermediateTensors(Declared):
     `IntermediateTensors.declare`."""
 
 
-class WorkerInput(Declared):
+class WorkerInput(Declared, fields=LOADS):
     """What the worker does before a step. To the KV cache: int32 pairs (source block, destination block), and where
     layers keep a state per row (row, row on the host) or the other way round. To the adapters: slots to fill."""
 
@@ -91,9 +92,6 @@ class WorkerInput(Declared):
                                                         doc="states, host to device")] = None
     rows_to_swap_out: Annotated[np.ndarray | None, Array("int32", "num_rows_out", 2, low=0,
                                                          doc="states, device to host")] = None
-    adapters_to_load: Annotated[np.ndarray | None, Array("int32", "num_loads", low=0, doc="slots")] = None
-    adapter_names: Annotated[tuple[str, ...], Doc("the name of each")] = ()
-    adapter_paths: Annotated[tuple[str, ...], Doc("the directory of each")] = ()
 
 
 class PagedModelInput(ModelInput, fields=input_annotations()):
@@ -170,8 +168,6 @@ class PagedModelInput(ModelInput, fields=input_annotations()):
             self._refuse("positions", positions, expected)
         self._check_slots(seq, expected, lens)
         self._check_sampling()
-        if self.adapted != (self.adapter_slots is not None):
-            self._refuse("adapted", self.adapted, "1 exactly where there are adapter_slots")
         if self.state_rows is not None:
             held = self.state_rows.cpu().numpy()[queries > 0]
             if (held < 0).any() or len(np.unique(held)) != len(held):

@@ -11,12 +11,13 @@ import numpy as np
 
 from hal.errors import InputError
 from hal.features import COLUMNS, FOR_SAMPLING, request_annotations
+from hal.features.adapter import LOADS
 from hal.schema import Array, Declared, Doc
 
 _FLOATS, _INTS = len(COLUMNS["float"]), len(COLUMNS["int"])
 
 
-class ExecuteModelRequest(Declared, fields=request_annotations()):
+class ExecuteModelRequest(Declared, fields=request_annotations() | LOADS):
     """One step, as the differences to the step before. Every rank that prepares keeps a *row* for each running
     sequence, in `hal.paged.batch.BatchState`. A sequence has its row from the step that brings it in (`new_*`) to the
     step that lists the row in `finished_rows`. That step or a later one may give the row to another sequence.
@@ -62,11 +63,6 @@ class ExecuteModelRequest(Declared, fields=request_annotations()):
                                                      doc="these drafts, row after row")] = None
     num_proposals: Annotated[int, Doc("tokens that a proposer on the ranks gives each sampled sequence after this "
                                       "step")] = 0
-
-    adapters_to_load: Annotated[np.ndarray | None, Array("int32", "num_loads", low=0, doc="slots that get an adapter "
-                                                         "before this step")] = None
-    adapter_names: Annotated[tuple[str, ...], Doc("the name of each")] = ()
-    adapter_paths: Annotated[tuple[str, ...], Doc("the directory of each, which every rank reads")] = ()
 
     blocks_to_copy: Annotated[np.ndarray | None, Array("int32", "num_copies", 2, low=1)] = None
     blocks_to_swap_in: Annotated[np.ndarray | None, Array("int32", "num_swaps_in", 2, low=0)] = None

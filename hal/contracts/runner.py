@@ -10,7 +10,7 @@ import numpy as np
 
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
+from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.errors import StateError
 from hal.schema import Declared
@@ -135,12 +135,6 @@ class ModelRunnerBase(abc.ABC, Generic[InputT]):
         """
         raise StateError(f"{type(self).__name__} has no slots for adapters", expected="load_adapter, since its "
                          "backend declares Capabilities(adapters=True)")
-
-    def load_adapters(self, step: WorkerInput | ExecuteModelRequest) -> None:
-        """Fill the slots that a step names, before the step."""
-        if step.adapters_to_load is not None:
-            for slot, path in zip(step.adapters_to_load.tolist(), step.adapter_paths, strict=True):
-                self.load_adapter(slot, path)
 
     @abc.abstractmethod
     def prepare_model_input(self, request: ExecuteModelRequest) -> InputT:

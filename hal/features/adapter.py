@@ -32,6 +32,14 @@ class Adapter:
     key: bytes
 
 
+# Annotations and defaults of the fields by which a step fills slots, in ExecuteModelRequest and WorkerInput.
+LOADS: dict[str, Any] = {
+    "adapters_to_load": (Annotated[np.ndarray | None, Array("int32", "num_loads", low=0, doc="slots that get an "
+                                                            "adapter before this step")], None),
+    "adapter_names": (Annotated[tuple[str, ...], Doc("the name of each")], ()),
+    "adapter_paths": (Annotated[tuple[str, ...], Doc("the directory of each, which every rank reads")], ())}
+
+
 class AdapterParams(Params):
     adapter: Annotated[str | None, Param(help="the adapter (LoRA) of this request, by the name with which it was "
                                               "loaded; `--use-adapter` on the command line", unset="none")] = None

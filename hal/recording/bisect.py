@@ -15,7 +15,7 @@ import torch
 
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
-from hal.contracts.block_moves import move_blocks, move_rows, on_host
+from hal.contracts.block_moves import load_adapters, move_blocks, move_rows, on_host
 from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.inputs import NULL_BLOCK
 from hal.contracts.request import ExecuteModelRequest
@@ -237,7 +237,7 @@ class _Device:
         """The tokens."""
         move_blocks(request, self.caches, self.num_blocks, self.host, self.runner)
         move_rows(request, self.runner.row_states, self.host_rows)
-        self.runner.load_adapters(request)
+        load_adapters(request, self.runner)
         m = self.runner.prepare_model_input(request)
         if self.trace is None:
             output = self.runner.execute_model(m, self.caches)

@@ -11,13 +11,14 @@ import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, in_host_memory
-from hal.contracts.block_moves import MOVES, moves_blocks
+from hal.contracts.block_moves import MOVES, load_adapters, moves_blocks
 from hal.contracts.communicator import Communicator
 from hal.contracts.control_plane import ControlPlane
 from hal.contracts.inputs import IntermediateTensors, ModelInput, SamplingInput, WorkerInput
 from hal.contracts.request import ExecuteModelRequest, SamplingRequest
 from hal.contracts.runner import ModelRunnerBase, Progress, no_progress
 from hal.errors import BackendError, ConfigError, SchemaError, StateError
+from hal.features.adapter import LOADS
 from hal.schema import Declared
 from hal.schema.packed import Buffer
 from hal.speculation.rounds import measured_rounds
@@ -28,7 +29,6 @@ from workers.worker.consistency import schemas_of
 from workers.worker.wire_policy import MessageReader, StepInputs
 
 D = TypeVar("D", bound=Declared)
-ADAPTERS = "adapters_to_load", "adapter_names", "adapter_paths"
 
 
 class Worker(LocalOrDistributedWorkerBase):
@@ -127,7 +127,7 @@ class Worker(LocalOrDistributedWorkerBase):
         if not (request.sampling_follows or loads or moves_blocks(request)):
             return IDLE
         return self._checked(WorkerInput(sampling_follows=request.sampling_follows,
-                                         **{name: request[name] for name in (*MOVES, *(ADAPTERS if loads else ()))}))
+                                         **{name: request[name] for name in (*MOVES, *(LOADS if loads else ()))}))
 
     def prepare_model_input(self, request: ExecuteModelRequest) -> ModelInput:
         model_input: ModelInput = self._checked(self.runner.prepare_model_input(request))
@@ -161,7 +161,7 @@ class Worker(LocalOrDistributedWorkerBase):
         if self.flight_recorder is not None:
             self.flight_recorder.moved(worker_input, self.num_blocks)
         self.cache.apply(worker_input)
-        self.runner.load_adapters(worker_input)
+        load_adapters(worker_input, self.runner)
 
     def receive_intermediate(self, model_input: ModelInput) -> IntermediateTensors:
         kind = self.runner.intermediate_type
