@@ -129,8 +129,8 @@ def _rows(field: str, rows: np.ndarray[Any, Any], lens: np.ndarray[Any, Any], li
 
 
 def _adapters(r: ExecuteModelRequest, slots: int) -> None:
-    count = 0 if r.adapters_to_load is None else len(r.adapters_to_load)
-    need("adapter_names", len(r.adapter_names) == len(r.adapter_paths) == count, r.adapter_names, f"{count} texts")
+    count, names = 0 if r["adapters_to_load"] is None else len(r["adapters_to_load"]), r["adapter_names"]
+    need("adapter_names", len(names) == len(r["adapter_paths"]) == count, names, f"{count} texts")
     for name in ("adapters_to_load", "adapted_slots"):
         if r[name] is not None:
             _within(name, r[name], 0, slots - 1)

@@ -121,12 +121,12 @@ class Recording:
 
     def _find_adapters(self, given: Mapping[str, str]) -> None:
         for request in (step.request for step in self.steps):
-            missing = [name for name in request.adapter_names if name not in given]
+            missing = [name for name in request["adapter_names"] if name not in given]
             if missing:
                 raise ConfigError("the recording uses an adapter, and a file does not choose what is read",
                                   got=f"no directory of {missing[0]!r}", expected="the directory of each adapter",
                                   hint=f"say where it lies: --adapter {missing[0]}=DIR")
-            request.adapter_paths = tuple(given[name] for name in request.adapter_names)
+            setattr(request, "adapter_paths", tuple(given[name] for name in request["adapter_names"]))
 
     def _checkpoint(self, given: str | None) -> str:
         if self.ignored.get("random_weights") and given is None:
@@ -236,7 +236,8 @@ def _steps(head: dict[str, Any], tensors: dict[str, torch.Tensor]) -> list[Recor
             start = f"{i:05}."
             request = object_of(scalars, "request")
             step = RecordedStep(_restore(ExecuteModelRequest, start + "request.", request, tensors))
-            step.request.adapter_paths = ("",) * len(step.request.adapter_names)  # a file does not choose what is read
+            # A file does not choose what is read.
+            setattr(step.request, "adapter_paths", ("",) * len(step.request["adapter_names"]))
             if "input" in scalars:
                 step.input = _restore(PagedModelInput, start + "input.", object_of(scalars, "input"), tensors)
             if "output" in scalars:

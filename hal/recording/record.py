@@ -141,10 +141,10 @@ class FlightRecorder:
 
     def moved(self, step: WorkerInput, num_blocks: int) -> None:
         """The cache moves blocks, so the tokens of these blocks move too. Slots get adapters."""
-        if step.adapters_to_load is not None:
-            slots = step.adapters_to_load.tolist()
+        if step["adapters_to_load"] is not None:
+            slots = step["adapters_to_load"].tolist()
             self.adapters |= {slot: Adapter(name, path, slot, b"") for slot, name, path in
-                              zip(slots, step.adapter_names, step.adapter_paths, strict=True)}
+                              zip(slots, step["adapter_names"], step["adapter_paths"], strict=True)}
         if len(self.slots) != num_blocks:
             size = self.config.engine.block_size
             self.slots = np.full((num_blocks, size), -1)
@@ -218,10 +218,10 @@ class FlightRecorder:
 def without_paths(request: ExecuteModelRequest) -> ExecuteModelRequest:
     """The request without the directories of adapters. A file names adapters, and whoever replays it says where they
     lie."""
-    if request.adapters_to_load is None:
+    if request["adapters_to_load"] is None:
         return request
     named = copy.copy(request)
-    named.adapter_paths = ("",) * len(request.adapter_names)
+    setattr(named, "adapter_paths", ("",) * len(request["adapter_names"]))
     return named
 
 

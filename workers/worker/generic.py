@@ -123,7 +123,7 @@ class Worker(LocalOrDistributedWorkerBase):
         self.backend.runtime.synchronize(self.device)
 
     def prepare_worker_input(self, request: ExecuteModelRequest) -> WorkerInput:
-        loads = request.adapters_to_load is not None
+        loads = request["adapters_to_load"] is not None
         if not (request.sampling_follows or loads or moves_blocks(request)):
             return IDLE
         return self._checked(WorkerInput(sampling_follows=request.sampling_follows,
