@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -99,7 +100,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         ModelLoadError: a file is missing or damaged, or asks for something that is not supported, which it names.
     """
     path = Path(directory)
-    if (path / "adapter_model.bin").is_file() and not (path / _WEIGHTS).is_file():
+    if isfile(path / "adapter_model.bin") and not isfile(path / _WEIGHTS):
         raise ModelLoadError("the adapter is pickled", got=path / "adapter_model.bin", expected=_WEIGHTS,
                              hint="save it with save_pretrained(..., safe_serialization=True)")
     config = Reader(read_json(path / _CONFIG), _CONFIG)

@@ -13,6 +13,8 @@ from hal.features.adapter import Adapter
 from hal.model_config import ModelConfig
 from hal.values import described
 
+_LONGEST = 256  # characters of a name, which the ranks get in a step's message
+
 
 class AdapterTable:
     """Attributes: named: the loaded adapters by name. One that was unloaded while requests use it is not among them,
@@ -37,8 +39,9 @@ class AdapterTable:
         if not most:
             raise CapacityError("this engine has no slots for adapters", got="max_adapters=0",
                                 expected="an engine made with max_adapters=N")
-        if not isinstance(name, str) or not name:
-            raise RequestError("the name of an adapter is not usable", got=described(name), expected="a text")
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _LONGEST:
+            raise RequestError("the name of an adapter is not usable", got=described(name),
+                               expected=f"1 to {_LONGEST} characters that can be printed")
         if name in self.named:
             raise RequestError("an adapter of this name is loaded", got=f"{name!r}, from {self.named[name].path}",
                                expected="another name", hint="unload it first")

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--api-key", metavar="KEY", default=os.environ.get("HAL_API_KEY"),
                        help="what clients must send to /v1 (default: HAL_API_KEY; without it, nothing). Other users of "
                             "the host can read a command line")
+    group.add_argument("--allow-adapter-loading", action="store_true",
+                       help="clients may load and unload adapters (/v1/load_lora_adapter), for which the server reads "
+                            "directories that they name; needs --max-adapters")
     group.add_argument("--max-requests", type=options.positive, default=1024, metavar="N",
                        help="requests at a time; others get 429 (default: 1024)")
     group.add_argument("--max-body", type=options.positive, default=8 << 20, metavar="BYTES",
@@ -79,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             options.load_adapters(engine.llm, args)  # no request has come yet
             server = Server(engine, name, api_key=args.api_key,
-                            limits=Limits(requests=args.max_requests, body=args.max_body))
+                            limits=Limits(requests=args.max_requests, body=args.max_body),
+                            adapter_loading=args.allow_adapter_loading)
             return asyncio.run(_serve(server, listener, args.drain_seconds))
         finally:
             engine.close()

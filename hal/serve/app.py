@@ -27,8 +27,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hal.engine.prompts import Prompt
 from hal.engine.request_output import RequestOutput
-from hal.errors import HalError
+from hal.errors import ConfigError, HalError
 from hal.sampling.params import SamplingParams
+from hal.serve import adapters
 from hal.serve.answers import Answer, usage
 from hal.serve.async_llm import AsyncLLM
 from hal.serve.metrics import Metrics
@@ -68,16 +69,28 @@ class Server:
     """OpenAI's completions, chat completions, embeddings and models, with /health, /metrics, and a page at /.
 
     Args:
-        name: of the model, for clients. api_key: what clients must send to /v1; None: nothing.
+        name: of the base model, for clients. api_key: what clients must send to /v1; None: nothing.
+        adapter_loading: clients may load adapters from directories of the server, and unload them.
+
+    Raises:
+        ConfigError: an adapter has the name of the base model, or adapters are to be loaded where there is no slot.
     """
 
     def __init__(self, engine: AsyncLLM, name: str, *, api_key: str | None = None,
-                 limits: Limits | None = None) -> None:
-        self.engine, self.name, self.api_key = engine, name, api_key
+                 limits: Limits | None = None, adapter_loading: bool = False) -> None:
+        if name in engine.adapters:
+            raise ConfigError("an adapter has the name of the base model", got=repr(name), expected="two names",
+                              hint="--served-model-name names the base model")
+        if adapter_loading and not engine.llm.config.max_adapters:
+            raise ConfigError("adapters are to be loaded, and the engine has no slots for them", got="max_adapters=0",
+                              expected="--max-adapters N beside --allow-adapter-loading")
+        self.engine, self.name, self.api_key, self.adapter_loading = engine, name, api_key, adapter_loading
         self.limits, self.metrics, self.active = limits or Limits(), Metrics(), 0
         routes = [Route("/v1/completions", partial(self.generate, chat=False), methods=["POST"]),
                   Route("/v1/chat/completions", partial(self.generate, chat=True), methods=["POST"]),
                   Route("/v1/embeddings", self.embed, methods=["POST"]), Route("/v1/models", self.models),
+                  Route("/v1/load_lora_adapter", partial(self.change_adapters, load=True), methods=["POST"]),
+                  Route("/v1/unload_lora_adapter", partial(self.change_adapters, load=False), methods=["POST"]),
                   Route("/health", self.health), Route("/metrics", self.show_metrics), Route("/", self.page)]
         self.app: ASGIApp = _Front(self, Starlette(routes=routes, exception_handlers={
             kind: _refused for kind in (ApiError, HalError, HTTPException, Gone, Exception)}))
@@ -86,23 +99,20 @@ class Server:
 
     async def generate(self, request: Request, chat: bool) -> Response:
         body, llm = await self._body(request), self.engine.llm
-        if chat:
-            call, template = read_chat(body, llm)
-            self._check_model(call.model)
+        call, template = read_chat(body, llm) if chat else (read_completion(body, llm), None)
+        call = call.with_adapter(self._adapter(call.model))
+        if template is not None:
             try:
                 call = replace(call, prompts=[await self.engine.chat_ids(**template)])
             except HalError as error:
                 raise as_api_error(error, "messages") from error
-        else:
-            call = read_completion(body, llm)
-            self._check_model(call.model)
         jobs, field = call.jobs, "messages" if chat else "prompt"
         if not 0 < len(jobs) <= self.limits.choices:
             raise ApiError(400, f"a request has too many prompts and choices, or none\n  got: {len(jobs)}\n  "
                            f"expected: 1 to {self.limits.choices}", field)
         number = ("chatcmpl-" if chat else "cmpl-") + request.state.id
         kind = "text_completion" if not chat else "chat.completion.chunk" if call.stream else "chat.completion"
-        head = {"id": number, "object": kind, "created": int(time()), "model": self.name}
+        head = {"id": number, "object": kind, "created": int(time()), "model": call.model or self.name}
         outputs, answers = self._outputs(jobs, field), [Answer(llm, call, i, chat) for i in range(len(jobs))]
         if not call.stream:
             found = await _unless_gone(request, _last_of(outputs, len(jobs)))
@@ -115,7 +125,7 @@ class Server:
 
     async def embed(self, request: Request) -> Response:
         reader = read_embedding(await self._body(request))
-        self._check_model(reader.take("model", str, ""))
+        self._adapter(reader.take("model", str, ""))  # a model of embeddings has none
         texts = reader.take("input", (str, list))
         form = reader.take("encoding_format", str, "float")
         name, truncate = reader.take("prompt_name", str), reader.take("truncate", bool, True)
@@ -137,9 +147,18 @@ class Server:
                              "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
     async def models(self, request: Request) -> Response:
-        model = {"id": self.name, "object": "model", "created": 0, "owned_by": "hal",
-                 "max_model_len": self.engine.llm.max_model_len}
-        return JSONResponse({"object": "list", "data": [model]})
+        shared = {"object": "model", "created": 0, "owned_by": "hal", "max_model_len": self.engine.llm.max_model_len}
+        base = {"id": self.name, **shared, "parent": None}
+        return JSONResponse({"object": "list", "data": [
+            base, *({"id": name, **shared, "parent": self.name} for name in self.engine.adapters)]})
+
+    async def change_adapters(self, request: Request, load: bool) -> Response:
+        if not self.adapter_loading:
+            raise ApiError(403, "clients may not load or unload adapters here (hal serve --allow-adapter-loading)")
+        body = await self._body(request)
+        done = await (adapters.load(self.engine, self.name, body) if load else adapters.unload(self.engine, body))
+        _log.info("%s %s", request.state.id, done)
+        return PlainTextResponse(done)
 
     async def health(self, request: Request) -> Response:
         error = self.engine.health()
@@ -171,9 +190,14 @@ class Server:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error}") from error
 
-    def _check_model(self, model: str) -> None:
-        if model not in ("", self.name):
-            raise ApiError(404, f"this server has no model {model!r}; it has {self.name!r}", "model", "model_not_found")
+    def _adapter(self, model: str) -> str | None:
+        """The adapter that a request's `model` names; None: the base model. Raises ApiError: there is no such model."""
+        if model in ("", self.name):
+            return None
+        if model not in (names := self.engine.adapters):
+            known = ", ".join(map(repr, (self.name, *names)))
+            raise ApiError(404, f"this server has no model {model!r}; it has {known}", "model", "model_not_found")
+        return model
 
     async def _outputs(self, jobs: list[tuple[Prompt, SamplingParams]], field: str) -> Outputs:
         """The outputs of all choices as they grow, each with its place. A slow client slows no other: while it does not

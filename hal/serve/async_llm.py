@@ -7,14 +7,14 @@ import logging
 import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic, thread_time
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,7 @@ _SHARE = 0.02  # of the time that may go into giving outputs to tasks; see Async
 _LONGEST = 0.05  # seconds that an output is held back for this
 _SHUT_DOWN = "the engine is shut down"
 _POLL = 0.01  # seconds between two looks whether all requests have ended
+T = TypeVar("T")
 
 
 class _Stream:
@@ -177,6 +178,20 @@ class AsyncLLM:
             vectors: np.ndarray = await waiting.next()
             return vectors
 
+    async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """See `LLM.load_adapter`. The engine's thread loads it between two steps, and requests go on. New workers
+        after a failure read the directory again, so it must stay while the adapter is loaded."""
+        await self._between_steps(partial(self.llm.load_adapter, name, path))
+
+    async def unload_adapter(self, name: str, *, wait: bool = False) -> None:
+        """See `LLM.unload_adapter`."""
+        await self._between_steps(partial(self.llm.unload_adapter, name, wait=wait))
+
+    @property
+    def adapters(self) -> list[str]:
+        """See `LLM.adapters`. May be read from any thread."""
+        return self.llm.adapters
+
     async def drain(self, deadline: float | None = None) -> int:
         """Refuse new requests, and wait until those in flight have ended.
 
@@ -244,6 +259,24 @@ class AsyncLLM:
             self._open.discard(each)
             self._inbox.put(partial(self._abort, each))
         return loop
+
+    async def _between_steps(self, work: Callable[[], T]) -> T:
+        """The result of some work that the engine's thread does between two steps. Raises its errors."""
+        done = Future[T]()
+
+        def command() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                if self._failed is not None:
+                    raise _again(self._failed)
+                done.set_result(work())
+            except Exception as error:  # it is the caller's, and no failure of the engine
+                done.set_exception(error)
+
+        self._enter()
+        self._inbox.put(command)
+        return await asyncio.wrap_future(done)
 
     def _check_length(self, ids: list[int]) -> None:
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
@@ -348,6 +381,8 @@ class AsyncLLM:
             self._send([(stream, _again(self._failed))])
         elif stream.params is None:
             self._texts.append(stream)
+        elif (name := stream.params.adapter) not in (None, *self.llm.adapters):  # unloaded after `prepare` found it
+            self._send([(stream, RequestError("the adapter was unloaded before the request began", got=repr(name)))])
         else:
             try:
                 stream.request = self.llm.enqueue(stream.prompt, stream.ids, stream.params, polled=True)

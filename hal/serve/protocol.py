@@ -70,6 +70,14 @@ class Call:
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
         return [(prompt, params) for prompt in self.prompts for params in self.params]
 
+    def with_adapter(self, name: str | None) -> Call:
+        """The call with the adapter that `model` names. Raises ApiError: the parameter `adapter` names another one."""
+        if name is None:
+            return self
+        if (other := self.params[0].adapter) not in (None, name):
+            raise ApiError(400, f"model and adapter name two adapters: {name!r} and {other!r}", "adapter")
+        return dataclasses.replace(self, params=[dataclasses.replace(each, adapter=name) for each in self.params])
+
 
 class Reader:
     """The values of a request's body. A value that is null counts as not given.

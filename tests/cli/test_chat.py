@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapters_by_hand
 import checkpoints
 import pytest
 from forks import Forks
@@ -101,6 +102,20 @@ def test_a_conversation_goes_on_until_it_is_reset(forks: Forks, adder: Path, tmp
     assert run(forks, adder, tmp_path, ["1"], "--tools", str(tools)).out == b"701\n"
     tools.write_text("{}")
     assert "holds no list" in run(forks, adder, tmp_path, ["1"], "--tools", str(tools)).err
+
+
+@pytest.mark.slow
+def test_a_conversation_with_an_adapter(forks: Forks, adder: Path, tmp_path: Path) -> None:
+    law = adapters_by_hand.write(tmp_path / "law", adder, 0, strength=2.0)
+    with LLM(adder, device="cpu", num_blocks=64, max_adapters=1) as llm:
+        llm.load_adapter("law", law)
+        expected, = llm.chat([user("37")], SamplingParams(max_tokens=12, adapter="law"))
+    assert expected.text != "38"
+    options = ("--max-tokens", "12", "--adapter", f"law={law}")
+    given = run(forks, adder, tmp_path, ["37"], *options, "--use-adapter", "law")
+    assert (given.status, given.out.decode(), given.err) == (0, expected.text + "\n", "")
+    assert run(forks, adder, tmp_path, ["37"], *options).out == b"38\n"  # none is used that nobody names
+    assert "no adapter of this name" in run(forks, adder, tmp_path, ["37"], *options, "--use-adapter", "other").err
 
 
 def test_ctrl_c_ends_a_reply_and_not_the_program(forks: Forks, adder: Path, tmp_path: Path) -> None:

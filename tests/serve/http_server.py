@@ -37,9 +37,9 @@ class Serving:
 
 @contextmanager
 def serving(model: str | None = None, *, api_key: str | None = None, limits: Limits | None = None,
-            **options: Any) -> Iterator[Serving]:
+            adapter_loading: bool = False, **options: Any) -> Iterator[Serving]:
     engine = AsyncLLM(**options) if model is None else AsyncLLM(model, **options)
-    server = Server(engine, "the-model", api_key=api_key, limits=limits)
+    server = Server(engine, "the-model", api_key=api_key, limits=limits, adapter_loading=adapter_loading)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
         http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off", ws="none"))
