@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 from hal.adapters.files import read_adapter, targets_of
 from hal.config import EngineConfig
-from hal.errors import CapacityError, RequestError
+from hal.errors import CapacityError, ModelLoadError, RequestError
 from hal.features.adapter import Adapter
 from hal.model_config import ModelConfig
 from hal.values import described
@@ -67,6 +67,18 @@ class AdapterTable:
             raise RequestError("requests use the adapter", got=f"{name!r}, {count} unfinished requests",
                                expected="none", hint="unload_adapter(..., wait=True) takes the name away now, and "
                                "frees the slot when they have ended")
+
+    def drop_lost(self, used: Iterable[Adapter]) -> dict[Adapter, ModelLoadError]:
+        """The loaded and the used adapters whose files can no longer be read, with the errors. `named` has none of them
+        afterwards."""
+        lost = dict[Adapter, ModelLoadError]()
+        for adapter in {*self.named.values(), *used}:
+            try:
+                read_adapter(adapter.path)
+            except ModelLoadError as error:
+                lost[adapter] = error
+        self.named = {name: adapter for name, adapter in self.named.items() if adapter not in lost}
+        return lost
 
     def find(self, name: str) -> Adapter:
         """Raises RequestError: no adapter of this name is loaded."""

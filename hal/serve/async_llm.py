@@ -446,6 +446,11 @@ class AsyncLLM:
         while self._restarts_left > 0:
             self._restarts_left -= 1
             _log.warning("the engine failed and starts new workers: %s", error)
+            # New workers could not read the files of a lost adapter, and each step would fail, whoever uses it.
+            for adapter, lost in self.llm._adapters.drop_lost(self.llm._used_adapters()).items():
+                _log.error("the adapter %r is no longer loaded: %s", adapter.name, lost)
+                self._fail([each for each in self._streams.values() if each.request is not None
+                            and each.request.seq.adapter is adapter], lost)
             try:
                 self.llm.restart()
                 self._watch()

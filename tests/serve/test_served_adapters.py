@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -223,6 +224,28 @@ def test_a_request_whose_adapter_goes_before_it_begins_is_refused_alone(
             with pytest.raises(RequestError, match="unloaded before the request began"):
                 await late
             assert engine.failures == 0 and (await last(engine.generate(PROMPT, of(None)))).text == texts[3]
+
+    asyncio.run(main())
+
+
+def test_an_adapter_whose_files_are_gone_ends_its_own_requests_alone(written: list[Path], texts: list[str],
+                                                                     tmp_path: Path) -> None:
+    """The rank that does not find the files at the next step fails it, and new workers do not look for them."""
+    async def load_and_lose(engine: AsyncLLM) -> None:
+        gone = shutil.copytree(written[1], tmp_path / "gone")
+        await engine.load_adapter("1", gone)
+        shutil.rmtree(gone)
+
+    async def main() -> None:
+        async with AsyncLLM(**CPU) as engine:
+            await engine.load_adapter("0", written[0])
+            await load_and_lose(engine)
+            with pytest.raises(ModelLoadError, match="gone"):
+                await last(engine.generate(PROMPT, of("1")))
+            assert engine.adapters == ["0"] and engine.failures == 1
+            await load_and_lose(engine)
+            assert (await last(engine.generate(PROMPT, of("0")))).text == texts[0]
+            assert engine.adapters == ["0"] and engine.failures == 2 and engine.health() is None
 
     asyncio.run(main())
 
