@@ -313,7 +313,9 @@ class Context:
               shape: str = "llama") -> list[Run]:
         """Run the same prompts one after another, each unchunked, with a cache that nothing else uses."""
         many = params if isinstance(params, list) else [params] * len(prompts)
-        session, runs = self.session(shape), []
+        longest = max(len(prompt) + each.max_tokens for prompt, each in zip(prompts, many, strict=True))
+        room = {"max_model_len": longest, "max_num_batched_tokens": longest, "num_blocks": 2 + longest // BLOCK_SIZE}
+        session, runs = self.session(shape, **(room if longest > 1024 else {})), []
         for i, (prompt, each) in enumerate(zip(prompts, many, strict=True)):
             session.fill_cache(0)
             scheduler = session.scheduler()

@@ -88,7 +88,9 @@ def near_misses(draw: st.DrawFn, cls: type[Declared]) -> NearMiss:
             options += [(f.name, why, bad) for why, bad in _breakages(f, value, _constrained(f, instance))]
         if not f.optional:
             options.append((f.name, "missing", None))
-    field, why, bad = draw(st.sampled_from(options))
+    # Each kind of miss comes as often as the others, however many fields have it.
+    kind = draw(st.sampled_from(sorted({why for _, why, _ in options})))
+    field, why, bad = draw(st.sampled_from([o for o in options if o[1] == kind]))
     broken = cls.__new__(cls)
     broken.__dict__.update(instance.__dict__)
     broken.__dict__[field] = bad

@@ -615,8 +615,8 @@ class never_the_same_twice(PagedModelRunner):
 
 @mutant("L3/cache")
 class warms_up_in_live_blocks(PagedModelRunner):
-    def dummy_input(self, num_seqs: int, queries: int) -> Any:
-        made = super().dummy_input(num_seqs, queries)
+    def dummy_input(self, *args: Any) -> Any:
+        made = super().dummy_input(*args)
         made.slot_mapping = made.slot_mapping + 3 * self.config.engine.block_size
         return made
 
@@ -652,7 +652,7 @@ class rounds_its_logits(PagedModelRunner):
         return out._replace(logits=(out.logits * 2.0**14).round() / 2.0**14)
 
 
-@mutant("L3/cache", "contents")
+@mutant("L2/attention")
 class stores_keys_at_another_scale(_Attention):
     """Scores are right, since they are scaled back. Only the cache is not what others take it for."""
 
@@ -665,19 +665,27 @@ class stores_keys_at_another_scale(_Attention):
 
 
 @mutant("L3/cache", "contents")
+class stores_its_last_layer_in_lower_precision(PagedModelRunner):
+    def execute_model(self, m: Any, caches: Any, *args: Any) -> Any:
+        out = super().execute_model(m, caches, *args)
+        caches[-1].copy_(caches[-1].bfloat16())
+        return out
+
+
+@mutant("L3/cache", "contents")
 class writes_its_last_tokens_late(PagedModelRunner):
     """The newest keys and values reach the cache when the next step begins. Until then no token has read them."""
 
-    late: Any = None
+    kept: Any = None
 
     def execute_model(self, m: Any, caches: Any, *args: Any) -> Any:
-        if self.late is not None:
-            for cache, (blocks, places, values) in zip(caches, self.late, strict=True):
+        if self.kept is not None:
+            for cache, (blocks, places, values) in zip(caches, self.kept, strict=True):
                 cache[:, blocks, :, places] = values
         out = super().execute_model(m, caches, *args)
         at = m.slot_mapping[m.logits_indices].long()
         blocks, places = at // m.block_size, at % m.block_size
-        self.late = [(blocks, places, cache[:, blocks, :, places].clone()) for cache in caches]
+        self.kept = [(blocks, places, cache[:, blocks, :, places].clone()) for cache in caches]
         for cache in caches:
             cache[:, blocks, :, places] = 0
         return out
@@ -980,7 +988,7 @@ class one_graph_is_stale(PagedModelRunner):
     """The graph of 6 decoding sequences has kept an old block table of its last row."""
 
     def execute_model(self, m: Any, *args: Any) -> Any:
-        if m.num_decode_seqs == len(m.seq_lens) == 6 and m.temperature is None and m.history is None:
+        if m.num_decode_seqs == len(m.seq_lens) == 6 and m.temperature is m.history is m.adapter_slots is None:
             m.block_tables = m.block_tables.clone()
             m.block_tables[5] = m.block_tables[4]
         return super().execute_model(m, *args)

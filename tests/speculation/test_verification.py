@@ -235,7 +235,7 @@ def test_a_recording_with_drafts_replays_without_the_proposer(tmp_path: Path, pl
     slots = np.full((int(step.input.block_tables.max()) + 1, size), 1)
     slots.reshape(-1)[step.input.slot_mapping.numpy()] = step.input.input_ids.numpy()
     state = BatchState(recording.engine.max_num_seqs, 80, size, recording.model.vocab_size)
-    for request in rebuild(step.input, slots, 40):
+    for request in rebuild(step.input, slots, 40, {}):
         request.check()
         state.apply(request)
         made = state.prepare(request).to()
