@@ -136,7 +136,7 @@ def test_padding_changes_no_real_rows_result(gqa: CpuModelRunner, m: CpuModelInp
     assert got.logprobs is not None and expected.logprobs is not None
     torch.testing.assert_close(got.logprobs[:m.num_samples], expected.logprobs, rtol=0, atol=1e-4)
     for ours, theirs in zip(padded_caches, caches, strict=True):
-        torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[:, 1:], theirs[:, 1:], rtol=0, atol=1e-4)  # other row counts, other kernels
 
 
 @pytest.mark.slow
