@@ -48,7 +48,7 @@ def test_recommended_values(tmp_path: Path, content: dict[str, Any], expected: d
 
 @pytest.mark.parametrize(("content", "named"), [
     ({"do_sample": True, "temperature": -1}, "temperature"), ({"do_sample": True, "top_k": 1.5}, "top_k"),
-    ({"do_sample": "yes"}, "do_sample"), ({"max_new_tokens": 0}, "max_tokens"), ([], "not a JSON object")])
+    ({"do_sample": "yes"}, "do_sample"), ({"max_new_tokens": -1}, "max_tokens"), ([], "not a JSON object")])
 def test_values_that_cannot_be_used_are_named(adder: Path, content: Any, named: str) -> None:
     (adder / "generation_config.json").write_text(json.dumps(content))
     with pytest.raises(ModelLoadError) as raised:
