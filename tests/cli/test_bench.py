@@ -148,7 +148,7 @@ def test_transformers_as_a_peer_gives_the_tokens_of_ours(tmp_path: Path) -> None
                    quantize=None, scratch=str(tmp_path)) as other:
         ran.append(other.run([[1, 2, 3], [4, 5, 6]], 4))
     assert ran[0].together and ran[0].prefill > 0 and "transformers" in other.about
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
     theirs = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)[0, 3:].tolist()
     with LLM(str(tmp_path), device="cpu") as llm:
         ours, = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True))

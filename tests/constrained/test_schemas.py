@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -15,6 +14,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from hal import LLM, SamplingParams
 from hal.engine.tiny import save_tiny
+
+jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema and the extra `constrained`")
 
 NAMES = st.text("abcdefé \"\\{}0_", min_size=1, max_size=6)
 SCALARS = st.one_of(

@@ -159,4 +159,4 @@ def test_every_field_refuses_other_types_by_name(kind: Any, error: type[Exceptio
                 refused += 1
             else:
                 assert made is None or type(made) in (int, float, bool, str, tuple)
-        assert refused >= len(WRONG) - 4, field.name
+        assert refused >= len(WRONG) - 5, field.name  # token ids may be a list, a set, an array or a tensor

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
+
+openai = pytest.importorskip("openai", reason="needs the extra `serve` and the package openai")
 
 SMALL = ("--device", "null", "--max-num-seqs", "8", "--num-blocks", "400", "--max-model-len", "500")
 

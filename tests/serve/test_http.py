@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import sentences
 
 from hal import LLM, SamplingParams
 from hal.config import BUNDLED_MODEL
 from hal.engine.llm import LLM as Engine
-from hal.serve.app import Limits
 
 sys.path.insert(0, str(Path(__file__).parent))
-from http_server import Serving, serving
+openai = pytest.importorskip("openai", reason="needs the extra `serve` and the package openai")
+from http_server import Limits, Serving, serving  # noqa: E402 (it needs them as well)
 
 NULL: dict[str, Any] = {"device": "null", "max_model_len": 256, "num_blocks": 400, "max_num_seqs": 8}
 USER = [{"role": "user", "content": "1"}]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import adapters_by_hand
-import openai
 import pytest
 
 from hal import LLM, SamplingParams
@@ -22,9 +21,10 @@ from hal.errors import CapacityError, ConfigError, ModelLoadError, RequestError,
 from hal.serve.async_llm import AsyncLLM
 
 sys.path.insert(0, str(Path(__file__).parent))
-from http_server import Serving, serving
-from test_async import last, until
-from test_http import ask, slow_steps
+openai = pytest.importorskip("openai", reason="needs the extra `serve` and the package openai")
+from http_server import Serving, serving  # noqa: E402 (it needs them as well)
+from test_async import last, until  # noqa: E402
+from test_http import ask, slow_steps  # noqa: E402
 
 CPU: dict[str, Any] = {"device": "cpu", "num_blocks": 200, "max_adapters": 2, "max_adapter_rank": 4}
 PROMPT = "37+85="
