@@ -18,10 +18,11 @@ VOCAB = 16
 
 def check_logprobs(found: dict[int, Any], expected: np.ndarray, error: np.ndarray, token: int, most: int) -> None:
     """The given token and the most likely ones are there, with their values and ranks. `error` is the rounding error of
-    the reference itself, which reaches 1e-4 where the model was not trained on such a text."""
+    transformers in the same dtype, which reaches 1e-4 where the model was not trained on such a text; another order of
+    the same sums may be twice as far from the exact values there."""
     assert {token, *np.argsort(-expected)[:most].tolist()} == set(found)
     for i, each in found.items():
-        assert abs(each.logprob - expected[i]) <= 1e-4 + error[i]
+        assert abs(each.logprob - expected[i]) <= 1e-4 + 2 * error[i]
         assert each.rank == int((expected > expected[i]).sum()) + 1
 
 
@@ -36,8 +37,8 @@ def test_logprobs_are_those_of_transformers(budget: int, most: int) -> None:
                                use_tqdm=False)
     for output in outputs:
         prompt, new = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
-        expected = reference(prompt + new)
-        error = np.abs(expected - reference(prompt + new, torch.float64))
+        expected = reference(prompt + new, torch.float64)
+        error = np.abs(expected - reference(prompt + new))
         assert output.prompt_logprobs[0] is None and len(output.prompt_logprobs) == len(prompt)
         for i in range(1, len(prompt)):
             check_logprobs(output.prompt_logprobs[i], expected[i - 1], error[i - 1], prompt[i], most)

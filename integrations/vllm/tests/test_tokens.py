@@ -105,7 +105,8 @@ def test_a_repeated_prompt_hits_the_prefix_cache(cpu: Any) -> None:
     assert first.outputs[0].token_ids == second.outputs[0].token_ids
     for one, other in zip(first.outputs[0].logprobs, second.outputs[0].logprobs, strict=True):
         assert one.keys() == other.keys()
-        assert [one[t].logprob for t in one] == pytest.approx([other[t].logprob for t in one], abs=1e-5)
+        # Chunks of other sizes, whose sums have another order.
+        assert [one[t].logprob for t in one] == pytest.approx([other[t].logprob for t in one], abs=1e-4)
 
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline_parallel_size": 2}], ids=str)
