@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -52,19 +53,25 @@ def html(report: Report) -> str:
                      "elements by decade on a logarithmic count; the red line is the tolerance. Exact results are at "
                      f"the left edge.</p><div class='plots'>{plots}</div>")
     if report.speed:
-        rows = "".join(f"<tr><td>{escape(s.name)}</td><td>{escape(s.dtype)}</td><td>{s.seconds * 1e3:.4g}</td>"
-                       f"<td class='{_reached(s)}'>{_share(s)}</td></tr>" for s in report.speed)
-        parts.append("<h2>Speed</h2><p class='note'>No part of the verdict. Shares are of the bandwidth or matrix rate "
-                     "that was measured in the same process.</p><div class='wide'><table><tr><th>what</th>"
-                     f"<th>dtype</th><th>ms</th><th>share</th></tr>{rows}</table></div>")
+        parts.append(_figures(
+            "Speed", "No part of the verdict. Shares are of the bandwidth or matrix rate that was measured in the same "
+            "process.", ("what", "dtype", "ms", "share"),
+            [f"<td>{escape(s.name)}</td><td>{escape(s.dtype)}</td><td>{s.seconds * 1e3:.4g}</td>"
+             f"<td class='{_reached(s)}'>{_share(s)}</td>" for s in report.speed]))
     if report.tasks:
-        rows = "".join(f"<tr><td>{escape(a.how)}</td><td>{escape(a.dtype)}</td><td>"
-                       f"{escape(a.refused) or f'{a.right} of {a.total}'}</td></tr>" for a in report.tasks)
-        parts.append("<h2>Tasks</h2><p class='note'>Right answers; no part of the verdict.</p><div class='wide'><table>"
-                     f"<tr><th>how</th><th>dtype</th><th>right</th></tr>{rows}</table></div>")
+        parts.append(_figures(
+            "Tasks", "Right answers; no part of the verdict.", ("how", "dtype", "right"),
+            [f"<td>{escape(a.how)}</td><td>{escape(a.dtype)}</td>"
+             f"<td>{escape(a.refused) or f'{a.right} of {a.total}'}</td>" for a in report.tasks]))
     parts += [_section("Not applicable", report, ("n/a",)), _section("Passed", report, ("pass",)), "<h2>Run</h2><dl>"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.header.items()]
     return "\n".join([*parts, "</dl></body></html>"])
+
+
+def _figures(title: str, note: str, heads: Sequence[str], rows: Sequence[str]) -> str:
+    """A section that is a table; `rows` are cells already."""
+    lines = "".join(f"<tr>{row}</tr>" for row in ("".join(f"<th>{head}</th>" for head in heads), *rows))
+    return f"<h2>{title}</h2><p class='note'>{note}</p><div class='wide'><table>{lines}</table></div>"
 
 
 def _table(report: Report) -> str:
