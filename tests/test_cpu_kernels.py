@@ -23,18 +23,18 @@ from hal.weights import LinearSpec, Projection, Scheme
 from hal.weights.eight_bits import EightBits
 from hal.weights.gguf import GgufBlocks
 from hal.weights.groups import Awq, Gptq, Packed
-from runners.cpu import choice, library
+from runners.cpu import choice, compiled
 from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, GridWeight, Kernels, can_pack
 from runners.cpu.ops import CpuOps
 
-LEVELS = library.available()
+LEVELS = compiled.available()
 ROWS = st.integers(1, 9) | st.sampled_from([16, 33])
 
 
 def test_the_kernels_are_built_where_there_is_a_compiler() -> None:
-    assert LEVELS or shutil.which("cc") is None or "AVX2" in library.load()[1], (
-        f"{library.load()[1]}: run `pip install -e .`")
-    assert library.described() and (not LEVELS or library.threaded() is not None)
+    assert LEVELS or shutil.which("cc") is None or "AVX2" in compiled.load()[1], (
+        f"{compiled.load()[1]}: run `pip install -e .`")
+    assert compiled.described() and (not LEVELS or compiled.threaded() is not None)
 
 
 @pytest.fixture(autouse=True)
@@ -192,14 +192,14 @@ def test_the_fastest_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_level_can_be_restricted_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.VARIABLE, "off")
-    assert library.level() == "off" and not Kernels()
+    monkeypatch.setenv(compiled.VARIABLE, "off")
+    assert compiled.level() == "off" and not Kernels()
     if LEVELS:
-        monkeypatch.setenv(library.VARIABLE, "avx2")
-        assert library.level() == "avx2" and Kernels()
-    monkeypatch.setenv(library.VARIABLE, "sse")
+        monkeypatch.setenv(compiled.VARIABLE, "avx2")
+        assert compiled.level() == "avx2" and Kernels()
+    monkeypatch.setenv(compiled.VARIABLE, "sse")
     with pytest.raises(ConfigError, match="names no level"):
-        library.level()
+        compiled.level()
 
 
 @pytest.mark.torch_release

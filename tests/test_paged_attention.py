@@ -18,7 +18,7 @@ from hal.errors import ConfigError
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention
 from hal.testing.strategies import instances
-from runners.cpu import library
+from runners.cpu import compiled
 from runners.cpu.attention import CpuAttention, CpuStep
 from runners.cpu.linears import Kernels
 from runners.cpu.ops import CpuOps
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.torch_release
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 CLASSES = (PagedAttention, CpuAttention)
-LEVELS = library.available()
+LEVELS = compiled.available()
 
 
 def specs_of(heads: int, kv_heads: int, dim: int, windows: tuple[int | None, ...]) -> list[AttentionSpec]:

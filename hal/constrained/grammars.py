@@ -54,7 +54,7 @@ class Grammars:
         return self._compiled(kind, value).deep_copy()
 
     def _compile(self, kind: str, value: Any) -> Any:
-        library()
+        llguidance()
         if self._table is None:
             raise RequestError("the model has no tokenizer", got=kind, expected="a request without a grammar",
                                hint="add tokenizer files to the model's directory")
@@ -62,8 +62,8 @@ class Grammars:
             raise RequestError("a grammar needs a token that ends the output, and this model has none", got=kind,
                                expected="an eos_token_id in config.json or generation_config.json")
         try:
-            made = library().LLMatcher(self._vocabulary, _OPTIONS + _lark(kind, value), log_level=0,
-                                       limits=library().LLParserLimits(verbose_errors=False))
+            made = llguidance().LLMatcher(self._vocabulary, _OPTIONS + _lark(kind, value), log_level=0,
+                                       limits=llguidance().LLParserLimits(verbose_errors=False))
             problem = made.get_error() or None
             if problem is None and (not any(made.compute_bitmask()) or made.is_error()):
                 problem = "no token of the vocabulary begins a text of this grammar"
@@ -84,12 +84,12 @@ class Grammars:
                  for i in range(min(self._table.size, self._vocab_size))]
         names += [b""] * (self._vocab_size - len(names))  # no text has these tokens
         wrapper = _Vocabulary(names, sorted(special), self._eos[0])
-        return library().LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=sorted(self._eos))
+        return llguidance().LLTokenizer(wrapper, n_vocab=self._vocab_size, eos_token=sorted(self._eos))
 
 
 def _lark(kind: str, value: Any) -> str:
     """A request's grammar as a Lark grammar. Raises ValueError: it is not JSON."""
-    matcher = library().LLMatcher
+    matcher = llguidance().LLMatcher
     if kind == "json_schema":
         made = json.loads(matcher.grammar_from_json_schema(value, defaults=_JSON))
         return "start: %json " + json.dumps(made["grammars"][0]["json_schema"])
@@ -114,7 +114,7 @@ class _Vocabulary:
 
 
 @functools.cache
-def library() -> Any:
+def llguidance() -> Any:
     """llguidance. Raises RequestError: it is not installed."""
     try:
         import llguidance
@@ -127,4 +127,4 @@ def library() -> Any:
 @functools.cache
 def threads() -> Any:
     """The threads of this process that compute masks; they wait without a load when there are none to compute."""
-    return library().LLExecutor()
+    return llguidance().LLExecutor()

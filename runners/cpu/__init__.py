@@ -42,7 +42,7 @@ class CpuBackend(Backend):
         return kind(config, device, communicator)
 
     def versions(self) -> Mapping[str, str]:
-        from runners.cpu.library import described
+        from runners.cpu.compiled import described
 
         found = {"kernels": described()}
         for package in ("torch", "intel-extension-for-pytorch"):

@@ -12,7 +12,7 @@ import torch
 from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.paged.attention import AttentionBatch, PagedAttention, PagedStep
-from runners.cpu.library import Decode
+from runners.cpu.compiled import Decode
 from runners.cpu.linears import KINDS, Kernels
 
 
@@ -80,7 +80,7 @@ class CpuAttention(PagedAttention):
         step = Decode(q.data_ptr(), out.data_ptr(), cache[0].data_ptr(), cache[1].data_ptr(), tables.data_ptr(),
                       lens.data_ptr(), cos, sin, n, spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.shape[3],
                       tables.stride(0), q.stride(0), spec.window or 0, spec.scale, KINDS[q.dtype], self.kernels.level)
-        if self.kernels.library.hal_decode(ctypes.addressof(step), torch.get_num_threads()):
+        if self.kernels.functions.hal_decode(ctypes.addressof(step), torch.get_num_threads()):
             raise MemoryError("attention found no memory for its scores")
         return out
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from runners.cpu.library import choices_file, processor
+from runners.cpu.compiled import choices_file, processor
 from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack, fits
 
 _SMALL = 1 << 18  # values of a weight below which nothing is measured

@@ -1,7 +1,7 @@
 /* The CPU's kernels: products of few rows with a linear layer's weight, and attention over a paged cache.
 
    The loops are in kernels_level.h, which is included once for each level of instructions. Python calls the functions
-   through ctypes (library.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
+   through ctypes (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include <stddef.h>
 #include <stdint.h>
@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 2 /* of the functions and structures below; library.py has the same number */
+#define ABI 2 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
@@ -24,7 +24,7 @@ static Parallel parallel;
 
 enum { FP32, BF16, INT8, INT4 }; /* values of a weight */
 
-/* A linear layer's weight; library.py mirrors it. */
+/* A linear layer's weight; compiled.py mirrors it. */
 typedef struct {
     const char *w;       /* [outputs, row_bytes]; INT4: the first of two values is in the lower bits */
     const char *bias;    /* [outputs] in the model's dtype, or NULL */
@@ -44,7 +44,7 @@ typedef struct {
     int64_t rows, x_stride, ready_bytes, x_groups, x_group, chunk, next;
 } Product;
 
-/* A step of decoding sequences; library.py mirrors it. */
+/* A step of decoding sequences; compiled.py mirrors it. */
 typedef struct {
     const char *q;       /* of each sequence: q, then k and v where they are not in the cache yet; heads of head_dim */
     char *out;           /* [n, heads, head_dim] */

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from runners.cpu import library
+from runners.cpu import compiled
 
 BUCKETS = (1, 4, 8, 16, 32, 256)  # rows that are measured; a number of rows takes the way of the next larger one
 WAYS = ("torch", "kernel", "one thread", "fp32 tiles")  # of a weight that lies row by row
@@ -30,12 +30,12 @@ class Kernels:
     """The compiled kernels at a level, with torch's threads."""
 
     def __init__(self, level: str | None = None) -> None:
-        self.name = library.level() if level is None else level
-        self.level = library.LEVELS.index(self.name)
-        self.library = library.threaded() if self.level else None
+        self.name = compiled.level() if level is None else level
+        self.level = compiled.LEVELS.index(self.name)
+        self.functions = compiled.threaded() if self.level else None
 
     def __bool__(self) -> bool:
-        return self.library is not None
+        return self.functions is not None
 
 
 class DenseWeight:
@@ -59,7 +59,7 @@ class DenseWeight:
         self.native: Any = None
         if {"kernel", "one thread"} & {*chosen}:
             self.native = native(weight, bias, KINDS[weight.dtype], kernels.level, inputs=weight.shape[1])
-            self.call, self.address = kernels.library.hal_linear, ctypes.addressof(self.native)
+            self.call, self.address = kernels.functions.hal_linear, ctypes.addressof(self.native)
         if self.packed is not None:
             del self.weight
 
@@ -98,7 +98,7 @@ class GridWeight:
         self.values, self.scales, self.zeros, self.bias = values, scales, zeros, bias
         self.outputs, self.inputs, self.kind, self.group = values.shape[0], inputs, kind, group
         self.native = native(values, bias, kind, kernels.level, inputs=inputs, scales=scales, zeros=zeros, group=group)
-        self.call, self.address = kernels.library.hal_linear, ctypes.addressof(self.native)
+        self.call, self.address = kernels.functions.hal_linear, ctypes.addressof(self.native)
         self.chosen = (f"int{8 if kind == INT8 else 4} kernel",)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,10 +131,10 @@ class GridWeight:
 
 
 def native(values: torch.Tensor, bias: torch.Tensor | None, kind: int, level: int, *, inputs: int,
-           scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, group: int = 0) -> library.Weight:
+           scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, group: int = 0) -> compiled.Weight:
     """The structure of kernels.c. It holds addresses, so the tensors must outlive it."""
     bias_at, scales_at, zeros_at = (None if t is None else t.data_ptr() for t in (bias, scales, zeros))
-    return library.Weight(values.data_ptr(), bias_at, scales_at, zeros_at, inputs, values.shape[0],
+    return compiled.Weight(values.data_ptr(), bias_at, scales_at, zeros_at, inputs, values.shape[0],
                           values.stride(0) * values.element_size(), 0 if scales is None else scales.shape[1], group,
                           kind, level)
 

@@ -145,9 +145,9 @@ def test_a_grammar_that_no_token_goes_on_with_ends_its_request_alone(ahead: bool
 
 def test_without_llguidance_the_request_is_refused(shared: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    grammars.library.cache_clear()
+    grammars.llguidance.cache_clear()
     with pytest.raises(RequestError, match="llguidance") as caught:
         shared.add_request("1+1=", SamplingParams(regex="1234"))
     assert "hal-runtime[constrained]" in str(caught.value)
     monkeypatch.undo()
-    grammars.library.cache_clear()
+    grammars.llguidance.cache_clear()
