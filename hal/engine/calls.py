@@ -15,6 +15,7 @@ from threading import get_ident
 from types import TracebackType
 
 from hal.errors import HalError, StateError, WorkerError, in_forked_child
+from hal.guard import leave_all
 
 _RESTART = "restart() makes new workers, and unfinished requests go on from the tokens that they have"
 
@@ -93,6 +94,7 @@ class Calls:
     def begin_anew(self) -> Call:
         """Hold the engine whatever ended the calls before. Raises StateError: another thread is in a call."""
         self.refuse_other_threads()
+        leave_all()
         call = self.held["by"] = Call(self, reads=False)
         self._process = os.getpid()
         return call
@@ -100,6 +102,8 @@ class Calls:
     def shut_down(self) -> None:
         """Refuse all calls but `begin_anew`. Raises StateError: another thread is in a call."""
         self.refuse_other_threads()
+        if self.ended:  # not in every shutdown: code of another engine's step may end this one
+            leave_all()
         call = Call(self, reads=False)
         call.refusal = partial(StateError, "the engine is shut down", hint="make a new LLM, or call restart()")
         if os.getpid() != self._process:

@@ -10,10 +10,11 @@ import threading
 from typing import Literal
 
 from hal.guard.patch import Patches
-from hal.guard.state import Phase, Region, allow, check, current, data_plane, phase
+from hal.guard.state import Phase, Region, allow, check, current, data_plane, leave_all, phase
 
 __all__ = [
-    "Phase", "Region", "allow", "check", "current", "data_plane", "install", "installed_tier", "phase", "uninstall",
+    "Phase", "Region", "allow", "check", "current", "data_plane", "install", "installed_tier", "leave_all",
+    "phase", "uninstall",
 ]  # fmt: skip
 
 Tier = Literal["always", "strict"]

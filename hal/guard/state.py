@@ -127,6 +127,12 @@ class allow(_Opening):
         super().__init__(reason)
 
 
+def leave_all() -> None:
+    """Leave every phase that this context is in. A signal handler that raises between two instructions of a `with`
+    statement can leave the context in a phase whose block has ended."""
+    _set(None)
+
+
 def current() -> Region | None:
     """The region that this context is in (`.phase`, `.rank`, `.open`), or None outside any phase."""
     region = STATE.get()

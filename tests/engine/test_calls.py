@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from hal.contracts.executor import Executor
 from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput
 from hal.errors import CapacityError, HalError, StateError, WorkerError
+from hal.guard import Phase, current, phase
 from hal.sampling.params import SamplingParams
 
 ENGINE = Path(hal.engine.llm.__file__).parent
@@ -58,11 +59,11 @@ def drain(llm: LLM) -> list[RequestOutput]:
 
 
 def is_clean(llm: LLM) -> bool:
-    """No row, block or step is held."""
+    """No row, block, step or phase is held."""
     while llm._pending:
         llm.step()
     scheduler = llm.scheduler
-    return not (llm.unfinished or scheduler.unfinished or any(scheduler.blocks.refs)
+    return not (current() or llm.unfinished or scheduler.unfinished or any(scheduler.blocks.refs)
                 or len(scheduler._free_rows) != scheduler.max_rows
                 or scheduler.blocks.num_free_host != scheduler.num_cpu_blocks)
 
@@ -196,6 +197,22 @@ def test_signal_handlers_that_raise_at_random_moments(tp: int) -> None:
                 assert [facts(held[n]) for n in numbers] == expected and is_clean(llm), f"tp {tp}, {delay} s"
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("recover", [LLM.restart, LLM.shutdown])
+def test_a_phase_that_a_signal_handler_kept_open_is_left(monkeypatch: pytest.MonkeyPatch,
+                                                         recover: Callable[[LLM], None]) -> None:
+    def interrupted(*_: object) -> None:
+        phase(Phase.EXECUTE).__enter__()  # as if the exception came before the block began
+        raise Interrupted
+
+    with engine() as llm:
+        monkeypatch.setattr(llm.scheduler, "schedule", interrupted)
+        with pytest.raises(Interrupted):
+            llm.generate([PROMPTS[0]], PARAMS[0])
+        assert current() is not None
+        recover(llm)
+        assert current() is None
 
 
 def test_a_call_from_a_second_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
