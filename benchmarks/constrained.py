@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import hal.engine.llm as engine
+import hal.engine.core as engine
 from hal import LLM, SamplingParams
 from hal.cli.shapes import SHAPES
 from hal.constrained.constraint import Constraints
@@ -63,7 +63,7 @@ def main() -> None:
         llm = LLM(folder, device=args.device, random_weights=True, max_num_seqs=args.batch, max_model_len=512,
                   num_blocks=args.batch * 8)
     table = Table(llm.model_config.vocab_size)
-    llm._constraints = Constraints(llm.model_config.vocab_size, [0], table)
+    llm.inputs.constraints = Constraints(llm.model_config.vocab_size, [0], table)
     began = time.perf_counter()
     llm.check([1], SamplingParams(json_schema=SCHEMA))
     print(f"{args.shape} on {args.device}, batch {args.batch}, {table.size} tokens in the vocabulary; the first "

@@ -94,8 +94,8 @@ def rate(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> float:
 
 def hold(llm: LLM, count: int) -> None:
     """Propose `count` tokens in every step, whatever is accepted."""
-    assert llm._speculation is not None
-    llm._speculation.count, llm._speculation._choose = count, lambda rows: None  # type: ignore[method-assign]
+    assert llm.core.speculation is not None
+    llm.core.speculation.count, llm.core.speculation._choose = count, lambda rows: None  # type: ignore[method-assign]
 
 
 def controlled(args: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ class Engine:
                     (worker.runner.state, "apply", "  apply"), (worker.runner.state, "prepare", "  pack"),
                     (worker, "_checked", "  validate"), (worker.plane, "broadcast", "broadcast"),
                     (llm.executor, "execute_model", "executor, all"), (llm.scheduler, "update", "update"),
-                    (llm, "_take_over", "take over, all")):
+                    (llm.core, "take_over", "take over, all")):
                 self.timed(owner, name, label)
         for i in range(sequences):
             llm.add_request([1 + i % 11] * (PROMPT - i % 16), SamplingParams(max_tokens=tokens, ignore_eos=True))

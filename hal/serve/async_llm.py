@@ -20,10 +20,11 @@ import numpy as np
 
 from hal.checkpoints.chat import Message
 from hal.config import BUNDLED_MODEL
-from hal.engine.llm import LLM, Stats
+from hal.engine.llm import LLM
 from hal.engine.prompts import Prompt, Prompts
 from hal.engine.request_output import RequestOutput
 from hal.engine.request_state import RequestState
+from hal.engine.stats import Stats
 from hal.errors import ConfigError, HalError, NumericsError, RequestError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 
@@ -447,7 +448,7 @@ class AsyncLLM:
             self._restarts_left -= 1
             _log.warning("the engine failed and starts new workers: %s", error)
             # New workers could not read the files of a lost adapter, and each step would fail, whoever uses it.
-            for adapter, lost in self.llm._adapters.drop_lost(self.llm._used_adapters()).items():
+            for adapter, lost in self.llm.drop_lost_adapters().items():
                 _log.error("the adapter %r is no longer loaded: %s", adapter.name, lost)
                 self._fail([each for each in self._streams.values() if each.request is not None
                             and each.request.seq.adapter is adapter], lost)

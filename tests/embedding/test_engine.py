@@ -137,7 +137,7 @@ def test_combinations_that_cannot_be_are_refused_at_construction(make: Make) -> 
 
 def test_a_request_that_is_lost_or_leaves_texts_is_refused(make: Make) -> None:
     with engine(make("bert-mean")) as llm:
-        steps = llm._embedder.steps  # type: ignore[union-attr]
+        steps = llm.embedder.steps  # type: ignore[union-attr]
         llm.embed([[5, 6]])
         steps._digest += 1
         with pytest.raises(Exception, match="does not follow the one before it"):

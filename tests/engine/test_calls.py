@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hal.engine.llm
+import hal.engine.executor_start
 from hal.contracts.executor import Executor
 from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput
@@ -27,7 +27,7 @@ from hal.errors import CapacityError, HalError, StateError, WorkerError
 from hal.guard import Phase, current, phase
 from hal.sampling.params import SamplingParams
 
-ENGINE = Path(hal.engine.llm.__file__).parent
+ENGINE = Path(hal.engine.executor_start.__file__).parent
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4], [9] * 6, [3, 11, 5]]
 PARAMS = [SamplingParams(max_tokens=9, temperature=0.8, seed=1, ignore_eos=True, logprobs=1, prompt_logprobs=1),
           SamplingParams(max_tokens=12, ignore_eos=True, stop="4"),
@@ -60,7 +60,7 @@ def drain(llm: LLM) -> list[RequestOutput]:
 
 def is_clean(llm: LLM) -> bool:
     """No row, block, step or phase is held."""
-    while llm._pending:
+    while llm.core.pending:
         llm.step()
     scheduler = llm.scheduler
     return not (current() or llm.unfinished or scheduler.unfinished or any(scheduler.blocks.refs)
@@ -121,7 +121,7 @@ def test_an_interrupted_step_says_so_and_restart_brings_all_back(llm: LLM, seed:
         with suppress(Interrupted), at:  # a run whose prefixes are cached executes fewer instructions
             while llm.unfinished:
                 done_here += [o for o in llm.step() if o.finish_reason is not None]
-        if not llm._calls.idle:  # else the exception came before the call's first change, or after its last
+        if not llm.calls.idle:  # else the exception came before the call's first change, or after its last
             for call in (llm.step, lambda: llm.generate([5]), lambda: llm.add_request([5])):
                 with pytest.raises(StateError, match=r"(?s)(Interrupted|has not ended).*restart\(\)"):
                     call()
@@ -156,7 +156,7 @@ def test_other_interrupted_calls_leave_nothing_behind(llm: LLM, seed: int) -> No
             with suppress(Interrupted), at:
                 call()
             gc.collect()  # the iterator of a stream that was not closed
-            if not llm._calls.idle:
+            if not llm.calls.idle:
                 llm.restart()
             done = [o.request_id for o in drain(llm)]
             where = f"seed {seed}, instruction {at.n}"
@@ -179,7 +179,8 @@ def test_signal_handlers_that_raise_at_random_moments(tp: int) -> None:
             expected = [facts(o) for o in llm.generate(PROMPTS, PARAMS)]
             for _ in range(60 // tp**3):
                 numbers = add_all(llm)
-                held = {n: llm._requests[n].output for n in numbers}  # the test itself may be interrupted after step()
+                # The test itself may be interrupted after step().
+                held = {n: llm.requests.live[n].output for n in numbers}
                 delay = draw.uniform(0.0002, 0.03)
                 try:
                     signal.setitimer(signal.ITIMER_REAL, delay)
@@ -189,7 +190,7 @@ def test_signal_handlers_that_raise_at_random_moments(tp: int) -> None:
                         signal.setitimer(signal.ITIMER_REAL, 0)
                 except (Interrupted, WorkerError):
                     pass
-                if not llm._calls.idle:
+                if not llm.calls.idle:
                     with pytest.raises(HalError, match=r"restart\(\)"):
                         llm.step()
                     llm.restart()
@@ -268,7 +269,7 @@ def test_a_failed_rank_is_named_until_restart() -> None:
 
 
 def test_a_restart_that_lacks_room_keeps_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = hal.engine.llm.make_executor
+    make = hal.engine.executor_start.make_executor
 
     def fewer(*options: Any) -> Executor:
         executor = make(*options)
@@ -279,7 +280,7 @@ def test_a_restart_that_lacks_room_keeps_the_requests(monkeypatch: pytest.Monkey
         params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (50, 4)]
         expected = [o.token_ids for o in llm.generate(PROMPTS[:2], params)]
         large, small = (llm.add_request(prompt, each) for prompt, each in zip(PROMPTS, params, strict=False))
-        monkeypatch.setattr(hal.engine.llm, "make_executor", fewer)
+        monkeypatch.setattr(hal.engine.executor_start, "make_executor", fewer)
         for _ in range(2):
             with pytest.raises(CapacityError, match=f"^request {large}: the KV cache is too small"):
                 llm.restart()
@@ -290,7 +291,7 @@ def test_a_restart_that_lacks_room_keeps_the_requests(monkeypatch: pytest.Monkey
         llm.restart()
         assert {o.request_id: o.token_ids for o in drain(llm)} == dict(zip((large, small), expected, strict=True))
         again = llm.add_request(PROMPTS[0], params[0])
-        monkeypatch.setattr(hal.engine.llm, "make_executor", fewer)
+        monkeypatch.setattr(hal.engine.executor_start, "make_executor", fewer)
         small = llm.add_request(PROMPTS[1], params[1])
         with pytest.raises(CapacityError):
             llm.restart()
@@ -378,7 +379,7 @@ def test_every_output_is_handed_out_once(calls: list[str], seed: int) -> None:
                 wanted.discard(max(aborted))
             elif call == "restart":
                 llm.restart()
-            assert len(llm._kept) <= len(wanted)
+            assert len(llm.requests.grown) <= len(wanted)
         streams.clear()
         gc.collect()
         done += [o.request_id for o in drain(llm)]

@@ -44,7 +44,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
 
 
 def is_clean(llm: LLM) -> bool:
-    while llm._pending:
+    while llm.core.pending:
         llm.step()
     scheduler = llm.scheduler
     return not (llm.unfinished or scheduler.unfinished or any(scheduler.blocks.refs))

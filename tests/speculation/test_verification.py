@@ -73,7 +73,7 @@ def test_several_ranks_give_the_same(plain: tuple[list[Any], Any], options: dict
     """With one control-plane message a round, whatever the number of drafts is."""
     with LLM(device="null", **{**SMALL, **ORACLE, "speculative_tokens": 8}, **options) as llm:
         plane, sent, drafted = llm.executor._worker.plane, list[int](), set[int]()
-        broadcast, submit, speculation = plane.broadcast, llm.executor.execute_model, llm._speculation
+        broadcast, submit, speculation = plane.broadcast, llm.executor.execute_model, llm.core.speculation
         plane.broadcast = lambda parts: (sent.append(1), broadcast(parts))[1]
 
         def execute(request: Any, **how: Any) -> Any:

@@ -64,6 +64,6 @@ def test_ranks_measure_the_rounds_that_their_runner_names(monkeypatch: pytest.Mo
     monkeypatch.setattr(PagedModelRunner, "rounds", sizes)
     with LLM(device="cpu", max_num_seqs=2, speculative_tokens=2, **how) as llm:
         assert [(n, k) for n, k, _ in llm.executor.round_times] == sizes
-        assert llm._speculation is not None and sorted(llm._speculation._times) == [1, 2]
+        assert llm.core.speculation is not None and sorted(llm.core.speculation._times) == [1, 2]
         assert all(seconds > 0 for *_, seconds in llm.executor.round_times)
         assert [o.text for o in llm.generate(["37+85=", "999+1="])] == ["122", "1000"]

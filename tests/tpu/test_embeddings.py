@@ -49,7 +49,7 @@ def test_every_legal_step_has_a_shape(tmp_path: Path, monkeypatch: pytest.Monkey
     path, generator = sentences.save("bert-mean", tmp_path), np.random.default_rng(0)
     with LLM(str(path), device="runners.tpu:backend", dtype="float32", max_num_seqs=7,
              max_num_batched_tokens=101) as llm:
-        steps, runner = llm._embedder.steps, llm.executor._worker.runner  # type: ignore[attr-defined, union-attr]
+        steps, runner = llm.embedder.steps, llm.executor._worker.runner  # type: ignore[attr-defined, union-attr]
         for _ in range(200):
             texts = [[5] * n for n in generator.integers(1, 49, generator.integers(1, 30)).tolist()]
             for batch in steps._batches(texts):

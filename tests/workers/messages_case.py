@@ -51,7 +51,7 @@ def counted(mode: str, **options: Any) -> list[list[int]]:
             if mode == "steps":
                 llm.scheduler.steps = k
             else:
-                speculation: Any = llm._speculation
+                speculation: Any = llm.core.speculation
                 speculation.count, speculation._choose = k, lambda rows: None
             sent[0] = 0
             kinds.clear()
