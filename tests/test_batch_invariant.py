@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from dataclasses import replace
@@ -14,11 +15,16 @@ import torch
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig, Topology, WorkerConfig
 from hal.contracts.backend import load
+from hal.contracts.communicator import LocalCommunicator
 from hal.contracts.executor import make_executor
 from hal.engine.llm import LLM
 from hal.errors import BackendError, ConfigError
+from hal.models.layers import Build, Linear
 from hal.sampling.params import SamplingParams
-from runners.cpu.invariant import InvariantAttention
+from hal.weights import LinearSpec, Projection
+from hal.weights.eight_bits import EightBits
+from runners.cpu.invariant import InvariantAttention, InvariantOps
+from runners.cpu.ops import CpuOps
 
 # Wide enough that threads share tensors, with a size that no vector's length divides, and one head for each key.
 SHAPE = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 432, "intermediate_size": 1390,
@@ -57,6 +63,22 @@ def test_random_mixes_with_two_threads(tmp_path: Path, dtype: str) -> None:
         assert dtype != "float32" or differences(tmp_path, 1, dtype=dtype) > 0
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "int4", "fp8"])
+def test_random_mixes_with_few_bit_weights(tmp_path: Path, scheme: str) -> None:
+    assert differences(tmp_path, 2, dtype="bfloat16", batch_invariant=True, quantize=scheme) == 0
+
+
+def test_inputs_that_share_a_scale_of_the_whole_step_are_refused() -> None:
+    layer = LinearSpec(64, (Projection("q_proj", 32),), "out")
+    for ops, inputs in ((InvariantOps(), "tensor"), (InvariantOps(), "token"), (CpuOps(), "tensor")):
+        build = Build(Topology(), LocalCommunicator(), ops, torch.float32, torch.device("cpu"),
+                      lambda name, inputs=inputs: EightBits("fp8", "tensor", inputs))
+        refused = pytest.raises(ConfigError, match="batch_invariant has no product for inputs that are rounded by one")
+        with refused if (type(ops), inputs) == (InvariantOps, "tensor") else contextlib.nullcontext():
+            Linear(build, layer, bias=False)
 
 
 @pytest.mark.parametrize("options", [{"tp": 4}, {"speculate": "ngram"}], ids=str)

@@ -24,6 +24,7 @@ from hal.weights.eight_bits import EightBits
 from hal.weights.gguf import GgufBlocks
 from hal.weights.groups import Awq, Gptq, Packed
 from runners.cpu import choice, compiled
+from runners.cpu.invariant import InvariantOps
 from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, GridWeight, Kernels, can_pack
 from runners.cpu.ops import CpuOps
 
@@ -123,6 +124,29 @@ def test_a_product_with_quantised_weights(scheme: Scheme) -> None:
                 assert isinstance(layer.packed, GridWeight), ops.described()
                 got = ops.linear(x, layer)
                 assert (got.double() - expected).abs().max() <= allowed * 1.2, (level, rows, inputs)
+
+
+OTHER_SCHEMES = [EightBits("fp8", "channel"), EightBits("fp8", "channel", "token"), EightBits("fp8", "block", "group"),
+                 EightBits("fp8", "tensor", "static"), GgufBlocks("Q4_K")]
+
+
+@pytest.mark.torch_release
+@pytest.mark.parametrize("scheme", [*SCHEMES, *OTHER_SCHEMES], ids=lambda s: f"{s.name}-{getattr(s, 'group', '')}")
+def test_a_row_has_the_same_bits_among_any_others(scheme: Scheme) -> None:
+    """With batch_invariant: alone, at each place among others, and with any number of threads."""
+    inputs = 256 if scheme in OTHER_SCHEMES else 832
+    for level, dtype in [*((level, torch.bfloat16) for level in LEVELS or [None]), (None, torch.float32)]:
+        ops = InvariantOps(Kernels(level))
+        layer = layer_of(scheme, inputs, 128, ops, dtype)
+        ops.pack_linear(layer)
+        rows = torch.randn(40, inputs).to(dtype) * torch.logspace(-2, 2, 40)[:, None].to(dtype)
+        torch.set_num_threads(1)
+        alone = torch.cat([ops.linear(row, layer) for row in rows.split(1)])
+        for count, threads in ((2, 1), (7, 2), (16, 3), (33, 1), (40, 2)):
+            torch.set_num_threads(threads)
+            order = torch.randperm(40)[:count]
+            got = ops.linear(rows[order], layer)
+            assert torch.equal(got, alone[order]), (level, count, threads)
 
 
 def test_inputs_that_are_not_finite_reach_every_output_of_a_quantised_weight() -> None:

@@ -75,7 +75,8 @@ class Build:
         """The scheme of a layer.
 
         Raises:
-            ConfigError: the device's operations cannot multiply by it.
+            ConfigError: the device's operations cannot multiply by it, or it mixes rows and the operations are
+                batch-invariant.
         """
         scheme, can = self.schemes(spec.name), self.ops.schemes  # projections of one layer have equal schemes
         if can is not None and scheme.name not in can:
@@ -83,6 +84,10 @@ class Build:
                               expected=f"one of the schemes of {type(self.ops).__name__}: {', '.join(can)}",
                               hint="take a checkpoint of dense weights, or another device: the cpu multiplies by "
                                    "every scheme")
+        if scheme.mixes_rows and self.ops.batch_invariant:
+            raise ConfigError("batch_invariant has no product for inputs that are rounded by one scale of the whole step",
+                              got=f"{scheme.name!r} of {spec.name}", expected="a scale for each token, or stored scales",
+                              hint="run this checkpoint without batch_invariant")
         return scheme
 
 

@@ -29,9 +29,12 @@ class Ops:
         schemes: names of the weight schemes that `linear` multiplies by; None: all of them. A model with another scheme
             is refused when it is built. A subclass with a `linear` of its own takes dense weights alone unless it
             declares its schemes.
+        batch_invariant: a token's results depend on no other token of the step, so a scheme that mixes rows is refused
+            when a model is built.
     """
 
     schemes: tuple[str, ...] | None = None
+    batch_invariant = False
     traced = False  # a step is traced, so no value of a tensor can be looked at
 
     def __init_subclass__(cls) -> None:

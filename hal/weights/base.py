@@ -154,6 +154,11 @@ class Scheme(abc.ABC):
     ignored: tuple[str, ...] = ()
     on_load: bool = False
 
+    @property
+    def mixes_rows(self) -> bool:
+        """A row's product depends on the other rows of the step, as with one scale for all of them."""
+        return False
+
     @abc.abstractmethod
     def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
         """The tensors of this layer's weight; the bias, which every layer has in the model's dtype, is not among them.

@@ -69,6 +69,10 @@ class GridScheme(Scheme):
     input_group: int = 128
     input_scale: str = "input_scale"
 
+    @property
+    def mixes_rows(self) -> bool:
+        return self.inputs == "tensor"
+
     @abc.abstractmethod
     def grid(self, layer: Linear) -> Grid: ...
 

@@ -26,6 +26,9 @@ _SERIAL = 32768  # elements below which PyTorch does not cut a tensor for its th
 
 
 class InvariantOps(CpuOps):
+    schemes = None
+    batch_invariant = True
+
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         n = len(x)
         if not n:

@@ -27,6 +27,7 @@ _QUERIES = 1024  # attended to at once, which bounds the memory of their parts
 
 class InvariantOps(CudaOps):
     schemes = None
+    batch_invariant = True
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         n = len(x)
