@@ -87,7 +87,8 @@ class Build:
         if scheme.mixes_rows and self.ops.batch_invariant:
             raise ConfigError("batch_invariant has no product for inputs that are rounded by one scale of the whole "
                               "step", got=f"{scheme.name!r} of {spec.name}",
-                              expected="a scale for each token, or stored scales", hint="run this checkpoint without batch_invariant")
+                              expected="a scale for each token, or stored scales",
+                              hint="run this checkpoint without batch_invariant")
         return scheme
 
 
