@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,20 @@ def test_warmup_and_sizes(checkpoint: Checkpoint) -> None:
     assert isinstance(runner.dummy_input(3, 1), CpuModelInput)
     engine = runner.config.engine
     assert runner.reserve_bytes() > engine.max_num_batched_tokens * runner.config.model.hidden_size * 4
+
+
+def test_the_cache_takes_memory_only_where_it_is_written(checkpoint: Checkpoint) -> None:
+    runner, _ = make(checkpoint("llama3-gqa"))
+    before = _resident()
+    caches = runner.make_kv_caches(GIB // runner.kv_bytes_per_block())
+    assert sum(c.numel() * c.element_size() for c in caches) > 0.9 * GIB
+    runner.execute_model(runner.dummy_input(2, 3), caches)
+    assert _resident() - before < GIB // 8
+
+
+def _resident() -> int:
+    """Bytes of this process that lie in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_a_step_without_samples(checkpoint: Checkpoint) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -35,6 +38,13 @@ class CpuModelRunner(PagedModelRunner):
     def load_model(self, progress: Progress = no_progress) -> None:
         super().load_model(progress)
         logging.getLogger("hal").info(self.ops.described())
+
+    def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
+        """The system gives zeroed pages when they are first touched. `torch.zeros` writes all of them, which takes
+        seconds, and drops files from memory that the next start would have found there."""
+        return [torch.frombuffer(mmap.mmap(-1, math.prod(shape) * self.kv_dtype.itemsize, mmap.MAP_PRIVATE
+                                           | mmap.MAP_ANONYMOUS), dtype=self.kv_dtype).view(shape)
+                for shape in self.cache_shapes(num_blocks)]
 
 
 class CpuEmbeddingRunner(EmbeddingRunner):
