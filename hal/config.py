@@ -30,7 +30,7 @@ _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_toke
              "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
              "draft_tp": 1, "max_adapters": 0, "max_adapter_rank": 1}  # and the smallest value of each
 _OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling", "speculate",
-             "draft_model", "chat_template")  # may be None
+             "draft_model", "chat_template", "itl_target_ms")  # may be None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,9 @@ class EngineConfig:
         max_model_len: longest prompt + output in tokens; None takes the model's context length, or what the KV cache
             holds where that is less and num_blocks is None.
         max_num_seqs: sequences in one step. max_num_batched_tokens: tokens in one step (longer prompts are chunked).
+        itl_target_ms: milliseconds between two tokens of a sequence that chunks of prompts shall not exceed: while
+            sequences decode, a step takes as many prompt tokens as its expected time allows, and at least block_size.
+            None bounds nothing. Only with pp=1, and not with wire="none".
         block_size: tokens per KV block. num_blocks: KV blocks; None sizes them from kv_cache_bytes, the bytes
             that each rank gives its KV cache, or else from free memory * memory_fraction.
         num_cpu_blocks: host blocks that preempted sequences are swapped to; 0 recomputes them instead.
@@ -104,6 +107,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    itl_target_ms: float | None = None
     block_size: int = 16
     num_blocks: int | None = None
     num_cpu_blocks: int = 0
@@ -141,7 +145,7 @@ class EngineConfig:
         self._take("seed", (int,), "a 64-bit integer", -(2**63), 2**63 - 1)
         if not (isinstance(self.steps_per_message, str) and self.steps_per_message == "auto"):
             self._take("steps_per_message", (int,), f'an integer from 1 to {MOST_STEPS}, or "auto"', 1, MOST_STEPS)
-        for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0)):
+        for name, high in (("memory_fraction", 1.0), ("heartbeat", 86400.0), ("itl_target_ms", 86400e3)):
             self._take(name, (int, float), f"a number above 0, up to {high:g}", math.ulp(0.0), high)
         for name in ("prefix_caching", "batch_invariant", "expert_loads", "graphs", "random_weights",
                      "trust_remote_code", "async_scheduling"):
@@ -174,6 +178,10 @@ class EngineConfig:
                               got=f"steps_per_message={self.steps_per_message}, pp={self.pp}",
                               expected='steps_per_message=1 or "auto", or pp=1',
                               hint="tp divides a model without stages")
+        if self.itl_target_ms is not None and (self.pp > 1 or self.wire == "none"):
+            raise ConfigError("itl_target_ms bounds steps by the times that one scheduler measures for whole steps",
+                              got=f"pp={self.pp}, wire={self.wire!r}", expected="pp=1, and a wire policy with messages",
+                              hint="max_num_batched_tokens bounds a step in any layout")
         if self.expert_loads and self.pp > 1:
             raise ConfigError("expert_loads counts on the driver's stage, which has some of the layers",
                               got=f"expert_loads=True, pp={self.pp}", expected="pp=1")

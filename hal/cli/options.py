@@ -27,6 +27,7 @@ ENGINE_HELP = {
     "max_model_len": "longest prompt + output in tokens",
     "max_num_seqs": "sequences in one step",
     "max_num_batched_tokens": "tokens in one step; longer prompts are cut into chunks",
+    "itl_target_ms": "milliseconds between two tokens of a sequence that chunks of prompts shall not exceed",
     "block_size": "tokens per KV block",
     "num_blocks": "KV blocks",
     "num_cpu_blocks": "KV blocks on the host, for preempted sequences; 0 recomputes them",
@@ -57,7 +58,7 @@ ENGINE_HELP = {
     "model_impl": "a definition of hal, or transformers' modelling code",
 }
 _UNSET = {"chat_template": "the checkpoint's", "quantize": "all", "speculate": "nothing", "draft_model": "none",
-         "max_model_len": "the model's context, or what memory holds",
+         "max_model_len": "the model's context, or what memory holds", "itl_target_ms": "none",
          "num_blocks": "from free memory", "kv_cache_bytes": "from free memory",
          "model": "the bundled model, which adds numbers below 1,000",
          "async_scheduling": "where the device gains from it"}

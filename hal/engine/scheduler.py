@@ -1,7 +1,8 @@
 """The scheduler: continuous batching, chunked prefill, prefix caching and preemption.
 
 Policy. A step takes, within max_num_batched_tokens, first every running sequence with one token to compute (decodes),
-then chunks of running prompts, then preempted and waiting sequences; in each group the oldest comes first. A sequence
+then chunks of running prompts, then preempted and waiting sequences; in each group the oldest comes first. With
+itl_target_ms, the chunks of a step beside decodes are bounded by their expected time (hal/engine/pace.py). A sequence
 starts when there are blocks for all its tokens, and takes another block when its tokens need one. If no block is free,
 the youngest sequences are preempted. Their KV cache is swapped to the host if there is room, or else computed again
 later. In both cases they leave their row and come back as new sequences. All sequences younger than the one that needs
@@ -10,8 +11,9 @@ a block are preempted before that one has to wait.
 
 from __future__ import annotations
 
+import time
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ import numpy as np
 
 from hal.config import AUTO_STEPS, EngineConfig
 from hal.engine.blocks import BlockManager
+from hal.engine.pace import Pace
 from hal.engine.request_output import FinishReason
 from hal.engine.scheduled_step import Changes, ScheduledStep
 from hal.engine.sequence import Sequence
@@ -33,7 +36,7 @@ _AGE = attrgetter("request_id")
 
 class Scheduler:
     """Args:
-        config: block_size, max_num_seqs, max_num_batched_tokens and prefix_caching are read.
+        config: block_size, max_num_seqs, max_num_batched_tokens, prefix_caching and itl_target_ms are read.
         num_blocks, num_cpu_blocks: device and host blocks.
         eos_token_ids: tokens that end a sequence, unless its params ignore them.
         depth: microbatches that may be in flight at once; running sequences are spread over them.
@@ -43,6 +46,7 @@ class Scheduler:
         steps: the most decode steps of one message. "auto" chooses while nothing waits: then a sequence that ends
             within them keeps no other from starting.
         has_row_states: layers keep a state per row (see Executor): no prefix is shared, and swaps move states too.
+        clock: seconds, by which itl_target_ms is kept.
 
     Attributes:
         waiting, running: sequences, oldest first.
@@ -52,7 +56,8 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, num_blocks: int, num_cpu_blocks: int = 0, *,
                  eos_token_ids: Iterable[int] = (), depth: int = 1, ahead: bool = False,
-                 steps: int | Literal["auto"] = 1, has_row_states: bool = False) -> None:
+                 steps: int | Literal["auto"] = 1, has_row_states: bool = False,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
         self.block_size, self.max_rows = config.block_size, config.max_num_seqs
         self.depth, self.ahead = depth, ahead
         self.steps, self._auto = AUTO_STEPS if steps == "auto" else steps, steps == "auto"
@@ -60,6 +65,8 @@ class Scheduler:
         self.prefix_caching = config.prefix_caching and not has_row_states
         self.num_blocks, self.num_cpu_blocks = num_blocks, num_cpu_blocks
         self.speculates = config.speculate is not None
+        target = config.itl_target_ms
+        self._pace = None if target is None else Pace(target / 1e3, config.block_size, clock)
         self._eos = np.array(sorted(eos_token_ids), np.int64)
         self.epoch = self.step = self.digest = 0
         self._issued: Any = None  # the last step's request
@@ -155,7 +162,10 @@ class Scheduler:
         wanted = rows[left == 1][:share]
         more = rows[left > 1] if len(wanted) < len(rows) else wanted[:0]
         decodes, grown = self._grow_all(rows, wanted, more) if self._several else (self._grow(wanted), more)
-        budget = self.max_num_batched_tokens - len(decodes)
+        budget, held = self.max_num_batched_tokens - len(decodes), 0
+        if self._pace is not None and (len(decodes) or np.count_nonzero(self.unknown[self._running_rows()])):
+            held = max(budget - self._pace.most(len(decodes)), 0)  # kept from prompts
+            budget -= held
         chunks: list[tuple[int, int]] = []
         if len(grown):
             for row in grown.tolist():
@@ -172,11 +182,13 @@ class Scheduler:
                 budget -= chunks[-1][1]
         if not len(decodes) and not chunks:
             return None
-        drafts = self._drafts(decodes, budget) if self.speculates else {}
+        drafts = self._drafts(decodes, budget + held) if self.speculates else {}
         gains = None
         if self.steps > 1 and not chunks and not (self._auto and self.waiting):
             gains = self._look_ahead(decodes)
         step = self._issue(decodes, chunks, drafts, gains)
+        if self._pace is not None:
+            self._pace.begin(len(decodes) if gains is None else 0, sum(count for _, count in chunks))
         self.blocks.release(pinned)
         return step
 
@@ -193,6 +205,8 @@ class Scheduler:
             StateError: the number of tokens is not that of the sampled sequences, or a sequence gained several tokens
                 while it may already run again (`ahead`).
         """
+        if self._pace is not None:
+            self._pace.end()
         rows, tokens = step.sampled_rows, token_ids.astype(np.int64)
         fits = tokens.shape == rows.shape if counts is None else counts.shape == rows.shape and not self.ahead
         if step.gains is not None:
