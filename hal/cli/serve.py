@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hal.cli import options, streams
 from hal.config import BUNDLED_MODEL
 from hal.errors import ConfigError
+from hal.serve.tools import FORMATS
 
 if TYPE_CHECKING:
     from hal.serve.app import Server
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-adapter-loading", action="store_true",
                        help="clients may load and unload adapters (/v1/load_lora_adapter), for which the server reads "
                             "directories that they name; needs --max-adapters")
+    group.add_argument("--tool-parser", choices=("auto", *FORMATS, "none"), default="auto",
+                       help="how the model writes tool calls; auto: as its chat template says; none: they stay text")
     group.add_argument("--max-requests", type=options.positive, default=1024, metavar="N",
                        help="requests at a time; others get 429 (default: 1024)")
     group.add_argument("--max-body", type=options.positive, default=8 << 20, metavar="BYTES",
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             options.load_adapters(engine.llm, args)  # no request has come yet
             server = Server(engine, name, api_key=args.api_key,
                             limits=Limits(requests=args.max_requests, body=args.max_body),
-                            adapter_loading=args.allow_adapter_loading)
+                            adapter_loading=args.allow_adapter_loading, tool_parser=args.tool_parser)
             return asyncio.run(_serve(server, listener, args.drain_seconds))
         finally:
             engine.close()

@@ -6,7 +6,8 @@ from typing import Any
 
 from hal.errors import CapacityError, HalError, ModelLoadError, RequestError
 from hal.serve.async_llm import AsyncLLM
-from hal.serve.protocol import ApiError, Reader, as_api_error
+from hal.serve.errors import ApiError
+from hal.serve.protocol import Reader, as_api_error
 
 
 async def load(engine: AsyncLLM, base: str, body: Any) -> str:

@@ -9,6 +9,7 @@ from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput, TokenLogprob
 from hal.engine.text import TokenBytes
 from hal.serve.protocol import Call
+from hal.serve.tools import CallReader
 
 
 class Answer:
@@ -21,6 +22,7 @@ class Answer:
     def __init__(self, llm: LLM, call: Call, index: int, chat: bool) -> None:
         self.llm, self.call, self.index, self.chat = llm, call, index, chat
         self.output: RequestOutput | None = None
+        self._calls = None if call.tools.form is None else CallReader(call.tools)
         self._text = self._tokens = self._offset = 0  # of which chunks have been made
 
     def chunk(self, output: RequestOutput) -> dict[str, Any] | None:
@@ -34,16 +36,21 @@ class Answer:
             text = self._prompt_text(output) + text
             known = [] if output.prompt_logprobs is None else output.prompt_logprobs
             logprobs = [*(each or TokenLogprob(prompt[0], float("nan"), 0) for each in known), *logprobs]
+        calls = list[dict[str, Any]]()
+        if self._calls is not None:
+            text, calls = self._calls.read(text, output.finish_reason is not None)
         bare = tokens if self.llm.tokenizer is None else []  # then nothing but token ids can be shown
-        if not (text or bare or logprobs or first or output.finish_reason):
+        if not (text or calls or bare or logprobs or first or output.finish_reason):
             return None
         choice: dict[str, Any] = {"index": self.index}
         if self.chat:
-            choice["delta"] = {"role": "assistant", "content": text} if first else {"content": text}
+            choice["delta"] = {**({"role": "assistant"} if first else {}), **({"tool_calls": calls} if calls else {}),
+                               "content": text if text or not calls else None}
         else:
             choice["text"] = text
         choice["logprobs"] = None if self.call.top is None else self._logprobs(logprobs)
-        choice["finish_reason"] = output.finish_reason
+        called = self._calls is not None and self._calls.count and output.finish_reason == "stop"
+        choice["finish_reason"] = "tool_calls" if called else output.finish_reason
         if bare:
             choice["token_ids"] = bare
         if output.stop_reason is not None:
@@ -56,6 +63,8 @@ class Answer:
         assert choice is not None
         if self.chat:
             choice["message"] = choice.pop("delta")
+            for call in choice["message"].get("tool_calls", ()):
+                del call["index"]
         return choice
 
     def _prompt_text(self, output: RequestOutput) -> str:

@@ -32,15 +32,9 @@ from hal.sampling.params import SamplingParams
 from hal.serve import adapters
 from hal.serve.answers import Answer, usage
 from hal.serve.async_llm import AsyncLLM
+from hal.serve.errors import ApiError
 from hal.serve.metrics import Metrics
-from hal.serve.protocol import (
-    ApiError,
-    Call,
-    as_api_error,
-    read_chat,
-    read_completion,
-    read_embedding,
-)
+from hal.serve.protocol import Call, as_api_error, read_chat, read_completion, read_embedding
 
 _log = logging.getLogger("hal.serve")
 _ID = re.compile(r"[!-~]{1,128}")  # a request's id that is safe in a log and in a header
@@ -71,13 +65,16 @@ class Server:
     Args:
         name: of the base model, for clients. api_key: what clients must send to /v1; None: nothing.
         adapter_loading: clients may load adapters from directories of the server, and unload them.
+        tool_parser: the form of the model's tool calls, a key of hal.serve.tools.FORMATS; "auto": the one of which its
+            chat template speaks; "none": calls stay text.
 
     Raises:
         ConfigError: an adapter has the name of the base model, or adapters are to be loaded where there is no slot.
     """
 
     def __init__(self, engine: AsyncLLM, name: str, *, api_key: str | None = None,
-                 limits: Limits | None = None, adapter_loading: bool = False) -> None:
+                 limits: Limits | None = None, adapter_loading: bool = False,
+                 tool_parser: str = "auto") -> None:
         if name in engine.adapters:
             raise ConfigError("an adapter has the name of the base model", got=repr(name), expected="two names",
                               hint="--served-model-name names the base model")
@@ -85,6 +82,7 @@ class Server:
             raise ConfigError("adapters are to be loaded, and the engine has no slots for them", got="max_adapters=0",
                               expected="--max-adapters N beside --allow-adapter-loading")
         self.engine, self.name, self.api_key, self.adapter_loading = engine, name, api_key, adapter_loading
+        self.tool_parser = tool_parser
         self.limits, self.metrics, self.active = limits or Limits(), Metrics(), 0
         routes = [Route("/v1/completions", partial(self.generate, chat=False), methods=["POST"]),
                   Route("/v1/chat/completions", partial(self.generate, chat=True), methods=["POST"]),
@@ -99,7 +97,7 @@ class Server:
 
     async def generate(self, request: Request, chat: bool) -> Response:
         body, llm = await self._body(request), self.engine.llm
-        call, template = read_chat(body, llm) if chat else (read_completion(body, llm), None)
+        call, template = read_chat(body, llm, self.tool_parser) if chat else (read_completion(body, llm), None)
         call = call.with_adapter(self._adapter(call.model))
         if template is not None:
             try:

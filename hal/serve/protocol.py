@@ -1,4 +1,4 @@
-"""OpenAI's requests as prompts and SamplingParams, and errors in OpenAI's form."""
+"""OpenAI's requests as prompts and SamplingParams."""
 
 from __future__ import annotations
 
@@ -10,34 +10,20 @@ from typing import Any
 
 from hal.engine.llm import LLM
 from hal.engine.prompts import Prompt, samples
+from hal.engine.text import TokenBytes
 from hal.errors import CapacityError, HalError, RequestError, StateError
-from hal.sampling.params import SamplingParams
+from hal.sampling.params import GRAMMARS, SamplingParams
+from hal.serve.errors import ApiError
+from hal.serve.tools import Tools, format_of, read_tools, readable_calls
 
 # prompt_logprobs are asked for by echo with logprobs.
 _PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"prompt_logprobs"}
 _BOTH = frozenset(("model", "stream", "stream_options", "user"))  # "user" says for whom; it has no effect
 _COMPLETION = _PARAMS | _BOTH | {"prompt", "echo", "best_of", "suffix"}
-_CHAT = _PARAMS | _BOTH | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens",
-                           "response_format", "chat_template_kwargs"}
+_CHAT = _PARAMS | _BOTH | {"messages", "tools", "tool_choice", "parallel_tool_calls", "top_logprobs",
+                           "max_completion_tokens", "response_format", "chat_template_kwargs"}
 _EMBEDDING = frozenset(("model", "input", "encoding_format", "dimensions", "user", "prompt_name", "truncate"))
 _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
-
-
-class ApiError(Exception):
-    """A response with an error.
-
-    Args:
-        status: of HTTP. param: the name of the parameter at fault. code: OpenAI's, for programs to compare.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def as_api_error(error: HalError, prompt: str = "prompt") -> ApiError:
@@ -55,7 +41,7 @@ class Call:
     Attributes:
         prompts: of completions; for chat there is one, which `messages` makes. params: of each choice of a prompt.
         echo: the text begins with the prompt. top: the number of most likely tokens to report; None: no logprobs.
-        usage: a stream ends with the numbers of tokens.
+        usage: a stream ends with the numbers of tokens. tools: of chat.
     """
 
     model: str
@@ -65,6 +51,7 @@ class Call:
     usage: bool = False
     echo: bool = False
     top: int | None = None
+    tools: Tools = dataclasses.field(default_factory=Tools)
 
     @property
     def jobs(self) -> list[tuple[Prompt, SamplingParams]]:
@@ -128,14 +115,15 @@ def read_completion(body: Any, llm: LLM) -> Call:
     return _call(reader, llm, prompt if several else [prompt], top, echo)
 
 
-def read_chat(body: Any, llm: LLM) -> tuple[Call, dict[str, Any]]:
+def read_chat(body: Any, llm: LLM, tool_parser: str) -> tuple[Call, dict[str, Any]]:
     """A call without prompts, and the arguments of `LLM.chat_ids`. Raises ApiError."""
     reader = Reader(body, _CHAT)
     messages = reader.take("messages", list)
     if not messages:
         raise ApiError(400, "messages is missing or empty", "messages")
-    tools, choice = reader.take("tools", list), reader.values.get("tool_choice")
-    reader.refuse("tool_choice", "the model decides itself whether it calls a tool", "auto", "none")
+    template = None if llm.tokenizer is None else llm.tokenizer.chat_template
+    tools = read_tools(reader.take("tools", list), reader.take("tool_choice", (str, dict)),
+                       reader.take("parallel_tool_calls", bool, True), format_of(tool_parser, template))
     values = reader.values
     most = reader.take("max_completion_tokens", int)
     if most is not None:
@@ -146,9 +134,17 @@ def read_chat(body: Any, llm: LLM) -> tuple[Call, dict[str, Any]]:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
     if (form := reader.take("response_format", dict)) is not None:
         values.update(_constraint(form, values))
-    template = {"messages": [_message(each) for each in messages], "tools": None if choice == "none" else tools,
-                "options": reader.take("chat_template_kwargs", dict, {})}
-    return _call(reader, llm, [], (top or 0) if wanted else None, False), template
+    if tools.schema is not None:
+        if any(kind in values for kind in GRAMMARS):
+            raise ApiError(400, "tool_choice says what the output is, and so does another parameter of the request",
+                           "tool_choice")
+        values["json_schema"] = tools.schema
+    if tools.form is not None and template is not None and tools.form.marker in TokenBytes.of(llm.tokenizer).hidden:
+        values["skip_special_tokens"] = False  # a text that hides the marker would not show that it is a call
+    options = reader.take("chat_template_kwargs", dict, {})
+    call = _call(reader, llm, [], (top or 0) if wanted else None, False)
+    return dataclasses.replace(call, tools=tools), {
+        "messages": [_message(each) for each in messages], "tools": tools.shown, "options": options}
 
 
 def _constraint(form: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -172,10 +168,10 @@ def _message(message: Any) -> Any:
         raise ApiError(400, "a message is not an object with a role", "messages")
     content = message.get("content")
     if not isinstance(content, list):
-        return message
+        return readable_calls(message)
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         raise ApiError(400, "a message has a part that is not text", "messages", "unsupported_value")
-    return {**message, "content": "".join(part["text"] for part in content)}
+    return readable_calls({**message, "content": "".join(part["text"] for part in content)})
 
 
 def _call(reader: Reader, llm: LLM, prompts: list[Prompt], top: int | None, echo: bool) -> Call:

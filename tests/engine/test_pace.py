@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hal import LLM, SamplingParams
@@ -83,7 +83,7 @@ class Device:
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(step=st.floats(0.0005, 0.02), decode=st.floats(0, 0.0003), token=st.floats(2e-6, 0.0005),
        noise=st.sampled_from((0.0, 0.05, 0.2)), pause=st.sampled_from((0.0, 0.3)), room=st.floats(1.1, 4.0),
        ahead=st.booleans())

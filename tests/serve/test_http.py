@@ -174,7 +174,7 @@ def test_structured_output(here: Serving) -> None:
     ("chat/completions", {"messages": ["hello"]}, "messages", "role"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "not text"),
     ("chat/completions", {"messages": USER, "top_logprobs": 1}, "top_logprobs", "logprobs"),
-    ("chat/completions", {"messages": USER, "tool_choice": "required"}, "tool_choice", "decides"),
+    ("chat/completions", {"messages": USER, "tool_choice": "required"}, "tool_choice", "with tools"),
     ("chat/completions", {"messages": USER}, "messages", "no chat template"),
     ("embeddings", {"input": "1"}, "input", "makes no embeddings"),
     ("embeddings", {}, "input", "missing"),
