@@ -9,7 +9,7 @@ import numpy as np
 
 _KEPT = 0.98  # of the weight of the earlier steps, with each new one
 _PRIOR = 1.0  # weight of the costs so far, in steps of one token: they stay where the steps say nothing about them
-_MARGIN = 3.0  # mean errors of the prediction that are kept free below the target
+_MARGIN = 3.0  # mean errors of the expectation, as a share of it, that are kept free below the target
 _GAIN = 0.1  # of the newest error in the mean error
 
 
@@ -39,7 +39,7 @@ class Pace:
     def most(self, decodes: int) -> int:
         """Prompt tokens that a step beside so many decodes may take."""
         step, decode, token = self._costs.tolist()
-        room = self._target - _MARGIN * self._error - step - decode * decodes
+        room = self._target / (1 + _MARGIN * self._error) - step - decode * decodes
         return max(min(int(room / token), 2 * self._most), self._floor)
 
     def begin(self, decodes: int, tokens: int) -> None:
@@ -55,7 +55,7 @@ class Pace:
         step = np.array([1.0, decodes, tokens])
         expected = float(self._costs @ step)
         seconds = min(self._ended - begun, 2 * max(expected, self._target))
-        self._error += _GAIN * (min(abs(seconds - expected), self._target) - self._error)
+        self._error += _GAIN * (abs(seconds - expected) / max(seconds, expected) - self._error)
         self._squares = _KEPT * self._squares + np.outer(step, step)
         self._products = _KEPT * self._products + step * seconds
         costs = np.linalg.solve(self._squares + _PRIOR * np.eye(3), self._products + _PRIOR * self._costs)

@@ -162,7 +162,7 @@ def test_required_and_named_choices_constrain_the_output(here: Serving, template
     assert name == "get_weather" and arguments in weather
     assert named.finish_reason == "tool_calls" and named.message.content is None
     required = ask(here, template, tool_choice="required", max_tokens=900)
-    assert called(required) and all(name == "add" and arguments == {"a": 1} or arguments in weather
+    assert called(required) and all((name == "add" and arguments == {"a": 1}) or arguments in weather
                                     for name, arguments in called(required)) and not required.message.content
     one = ask(here, template, tool_choice="required", parallel_tool_calls=False, tools=[NOW])
     assert called(one) == [("now", {})]
