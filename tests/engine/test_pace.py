@@ -111,6 +111,20 @@ def test_the_target_holds_where_it_can_be_held_and_its_room_is_used(
     assert pause or could < 3000 or used > 0.6 * could
 
 
+def test_a_chunk_at_most_doubles_and_a_step_is_not_charged_for_the_one_before_it() -> None:
+    now = 0.0
+    pace = Pace(0.010, BLOCK, lambda: now)
+    found = []
+    pace.begin(4, 0)
+    for _ in range(40):
+        found.append(pace.most(4))
+        pace.begin(4, found[-1])  # ahead: before the step before has ended
+        now += 0.004 + 0.00001 * found[-2] if len(found) > 1 else 0.004
+        pace.end()
+    assert all(b <= 2 * a for a, b in zip(found, found[1:], strict=False)) and found[:3] == [16, 16, 32]
+    assert 400 < found[-1] <= 600  # of 600
+
+
 @pytest.mark.parametrize(("options", "ahead"), [
     ({}, False), ({"noise": 0.2, "pause": 0.1}, False), ({"token": 0.00001, "noise": 0.1}, True)])
 def test_a_scheduler_keeps_the_target(options: dict[str, float], ahead: bool) -> None:
