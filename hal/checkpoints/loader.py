@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from hal.checkpoints.stored import HEAD, Stored, equal, locate, open_file, open_tensor, shown
 from hal.config import Topology, WorkerConfig
@@ -20,10 +19,9 @@ from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig
 from hal.models import build_model
 from hal.models.causal_lm import CausalLM
-from hal.models.experts import Experts
-from hal.models.layers import Linear
+from hal.models.layers import LinearWeight
 from hal.models.ops import Ops
-from hal.weights.sharding import ParameterSpec, StoredSlice, spec_of
+from hal.weights.sharding import ParameterSpec, StoredSlice, pieces, spec_of
 
 # Constants that older transformers saved beside the weights.
 _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|^h\.\d+\.attn\.(bias|masked_bias))$")
@@ -89,54 +87,49 @@ def load_weights(model: CausalLM, directory: str | Path, progress: Progress = no
     tensors = check_weights(model.config, directory) if checked is None else checked
     if model.config.tie_embeddings and model.topology.is_driver:  # all ranks read the same files, so one compares
         _refuse_other_head(tensors[f"{model.config.embedding_name}.weight"], locate(directory).get(HEAD))
-    work = [(p, s, at) for p in model.parameters() for s, at in _parts(p, model.topology)]
-    with ExitStack() as stack:
-        files: dict[Path, safe_open] = {}
-        for done, (parameter, source, at) in enumerate(work):
+    work = [(into, spec, s, at) for p in model.parameters() for into, spec in pieces(p)
+            for s, at in _parts(spec, model.topology)]
+    with _Files(tensors) as files:
+        for done, (into, spec, source, at) in enumerate(work):
             progress("loading weights", done, len(work))
-            stored = tensors[source.name]
-            if stored.path not in files:
-                files[stored.path] = stack.enter_context(open_file(stored.path, "pt"))
-            _fill(parameter, source, at, stored, files[stored.path], model.topology)
+            _fill(into, spec, source, at, *files.opened(source.name), model.topology)
     progress("loading weights", len(work), len(work))
-    _unpack(model, tensors, progress)
     _quantize(model, tensors, progress)
     model.pack()
 
 
-def _unpack(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress) -> None:
-    """Fill the experts that the checkpoint stores in fewer bits, one layer at a time."""
-    layers = [module for module in model.modules() if isinstance(module, Experts) and module.packed]
-    for done, layer in enumerate(layers):
-        progress("unpacking experts", done, len(layers))
-        layer.unpack({name: _filled(shape, spec, torch.uint8, layer.gate_up.device, tensors, model.topology)
-                      for name, (shape, spec) in layer.packed.items()})
-    if layers:
-        progress("unpacking experts", len(layers), len(layers))
+class _Files:
+    """The files of tensors, each opened when it is first needed and closed at the end of the context."""
 
+    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+        self.tensors, self.files, self.stack = tensors, dict[Path, safe_open](), ExitStack()
 
-def _filled(shape: tuple[int, ...], spec: ParameterSpec | None, dtype: torch.dtype, device: torch.device,
-            tensors: Mapping[str, Stored], topology: Topology) -> torch.Tensor:
-    """A tensor that is no parameter of the model, from the checkpoint."""
-    made = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
-    made.spec = spec  # type: ignore[attr-defined]
-    for source, at in _parts(made, topology):
-        stored = tensors[source.name]
-        with open_file(stored.path, "pt") as file:
-            _fill(made, source, at, stored, file, topology)
-    return made.data
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def opened(self, name: str) -> tuple[Stored, safe_open]:
+        stored = self.tensors[name]
+        if stored.path not in self.files:
+            self.files[stored.path] = self.stack.enter_context(open_file(stored.path, "pt"))
+        return stored, self.files[stored.path]
 
 
 def _quantize(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress) -> None:
     """Make the tensors of layers whose scheme is `on_load`. One dense weight exists at a time, and its file is mapped
     into memory for as long."""
-    layers = [module for module in model.modules() if isinstance(module, Linear) and module.dense is not None]
+    layers = [module for module in model.modules() if isinstance(module, LinearWeight) and module.dense]
     for done, layer in enumerate(layers):
         progress("quantizing weights", done, len(layers))
-        shape, spec = layer.dense or ((), None)
-        dense = _filled(shape, spec, model.dtype, next(layer.parameters()).device, tensors, model.topology)
-        for name, value in layer.scheme.quantize(dense).items():
-            layer.get_parameter(name).data.copy_(value)
+        with _Files(tensors) as files:
+            for i, (shape, spec) in enumerate(layer.dense):
+                dense = torch.empty(shape, dtype=model.dtype, device=next(layer.parameters()).device)
+                for source, at in _parts(spec, model.topology):
+                    _fill(dense, spec, source, at, *files.opened(source.name), model.topology)
+                for name, value in layer.scheme.quantize(dense).items():
+                    layer.entry(name, i).copy_(value)
     if layers:
         progress("quantizing weights", len(layers), len(layers))
 
@@ -180,9 +173,9 @@ def load_model(config: WorkerConfig, communicator: Communicator, ops: Ops, dtype
     return model
 
 
-def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[StoredSlice, int]]:
-    """A parameter's sources, and where along the filled dimension each begins in it."""
-    at, spec = 0, spec_of(parameter)
+def _parts(spec: ParameterSpec, topology: Topology) -> Iterator[tuple[StoredSlice, int]]:
+    """A tensor's sources, and where along the filled dimension each begins in it."""
+    at = 0
     axis = topology.axis(spec.mesh_axis)
     for source in spec.sources:
         yield source, at
@@ -193,12 +186,12 @@ def _parts(parameter: nn.Parameter, topology: Topology) -> Iterator[tuple[Stored
 def _expected(config: ModelConfig) -> tuple[dict[str, _Expected], set[str]]:
     """All stored tensors that the whole model reads, and the names of others that may be there without effect."""
     whole = build_model(config, Topology(), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
-    linears = [m for m in whole.modules() if isinstance(m, Linear)]
-    ignored = {f"{p.name}.{name}" for m in linears for p in m.spec.projections for name in m.scheme.ignored}
-    expected = {s.name: _Expected(s, p.dtype) for p in whole.parameters() for s in spec_of(p).sources}
-    expected |= {s.name: _Expected(s, torch.float32) for m in linears if m.dense for s in m.dense[1].sources}
-    packed = [spec for m in whole.modules() if isinstance(m, Experts) for _, spec in m.packed.values()]
-    expected |= {s.name: _Expected(s, torch.uint8) for spec in packed for s in spec.sources}
+    linears = [m for m in whole.modules() if isinstance(m, LinearWeight)]
+    ignored = {f"{name}.{tensor}" for m in linears if m.scheme.ignored for name in m.names()
+               for tensor in m.scheme.ignored}
+    expected = {s.name: _Expected(s, p.dtype) for p in whole.parameters() for _, spec in pieces(p)
+                for s in spec.sources}
+    expected |= {s.name: _Expected(s, torch.float32) for m in linears for _, spec in m.dense for s in spec.sources}
     return expected, ignored.union(whole.ignored)
 
 
@@ -249,9 +242,8 @@ def _at(stored: Stored) -> str:
     return f"the tensor {stored.name!r} in {stored.path.name}"
 
 
-def _fill(parameter: nn.Parameter, source: StoredSlice, at: int, stored: Stored, file: safe_open,
+def _fill(into: torch.Tensor, spec: ParameterSpec, source: StoredSlice, at: int, stored: Stored, file: safe_open,
           topology: Topology) -> None:
-    spec, into = spec_of(parameter), parameter.data
     first, last = source.local(topology.axis(spec.mesh_axis))
     tensor = open_tensor(file, stored)
     try:

@@ -71,12 +71,6 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
 
         return TransformersModel(config, build).eval()
     check_topology(config, topology)
-    if (experts := config.experts) is not None and experts.layers:
-        found = build.schemes(f"layers.{experts.layers[0]}.mlp.experts.0.up_proj")
-        if found.name != "dense" and not found.on_load:
-            raise ConfigError("experts of a mixture are dense here", got=f"experts of the scheme {found.name!r}",
-                              expected="a checkpoint whose experts are not quantised",
-                              hint="take a dense checkpoint; quantize= then rounds the other layers")
     if config.eagle is not None:
         from hal.models.eagle3 import Eagle3
 

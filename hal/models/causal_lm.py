@@ -14,6 +14,7 @@ from hal.contracts.cache import LayerCache, RowState
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models.attention import SelfAttention, local_heads
+from hal.models.experts import Experts
 from hal.models.latent import LatentAttention
 from hal.models.layers import Build, Head, Linear, VocabEmbedding
 from hal.schema import Array
@@ -115,9 +116,11 @@ class CausalLM(nn.Module, abc.ABC):
                                     for spec, factor in zip(self.attention_specs, factors, strict=True)]
 
     def pack(self) -> None:
-        """Let the device rearrange the weights after they are filled (see Ops.pack_linear)."""
+        """Let the device rearrange the weights after they are filled (see Ops.pack_linear and pack_experts)."""
         for module in self.modules():
             if isinstance(module, (SelfAttention, LatentAttention)):
                 module.arrange()
             if isinstance(module, Linear):
                 self.ops.pack_linear(module)
+            if isinstance(module, Experts) and module.few_bits:
+                self.ops.pack_experts(module)

@@ -7,18 +7,22 @@ and with them those of an MLP that computes every token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hal.errors import ConfigError
+from hal.config import Topology
 from hal.model_config import ModelConfig
+from hal.models.expert_weights import ExpertWeight, Storage, every_expert
 from hal.models.layers import Build
 from hal.models.mlp import GatedMLP, apply_norm
-from hal.weights.mxfp4 import BLOCK, decoded
+from hal.weights import LinearSpec, Projection
+from hal.weights.dense import DENSE
+from hal.weights.formats import mergeable
 from hal.weights.sharding import ParameterSpec, StoredSlice
 
 if TYPE_CHECKING:
@@ -75,13 +79,17 @@ class Experts(nn.Module):
             has the second.
         router: [all experts, hidden]. router_bias, correction: [all experts], or None.
         shared: the MLP that computes every token, or None; shared_gate: [1, hidden], or None.
-        packed: shapes and declarations of uint8 tensors that the checkpoint stores in place of the weights; the loader
-            fills them and calls `unpack`.
+        few_bits: whether the weights are stored in few bits. Then `layers` takes the place of gate_up and down. It has
+            ExpertWeights: the experts' gate and up, as one or, where their schemes differ, as two, and then their down.
+        stored: where the checkpoint has the experts.
         loads, place: where choices are counted, and the number of this layer there; None where nobody counts.
     """
 
     loads: ExpertLoads | None = None
     place: int
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    layers: Sequence[ExpertWeight]
 
     def __init__(self, config: ModelConfig, build: Build, name: str, names: ExpertNames) -> None:
         super().__init__()
@@ -94,15 +102,14 @@ class Experts(nn.Module):
         wide = torch.float32 if e.wide else None
         self.router = build.replicated(f"{name}.{names.router}.weight", e.count, c.hidden_size, dtype=wide)
         self.router_bias = self.correction = None
-        self.packed: dict[str, tuple[tuple[int, ...], ParameterSpec]] = {}
         self.gate_up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
         if e.sigmoid:
             self.correction = build.replicated(f"{name}.{names.router}.e_score_correction_bias", e.count,
                                                dtype=torch.float32)
-        in_four_bits = names.parts is None and (c.quantization or {}).get("quant_method") == "mxfp4"
-        (self._hold_packed if in_four_bits else self._hold)(
-            build, f"{name}.experts", names.parts, e.size, place * self.size, c.hidden_size)
+        stacked = (c.quantization or {}).get("quant_method") == "gguf"
+        self.stored = Storage(f"{name}.experts", names.parts, e.count, stacked)
+        self._hold(build, Topology(cut, 1, place), c.hidden_size)
         if e.bias:
             self.router_bias = build.replicated(f"{name}.{names.router}.bias", e.count)
             self._hold_biases(build, f"{name}.experts", e.count, e.size, place * self.size, c.hidden_size)
@@ -112,55 +119,59 @@ class Experts(nn.Module):
         if e.shared_gate:
             self.shared_gate = build.replicated(f"{name}.{names.shared}_gate.weight", 1, c.hidden_size)
 
-    def _hold(self, build: Build, name: str, parts: tuple[str, str, str] | None, whole: int, start: int,
-              hidden: int) -> None:
-        """Declare the weights, of which a rank has the range of `size` from `start` on of an inner layer of `whole`."""
-        size, wide, back = self.size, list[StoredSlice](), list[StoredSlice]()
+    def _hold(self, build: Build, cut: Topology, hidden: int) -> None:
+        """Declare the weights of this rank's experts, each of which the ranks of `cut` share."""
+        gate, up, down = (self.stored.projection(self.first, place) for place in range(3))
+        ups = LinearSpec(hidden, (Projection(gate, self.config.size), Projection(up, self.config.size)), "out")
+        backs = LinearSpec(self.config.size, (Projection(down, hidden),), "in")
+        self.few_bits = any(build.schemes(name) is not DENSE for name in (gate, up, down))
+        if self.few_bits:
+            specs = [ups] if mergeable(ups, build.schemes) else [
+                dataclasses.replace(ups, projections=(p,)) for p in ups.projections]
+            mine = range(self.first, self.first + self.count)
+            self.layers = cast("Sequence[ExpertWeight]", nn.ModuleList(
+                ExpertWeight(build, spec, self.stored, place, mine, cut)
+                for spec, place in zip((*specs, backs), (*range(len(specs)), 2), strict=True)))
+            return
+        size, start, wide, back = self.size, cut.rank * self.size, list[StoredSlice](), list[StoredSlice]()
         for i in range(self.first, self.first + self.count):
-            if parts is None:
-                all_ = self.config.count
-                wide += [StoredSlice(f"{name}.gate_up_proj", (all_, hidden, 2 * whole), 2, size, start, transposed=True,
-                                     entry=i, step=2, offset=offset) for offset in (0, 1)]
-                back.append(StoredSlice(f"{name}.down_proj", (all_, whole, hidden), 1, size, start, entry=i))
-            else:
-                gate, up, down = (f"{name}.{i}.{part}.weight" for part in parts)
-                wide += [StoredSlice(part, (whole, hidden), 0, size, start) for part in (gate, up)]
-                back.append(StoredSlice(down, (hidden, whole), 1, size, start, transposed=True))
+            whole = StoredSlice("weight", (self.config.size, hidden), 0, size, start)
+            wide += [self.stored.locate(whole, place, i) for place in (0, 1)]
+            found = self.stored.locate(dataclasses.replace(whole, shape=(hidden, self.config.size), dim=1), 2, i)
+            back.append(dataclasses.replace(found, transposed=not found.transposed))
         rows = self.count * size
         self.gate_up = build.parameter((2 * rows, hidden), ParameterSpec(0, 0, tuple(wide)))
         self.down = build.parameter((rows, hidden), ParameterSpec(0, 0, tuple(back)))
 
-    def _hold_packed(self, build: Build, name: str, parts: tuple[str, str, str] | None, whole: int, start: int,
-                     hidden: int) -> None:
-        """As `_hold`, of a checkpoint in MXFP4. The weights are decoded when they are loaded, to the model's dtype."""
-        size, mine = self.size, range(self.first, self.first + self.count)
-        if size % BLOCK or hidden % BLOCK:
-            raise ConfigError("the ranks would cut a block of the experts' MXFP4 weights", got=f"{size} and {hidden}",
-                              expected=f"multiples of {BLOCK}", hint="choose another tp or ep")
-        for kind, inner in (("blocks", (BLOCK // 2,)), ("scales", ())):
-            stored = self.config.count, 2 * whole, hidden // BLOCK, *inner
-            wide = [StoredSlice(f"{name}.gate_up_proj_{kind}", stored, 1, size, start, entry=i, step=2, offset=offset)
-                    for i in mine for offset in (0, 1)]
-            stored = self.config.count, hidden, whole // BLOCK, *inner
-            back = [StoredSlice(f"{name}.down_proj_{kind}", stored, 2, size // BLOCK, start // BLOCK, entry=i)
-                    for i in mine]
-            below = 255 if kind == "scales" else None
-            self.packed[f"gate_up_{kind}"] = ((2 * self.count * size, hidden // BLOCK, *inner),
-                                              ParameterSpec(None, 0, tuple(wide), below))
-            self.packed[f"down_{kind}"] = ((hidden, self.count * size // BLOCK, *inner),
-                                           ParameterSpec(None, 1, tuple(back), below))
-        self.gate_up = build.parameter((2 * self.count * size, hidden), ParameterSpec(0, 0, ()))
-        self.down = build.parameter((self.count * size, hidden), ParameterSpec(0, 0, ()))
+    def biases(self) -> list[torch.Tensor | None]:
+        """[count, outputs] for each of `layers`; None where there is none."""
+        wide, back = self.gate_up_bias, self.down_bias
+        of_wide: list[torch.Tensor | None] = [None] * (len(self.layers) - 1)
+        if wide is not None:
+            of_wide = list(torch.split(wide.view(self.count, -1), [sum(w.outputs) for w in self.layers[:-1]], 1))
+        return [*of_wide, None if back is None else back.view(self.count, -1)]
 
-    def unpack(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Fill the weights from the tensors that `packed` declares."""
-        size, dtype = self.size, self.gate_up.dtype
-        for i in range(self.count):
-            rows = slice(2 * i * size, 2 * (i + 1) * size)
-            self.gate_up.data[rows] = decoded(values["gate_up_blocks"][rows], values["gate_up_scales"][rows], dtype)
-            part = slice(i * size // BLOCK, (i + 1) * size // BLOCK)
-            self.down.data[i * size:(i + 1) * size] = decoded(
-                values["down_blocks"][:, part], values["down_scales"][:, part], dtype).t()
+    def compute_one(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """x [n, hidden] -> [n, hidden], of this rank's expert with this index, whose weights are in few bits."""
+        ops = self.ops
+        *first, last = (w.expert(index, b) for w, b in zip(self.layers, self.biases(), strict=True))
+        inner = torch.cat([ops.linear(x, w) for w in first], -1) if len(first) > 1 else ops.linear(x, first[0])
+        inner = ops.silu_mul(inner) if self.config.limit is None else ops.expert_gated(inner, self.config.limit)
+        return ops.linear(inner, last)
+
+    def compute_every(self, x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        """See hal.models.expert_weights.every_expert."""
+        return every_expert(x, share, self.layers, self.biases(),
+                            lambda inner: self.ops.expert_gated(inner, self.config.limit))
+
+    def decode(self) -> None:
+        """Replace the weights in few bits by dense ones in the model's dtype."""
+        *first, last = self.layers
+        wide = torch.cat([w.decoded(i) for i in range(self.count) for w in first])
+        back = torch.cat([last.decoded(i).t() for i in range(self.count)])
+        self.gate_up, self.down = (nn.Parameter(x, requires_grad=False) for x in (wide, back))
+        del self.layers
+        self.few_bits = False
 
     def _hold_biases(self, build: Build, name: str, count: int, whole: int, start: int, hidden: int) -> None:
         mine = range(self.first, self.first + self.count)

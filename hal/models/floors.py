@@ -78,14 +78,19 @@ def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, co
     they choose at random."""
     item = _BYTES[dtype]
     unread = 0 if model.tie_embeddings else max(model.vocab_size - batch * new, 0) * model.hidden_size
-    if (e := model.experts) is not None:
-        left = e.count * (1 - e.per_token / e.count) ** (batch * new)
-        unread += round(left * 3 * e.size * model.hidden_size * len(e.layers))
-    weights = float(item * model.num_params)
+    weights, few_bits = float(item * model.num_params), 0
     if model.quantization is not None:
-        from hal.models.memory import weight_bytes
+        from hal.models.memory import EXPERTS, weight_bytes
 
-        weights = sum(held.bytes for held in weight_bytes(model, dtype).values())
+        held = weight_bytes(model, dtype)
+        weights, few_bits = (sum(h.bytes for name, h in held.items() if name.startswith(start))
+                             for start in ("", EXPERTS))
+    if (e := model.experts) is not None:
+        left = (1 - e.per_token / e.count) ** (batch * new)  # the share of the experts that no token chooses
+        if few_bits:
+            weights -= left * few_bits
+        else:
+            unread += round(left * e.count * 3 * e.size * model.hidden_size * len(e.layers))
     kv_item = 1 if kv_dtype == "fp8" else item
     if (d := model.delta) is not None:  # states in fp32
         weights += 4 * batch * len(d.layers) * d.values * d.key_dim

@@ -92,16 +92,37 @@ class Build:
         return scheme
 
 
-class Linear(nn.Module):
+class LinearWeight(nn.Module):
+    """What the loader fills: the weight of one linear layer, or the weights of one layer of every expert.
+
+    Attributes:
+        scheme: how the weight is stored. Its tensors are attributes of the module under their declared names.
+        spec: the sizes over all ranks; of one expert where there are several.
+        dense: shapes and declarations of the rank's dense weights, one for each expert, where the scheme's tensors are
+            made of them on load. Empty: the checkpoint stores the scheme's tensors.
+    """
+
+    scheme: Scheme
+    spec: LinearSpec
+    dense: tuple[tuple[tuple[int, ...], ParameterSpec], ...] = ()
+
+    def names(self) -> list[str]:
+        """The projections' names in the checkpoint."""
+        return [projection.name for projection in self.spec.projections]
+
+    def entry(self, name: str, index: int) -> torch.Tensor:
+        """The scheme's tensor that is made of the dense weight of this index."""
+        return self.get_parameter(name).data
+
+
+class Linear(LinearWeight):
     """y = x W^T + b. Built by `column` or `row`.
 
     Attributes:
-        scheme: how the weight is stored. Its tensors are attributes of the layer under their declared names.
         outputs: of each projection, on this rank.
         weight: of the dense scheme, [out, in] of this rank, or what Ops.pack_linear made of it.
         reduce: the outputs are summed over the tp ranks. in_size: inputs of this rank.
         packed: what Ops.pack_linear made of the weight, beside the scheme's tensors or in their place, or None.
-        dense: shape and declaration of the rank's dense weight, where the scheme's tensors are made of it on load.
         dtype: of the inputs and outputs.
         adapters: the layer's slots for adapters (hal.adapters.layers.LayerAdapters); None where the engine has none.
     """
@@ -121,14 +142,13 @@ class Linear(nn.Module):
         ranks = build.topology.axis(spec.mesh_axis).size if spec.sharded == "in" else 1
         self.in_size = -(-spec.in_size // ranks)
         self.packed: Any = None
-        self.dense: tuple[tuple[int, ...], ParameterSpec] | None = None
         if weight is not None:
             self.weight = weight
         else:
             for tensor in self.scheme.tensors(spec):
                 self.register_parameter(tensor.name, build.linear_tensor(spec, tensor, self.scheme))
             if self.scheme.on_load:
-                self.dense = shard(spec, DENSE.tensors(spec)[0], DENSE.name, build.topology)
+                self.dense = (shard(spec, DENSE.tensors(spec)[0], DENSE.name, build.topology),)
         self.bias = build.linear_tensor(spec, BIAS, self.scheme) if bias else None
 
     def stored(self, name: str) -> torch.Tensor:

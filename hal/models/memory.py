@@ -12,12 +12,16 @@ from hal.config import EngineConfig, Topology
 from hal.contracts.communicator import LocalCommunicator
 from hal.model_config import ModelConfig
 from hal.models import build_model
-from hal.models.layers import Linear
+from hal.models.expert_weights import ExpertWeight
+from hal.models.layers import LinearWeight
 from hal.models.ops import Ops
+
+EXPERTS = "experts "  # before the scheme's name, of experts whose weights are in few bits
 
 
 class Held(NamedTuple):
-    """Linear layers of a scheme, and their bytes. Everything else of a model counts as "other", without layers."""
+    """Linear layers of a scheme, and their bytes. Those of experts count apart, if their weights are in few bits: one
+    layer of all experts is one. Everything else of a model counts as "other", without layers."""
 
     layers: int
     bytes: int
@@ -29,12 +33,14 @@ def weight_bytes(config: ModelConfig, dtype: str, topology: Topology | None = No
                         torch.device("meta"))
     found: dict[str, Held] = {}
     seen = set[int]()
-    for module in (*(m for m in model.modules() if isinstance(m, Linear)), model):
+    for module in (*(m for m in model.modules() if isinstance(m, LinearWeight)), model):
         own = [p for p in module.parameters() if id(p) not in seen]
         seen.update(map(id, own))
-        name = module.scheme.name if isinstance(module, Linear) else "other"
+        name = module.scheme.name if isinstance(module, LinearWeight) else "other"
+        if isinstance(module, ExpertWeight):
+            name = f"{EXPERTS}{name}"
         before = found.get(name, Held(0, 0))
-        found[name] = Held(before.layers + isinstance(module, Linear), before.bytes + sum(p.nbytes for p in own))
+        found[name] = Held(before.layers + isinstance(module, LinearWeight), before.bytes + sum(p.nbytes for p in own))
     return found
 
 

@@ -55,6 +55,10 @@ class Ops:
         are filled. It may replace the tensors of the layer's weight by any that this table's own `linear` takes. A tied
         embedding keeps its own tensor."""
 
+    def pack_experts(self, layer: Experts) -> None:
+        """Rearrange the weights of experts that are stored in few bits. It is called once for each such layer, after
+        the weights are filled. `layer.decode()` makes them dense."""
+
     def adapter_memory(self, slots: int, out: int, rank: int, dtype: torch.dtype, device: torch.device,
                        ) -> torch.Tensor:
         """Zeros [slots, out, rank] for the B of a layer's adapters, in the strides that `adapt` wants."""
@@ -164,19 +168,23 @@ class Ops:
         return weights * e.scaling, chosen
 
     def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
-        """The sum of the outputs of each token's experts, of this rank's part of them -> [n, hidden].
+        """The sum of the outputs of each token's experts, of this rank's part of them -> [n, hidden]. Experts in few
+        bits are dequantised when they compute.
 
         Args:
             weights, chosen: of `route`; this rank may hold only some of the experts.
         """
         count, k, limit = layer.count, chosen.shape[1], layer.config.limit
         biases, offsets = layer.gate_up_bias, layer.down_bias
-        gate_up, down = layer.gate_up.view(count, -1, x.shape[1]), layer.down.view(count, -1, x.shape[1])
+        if not layer.few_bits:
+            gate_up, down = layer.gate_up.view(count, -1, x.shape[1]), layer.down.view(count, -1, x.shape[1])
         if not x.is_cpu:  # of one shape and without a wait for the device: every expert computes every token
             share = torch.zeros(len(x), count + 1, device=x.device)
-            local = chosen - layer.first
+            local = chosen.long() - layer.first
             local = local.masked_fill((local < 0) | (local >= count), count)
             share = share.scatter_add(1, local, weights)[:, :count].t().unsqueeze(-1)
+            if layer.few_bits:
+                return layer.compute_every(x, share).to(x.dtype)
             step = max(_EXPERT_VALUES // (len(x) * (gate_up.shape[1] + x.shape[1])), 1)  # bounds the memory
             total = x.new_zeros(x.shape, dtype=torch.float32)
             for i in range(0, count, step):
@@ -192,12 +200,15 @@ class Ops:
         for i, load in enumerate(loads[layer.first:layer.first + count]):
             if load:
                 mine = order[at:at + load]
+                at += load
+                if layer.few_bits:
+                    out.index_copy_(0, mine, layer.compute_one(x.index_select(0, mine // k), i))
+                    continue
                 inner = F.linear(x.index_select(0, mine // k), gate_up[i],
                                  None if biases is None else biases.view(count, -1)[i])
                 inner = self.silu_mul(inner) if limit is None else self.expert_gated(inner, limit)
                 y = inner @ down[i]
                 out.index_copy_(0, mine, y if offsets is None else y + offsets.view(count, -1)[i])
-                at += load
         return (out.view(-1, k, x.shape[1]) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
     def begin_delta(self, m: ModelInput, taps: int) -> Spans | None:

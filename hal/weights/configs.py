@@ -14,7 +14,7 @@ from hal.weights.eight_bits import EightBits
 from hal.weights.gguf import GgufBlocks
 from hal.weights.grid import Inputs
 from hal.weights.groups import Awq, Gptq, Packed
-from hal.weights.mxfp4 import Mxfp4
+from hal.weights.mxfp4 import Mxfp4, Mxfp4Blocks
 
 Config = Mapping[str, Any]
 SchemeOf = Callable[[str], Scheme]
@@ -150,8 +150,9 @@ def awq(config: Config) -> SchemeOf:
 
 
 def mxfp4(config: Config) -> SchemeOf:
-    """The format of gpt-oss, in which only experts are of few bits; their layers read `hal.weights.mxfp4.decoded`."""
-    return lambda name: DENSE
+    """The format of gpt-oss, in which only experts are of few bits."""
+    experts, ignored = Mxfp4Blocks(), _names(config, "modules_to_not_convert")
+    return lambda name: experts if ".experts." in name and not _within(name, ignored) else DENSE
 
 
 def gguf(config: Config) -> SchemeOf:

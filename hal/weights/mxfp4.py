@@ -38,6 +38,19 @@ def decoded(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> t
     return (table[codes.long()] * low.unsqueeze(-1) * high.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+class Mxfp4Blocks(Scheme):
+    """The layout of gpt-oss, which stores experts so: [out, in / 32, 16] bytes and [out, in / 32] exponents."""
+
+    name = "mxfp4"
+
+    def tensors(self, spec: LinearSpec) -> Sequence[WeightTensor]:
+        return (WeightTensor("blocks", (Dim("out"), Dim("in", per=BLOCK), BLOCK // 2), "uint8"),
+                WeightTensor("scales", (Dim("out"), Dim("in", per=BLOCK)), "uint8", below=255))
+
+    def dequantize(self, layer: Linear) -> torch.Tensor:
+        return decoded(layer.stored("blocks"), layer.stored("scales"), layer.dtype)[:, :layer.in_size]
+
+
 class Mxfp4(Scheme):
     """The mxfp4-pack-quantized layout of compressed-tensors: [out, in / 2] bytes and [out, in / 32] exponents."""
 

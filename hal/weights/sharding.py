@@ -73,6 +73,8 @@ class ParameterSpec:
         below: as in WeightTensor.
         mesh_axis: of the topology.
         added: to every stored value, in the parameter's dtype.
+        each: of a parameter that holds one tensor for each expert along its first dimension, the declarations of these
+            tensors. The parameter itself then has no sources.
     """
 
     sharded: int | None
@@ -81,11 +83,18 @@ class ParameterSpec:
     below: int | None = None
     mesh_axis: str = "tp"
     added: float = 0.0
+    each: tuple[ParameterSpec, ...] = ()
 
 
 def spec_of(parameter: nn.Parameter) -> ParameterSpec:
     """The declaration that a model's parameter was made with."""
     return cast(ParameterSpec, parameter.spec)  # type: ignore[attr-defined]
+
+
+def pieces(parameter: nn.Parameter) -> list[tuple[torch.Tensor, ParameterSpec]]:
+    """The tensors that a checkpoint fills, which are views of the parameter, with their declarations."""
+    spec = spec_of(parameter)
+    return list(zip(parameter.data, spec.each, strict=True)) if spec.each else [(parameter.data, spec)]
 
 
 def local_outputs(spec: LinearSpec, topology: Topology) -> tuple[int, ...]:
@@ -94,9 +103,10 @@ def local_outputs(spec: LinearSpec, topology: Topology) -> tuple[int, ...]:
     return tuple(-(-p.size // _shards(p, size)) for p in spec.projections)
 
 
-def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topology,
+def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topology, groups: int = 1,
           ) -> tuple[tuple[int, ...], ParameterSpec]:
-    """The shape of a rank's part of a layer's tensor, and its declaration.
+    """The shape of a rank's part of a layer's tensor, and its declaration. `groups`, for messages: so many times the
+    ranks of `topology` are those of the engine's tp.
 
     Raises:
         ConfigError: a boundary of ranks or of merged projections cuts outputs or inputs that share an entry.
@@ -116,11 +126,11 @@ def shard(spec: LinearSpec, tensor: WeightTensor, scheme: str, topology: Topolog
         shards = 1 if sharded is None else _shards(p, ranks) if sharded == merged else ranks
         whole[merged] = outer.entries(p.of or p.size)
         if filled == merged:
-            _check_cuts(p, tensor, outer, scheme, p.size, shards, p is spec.projections[-1])
+            _check_cuts(p, tensor, outer, scheme, p.size, shards, p is spec.projections[-1], groups)
             start, size = outer.entries(p.start) if p.start else 0, outer.entries(p.size)
         else:
             assert inner is not None
-            _check_cuts(p, tensor, inner[1], scheme, spec.in_size, shards, True)
+            _check_cuts(p, tensor, inner[1], scheme, spec.in_size, shards, True, groups)
             start, size = 0, whole[filled]
             shape[filled] = inner[1].entries(-(-spec.in_size // shards))
         rows += outer.entries(-(-p.size // shards) if filled == merged else p.size)
@@ -141,17 +151,17 @@ def _shards(projection: Projection, ranks: int) -> int:
 
 
 def _check_cuts(projection: Projection, tensor: WeightTensor, dim: Dim, scheme: str, units: int, shards: int,
-                last: bool) -> None:
+                last: bool, groups: int) -> None:
     """Outputs or inputs that share an entry stay together: they belong to one rank and to one projection."""
     if dim.per == 1:
         return
     each, what = -(-units // shards), "outputs" if dim.axis == "out" else "inputs"
     if shards > 1 and each % dim.per:
         legal = max(n for n in range(1, shards) if units % n == 0 and (n == 1 or units // n % dim.per == 0))
-        raise ConfigError(f"tp={shards} cuts a group of the weight scheme {scheme!r}",
+        raise ConfigError(f"tp={shards * groups} cuts a group of the weight scheme {scheme!r}",
                           got=f"{each} {what} of {projection.name} for each rank",
                           expected=f"a multiple of {dim.per}, since so many {what} share an entry of {tensor.name!r}",
-                          hint=f"choose another tp; for this layer the largest below is {legal}")
+                          hint=f"choose another tp; for this layer the largest below is {legal * groups}")
     if dim.axis == "out" and (projection.start % dim.per or (not last and units % dim.per)):
         raise ConfigError(f"merging the projections of a layer cuts a group of the weight scheme {scheme!r}",
                           got=f"{units} outputs of {projection.name}, from output {projection.start} on",

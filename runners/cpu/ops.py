@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hal.contracts.attention import LayerAttention
+from hal.models.experts import Experts
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
@@ -43,6 +44,15 @@ class CpuOps(Ops):
             for tensor in layer.scheme.tensors(layer.spec) if layer.packed is not None else ():
                 delattr(layer, tensor.name)
         self.counts["plain PyTorch" if layer.packed is None else ", ".join(dict.fromkeys(layer.packed.chosen))] += 1
+
+    def pack_experts(self, layer: Experts) -> None:
+        for weight, biases in zip(layer.layers, layer.biases(), strict=True):
+            made = [packed(weight.expert(i, biases), self.kernels) for i in range(layer.count)]
+            if None not in made:
+                weight.release()
+                weight.packed = made
+            way = "plain PyTorch" if made[0] is None else made[0].chosen[0]
+            self.counts[f"{way}, of experts"] += 1
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         if layer.packed is None:

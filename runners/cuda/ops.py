@@ -16,6 +16,7 @@ from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
+from hal.weights.mxfp4 import Mxfp4Blocks
 from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import adapters, elementwise, experts
 from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows
@@ -150,16 +151,23 @@ class CudaOps(Ops):
             logits = F.linear(x, layer.router, layer.router_bias)
         return experts.route(logits, e.per_token, e.normalise, e.scaling)
 
+    def pack_experts(self, layer: Experts) -> None:
+        if all(isinstance(w.scheme, Mxfp4Blocks) for w in layer.layers):
+            layer.decode()  # the kernel reads dense weights alone, and is many times as fast as the plain operations
+
     def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
+        if layer.few_bits:
+            return super().experts(x, weights, chosen, layer)
         return experts.experts(x, weights, chosen, experts.Held(
             layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, layer.first, layer.count,
             layer.config.limit))
 
     def warm_experts(self, model: nn.Module, most: int) -> None:
         """Compile what the experts of a step of up to `most` tokens may need."""
-        layer = next((module for module in model.modules() if isinstance(module, Experts)), None)
-        if layer is None:
+        dense = [module for module in model.modules() if isinstance(module, Experts) and not module.few_bits]
+        if not dense:
             return
+        layer = dense[0]
         k, count = layer.config.per_token, layer.count
         choices = 1, 17, count + 1, experts.FEW + 1, 96 * count + experts.FEW
         for tokens in {min(-(-n // k), most) for n in choices}:

@@ -300,8 +300,9 @@ def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypa
             (hidden ** -0.5, total, hidden), (0.3, count * 2 * size), (0.3, count * hidden)))
     for biased, limit in ((False, None), (True, 0.5)):
         config = ExpertsConfig(count=total, per_token=k, size=size, layers=(0,), bias=biased, limit=limit, scaling=1.5)
-        layer: Any = SimpleNamespace(config=config, first=first, count=count, size=size, gate_up=gate_up.clone(),
-                                     down=down.clone(), router=router, router_bias=None, correction=None,
+        layer: Any = SimpleNamespace(config=config, first=first, count=count, size=size, few_bits=False,
+                                     gate_up=gate_up.clone(), down=down.clone(), router=router, router_bias=None,
+                                     correction=None,
                                      gate_up_bias=biases if biased else None, down_bias=offsets if biased else None)
         weights, chosen = CudaOps().route(x, layer)
         plain_weights, plain_chosen = Ops().route(x, layer)

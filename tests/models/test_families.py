@@ -92,9 +92,13 @@ def test_experts_in_mxfp4_are_decoded_as_transformers_decodes_them(tmp_path: Pat
                                      torch.device("cpu")) for path in (dense, tmp_path / "packed"))
         for model, path in ((expected, dense), (got, tmp_path / "packed")):
             load_weights(model, path)
+        held = dict(got.named_parameters())
+        assert held["layers.0.mlp.layers.0.blocks"].dtype == torch.uint8
+        for layer in got.layers:
+            layer.mlp.decode()
         for name, parameter in expected.named_parameters():
             assert torch.equal(got.get_parameter(name), parameter), name
-    with pytest.raises(ConfigError, match=r"cut a block of the experts' MXFP4"):
+    with pytest.raises(ConfigError, match=r"(?s)tp=4 cuts a group.*'mxfp4'.*largest below is 2"):
         build_model(read_config(tmp_path / "packed"), Topology(tp=4), LocalCommunicator(), Ops(), torch.float32,
                     torch.device("meta"))
 
