@@ -62,12 +62,13 @@ class CpuAttention(PagedAttention):
 
 
     def read(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec,
-             rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+             rotary: tuple[torch.Tensor, torch.Tensor] | None, slots: torch.Tensor | None = None) -> torch.Tensor:
         """`decode` by the kernels.
 
         Args:
             q: [n, heads, head_dim]. With `rotary`, the heads of k and of v follow those of q; neither is in the cache.
-            rotary: what Ops.begin_rotary gives.
+            rotary: what Ops.begin_rotary gives. slots: [n] int32, where k and v are written, with `rotary`. The first
+                slot of a block clears the block.
         """
         assert batch.tables is not None and batch.lens is not None
         tables, lens, n = batch.tables, batch.lens, len(q)
@@ -76,13 +77,21 @@ class CpuAttention(PagedAttention):
         if tables.stride(1) != 1:
             tables = tables.contiguous()
         out = q.new_empty(n, spec.num_heads, spec.head_dim)
-        cos, sin = (None, None) if rotary is None else (x.data_ptr() for x in rotary)
-        step = Decode(q.data_ptr(), out.data_ptr(), cache[0].data_ptr(), cache[1].data_ptr(), tables.data_ptr(),
-                      lens.data_ptr(), cos, sin, n, spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.shape[3],
-                      tables.stride(0), q.stride(0), spec.window or 0, spec.scale, KINDS[q.dtype], self.kernels.level)
+        step = self.native(q, out, cache, spec, rotary)
+        step.tables, step.lens, step.n, step.table_stride = tables.data_ptr(), lens.data_ptr(), n, tables.stride(0)
+        step.slots = None if slots is None else slots.data_ptr()
         if self.kernels.functions.hal_decode(ctypes.addressof(step), torch.get_num_threads()):
             raise MemoryError("attention found no memory for its scores")
         return out
+
+    def native(self, q: torch.Tensor, out: torch.Tensor, cache: torch.Tensor, spec: AttentionSpec,
+               rotary: tuple[torch.Tensor, torch.Tensor] | None) -> Decode:
+        """The structure of kernels.h, without what differs from step to step."""
+        cos, sin = (None, None) if rotary is None else (x.data_ptr() for x in rotary)
+        return Decode(q=q.data_ptr(), out=out.data_ptr(), keys=cache[0].data_ptr(), values=cache[1].data_ptr(), cos=cos,
+                      sin=sin, heads=spec.num_heads, kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+                      block_size=cache.shape[3], q_stride=q.stride(0), window=spec.window or 0, scale=spec.scale,
+                      kind=KINDS[q.dtype], level=self.kernels.level)
 
 
 class CpuStep(PagedStep):
@@ -94,6 +103,7 @@ class CpuStep(PagedStep):
         super().__init__(attention, m, kv_caches)
         count = m.num_decode_seqs
         self.alone = 0 < count == len(m.seq_lens) == len(m.input_ids) == self.real
+        self.written = m.slot_mapping
 
     def _decode_batches(self, m: PagedModelInput, lens: list[int]) -> list[AttentionBatch]:
         if not lens:
@@ -106,9 +116,7 @@ class CpuStep(PagedStep):
         cache, spec = self.kv_caches[layer], self.attention.specs[layer]
         if not self.alone or begun[0].shape[-1] != spec.head_dim or begun[0].dtype != qkv.dtype:
             return None
-        if len(self.begun) > 1:  # the null block alone is not read
-            cache.index_fill_(1, self.begun, 0)
-        return self.attention.read(qkv, cache, self.batches[0], spec, begun).flatten(1)
+        return self.attention.read(qkv, cache, self.batches[0], spec, begun, self.written).flatten(1)
 
 
 def ipex_attention() -> Any:

@@ -12,13 +12,14 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from runners.cpu.compiled import choices_file, processor
+from runners.cpu.compiled import ABI, choices_file, processor
 from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack, fits
+from runners.cpu.memory import HugePages
 
 _SMALL = 1 << 18  # values of a weight below which nothing is measured
 _BYTES = 1 << 25  # of copies that take turns, so that few rows are multiplied by weights that come from memory
@@ -26,7 +27,8 @@ _COPIES = 64
 _MANY_VALUES = 1 << 22  # of the weights that are measured with many rows
 _LITTLE = 1 << 22  # bytes of a weight above which one thread wins only while others use the cores
 _ROUNDS = 5
-_GAIN = 1.03  # oneDNN's layout must gain so much over all buckets: it is a second copy of a tied embedding
+_GAIN = 1.03  # oneDNN's layout must gain so much: it is a second copy of a tied embedding
+_DECODE = 3  # of BUCKETS that oneDNN's layout must gain over by themselves, since it keeps a decode step off the tape
 
 
 def choose(weight: torch.Tensor, kernels: Kernels) -> tuple[str, ...]:
@@ -35,12 +37,20 @@ def choose(weight: torch.Tensor, kernels: Kernels) -> tuple[str, ...]:
     if weight.numel() < _SMALL:
         few = "kernel" if "kernel" in ways else "torch"
         return (few,) * (len(BUCKETS) - 1) + ("torch",)
-    machine, shape = _machine(kernels.name), f"{str(weight.dtype)[6:]} {weight.shape[0]} x {weight.shape[1]}"
-    known = _read().get(machine, {}).get(shape)
-    if _valid(known, ways):
+    return once(f"{str(weight.dtype)[6:]} {weight.shape[0]} x {weight.shape[1]}", kernels.name,
+                lambda known: _valid(known, ways), lambda: _measured(weight, kernels))
+
+
+def once(what: str, level: str, valid: Callable[[Any], bool], measure: Callable[[], tuple[str, ...]],
+         ) -> tuple[str, ...]:
+    """The result of `measure`, or what an earlier start on this machine has measured under the name `what`, where it is
+    still `valid`."""
+    machine = _machine(level)
+    known = _read().get(machine, {}).get(what)
+    if valid(known):
         return tuple(known)
-    found = _measured(weight, kernels)
-    _write(machine, shape, found)
+    found = measure()
+    _write(machine, what, found)
     return found
 
 
@@ -60,12 +70,12 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def _measured(weight: torch.Tensor, kernels: Kernels) -> tuple[str, ...]:
-    best, gain = [], 0.0
+    best, gains = [], []
     for times in measure(weight, kernels).values():
         by_row = min((way for way in times if way != PACKED), key=lambda way: times[way][0])
         best.append(by_row)
-        gain += math.log(times[by_row][0] / times[PACKED][0]) if PACKED in times else 0.0
-    if gain > len(BUCKETS) * math.log(_GAIN):
+        gains.append(math.log(times[by_row][0] / times[PACKED][0] / _GAIN) if PACKED in times else -1.0)
+    if sum(gains) > 0 and sum(gains[:_DECODE]) > 0:
         return (PACKED,) * len(BUCKETS)
     return tuple(best)
 
@@ -75,7 +85,8 @@ def measure(weight: torch.Tensor, kernels: Kernels) -> dict[int, dict[str, tuple
     """For each of BUCKETS and each way: seconds, and the bytes of weights that were read in them."""
     part = weight[:max(_BYTES // (weight.shape[1] * weight.element_size()), 64)]  # of a large weight, some outputs
     count = min(_BYTES // (part.numel() * part.element_size()), _COPIES)
-    copies = [part, *(part.clone() for _ in range(count - 1))]
+    pages = HugePages()
+    copies = [pages.copy(part) for _ in range(count)]
     names = [*_ways(weight, kernels), *([PACKED] if _packs(weight.dtype) else [])]
     layers = {name: [DenseWeight(each, None, kernels, (name,) * len(BUCKETS)) for each in copies] for name in names}
     found = {}
@@ -104,7 +115,7 @@ def _times(layers: Mapping[str, Sequence[DenseWeight]], x: torch.Tensor) -> dict
 
 def _machine(level: str) -> str:
     """All that a measurement depends on beside the shape."""
-    return ", ".join((processor(), f"kernels {level}", f"{torch.get_num_threads()} threads",
+    return ", ".join((processor(), f"kernels {level} {ABI}", f"{torch.get_num_threads()} threads",
                       f"torch {torch.__version__}", torch.backends.cpu.get_cpu_capability(),
                       os.environ.get("ONEDNN_MAX_CPU_ISA", "all")))
 

@@ -17,7 +17,7 @@ from hal.errors import ConfigError
 
 LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
 VARIABLE = "HAL_CPU_KERNELS"
-_ABI = 2
+ABI = 3
 _FOLDER = Path(__file__).parent
 
 
@@ -30,12 +30,29 @@ class Weight(ctypes.Structure):
 
 
 class Decode(ctypes.Structure):
-    """As kernels.c has it."""
+    """As kernels.h has it."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("q", "out", "keys", "values", "tables", "lens", "cos", "sin")),
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("q", "out", "keys", "values", "tables", "lens", "slots",
+                                                       "cos", "sin")),
                 *((name, ctypes.c_int64) for name in ("n", "heads", "kv_heads", "head_dim", "block_size",
                                                       "table_stride", "q_stride", "window")),
                 ("scale", ctypes.c_float), ("kind", ctypes.c_int32), ("level", ctypes.c_int32)]
+
+
+class Operation(ctypes.Structure):
+    """As tape.c has it."""
+
+    _fields_ = [*((name, ctypes.c_int32) for name in ("code", "bf16", "wide_weight", "parts")),
+                *((name, ctypes.c_void_p) for name in ("x", "also", "weight", "y", "sum")),
+                *((name, ctypes.c_int64) for name in ("width", "x_stride", "y_stride")),
+                ("eps", ctypes.c_float), ("table_rows", ctypes.c_int32), ("decode", ctypes.c_void_p)]
+
+
+class Step(ctypes.Structure):
+    """As tape.c has it."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("ids", "positions", "lens", "slots", "tables")),
+                ("n", ctypes.c_int64), ("table_stride", ctypes.c_int64)]
 
 
 @functools.cache
@@ -46,7 +63,7 @@ def load() -> tuple[Any, str]:
         return None, "not built: there was no compiler when the package was installed"
     try:
         library = ctypes.CDLL(str(found))
-        if library.hal_abi() != _ABI:
+        if library.hal_abi() != ABI:
             return None, "built from an older source: install the package again"
     except (OSError, AttributeError) as error:
         return None, f"the library does not load: {error}"
@@ -56,7 +73,10 @@ def load() -> tuple[Any, str]:
     unsigned, pointer, size = ctypes.c_uint, ctypes.c_void_p, ctypes.c_int64
     library.hal_linear.argtypes = (pointer, pointer, size, pointer, size, unsigned)
     library.hal_decode.argtypes = (pointer, unsigned)
-    library.hal_threads.argtypes = (pointer,)
+    library.hal_threads.argtypes = (pointer, pointer)
+    library.hal_tape.argtypes, library.hal_tape.restype = (pointer, size, size), pointer
+    library.hal_tape_run.argtypes, library.hal_tape_free.argtypes = (pointer, pointer, unsigned), (pointer,)
+    library.hal_tape_free.restype = None
     return library, LEVELS[level]
 
 
@@ -107,10 +127,11 @@ def threaded() -> Any:
         return None
     for path in _runtimes():
         try:
-            parallel = ctypes.CDLL(path).GOMP_parallel  # loaded already, so this takes a reference
+            runtime = ctypes.CDLL(path)  # loaded already, so this takes a reference
+            calls = [ctypes.cast(f, ctypes.c_void_p) for f in (runtime.GOMP_parallel, runtime.omp_get_num_threads)]
         except (OSError, AttributeError):
             continue
-        library.hal_threads(ctypes.cast(parallel, ctypes.c_void_p))
+        library.hal_threads(*calls)
         return library
     return None
 

@@ -3,24 +3,28 @@
    The loops are in kernels_level.h, which is included once for each level of instructions. Python calls the functions
    through ctypes (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "kernels.h"
 
-#define EXPORT __attribute__((visibility("default")))
-#define ABI 2 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 3 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
+Parallel hal_parallel;
+int (*hal_team_size)(void);
+
+char *hal_scratch(size_t bytes) {
+    static __thread char *memory;
+    static __thread size_t held;
+    if (bytes > held) {
+        free(memory);
+        memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        held = memory ? bytes : 0;
+    }
+    return memory;
+}
+
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#define INLINE static inline __attribute__((always_inline))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
-static Parallel parallel;
 
 enum { FP32, BF16, INT8, INT4 }; /* values of a weight */
 
@@ -44,26 +48,7 @@ typedef struct {
     int64_t rows, x_stride, ready_bytes, x_groups, x_group, chunk, next;
 } Product;
 
-/* A step of decoding sequences; compiled.py mirrors it. */
-typedef struct {
-    const char *q;       /* of each sequence: q, then k and v where they are not in the cache yet; heads of head_dim */
-    char *out;           /* [n, heads, head_dim] */
-    char *keys, *values; /* [blocks, kv_heads, block_size, head_dim] */
-    const int32_t *tables, *lens; /* [n, table_stride], [n] */
-    const char *cos, *sin; /* [n, head_dim] in the model's dtype; NULL: q is rotated, and the key and value are written */
-    int64_t n, heads, kv_heads, head_dim, block_size, table_stride, q_stride, window; /* window 0: none */
-    float scale;
-    int32_t kind, level;
-} Decode;
-
 typedef struct { const Decode *d; char *scratch; int64_t each, next; int32_t slot; } DecodeJob;
-
-INLINE float from_bf16(uint16_t v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
 
 INLINE uint16_t to_bf16(float f) {
     uint32_t bits;
@@ -111,6 +96,10 @@ INLINE float rounded(float v, int kind) { return kind == FP32 ? v : from_bf16(to
 typedef void (*Work)(void *);
 static const Work PREPARE[] = {NULL, prepare_avx2, prepare_avx512, prepare_avx512_bf16};
 static const Work MULTIPLY[] = {NULL, multiply_avx2, multiply_avx512, multiply_avx512_bf16};
+typedef void (*Range)(const Product *, int64_t, int64_t);
+static const Range RANGE[] = {NULL, range_avx2, range_avx512, range_avx512_bf16};
+typedef void (*Item)(const Decode *, void *, int64_t);
+static const Item ITEM[] = {NULL, item_avx2, item_avx512, item_avx512_bf16};
 static const Work DECODE[] = {NULL, decode_avx2, decode_avx512, decode_avx512_bf16};
 
 /* The highest level that this processor and its operating system can run. */
@@ -123,18 +112,9 @@ EXPORT int hal_level(void) {
     return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 }
 
-EXPORT void hal_threads(void *gomp_parallel) { parallel = (Parallel)gomp_parallel; }
-
-/* Memory of the calling thread that grows and stays; NULL where there is none. */
-static char *scratch(size_t bytes) {
-    static __thread char *memory;
-    static __thread size_t held;
-    if (bytes > held) {
-        free(memory);
-        memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
-        held = memory ? bytes : 0;
-    }
-    return memory;
+EXPORT void hal_threads(void *gomp_parallel, void *omp_get_num_threads) {
+    hal_parallel = (Parallel)gomp_parallel;
+    hal_team_size = (int (*)(void))omp_get_num_threads;
 }
 
 /* y = x W^T + bias. Returns 0, or 1 where there is no memory. */
@@ -146,30 +126,55 @@ EXPORT int hal_linear(const Weight *w, const void *x, int64_t x_stride, void *y,
     p.x_group = w->group == 0 ? 512 : w->group < 64 ? 64 : w->group;
     p.x_groups = (w->inputs + p.x_group - 1) / p.x_group;
     size_t scales = grid ? 4 * (size_t)(rows * p.x_groups + padded / 32) : 0;
-    p.ready = scratch(rows * p.ready_bytes + scales);
+    p.ready = hal_scratch(rows * p.ready_bytes + scales);
     if (!p.ready) return 1;
     p.x_scales = (float *)(p.ready + rows * p.ready_bytes);
     p.x_sums = (int32_t *)(p.x_scales + rows * p.x_groups);
     /* Threads take chunks as they become free, so a thread that loses its core does not hold up the others. */
     int64_t bytes = w->row_bytes * w->outputs;
     p.chunk = bytes < (1 << 15) || threads == 1 ? w->outputs : (w->outputs / ((int64_t)threads * 8) + 15) / 8 * 8;
-    if (rows >= 8 && threads > 1) { parallel(PREPARE[w->level], &p, threads, 0); p.next = 0; }
+    if (rows >= 8 && threads > 1) { hal_parallel(PREPARE[w->level], &p, threads, 0); p.next = 0; }
     else { PREPARE[w->level](&p); p.next = 0; }
     if (p.chunk >= w->outputs) MULTIPLY[w->level](&p);
-    else parallel(MULTIPLY[w->level], &p, threads, 0);
+    else hal_parallel(MULTIPLY[w->level], &p, threads, 0);
     return 0;
 }
 
+int64_t hal_linear_ready_bytes(const void *weight) {
+    const Weight *w = weight;
+    int64_t as_it_is = w->kind == FP32 || w->level == 3, size = w->kind == FP32 ? 4 : 2;
+    if (as_it_is && w->inputs * size % 64 == 0) return 0; /* nothing is padded */
+    return (w->inputs + 63) / 64 * 64 * (as_it_is ? size : 4);
+}
+
+void hal_linear_ready(const void *weight, const void *x, void *ready) {
+    Product p = {.weight = weight, .x = x, .ready = ready, .rows = 1};
+    PREPARE[p.weight->level](&p);
+}
+
+void hal_linear_range(const void *weight, const void *ready, int64_t rows, void *y, int64_t first, int64_t last) {
+    Product p = {.weight = weight, .ready = (char *)ready, .y = y, .rows = rows};
+    p.ready_bytes = hal_linear_ready_bytes(weight);
+    if (!p.ready_bytes) p.ready_bytes = p.weight->inputs * (p.weight->kind == FP32 ? 4 : 2);
+    RANGE[p.weight->level](&p, first, last);
+}
+
+int64_t hal_decode_bytes(const Decode *d, int64_t longest) {
+    return ((longest + 16 + d->head_dim) * (d->heads / d->kv_heads) * 4 + 63) / 64 * 64;
+}
+
+void hal_decode_item(const Decode *d, void *memory, int64_t item) { ITEM[d->level](d, memory, item); }
+
 /* One query of each sequence attends to the sequence's cached keys. Returns as hal_linear. */
 EXPORT int hal_decode(const Decode *d, unsigned threads) {
-    int64_t longest = 0, group = d->heads / d->kv_heads;
+    int64_t longest = 0;
     for (int64_t i = 0; i < d->n; i++) if (d->lens[i] > longest) longest = d->lens[i];
     DecodeJob job = {.d = d};
-    job.each = ((longest + 16 + d->head_dim) * group * 4 + 63) / 64 * 64;
-    job.scratch = scratch(job.each * threads);
+    job.each = hal_decode_bytes(d, longest);
+    job.scratch = hal_scratch(job.each * threads);
     if (!job.scratch) return 1;
     if (threads == 1 || longest * d->n * d->kv_heads < 64) { DECODE[d->level](&job); return 0; }
-    parallel(DECODE[d->level], &job, threads, 0);
+    hal_parallel(DECODE[d->level], &job, threads, 0);
     return 0;
 }
 #else

@@ -186,9 +186,12 @@ INLINE void NAME(dense)(const Product *p, int64_t o, int64_t r, const int rows, 
 #pragma GCC unroll 4
         for (int j = 0; j < rows; j++) acc[i][j] = V(setzero_ps)();
     }
+    /* The rows of the next tile lie one behind the other. To fetch them in this order is up to 1.4 times faster than
+       to fetch the four rows side by side, as the loop reads them. */
+    const char *next = from[0] + (w->row_bytes < 4096 ? 8 : 4) * w->row_bytes;
     for (int64_t at = 0; at < whole; at += STEP) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) _mm_prefetch(from[i] + 4 * w->row_bytes + at, _MM_HINT_T0);
+        for (int i = 0; i < STEP / 16; i++) _mm_prefetch(next + 4 * at + 64 * i, _MM_HINT_T0);
         NAME(step)(acc, more, from, at, x, p->ready_bytes, rows, kind, alone);
     }
     if (whole < bytes) { /* the loops must not read behind a row: what is there may be NaN, or no memory */
@@ -358,20 +361,25 @@ INLINE void NAME(tile)(const Product *p, int16_t *wide, int64_t o, const int kin
 #undef AT_ONCE
 }
 
+/* Outputs `first` to `last` - 1. */
+static void NAME(range)(const Product *p, int64_t first, int64_t last) {
+    const Weight *w = p->weight;
+    int16_t wide[w->kind >= INT8 && p->rows > 1 ? 2 * p->ready_bytes : 1] __attribute__((aligned(64)));
+    for (int64_t o = first; o < last; o += 4) {
+        if (w->kind == FP32) NAME(tile)(p, wide, o, FP32, 0);
+        else if (w->kind == BF16) NAME(tile)(p, wide, o, BF16, 0);
+        else if (w->kind == INT8 && w->group != 32) NAME(tile)(p, wide, o, INT8, 0);
+        else if (w->kind == INT8) NAME(tile)(p, wide, o, INT8, 1);
+        else if (w->group != 32) NAME(tile)(p, wide, o, INT4, 0);
+        else NAME(tile)(p, wide, o, INT4, 1);
+    }
+}
+
 static void NAME(multiply)(void *job) {
     Product *p = job;
-    const Weight *w = p->weight;
-    int64_t start;
-    int16_t wide[w->kind >= INT8 && p->rows > 1 ? 2 * p->ready_bytes : 1] __attribute__((aligned(64)));
-    while ((start = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED)) < w->outputs)
-        for (int64_t o = start, end = MIN(start + p->chunk, w->outputs); o < end; o += 4) {
-            if (w->kind == FP32) NAME(tile)(p, wide, o, FP32, 0);
-            else if (w->kind == BF16) NAME(tile)(p, wide, o, BF16, 0);
-            else if (w->kind == INT8 && w->group != 32) NAME(tile)(p, wide, o, INT8, 0);
-            else if (w->kind == INT8) NAME(tile)(p, wide, o, INT8, 1);
-            else if (w->group != 32) NAME(tile)(p, wide, o, INT4, 0);
-            else NAME(tile)(p, wide, o, INT4, 1);
-        }
+    int64_t start, outputs = p->weight->outputs;
+    while ((start = __atomic_fetch_add(&p->next, p->chunk, __ATOMIC_RELAXED)) < outputs)
+        NAME(range)(p, start, MIN(start + p->chunk, outputs));
 }
 
 /* 2 * LANES values as fp32: of bfloat16 the even ones and the odd ones, of fp32 the first half and the second one. */
@@ -428,9 +436,14 @@ INLINE void NAME(attend)(const Decode *d, float *scratch, int64_t s, int64_t h, 
                                dim) * size)
     if (d->cos) {
         const char *k = q + (d->heads + h) * dim * size, *v = q + (d->heads + d->kv_heads + h) * dim * size;
-        char *key = AT(d->keys, len - 1);
-        for (int64_t i = 0; i < dim; i++) put(key, i, NAME(rotated)(k, cos, sin, i, dim, kind), kind);
-        memcpy(AT(d->values, len - 1), v, dim * size);
+        int64_t in = d->slots[s] % d->block_size, base = ((d->slots[s] / d->block_size) * d->kv_heads + h) * d->block_size;
+        char *key = d->keys + base * dim * size, *value = d->values + base * dim * size;
+        if (!in && base >= d->kv_heads * d->block_size) { /* other code masks the values of free slots, and NaN passes */
+            memset(key, 0, d->block_size * dim * size);
+            memset(value, 0, d->block_size * dim * size);
+        }
+        for (int64_t i = 0; i < dim; i++) put(key + in * dim * size, i, NAME(rotated)(k, cos, sin, i, dim, kind), kind);
+        memcpy(value + in * dim * size, v, dim * size);
     }
     for (int64_t g = 0; g < group; g++) {
         const char *head = q + (h * group + g) * dim * size;
@@ -498,15 +511,17 @@ INLINE void NAME(attend)(const Decode *d, float *scratch, int64_t s, int64_t h, 
 #undef AT
 }
 
+static void NAME(item)(const Decode *d, void *memory, int64_t item) {
+    if (d->kind == FP32) NAME(attend)(d, memory, item / d->kv_heads, item % d->kv_heads, FP32);
+    else NAME(attend)(d, memory, item / d->kv_heads, item % d->kv_heads, BF16);
+}
+
 static void NAME(decode)(void *job) {
     DecodeJob *j = job;
-    const Decode *d = j->d;
-    float *memory = (float *)(j->scratch + __atomic_fetch_add(&j->slot, 1, __ATOMIC_RELAXED) * j->each);
+    char *memory = j->scratch + __atomic_fetch_add(&j->slot, 1, __ATOMIC_RELAXED) * j->each;
     int64_t item;
-    while ((item = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < d->n * d->kv_heads) {
-        if (d->kind == FP32) NAME(attend)(d, memory, item / d->kv_heads, item % d->kv_heads, FP32);
-        else NAME(attend)(d, memory, item / d->kv_heads, item % d->kv_heads, BF16);
-    }
+    while ((item = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->d->n * j->d->kv_heads)
+        NAME(item)(j->d, memory, item);
 }
 
 #undef LANES

@@ -57,7 +57,7 @@ class DenseWeight:
                      for rows in range(BUCKETS[-2] + 1)]
         self.many = by_bucket[-1]
         self.native: Any = None
-        if {"kernel", "one thread"} & {*chosen}:
+        if kernels and self.packed is None and fits(weight):
             self.native = native(weight, bias, KINDS[weight.dtype], kernels.level, inputs=weight.shape[1])
             self.call, self.address = kernels.functions.hal_linear, ctypes.addressof(self.native)
         if self.packed is not None:

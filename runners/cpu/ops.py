@@ -15,7 +15,9 @@ from hal.weights.grid import GridScheme
 from runners.cpu.attention import CpuStep
 from runners.cpu.choice import choose
 from runners.cpu.grids import packed
-from runners.cpu.linears import DenseWeight, Kernels
+from runners.cpu.linears import PACKED, DenseWeight, Kernels, fits
+from runners.cpu.memory import HugePages
+from runners.cpu.tape import Recorder
 
 
 class CpuOps(Ops):
@@ -24,18 +26,23 @@ class CpuOps(Ops):
 
     Attributes:
         counts: linear layers by the ways that they take.
+        recorder: while a step is recorded, what notes its operations in place of their computation.
     """
 
     schemes = None  # any other by its own arithmetic
+    recorder: Recorder | None = None
 
     def __init__(self, kernels: Kernels | None = None) -> None:
         self.kernels = Kernels() if kernels is None else kernels
         self.counts: Counter[str] = Counter()
+        self.pages = HugePages()
 
     def pack_linear(self, layer: Linear) -> None:
         if layer.is_dense:
             weight = layer.weight.data
             chosen = choose(weight, self.kernels)
+            if chosen[0] != PACKED and self.kernels and fits(weight):
+                layer.weight.data = weight = self.pages.copy(weight)  # a tied embedding shares it
             layer.packed = DenseWeight(weight, layer.bias, self.kernels, chosen)
             if layer.packed.packed is not None:
                 del layer.weight  # the memory is free, but for a tied embedding's
@@ -55,6 +62,8 @@ class CpuOps(Ops):
             self.counts[f"{way}, of experts"] += 1
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if self.recorder is not None:
+            return self.recorder.linear(x, layer)
         if layer.packed is None:
             return super().linear(x, layer)
         if isinstance(layer.scheme, GridScheme):
@@ -64,10 +73,31 @@ class CpuOps(Ops):
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
                          begun: Any) -> torch.Tensor:
         if isinstance(attention, CpuStep):
+            if self.recorder is not None:
+                return self.recorder.attend(attention, layer, qkv, begun)
             found = attention.rotary(layer, qkv, begun)
             if found is not None:
                 return found
         return super().rotary_attention(attention, layer, qkv, num_kv_heads, begun)
+
+    def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
+        if self.recorder is not None:
+            return self.recorder.begin_rotary(positions, table)
+        return super().begin_rotary(positions, table, dtype)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if self.recorder is not None:
+            return self.recorder.norm(x, None, weight, eps)[0]
+        return super().rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+                     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.recorder is not None:
+            return self.recorder.norm(x, residual, weight, eps)
+        return super().add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return super().silu_mul(gate_up) if self.recorder is None else self.recorder.silu_mul(gate_up)
 
     def described(self) -> str:
         """One line for people: how many linear layers take which ways."""

@@ -5,20 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import time
 from collections.abc import Sequence
 
 import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.communicator import Communicator
-from hal.contracts.inputs import PagedModelInput
+from hal.contracts.inputs import IntermediateTensors, PagedModelInput
 from hal.contracts.runner import Progress, no_progress
 from hal.embedding.runner import EmbeddingRunner
-from hal.paged.runner import PagedModelRunner
+from hal.paged.runner import Forwarded, PagedModelRunner
 from runners.cpu.attention import CpuAttention
+from runners.cpu.choice import once
 from runners.cpu.invariant import InvariantAttention, InvariantOps
+from runners.cpu.linears import BUCKETS
 from runners.cpu.ops import CpuOps
 from runners.cpu.sampler import CpuSampler
+from runners.cpu.tape import ROWS, Recorder, Tape, Untaped
+
+_SMALL = 1 << 24  # parameters of a model of which nothing is measured
+_ROUNDS = 3
 
 
 class CpuModelInput(PagedModelInput):
@@ -26,8 +33,14 @@ class CpuModelInput(PagedModelInput):
 
 
 class CpuModelRunner(PagedModelRunner):
+    """Attributes:
+        tape: the recorded decode step; None where there is none, for the reason `untaped`.
+    """
+
     input_type = CpuModelInput
     ops: CpuOps
+    tape: Tape | None = None
+    untaped = "there was no warm-up"
 
     def __init__(self, config: WorkerConfig, device: torch.device, communicator: Communicator) -> None:
         alike = config.engine.batch_invariant
@@ -45,6 +58,69 @@ class CpuModelRunner(PagedModelRunner):
         return [torch.frombuffer(mmap.mmap(-1, math.prod(shape) * self.kv_dtype.itemsize, mmap.MAP_PRIVATE
                                            | mmap.MAP_ANONYMOUS), dtype=self.kv_dtype).view(shape)
                 for shape in self.cache_shapes(num_blocks)]
+
+    @torch.inference_mode()
+    def warmup(self, kv_caches: Sequence[torch.Tensor], progress: Progress = no_progress) -> None:
+        super().warmup(kv_caches, progress)
+        try:
+            self.tape, self.taped_caches = self._record(kv_caches), kv_caches
+            self._choose(self.tape, kv_caches)
+            text = f"decode steps of {self.tape.described()} sequences run as one call"
+        except Untaped as reason:
+            self.tape, self.untaped = None, str(reason)
+            text = f"decode steps run operation by operation: {reason}"
+        logging.getLogger("hal").info(text)
+
+    def _record(self, kv_caches: Sequence[torch.Tensor]) -> Tape:
+        """Raises Untaped: the step has what a tape has not."""
+        engine, topology = self.config.engine, self.config.topology
+        if not self.ops.kernels:
+            raise Untaped("there are no compiled kernels")
+        if engine.batch_invariant or topology.world_size > 1 or self.taps or self.loads is not None:
+            raise Untaped("batch_invariant, several ranks, taps of a proposer or counted experts")
+        m = self.dummy_input(min(engine.max_num_seqs, ROWS), 1)
+        context, recorder = self.forward_context(m, kv_caches), Recorder(m, self.dtype)
+        self.ops.recorder = recorder
+        try:
+            with recorder:
+                hidden = self.model(m.input_ids, m.positions, context, None)
+                assert isinstance(hidden, torch.Tensor)
+                logits = self.model.compute_logits(hidden)
+        finally:
+            self.ops.recorder = None
+        return Tape(recorder, logits, self.ops.kernels)
+
+    def _choose(self, tape: Tape, kv_caches: Sequence[torch.Tensor]) -> None:
+        """Measure for which numbers of sequences the tape is faster. A small model always takes it."""
+        c, sizes = self.config.model, sorted({*(n for n in BUCKETS if n < tape.rows), tape.rows})
+        if c.num_params < _SMALL:
+            return
+
+        def measure() -> tuple[str, ...]:
+            return tuple("tape" if self._gains(tape, kv_caches, n) else "operations" for n in sizes)
+
+        found = once(f"decode steps of {c.architecture}, {c.num_params} parameters, {self.dtype}, up to {sizes[-1]}",
+                     self.ops.kernels.name, lambda known: isinstance(known, list) and len(known) == len(sizes), measure)
+        for n in range(1, tape.rows + 1):
+            tape.taken[n] = found[next(i for i, most in enumerate(sizes) if n <= most)] == "tape"
+
+    def _gains(self, tape: Tape, kv_caches: Sequence[torch.Tensor], num_seqs: int) -> bool:
+        m, times = self.dummy_input(num_seqs, 1), ([math.inf], [math.inf])
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            tape.run(m.input_ids, m)
+            between = time.perf_counter()
+            super().forward(m, kv_caches, None)
+            times[0].append(between - start)
+            times[1].append(time.perf_counter() - between)
+        return min(times[0]) < min(times[1])
+
+    def forward(self, m: PagedModelInput, kv_caches: Sequence[torch.Tensor],
+                intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
+        tape = self.tape
+        if tape is None or kv_caches is not self.taped_caches or not tape.takes(m):
+            return super().forward(m, kv_caches, intermediate)
+        return Forwarded(tape.run(self.pending.input_ids(m), m))
 
 
 class CpuEmbeddingRunner(EmbeddingRunner):

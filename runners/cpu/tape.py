@@ -1,0 +1,209 @@
+"""A decode step as one call. The model's operations are noted once, and C then runs the list (tape.c).
+
+What a graph is to a GPU, this is to a CPU: between two operations there is no Python, no dispatch of PyTorch, and no
+thread to wake.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hal.contracts.inputs import PagedModelInput
+from hal.errors import StateError
+from runners.cpu.compiled import Operation, Step
+from runners.cpu.linears import DenseWeight, Kernels
+
+if TYPE_CHECKING:
+    from hal.models.layers import Linear
+    from runners.cpu.attention import CpuStep
+
+ROWS = 16  # sequences of the largest step on a tape; more of them are limited by arithmetic
+_NEW = {"empty", "new_empty", "empty_like", "detach", "alias"}  # what is in new memory, no operation may read
+
+Code = IntEnum("Code", "EMBED ROTARY NORM GATED COPY LINEAR ATTEND", start=0)  # in the order of tape.c
+
+
+class Untaped(Exception):
+    """The forward pass has an operation that a tape has not."""
+
+
+class Recorder(TorchDispatchMode):
+    """Notes the operations of a decode step in place of computing them. CpuOps calls its methods, and it sees each
+    operation of PyTorch that the model calls beside them. It knows views, the look-up of embeddings and concatenation;
+    any other stops the recording, as does an operation that reads what no noted operation has written. So a tape
+    computes the whole step.
+
+    Args:
+        m: an input of as many decoding sequences as the tape shall take.
+    """
+
+    def __init__(self, m: PagedModelInput, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.m, self.rows, self.dtype = m, len(m.input_ids), dtype
+        self.operations: list[Operation] = []
+        self.kept: list[Any] = []  # what the operations' addresses point to
+        self.written: set[int] = set()  # the memory of noted results
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name == "embedding":
+            return self.embed(*args)
+        if name == "cat":
+            return self.cat(*args)
+        if func._schema.is_mutable:
+            raise Untaped(name)
+        found = func(*args, **kwargs or {})
+        views = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for one in found if isinstance(found, (tuple, list)) else (found,):
+            view = isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() in views
+            if not view and name not in _NEW:
+                raise Untaped(name)
+        return found
+
+    def _result(self, *shape: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=self.dtype)
+        self.kept.append(made)
+        self.written.add(made.untyped_storage().data_ptr())
+        return made
+
+    def _read(self, x: torch.Tensor, rows_only: bool = False) -> int:
+        """The address of an argument, whose rows lie one behind the other, or only each in one piece."""
+        whole = x[0].is_contiguous() if rows_only else x.is_contiguous()
+        if not whole or len(x) != self.rows or x.dtype != self.dtype or (
+                x.untyped_storage().data_ptr() not in self.written):
+            raise Untaped("an argument of another form, or of an operation that was not noted")
+        return x.data_ptr()
+
+    def _note(self, code: Code, **fields: Any) -> None:
+        self.operations.append(Operation(code=code, bf16=self.dtype == torch.bfloat16, **fields))
+
+    def embed(self, table: torch.Tensor, ids: torch.Tensor, *_: Any) -> torch.Tensor:
+        if ids.data_ptr() != self.m.input_ids.data_ptr() or table.stride(1) != 1 or table.dtype != self.dtype:
+            raise Untaped("embedding of something else than the step's tokens")
+        y = self._result(self.rows, table.shape[1])
+        self.kept.append(table)
+        self._note(Code.EMBED, weight=table.data_ptr(), y=y.data_ptr(), width=table.shape[1], x_stride=table.stride(0),
+                   table_rows=len(table))
+        return y
+
+    def cat(self, parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+        if dim % parts[0].ndim != 1:
+            raise Untaped("cat of rows")
+        y = self._result(self.rows, sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+        at, each = y.data_ptr(), y.element_size()
+        for part in parts:
+            width = part[0].numel()
+            self._note(Code.COPY, x=self._read(part, rows_only=True), y=at, width=width, x_stride=part.stride(0),
+                       y_stride=y.stride(0))
+            at += width * each
+        return y
+
+    def norm(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float,
+             ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As Ops.add_rms_norm, and without a residual as Ops.rms_norm; then the second result is x."""
+        y, total = self._result(*x.shape), x
+        fields: dict[str, Any] = {}
+        if residual is not None:
+            total = self._result(*x.shape)
+            self._read(x)
+            fields = {"also": self._read(residual), "sum": total.data_ptr()}
+        self.kept.append(weight)
+        self._note(Code.NORM, x=self._read(x, rows_only=True), weight=weight.data_ptr(), y=y.data_ptr(),
+                   width=x.shape[-1], parts=x[0].numel() // x.shape[-1], x_stride=x.stride(0), y_stride=y.stride(0),
+                   eps=eps, wide_weight=weight.dtype == torch.float32, **fields)
+        return y, total
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        y = self._result(self.rows, gate_up.shape[1] // 2)
+        self._note(Code.GATED, x=self._read(gate_up), y=y.data_ptr(), width=y.shape[1], x_stride=gate_up.stride(0))
+        return y
+
+    def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        weight = layer.packed
+        if not isinstance(weight, DenseWeight) or weight.native is None:
+            raise Untaped("a product that the kernels do not compute")
+        y = self._result(self.rows, weight.outputs)
+        self.kept.append(weight)
+        self._note(Code.LINEAR, x=self._read(x), weight=weight.address, y=y.data_ptr(), width=weight.outputs,
+                   x_stride=x.stride(0))
+        return y
+
+    def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if positions.data_ptr() != self.m.positions.data_ptr() or not table.is_contiguous():
+            raise Untaped("rotary angles of something else than the step's positions")
+        cos, sin = (self._result(self.rows, 1, table.shape[1]) for _ in range(2))
+        self.kept.append(table)
+        self._note(Code.ROTARY, weight=table.data_ptr(), y=cos.data_ptr(), sum=sin.data_ptr(), width=table.shape[1],
+                   table_rows=len(table))
+        return cos, sin
+
+    def attend(self, step: CpuStep, layer: int, qkv: torch.Tensor, begun: tuple[torch.Tensor, torch.Tensor],
+               ) -> torch.Tensor:
+        spec = step.attention.specs[layer]
+        y = self._result(self.rows, spec.num_heads * spec.head_dim)
+        self._read(qkv)
+        native = step.attention.native(qkv, y, step.kv_caches[layer], spec, begun)
+        self.kept.append((native, step))
+        self._note(Code.ATTEND, decode=ctypes.addressof(native))
+        return y
+
+
+class Tape:
+    """A recorded step.
+
+    Args:
+        logits: [rows, vocab_size], the last result that `recorder` has noted.
+
+    Attributes:
+        rows: sequences of the largest step.
+        taken: by number of sequences, whether steps of so many shall run on the tape. steps: that have run on it.
+    """
+
+    def __init__(self, recorder: Recorder, logits: torch.Tensor, kernels: Kernels) -> None:
+        self.kept, self.logits, self.functions = recorder.kept, logits, kernels.functions
+        self.operations = (Operation * len(recorder.operations))(*recorder.operations)
+        self.rows, self.taken = recorder.rows, [False] + [True] * recorder.rows
+        self.steps = 0
+        self.handle = self.functions.hal_tape(ctypes.addressof(self.operations), len(self.operations), recorder.rows)
+        if not self.handle:
+            raise MemoryError("there is no memory for a recorded step")
+
+    def described(self) -> str:
+        """The numbers of sequences whose steps run on it, for people."""
+        numbers = [n for n in range(1, self.rows + 1) if self.taken[n]]
+        if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+            return f"{numbers[0]} to {numbers[-1]}"
+        return ", ".join(map(str, numbers)) or "no number of"
+
+    def takes(self, m: PagedModelInput) -> bool:
+        """Whether all sequences of the step decode and are sampled, and nothing else is asked for."""
+        n = m.num_decode_seqs
+        return (n < len(self.taken) and self.taken[n] and n == m.num_samples == len(m.logits_indices)
+                == len(m.seq_lens) == len(m.input_ids) and m.sample_counts is None and m.adapter_slots is None)
+
+    def run(self, ids: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
+        """Logits [num_seqs, vocab_size] in memory that the next step writes again. ids: int32 [num_seqs]."""
+        n, tables = len(ids), m.block_tables
+        if tables.stride(1) != 1:
+            tables = tables.contiguous()
+        step = Step(ids.data_ptr(), m.positions.data_ptr(), m.seq_lens.data_ptr(), m.slot_mapping.data_ptr(),
+                    tables.data_ptr(), n, tables.stride(0))
+        failed = self.functions.hal_tape_run(self.handle, ctypes.addressof(step), torch.get_num_threads())
+        if failed == 1:
+            raise MemoryError("attention found no memory for its scores")
+        if failed:
+            raise StateError("a step has a token or a position outside of the model's tables",
+                             got=f"tokens {ids.tolist()} at positions {m.positions.tolist()}",
+                             expected="tokens of the vocabulary, at positions of the context")
+        self.steps += 1
+        return self.logits[:n]
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", None):
+            self.functions.hal_tape_free(self.handle)
