@@ -5,7 +5,7 @@
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
-#define ABI 3 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 4 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
