@@ -29,6 +29,12 @@ pre { background: #f3f5f9; padding: .6rem; overflow-x: auto; white-space: pre-wr
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .8rem 0 }
 dt { color: #667 } dd { margin: 0; overflow-wrap: anywhere }
 .wide { overflow-x: auto }
+.key { padding: 0 .5rem; border: 1px solid #d5dae3; white-space: nowrap } .key.pass { background: #dff2e7 }
+.key.bad { background: #f8d9d5 } .key.na { background: #eceff4 }
+.sides { border: solid #d5dae3; border-width: 1px 0 0 1px; border-collapse: separate; border-spacing: 0 }
+.sides th, .sides td { border-width: 0 1px 1px 0 } .sides td { min-width: 3.5rem }
+.sides th:first-child { position: sticky; left: 0 } .sides code { background: none; padding: 0; font-weight: 400;
+overflow-wrap: normal } .level th { background: #e3e8f1 } .level span { position: sticky; left: .8rem }
 @media (max-width: 40rem) {
 body { margin: 1rem auto } th, td { padding: .25rem .4rem; font-size: .85rem }
 dl { grid-template-columns: 1fr } dd { margin-bottom: .5rem } figure { width: 100%; margin-right: 0 }
@@ -44,8 +50,8 @@ def html(report: Report) -> str:
              f"<title>Conformance of {escape(report.header['backend'])}</title><style>{STYLE}</style></head><body>",
              f"<h1>Conformance of {escape(report.header['backend'])}</h1>",
              f"<p class='verdict{' bad' if bad else ''}'>{escape(report.verdict)}</p>", _table(report)]
-    parts += [_coverage(report), _section("Failures", report, ("fail", "error"), opened=True),
-              _section("Expected failures", report, ("xfail",), opened=True)]
+    parts += [_coverage(report), section("Failures", report, ("fail", "error"), opened=True),
+              section("Expected failures", report, ("xfail",), opened=True)]
     if report.errors:
         plots = "".join(histogram(f"{op}, {dtype}", np.concatenate(found), report.tolerances(op, dtype))
                         for (op, dtype), found in sorted(report.errors.items()))
@@ -63,7 +69,7 @@ def html(report: Report) -> str:
             "Tasks", "Right answers; no part of the verdict.", ("how", "dtype", "right"),
             [f"<td>{escape(a.how)}</td><td>{escape(a.dtype)}</td>"
              f"<td>{escape(a.refused) or f'{a.right} of {a.total}'}</td>" for a in report.tasks]))
-    parts += [_section("Not applicable", report, ("n/a",)), _section("Passed", report, ("pass",)), "<h2>Run</h2><dl>"]
+    parts += [section("Not applicable", report, ("n/a",)), section("Passed", report, ("pass",)), "<h2>Run</h2><dl>"]
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.header.items()]
     return "\n".join([*parts, "</dl></body></html>"])
 
@@ -112,7 +118,7 @@ def _coverage(report: Report) -> str:
             f"<th>feature</th>{''.join(f'<th>{escape(d)}</th>' for d in dtypes)}</tr>{rows}</table></div></details>")
 
 
-def _section(title: str, report: Report, statuses: tuple[str, ...], opened: bool = False) -> str:
+def section(title: str, report: Report, statuses: tuple[str, ...], opened: bool = False) -> str:
     found = [r for r in report.results if r.status in statuses]
     if not found:
         return ""

@@ -138,7 +138,10 @@ def test_reports_are_compared() -> None:
     assert rows["L2/attention"][0] == "6/7" and rows["L5/layout/tp2"] == ["1/1", "1/1"]
     assert rows["L5/layout/pp2"] == ["-", "-"] and rows["feature"] == list(DTYPES)
     shown = page([before, copy.deepcopy(after), honest()])
-    assert shown.count("vendor:backend") == 3 and "class='bad'>6/7" in shown
+    assert shown.count("<th colspan='2'>vendor:backend</th>") == 3 and "class='bad'>6/7" in shown
+    assert "<th>torch</th><td colspan='2'>1</td><td colspan='2'>2</td><td colspan='2'>1</td>" in shown
+    assert "All runs have: " in shown and "<h2>Failures of vendor:backend (1)</h2>" in shown
+    assert "<span>L5 distributed</span>" in shown and "<code>layout/<wbr>tp2_<wbr>pp2</code>" in shown
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
