@@ -69,8 +69,14 @@ test-jax: .venv-jax/.made
 test-tutorial: .venv/.made
 	.venv/bin/python tests/conformance/test_tutorial.py
 
+# Two halves beside each other; the first is printed when both have ended.
+HALF = tests/cli tests/conformance tests/engine tests/serve tests/workers
+
 test-fast: .venv/.made
-	.venv/bin/python -m pytest -q tests -m "not slow"
+	printed=$$(mktemp); .venv/bin/python -m pytest -q $(HALF) -m "not slow" >$$printed 2>&1 & beside=$$!; \
+	trap "kill $$beside" INT TERM; \
+	.venv/bin/python -m pytest -q tests $(HALF:%=--ignore %) -m "not slow"; status=$$?; \
+	wait $$beside || status=$$?; cat $$printed; rm $$printed; exit $$status
 
 # 100,000 messages and 2,000 recordings with something wrong in them; the seed is printed, and SEED=N repeats it.
 fuzz: .venv/.made

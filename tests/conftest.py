@@ -39,6 +39,19 @@ def this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """A test that changes the state of the process, or leaves a process, fails here by name, and not the next ones."""
+    import leaks
+
+    before, children = leaks.state(), leaks.children()
+    yield
+    found = leaks.changes(before, children)
+    if found:
+        leaks.restore(before)
+        pytest.fail("\n".join(["the test has left behind:", *found]), pytrace=False)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`checkpoint(name)`: the directory of one of `checkpoints.NAMES`, made on first use."""

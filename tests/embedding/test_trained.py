@@ -30,6 +30,7 @@ def test_vectors_are_those_of_transformers(minilm: Path, reference: np.ndarray) 
         sentences.check_minilm(llm, reference)
 
 
+@pytest.mark.slow
 def test_the_command_line(minilm: Path, reference: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of the arguments, of a JSON Lines file and of a plain file, in this order; bad lines fail alone."""

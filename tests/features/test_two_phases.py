@@ -125,10 +125,11 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 @pytest.mark.parametrize(("device", "options"), [
-    ("cpu", {}), ("cpu", {"async_scheduling": True}), ("cpu", {"tp": 2}), ("cpu", {"pp": 2, "wire": "request"}),
-    ("cpu", {"tp": 2, "wire": "request", "async_scheduling": True}), ("null", {"pp": 2}),
-    pytest.param("null", {"tp": 2, "pp": 2, "control_plane": "gloo"}, marks=pytest.mark.slow),
-    pytest.param("null", {"pp": 3, "wire": "request"}, marks=pytest.mark.slow)], ids=str)
+    ("cpu", {}), ("cpu", {"async_scheduling": True}), ("null", {"pp": 2}), *(
+        pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("cpu", {"tp": 2}), ("cpu", {"pp": 2, "wire": "request"}),
+            ("cpu", {"tp": 2, "wire": "request", "async_scheduling": True}),
+            ("null", {"tp": 2, "pp": 2, "control_plane": "gloo"}), ("null", {"pp": 3, "wire": "request"})))], ids=str)
 def test_columns_that_arrive_during_the_forward_pass_are_used(device: str, options: dict[str, Any], tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch, expected: Any) -> None:
     (tmp_path / "late").mkdir()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from drill import shared_memory
 from nccl_stand_in import StandInBackend
 from rank_threads import on_ranks
 from worker_cases import MODEL, engine
@@ -70,9 +70,9 @@ def stage(tokens: int, seed: int) -> Any:
 
 @pytest.fixture(autouse=True)
 def _nothing_in_shared_memory() -> Iterator[None]:
-    before = os.listdir("/dev/shm")
+    before = shared_memory()
     yield
-    assert os.listdir("/dev/shm") == before
+    assert shared_memory() == before
 
 
 @on_each_torch

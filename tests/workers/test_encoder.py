@@ -22,8 +22,9 @@ from hal.testing.null import NullBackend
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"tp": 2, "wire": "model-input"}, {"tp": 2, "wire": "request", "control_plane": "gloo"},
-    {"pp": 2, "wire": "request", "control_plane": "shm"}], ids=str)
+    {}, {"tp": 2, "wire": "model-input"},
+    pytest.param({"tp": 2, "wire": "request", "control_plane": "gloo"}, marks=pytest.mark.slow),
+    pytest.param({"pp": 2, "wire": "request", "control_plane": "shm"}, marks=pytest.mark.slow)], ids=str)
 def test_embeddings_are_those_of_a_plain_forward_pass(options: dict[str, object]) -> None:
     executor = start(**options)
     try:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import worker_cases
-from drill import lives
+from drill import lives, shared_memory
 from own_worker import refuse
 from worker_cases import MODEL, Driver, executor, ints
 
@@ -74,11 +74,11 @@ def descendants() -> set[str]:
 def _nothing_left(opened_once: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No descriptor (pipe, socket, shared memory), process or file stays behind a test."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    before, shared, others = descriptors(), os.listdir("/dev/shm"), descendants()  # other tests' compilers, say
+    before, shared, others = descriptors(), shared_memory(), descendants()  # other tests' compilers, say
     yield
     # Raised errors keep frames alive, and those the groups: until the collector sees them.
     assert wait(lambda: gc.collect() >= 0 and descriptors().items() <= before.items(), 2), descriptors()
-    assert not list(tmp_path.iterdir()) and set(os.listdir("/dev/shm")) <= set(shared)
+    assert not list(tmp_path.iterdir()) and shared_memory() <= shared
     assert descendants() <= others
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drill import shared_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nccl_stand_in import StandInBackend
@@ -87,9 +88,9 @@ def _what_a_plane_needs(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def _nothing_in_shared_memory() -> Iterator[None]:
-    before = os.listdir("/dev/shm")
+    before = shared_memory()
     yield
-    assert os.listdir("/dev/shm") == before
+    assert shared_memory() == before
 
 
 @pytest.mark.parametrize("name", PLANES)
