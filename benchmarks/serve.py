@@ -1,7 +1,9 @@
-"""The HTTP server under load: tokens/s beside LLM.generate, and a soak with clients that go away or do not read.
+"""The HTTP server under load: tokens/s beside LLM.generate, a soak with clients that go away or do not read, and the
+time until streams go on when a rank is killed.
 
     python benchmarks/serve.py throughput [--model-config qwen2-0.5b] [--streams 64] [--tokens 256] [--repeat 3]
     python benchmarks/serve.py soak [--seconds 300] [--streams 200] [--device null]
+    python benchmarks/serve.py restart [--model DIR] [--streams 8] [--tokens 256] [--repeat 3]
 
 The server and LLM.generate share one engine in a process of its own, and take turns. The client is another process. The
 soak compares the time between chunks of the clients that read, with and without clients that do not read, and counts
@@ -15,6 +17,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -43,10 +46,11 @@ def serve(options: dict[str, Any], port: int) -> None:
         outputs = engine.llm.generate(query["prompts"], SamplingParams(max_tokens=query["tokens"], ignore_eos=True))
         return sum(len(output.token_ids) for output in outputs) / (time.monotonic() - started)
 
-    def inside() -> dict[str, int]:
+    def inside() -> dict[str, Any]:
         scheduler = engine.llm.scheduler
         return {"tasks": len(asyncio.all_tasks()), "streams": len(engine._open) + len(engine._streams),
                 "rows": scheduler.max_rows - len(scheduler._free_rows), "blocks": sum(scheduler.blocks.refs),
+                "ranks": [each.process.pid for each in engine.llm.executor._ranks.processes] if "tp" in options else [],
                 "active": server.active, "files": len(os.listdir("/proc/self/fd")),
                 "megabytes": int(Path("/proc/self/statm").read_text().split()[1]) >> 8}
 
@@ -86,6 +90,13 @@ class Client:
         answer = (await reader.read()).decode()
         writer.close()
         return json.loads(answer[answer.index("\r\n") + 2:answer.rindex("\r\n0")] if "\r\n" in answer else answer)
+
+    async def healthy(self) -> bool:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+        return b" 200 " in head[:20]
 
     async def stream(self, prompt: list[int], tokens: int) -> int:
         """Read a stream to its end. Returns the number of its chunks."""
@@ -172,8 +183,8 @@ async def soak(client: Client, args: argparse.Namespace) -> int:
     await asyncio.gather(never_reads(), *[reader() for _ in range(args.streams)])
     for _ in range(200):
         after = await client.ask("/inside")
-        left = {name: after[name] - (before[name] if name in ("tasks", "files") else 0) for name in after}
-        del left["megabytes"]
+        left = {name: after[name] - (before[name] if name in ("tasks", "files") else 0) for name in after
+                if name not in ("megabytes", "ranks")}
         if not any(left.values()):
             break
         await asyncio.sleep(0.05)
@@ -186,10 +197,48 @@ async def soak(client: Client, args: argparse.Namespace) -> int:
     return int(any(left.values()))
 
 
+async def restart(client: Client, args: argparse.Namespace) -> int:
+    """Kill a rank while all streams run. The parts of the time until they go on, as a client sees them."""
+    rows = []
+    for _ in range(args.repeat):
+        chunks: list[list[float]] = [[] for _ in range(args.streams)]
+        ends = [""] * args.streams
+
+        async def read(place: int, chunks: list[list[float]] = chunks, ends: list[str] = ends) -> None:
+            body = {"prompt": [3, 4, place % 8 + 4], "max_tokens": args.tokens, "ignore_eos": True, "stream": True}
+            reader, writer = await client.post("/v1/completions", body)
+            while line := await reader.readline():
+                if line.startswith(b"data: "):
+                    chunks[place].append(time.monotonic())
+                    ends[place] = line.decode().strip()
+            writer.close()
+
+        tasks = [asyncio.create_task(read(place)) for place in range(args.streams)]
+        while not all(len(times) > 3 for times in chunks):
+            await asyncio.sleep(0.005)
+        os.kill((await client.ask("/inside"))["ranks"][-1], signal.SIGKILL)
+        killed = time.monotonic()
+        while await client.healthy():
+            await asyncio.sleep(0.002)
+        noticed = time.monotonic()
+        while not await client.healthy():
+            await asyncio.sleep(0.002)
+        back = time.monotonic()
+        await asyncio.gather(*tasks)
+        later = [min((t for t in times if t > noticed + 0.05), default=float("inf")) for times in chunks]
+        assert ends == ["data: [DONE]"] * args.streams, ends
+        rows.append((noticed - killed, back - noticed, min(later) - back, max(later) - killed))
+        print("/health fails {:.3f} s after the kill, is well {:.3f} s later, and the first stream goes on {:.3f} s "
+              "after that; all go on {:.3f} s after the kill".format(*rows[-1]), flush=True)
+    print("medians: " + ", ".join(f"{statistics.median(part):.3f}" for part in zip(*rows, strict=True)))
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("throughput", "soak"))
+    parser.add_argument("what", choices=("throughput", "soak", "restart"))
     parser.add_argument("--model-config", help="a shape of `hal bench` with random weights; default: the bundled model")
+    parser.add_argument("--model", help="a checkpoint for `restart`")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--streams", type=int)
     parser.add_argument("--tokens", type=int, default=256)
@@ -203,7 +252,7 @@ def main() -> int:
     if args.child:
         serve(*json.loads(args.child))
         return 0
-    args.streams = args.streams or (64 if args.what == "throughput" else 200)
+    args.streams = args.streams or {"throughput": 64, "soak": 200, "restart": 8}[args.what]
     with socket.create_server(("127.0.0.1", 0)) as free, tempfile.TemporaryDirectory() as scratch:
         port = free.getsockname()[1]
         free.close()
@@ -215,6 +264,8 @@ def main() -> int:
             (Path(scratch) / "config.json").write_text(json.dumps(SHAPES[args.model_config]))
             options |= {"model": scratch, "random_weights": True, "max_model_len": 512}
             args.vocab = SHAPES[args.model_config]["vocab_size"]
+        if args.what == "restart":
+            options |= {"tp": 2, **({"model": args.model, "max_model_len": 512} if args.model else {})}
         child = subprocess.Popen([sys.executable, __file__, args.what, "--child", json.dumps([options, port])])
         try:
             client = Client(port)
@@ -224,7 +275,7 @@ def main() -> int:
                     break
                 except OSError:
                     time.sleep(0.1)
-            return asyncio.run((throughput if args.what == "throughput" else soak)(client, args))
+            return asyncio.run({"throughput": throughput, "soak": soak, "restart": restart}[args.what](client, args))
         finally:
             child.terminate()
             child.wait(20)

@@ -108,6 +108,13 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """The type of an option that counts something, of which there may be none."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
 def path(text: str) -> str:
     """The type of an option that names a file or folder. It expands a leading ~, which a shell leaves as it is in
     `--output=~/run`. EngineConfig expands the path of a model."""

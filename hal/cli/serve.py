@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this host alone)")
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     group.add_argument("--served-model-name", metavar="NAME", 
-                       help="the model's name for clients (default: its folder's)")
-    group.add_argument("--api-key", metavar="KEY", default=os.environ.get("HAL_API_KEY"),
+                       help="the model's name for clients (default: its folder's, or its hub id)")
+    group.add_argument("--api-key", metavar="KEY", default=os.environ.get("HAL_API_KEY", ""),
                        help="what clients must send to /v1 (default: HAL_API_KEY; without it, nothing). Other users of "
                             "the host can read a command line")
     group.add_argument("--allow-adapter-loading", action="store_true",
@@ -55,9 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="the longest prompt (default: what the model's context takes)")
     group.add_argument("--drain-seconds", type=float, default=30.0, metavar="X",
                        help="time for requests to end after SIGTERM, before they are aborted (default: 30)")
-    group.add_argument("--retries", type=int, default=1, metavar="N",
+    group.add_argument("--retries", type=options.count, default=1, metavar="N",
                        help="failures of the engine after which a request goes on; 0: it gets the error (default: 1)")
-    group.add_argument("--restarts", type=int, default=3, metavar="N",
+    group.add_argument("--restarts", type=options.count, default=3, metavar="N",
                        help="how often new workers are started before a request has completed (default: 3)")
     options.add_engine_options(parser, skip=("model",))
 
@@ -72,22 +72,28 @@ def run(args: argparse.Namespace) -> int:
                           hint='pip install "hal-runtime[serve]"') from error
     from hal.serve.async_llm import AsyncLLM
 
-    if args.host not in ("127.0.0.1", "::1", "localhost") and args.api_key is None:
+    if args.host not in ("127.0.0.1", "::1", "localhost") and not args.api_key:
         streams.say(f"hal: everybody who reaches {args.host} may use this server: --api-key or HAL_API_KEY guards it")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    name = args.served_model_name or Path(args.model).expanduser().resolve().name
+    path = Path(args.model).expanduser()
+    name = args.served_model_name or (path.resolve().name if path.exists() else args.model)  # an id of the hub
     # The address is taken before the model is loaded, so that a wrong one fails early.
     with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((args.host, args.port))
+        try:
+            listener.bind((args.host, args.port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError("the server cannot have this address", got=f"{args.host}, port {args.port}: {error}",
+                              expected="an address of this host and a port that is free",
+                              hint="--port 0 takes a free port") from None
         engine = AsyncLLM(retries=args.retries, restarts=args.restarts, max_prompt_tokens=args.max_prompt_tokens,
                           progress=sys.stderr.isatty(), **{**options.engine_options(args), "model": args.model})
         try:
             options.load_adapters(engine.llm, args)  # no request has come yet
-            server = Server(engine, name, api_key=args.api_key,
+            server = Server(engine, name, api_key=args.api_key or None,
                             limits=Limits(requests=args.max_requests, body=args.max_body),
                             adapter_loading=args.allow_adapter_loading, tool_parser=args.tool_parser)
-            return asyncio.run(_serve(server, listener, args.drain_seconds))
+            return asyncio.run(_serve(server, listener, max(args.drain_seconds, 0.0)))
         finally:
             engine.close()
 
@@ -111,6 +117,7 @@ async def _serve(server: Server, listener: socket.socket, drain_seconds: float) 
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
+    listener.listen(2048)  # a client that connects now waits until the server runs, and is not refused
     running = asyncio.create_task(http.serve(sockets=[listener]))
     host, port = listener.getsockname()[:2]
     streams.say(f"hal: {server.name} is served at http://{f'[{host}]' if ':' in host else host}:{port}")

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -91,7 +91,7 @@ class Server:
                   Route("/v1/unload_lora_adapter", partial(self.change_adapters, load=False), methods=["POST"]),
                   Route("/health", self.health), Route("/metrics", self.show_metrics), Route("/", self.page)]
         self.app: ASGIApp = _Front(self, Starlette(routes=routes, exception_handlers={
-            kind: _refused for kind in (ApiError, HalError, HTTPException, Gone, Exception)}))
+            kind: _refused for kind in (ApiError, HalError, HTTPException, ClientDisconnect, Gone, Exception)}))
 
     # The endpoints
 
@@ -305,7 +305,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    if isinstance(error, Gone):
+    if isinstance(error, (ClientDisconnect, Gone)):
         return Response(status_code=_GONE)
     if isinstance(error, HTTPException):
         error = ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}")

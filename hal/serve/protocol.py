@@ -30,7 +30,8 @@ def as_api_error(error: HalError, prompt: str = "prompt") -> ApiError:
     """The response to an error of the engine; `prompt` names the parameter that has the prompt."""
     if isinstance(error, (RequestError, CapacityError)):
         names = [word for word in re.findall(r"\w+", error.what) if word in _PARAMS]
-        return ApiError(400, str(error), names[0] if names else prompt)
+        long = "prompt is longer than" in error.what
+        return ApiError(400, str(error), names[0] if names else prompt, "context_length_exceeded" if long else None)
     return ApiError(503 if isinstance(error, StateError) else 500, str(error))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -94,8 +95,9 @@ def test_sigterm_ends_requests_in_order_and_exits_with_0(deadline: str) -> None:
 
 
 @pytest.mark.slow
-def test_streams_outlive_a_rank_and_the_server_is_healthy_again() -> None:
-    with served(*SMALL, "--tp", "2") as (process, address):
+@pytest.mark.parametrize("retries", [1, 0])
+def test_streams_outlive_a_rank_or_get_its_error_and_the_server_is_healthy_again(retries: int) -> None:
+    with served(*SMALL, "--tp", "2", "--retries", str(retries)) as (process, address):
         undisturbed = [client(address).completions.create(
             model="", prompt=[5, place % 7 + 3], max_tokens=480, temperature=0,
             extra_body={"ignore_eos": True}).choices[0].text for place in range(7)]
@@ -106,8 +108,19 @@ def test_streams_outlive_a_rank_and_the_server_is_healthy_again() -> None:
         while any(thread.is_alive() for thread in threads):
             states.add(health(address)[0])
             time.sleep(0.02)
-        assert found == [(text, "length") for text in undisturbed]
-        assert states == {200, 503} and health(address) == (200, {"status": "ok", "error": None})
+        if retries:
+            assert found == [(text, "length") for text in undisturbed] and states == {200, 503}
+        else:
+            assert all(isinstance(each, openai.APIError) and "rank 1" in str(each) for each in found), found
+        state, end = health(address), time.monotonic() + 30
+        while state[0] == 503 and time.monotonic() < end:
+            assert state[1]["status"] == "failed" and "rank 1" in state[1]["error"]
+            time.sleep(0.02)
+            state = health(address)
+        assert state == (200, {"status": "ok", "error": None})
+        again = client(address).completions.create(model="", prompt=[5, 3], max_tokens=480, temperature=0,
+                                                   extra_body={"ignore_eos": True})
+        assert again.choices[0].text == undisturbed[0]
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
 
@@ -127,7 +140,15 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch: py
                                                                  capfd: pytest.CaptureFixture[str]) -> None:
     from hal.cli import main
 
-    assert main(["serve", "--host", "192.0.2.1", *SMALL]) == 1 and "the system refuses" in capfd.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for host, port in (("192.0.2.1", 0), ("127.0.0.1", taken.getsockname()[1]), ("127.0.0.1", 99999)):
+            assert main(["serve", "--host", host, "--port", str(port), *SMALL]) == 1
+            said = capfd.readouterr().err
+            assert "cannot have this address" in said and f"{host}, port {port}" in said and "--port 0" in said
+    for option in ("--retries", "--restarts"):
+        with pytest.raises(SystemExit):
+            main(["serve", option, "-1", *SMALL])
+        assert "-1 is below 0" in capfd.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["serve", *SMALL]) == 1
     assert 'pip install "hal-runtime[serve]"' in capfd.readouterr().err

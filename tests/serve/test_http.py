@@ -190,6 +190,9 @@ def test_errors_have_the_classes_of_the_client(null: Serving) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature is not usable") as caught:
         null.client.completions.create(model="the-model", prompt="1", temperature=-1)
     assert caught.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError) as caught:
+        null.client.completions.create(model="the-model", prompt="1" * 300)
+    assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError, match="has no model 'other'"):
         null.client.completions.create(model="other", prompt="1")
     assert ask(null, "/v1/nothing", {})[0] == 404 and ask(null, "/v1/completions")[0] == 405
@@ -238,6 +241,18 @@ def test_a_client_that_goes_away_ends_its_requests(stream: bool) -> None:
         until(lambda: is_idle(made))
         assert made.engine.stats().decode_tokens < 8 * 100
         assert made.server.metrics.finished["abort"] == 18
+
+
+def test_a_client_that_goes_away_while_it_sends_is_no_error(null: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    connection = null.open("/v1/completions", '{"prompt": "1"}')
+    connection.recv(100)
+    with caplog.at_level("INFO"):
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 500\r\n\r\n{")
+        until(lambda: null.server.active)
+        connection.close()
+        until(lambda: is_idle(null) and any(" 499 " in message for message in caplog.messages))
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_a_client_that_does_not_read_slows_nobody_and_is_not_written_to(tmp_path: Path) -> None:
