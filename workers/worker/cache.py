@@ -52,7 +52,7 @@ def count_blocks(config: WorkerConfig, *, free: int, reserve: int, per_block: in
     if wanted < each + 1:
         raise CapacityError("the KV cache is too small for one sequence of max_model_len",
                             got=f"num_blocks={wanted} of {engine.block_size} tokens, one of them the null block",
-                            expected=f"at least {each + 1} blocks for {length} tokens",
+                            expected=f"at least {each + 1} blocks for {min(each * engine.block_size, length)} tokens",
                             hint="raise num_blocks or kv_cache_bytes, or lower max_model_len to "
                                  f"{max(wanted - 1, 0) * engine.block_size}")
     if wanted > fitting:
