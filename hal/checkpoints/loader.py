@@ -140,21 +140,21 @@ def random_weights(model: CausalLM, seed: int = 0) -> None:
     place, which is quick but far from random. Ranks get values of their own."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    pool = torch.empty(_POOL).normal_(0.0, 0.02, generator=generator).to(device, model.dtype)
+    pools = {0: torch.empty(_POOL).normal_(0.0, 0.02, generator=generator).to(device, model.dtype)}
     at = model.topology.rank
     for parameter in model.parameters():
         flat, spec = parameter.data.view(-1), spec_of(parameter)
-        if not flat.is_floating_point():
-            bound = spec.below or torch.iinfo(flat.dtype).max
-            flat.copy_(torch.randint(0, bound, flat.shape, dtype=torch.int64, generator=generator))
-            continue
-        if parameter.ndim == 1 and spec.sources and spec.sources[0].name.endswith(("weight", ".k_scale")):
+        if parameter.ndim == 1 and spec.sources and flat.is_floating_point() and (
+                spec.sources[0].name.endswith(("weight", ".k_scale"))):
             flat.fill_(1.0)
             continue
+        below = 0 if flat.is_floating_point() else spec.below or torch.iinfo(flat.dtype).max
+        if below not in pools:
+            pools[below] = torch.randint(0, below, (_POOL,), generator=generator, dtype=flat.dtype).to(device)
         begin = 0
         while begin < flat.numel():
             count = min(flat.numel() - begin, _POOL - at)
-            flat[begin:begin + count] = pool[at:at + count]
+            flat[begin:begin + count] = pools[below][at:at + count]
             begin, at = begin + count, (at + count) % _POOL
     model.pack()
 
