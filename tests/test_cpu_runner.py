@@ -30,10 +30,11 @@ Checkpoint = Callable[[str], Path]
 GIB = 1 << 30
 
 
-def make(directory: Path, dtype: str = "float32") -> tuple[CpuModelRunner, Sequence[torch.Tensor]]:
+def make(directory: Path, dtype: str = "float32", quantize: str | None = None,
+         ) -> tuple[CpuModelRunner, Sequence[torch.Tensor]]:
     engine = EngineConfig(model=str(directory), dtype=dtype, block_size=4, max_num_seqs=4)  # type: ignore[arg-type]
-    runner = backend.make_runner(WorkerConfig(engine, read_config(directory), Topology()), backend.device(0),
-                                 LocalCommunicator())
+    runner = backend.make_runner(WorkerConfig(engine, read_config(directory, quantize=quantize), Topology()),
+                                 backend.device(0), LocalCommunicator())
     runner.load_model()
     return runner, runner.make_kv_caches(120)
 

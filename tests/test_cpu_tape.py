@@ -96,10 +96,12 @@ def test_seeded_sampling_gives_the_same_tokens(model: Callable[[str], Path]) -> 
     assert [o.token_ids for o in ours] == [o.token_ids for o in plain]
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("name", ["qwen3", "biases"])
-def test_bfloat16_rounds_where_the_operations_round(model: Callable[[str], Path], name: str) -> None:
+def test_bfloat16_rounds_where_the_operations_round(model: Callable[[str], Path], name: str, quantize: str | None,
+                                                    ) -> None:
     """The logits of one step differ as those of two orders of the same sums do, by few units of bfloat16."""
-    runner, caches = make(model(name), "bfloat16")
+    runner, caches = make(model(name), "bfloat16", quantize)
     generate(runner, caches, checkpoints.prompts(), 6, budget=30)
     runner.warmup(caches)
     assert runner.tape is not None

@@ -28,6 +28,7 @@ _HARMLESS = re.compile(r"(\.rotary_emb\.inv_freq|^h\.\d+\.attn\.(bias|masked_bia
 _FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # converted
 _OTHERS = {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
            torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}  # stored as declared
+_AT_ONCE = 1 << 24  # values of a dense weight that are rounded at a time, by way of fp32
 _POOL = 4_194_301  # a prime number, so that equal values do not fall into the same column
 
 
@@ -128,8 +129,9 @@ def _quantize(model: CausalLM, tensors: Mapping[str, Stored], progress: Progress
                 dense = torch.empty(shape, dtype=model.dtype, device=next(layer.parameters()).device)
                 for source, at in _parts(spec, model.topology):
                     _fill(dense, spec, source, at, *files.opened(source.name), model.topology)
-                for name, value in layer.scheme.quantize(dense).items():
-                    layer.entry(name, i).copy_(value)
+                for at in range(0, len(dense), step := max(_AT_ONCE // dense.shape[1], 1)):
+                    for name, value in layer.scheme.quantize(dense[at:at + step]).items():
+                        layer.entry(name, i)[at:at + step].copy_(value)
     if layers:
         progress("quantizing weights", len(layers), len(layers))
 

@@ -47,7 +47,7 @@ class CausalLM(nn.Module, abc.ABC):
             shared = self.embed if config.tie_embeddings and topology.is_first_stage else None
             name = config.embedding_name if config.tie_embeddings else "lm_head"
             rows = config.vocab_size if config.eagle is None else config.eagle.draft_vocab_size
-            self.head = Head(build, name, rows, config.hidden_size, shared)
+            self.head = Head(build, name, rows, config.hidden_size, shared, config.tie_embeddings)
 
     def begin(self, config: ModelConfig, build: Build) -> None:
         """Set the attributes of every decoder, before its layers are made."""

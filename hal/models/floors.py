@@ -10,6 +10,7 @@ import torch
 
 from hal.contracts.backend import Backend
 from hal.model_config import ModelConfig
+from hal.weights.formats import schemes
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SIDES = {"cpu": (256, 1024)}  # of the matrices that are multiplied: a short trial, then the measurement
@@ -77,7 +78,8 @@ def bytes_per_step(model: ModelConfig, dtype: str, kv_dtype: str, batch: int, co
     is the output head as well. Each layer reads its window of the context, and those experts that the tokens choose if
     they choose at random."""
     item = _BYTES[dtype]
-    unread = 0 if model.tie_embeddings else max(model.vocab_size - batch * new, 0) * model.hidden_size
+    one_table = model.tie_embeddings and not schemes(model.quantization)("lm_head").on_load
+    unread = 0 if one_table else max(model.vocab_size - batch * new, 0) * model.hidden_size
     weights, few_bits = float(item * model.num_params), 0
     if model.quantization is not None:
         from hal.models.memory import EXPERTS, weight_bytes

@@ -71,14 +71,20 @@ class Build:
             declared = dataclasses.replace(declared, sources=())  # the checkpoint has no such tensor
         return self.parameter(shape, declared, dtype)
 
-    def scheme(self, spec: LinearSpec) -> Scheme:
-        """The scheme of a layer.
+    def head_scheme(self, tied: bool) -> Scheme:
+        """The scheme of the head. A head that shares the embedding table is dense, unless `--quantize` makes a copy of
+        the table in fewer bits."""
+        scheme = self.schemes("lm_head")
+        return scheme if scheme.on_load or not tied else DENSE
+
+    def scheme(self, spec: LinearSpec, scheme: Scheme | None = None) -> Scheme:
+        """The scheme of a layer; `scheme`: in place of the one that belongs to its name.
 
         Raises:
             ConfigError: the device's operations cannot multiply by it, or it mixes rows and the operations are
                 batch-invariant.
         """
-        scheme, can = self.schemes(spec.name), self.ops.schemes  # projections of one layer have equal schemes
+        scheme, can = scheme or self.schemes(spec.name), self.ops.schemes  # projections of a layer have equal schemes
         if can is not None and scheme.name not in can:
             raise ConfigError(f"this device cannot multiply by weights of the scheme {scheme.name!r}", got=spec.name,
                               expected=f"one of the schemes of {type(self.ops).__name__}: {', '.join(can)}",
@@ -131,11 +137,12 @@ class Linear(LinearWeight):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, build: Build, spec: LinearSpec, *, bias: bool, weight: nn.Parameter | None = None) -> None:
-        """`weight`: an existing dense weight, which the layer then shares."""
+    def __init__(self, build: Build, spec: LinearSpec, *, bias: bool, weight: nn.Parameter | None = None,
+                 scheme: Scheme | None = None) -> None:
+        """`weight`: an existing dense weight, which the layer then shares. `scheme`: as of Build.scheme."""
         super().__init__()
         self.ops, self.communicator, self.spec, self.dtype = build.ops, build.communicator, spec, build.dtype
-        self.scheme = DENSE if weight is not None else build.scheme(spec)
+        self.scheme = DENSE if weight is not None else build.scheme(spec, scheme)
         self.is_dense = self.scheme.name == DENSE.name
         self.outputs = local_outputs(spec, build.topology)
         self.reduce = spec.sharded == "in" and build.topology.tp > 1
@@ -220,12 +227,15 @@ class Head(Linear):
 
     Args:
         name: of the checkpoint's tensor, without ".weight".
-        embedding: the embedding whose weight the head shares; None: the head has one of its own.
+        embedding: the embedding whose weight the head shares where its scheme is dense; None: there is none here.
+        tied: the checkpoint stores one table for embedding and head.
     """
 
-    def __init__(self, build: Build, name: str, vocab_size: int, hidden: int, embedding: VocabEmbedding | None) -> None:
-        super().__init__(build, _vocab(name, vocab_size, hidden), bias=False,
-                         weight=None if embedding is None else embedding.weight)
+    def __init__(self, build: Build, name: str, vocab_size: int, hidden: int, embedding: VocabEmbedding | None,
+                 tied: bool) -> None:
+        scheme = build.head_scheme(tied)
+        shared = None if embedding is None or scheme.on_load else embedding.weight
+        super().__init__(build, _vocab(name, vocab_size, hidden), bias=False, weight=shared, scheme=scheme)
         self.tp, self.vocab_size = build.topology.tp, vocab_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from hal.models import skeleton, swaps
 from hal.models.causal_lm import CausalLM
 from hal.models.layers import Build, Linear
 from hal.models.skeleton import AttentionCall, Trace, refuse
-from hal.weights import LinearSpec, Projection
+from hal.weights import LinearSpec, Projection, Scheme
 from hal.weights.base import canonical
 from hal.weights.formats import mergeable
 from hal.weights.sharding import ParameterSpec, StoredSlice
@@ -163,9 +163,9 @@ class HfLinear(Linear):
     """
 
     def __init__(self, build: Build, spec: LinearSpec, *, bias: bool, style: str | None,
-                 weight: nn.Parameter | None = None) -> None:
+                 weight: nn.Parameter | None = None, scheme: Scheme | None = None) -> None:
         super().__init__(build, spec, bias=bias and (spec.sharded != "in" or build.topology.tp_rank == 0),
-                         weight=weight)
+                         weight=weight, scheme=scheme)
         self.in_features, self.out_features = spec.in_size, sum(p.size for p in spec.projections)
         self.gathered = style == "colwise_gather_output" and build.topology.tp > 1
         self.split = build.topology.tp_rank if style == "rowwise_split_input" and build.topology.tp > 1 else None
@@ -296,7 +296,9 @@ class _Parts:
         weights = [m.weight.t() if transposed else m.weight for _, m in group]
         in_size = weights[0].shape[1]
         stored = [self.stored(f"{n}.weight").removesuffix(".weight") for n, _ in group]
-        if module is self.hf.get_output_embeddings() and self.config.tie_embeddings:
+        head, tied = module is self.hf.get_output_embeddings(), self.config.tie_embeddings
+        scheme = self.build.head_scheme(tied) if head else None
+        if head and tied:
             if module.bias is not None:
                 raise refuse(self.config, "its head shares the embedding table, and has a bias", name)
             stored = [self.trace.embedding]
@@ -310,12 +312,12 @@ class _Parts:
             raise refuse(self.config, f"tp={tp} does not divide a layer", f"{name}: {sizes}")
         spec = LinearSpec(in_size, projections, "in" if sharded == "in" else "out", transposed)
         shared = None
-        if module is self.hf.get_output_embeddings() and self.config.tie_embeddings and tp == 1:
+        if head and tied and tp == 1 and not (scheme and scheme.on_load):
             table = self.hf.get_input_embeddings()
             if isinstance(getattr(table, "weight", None), nn.Parameter):
                 shared = self.parameter(f"{self.embedding_path()}.weight", table.weight)
         kind = HfLinear if len(group) == 1 else _Merged
-        first = kind(self.build, spec, bias=module.bias is not None, style=style, weight=shared)
+        first = kind(self.build, spec, bias=module.bias is not None, style=style, weight=shared, scheme=scheme)
         return [first, *(_Following(first, i, projections[i + 1], in_size) for i in range(len(group) - 1)
                          if isinstance(first, _Merged))]
 

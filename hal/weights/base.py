@@ -172,7 +172,8 @@ class Scheme(abc.ABC):
         """The rank's weight [out, in] in `layer.dtype`. `layer.stored` gives the declared tensors."""
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """By name, the tensors that come closest to a rank's dense weight [out, in]; for schemes that are `on_load`."""
+        """By name, the tensors that come closest to a dense weight [out, in], or to some outputs of it; for schemes
+        that are `on_load`. Each output is rounded by itself."""
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:

@@ -167,8 +167,11 @@ ON_LOAD: dict[str, Scheme] = {
 
 
 def on_load(config: Config) -> SchemeOf:
-    """The option --quantize: the weights of a dense checkpoint lose bits as they are read. The head is dense."""
-    return _but(ON_LOAD[config["scheme"]], [_HEAD])
+    """The option --quantize: the weights of a dense checkpoint lose bits as they are read. The head, whose errors reach
+    the logits directly, keeps at least 8 bits; with fp8, which also rounds inputs, it is dense."""
+    body = ON_LOAD[config["scheme"]]
+    head = DENSE if config["scheme"] == "fp8" else ON_LOAD["int8"]
+    return lambda name: head if name == _HEAD else body
 
 
 def _but(scheme: Scheme, ignored: Sequence[str]) -> SchemeOf:

@@ -17,16 +17,25 @@ from hal.errors import ConfigError
 
 LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
 VARIABLE = "HAL_CPU_KERNELS"
-ABI = 4
+ABI = 5
 _FOLDER = Path(__file__).parent
 
 
 class Weight(ctypes.Structure):
     """As kernels.c has it."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("w", "bias", "scales", "zeros")),
-                *((name, ctypes.c_int64) for name in ("inputs", "outputs", "row_bytes", "groups", "group")),
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("w", "bias")),
+                *((name, ctypes.c_int64) for name in ("inputs", "outputs", "row_bytes")),
                 ("kind", ctypes.c_int32), ("level", ctypes.c_int32)]
+
+
+class FewBits(ctypes.Structure):
+    """As few_bits.c has it."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("values", "scales", "zeros", "bias")),
+                *((name, ctypes.c_int64) for name in ("inputs", "padded", "outputs", "groups", "x_group", "x_groups",
+                                                      "per_scale")),
+                *((name, ctypes.c_int32) for name in ("bits", "scale_kind", "level"))]
 
 
 class Decode(ctypes.Structure):
@@ -71,7 +80,10 @@ def load() -> tuple[Any, str]:
     if not level:
         return None, "this processor has no AVX2"
     unsigned, pointer, size = ctypes.c_uint, ctypes.c_void_p, ctypes.c_int64
-    library.hal_linear.argtypes = (pointer, pointer, size, pointer, size, unsigned)
+    library.hal_linear.argtypes = library.hal_few_bits.argtypes = (pointer, pointer, size, pointer, size, unsigned)
+    library.hal_few_bits_ready_bytes.argtypes, library.hal_few_bits_ready_bytes.restype = (pointer,), size
+    library.hal_few_bits_ready.argtypes = (pointer, pointer, pointer)
+    library.hal_few_bits_range.argtypes = (pointer, pointer, size, pointer, size, size, size)
     library.hal_decode.argtypes = (pointer, unsigned)
     library.hal_threads.argtypes = (pointer, pointer)
     library.hal_tape.argtypes, library.hal_tape.restype = (pointer, size, size), pointer

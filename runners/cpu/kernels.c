@@ -5,7 +5,7 @@
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
-#define ABI 4 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 5 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
@@ -26,15 +26,13 @@ char *hal_scratch(size_t bytes) {
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-enum { FP32, BF16, INT8, INT4 }; /* values of a weight */
+enum { FP32, BF16 }; /* values of a weight */
 
 /* A linear layer's weight; compiled.py mirrors it. */
 typedef struct {
-    const char *w;       /* [outputs, row_bytes]; INT4: the first of two values is in the lower bits */
-    const char *bias;    /* [outputs] in the model's dtype, or NULL */
-    const float *scales; /* INT8, INT4: [outputs, groups] */
-    const uint8_t *zeros; /* INT4: [outputs, groups], or NULL for 8 everywhere */
-    int64_t inputs, outputs, row_bytes, groups, group; /* group: inputs that share a scale; 0: a whole row */
+    const char *w;    /* [outputs, row_bytes] */
+    const char *bias; /* [outputs] in the model's dtype, or NULL */
+    int64_t inputs, outputs, row_bytes;
     int32_t kind, level;
 } Weight;
 
@@ -43,9 +41,7 @@ typedef struct {
     const char *x; /* [rows, inputs], rows of x_stride values */
     char *y;       /* [rows, outputs] */
     char *ready;   /* the rows in the form that the level's loops read */
-    float *x_scales;  /* INT8, INT4: [rows, x_groups] */
-    int32_t *x_sums;  /* INT4, of a single row: of the weight's groups, or of x_groups where there is one */
-    int64_t rows, x_stride, ready_bytes, x_groups, x_group, chunk, next;
+    int64_t rows, x_stride, ready_bytes, chunk, next;
 } Product;
 
 typedef struct { const Decode *d; char *scratch; int64_t each, next; int32_t slot; } DecodeJob;
@@ -105,6 +101,7 @@ static const Work DECODE[] = {NULL, decode_avx2, decode_avx512, decode_avx512_bf
 /* The highest level that this processor and its operating system can run. */
 EXPORT int hal_level(void) {
     __builtin_cpu_init();
+    /* Every processor with AVX2 and FMA has F16C, too, which not every compiler can ask for. */
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
@@ -120,16 +117,9 @@ EXPORT void hal_threads(void *gomp_parallel, void *omp_get_num_threads) {
 /* y = x W^T + bias. Returns 0, or 1 where there is no memory. */
 EXPORT int hal_linear(const Weight *w, const void *x, int64_t x_stride, void *y, int64_t rows, unsigned threads) {
     Product p = {.weight = w, .x = x, .y = y, .rows = rows, .x_stride = x_stride};
-    int64_t padded = (w->inputs + 63) / 64 * 64, grid = w->kind >= INT8;
-    p.ready_bytes = padded * (grid || (w->kind == BF16 && w->level == 3) ? 2 : 4);
-    /* The scales of x need not be those of the weight: a group of 64 to 512 inputs has one. */
-    p.x_group = w->group == 0 ? 512 : w->group < 64 ? 64 : w->group;
-    p.x_groups = (w->inputs + p.x_group - 1) / p.x_group;
-    size_t scales = grid ? 4 * (size_t)(rows * p.x_groups + padded / 32) : 0;
-    p.ready = hal_scratch(rows * p.ready_bytes + scales);
+    p.ready_bytes = (w->inputs + 63) / 64 * 64 * (w->kind == BF16 && w->level == 3 ? 2 : 4);
+    p.ready = hal_scratch(rows * p.ready_bytes);
     if (!p.ready) return 1;
-    p.x_scales = (float *)(p.ready + rows * p.ready_bytes);
-    p.x_sums = (int32_t *)(p.x_scales + rows * p.x_groups);
     /* Threads take chunks as they become free, so a thread that loses its core does not hold up the others. */
     int64_t bytes = w->row_bytes * w->outputs;
     p.chunk = bytes < (1 << 15) || threads == 1 ? w->outputs : (w->outputs / ((int64_t)threads * 8) + 15) / 8 * 8;

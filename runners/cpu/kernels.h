@@ -40,6 +40,13 @@ int64_t hal_linear_ready_bytes(const void *weight);
 void hal_linear_ready(const void *weight, const void *x, void *ready);
 void hal_linear_range(const void *weight, const void *ready, int64_t rows, void *y, int64_t first, int64_t last);
 
+/* The same of a weight of few bits; x is bfloat16, `first` and `last` count blocks of 16 outputs, and rows of y have
+   y_stride values. */
+int64_t hal_few_bits_ready_bytes(const void *weight);
+void hal_few_bits_ready(const void *weight, const void *x, void *ready);
+void hal_few_bits_range(const void *weight, const void *ready, int64_t rows, void *y, int64_t y_stride, int64_t first,
+                        int64_t last);
+
 /* Of attention: the bytes that a thread needs for up to `longest` keys, and one of n * kv_heads items. */
 int64_t hal_decode_bytes(const Decode *d, int64_t longest);
 void hal_decode_item(const Decode *d, void *memory, int64_t item);

@@ -7,12 +7,9 @@
 #define VI __m256i
 #define V(name) _mm256_##name
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
-#define ZERO _mm256_setzero_si256()
 #define CAST_PS _mm256_castsi256_ps
 #define LOW(w) _mm256_castsi256_ps(_mm256_slli_epi32(w, 16))
 #define HIGH(w) _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)))
-#define DOT256(acc, a, b) _mm256_add_epi32(acc, _mm256_madd_epi16(a, b))
-#define DOT DOT256
 #else
 #define LANES 16
 #define ROWS 4
@@ -20,27 +17,20 @@
 #define VI __m512i
 #define V(name) _mm512_##name
 #define LOAD(p) _mm512_loadu_si512(p)
-#define ZERO _mm512_setzero_si512()
 #define CAST_PS _mm512_castsi512_ps
 #define LOW(w) _mm512_castsi512_ps(_mm512_slli_epi32(w, 16))
 #define HIGH(w) _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))
-#define DOT256(acc, a, b) _mm256_dpwssd_epi32(acc, a, b)
-#define DOT(acc, a, b) _mm512_dpwssd_epi32(acc, a, b)
 #endif
 #define STEP (LANES * 4) /* bytes of a weight that a step of the loops reads */
 #define WHOLE_BF16 (LEVEL == 3) /* bf16 is multiplied as it is; otherwise as fp32, the even values and the odd ones */
 
 /* Of each of four vectors, the sum over its lanes. */
-INLINE __m128 NAME(sum4_256)(__m256 a, __m256 b, __m256 c, __m256 d) {
-    __m256 p = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-    __m256 q = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-    __m256 s = _mm256_add_ps(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee));
-    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-}
-
 INLINE __m128 NAME(sum4)(VF a, VF b, VF c, VF d) {
 #if LEVEL == 1
-    return NAME(sum4_256)(a, b, c, d);
+    VF p = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    VF q = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    VF s = _mm256_add_ps(_mm256_shuffle_ps(p, q, 0x44), _mm256_shuffle_ps(p, q, 0xee));
+    return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 #else
     VF p = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     VF q = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -50,48 +40,6 @@ INLINE __m128 NAME(sum4)(VF a, VF b, VF c, VF d) {
 #endif
 }
 
-/* A row of x in 16 bits: a group has a scale, and values lie in the order in which the loops unpack the weight's. */
-static void NAME(quantize)(Product *p, int64_t r) {
-    const Weight *w = p->weight;
-    int64_t each = p->x_group;
-    int halves = w->group == 32;
-    int16_t *to = (int16_t *)(p->ready + r * p->ready_bytes);
-    const char *x = p->x + r * p->x_stride * 2;
-    for (int64_t g = 0; g < p->x_groups; g++) {
-        float v[64], most = 0, bad = 0;
-        int64_t first = g * each, end = MIN(first + each, w->inputs);
-#pragma omp simd reduction(max : most) reduction(+ : bad)
-        for (int64_t i = first; i < end; i++) {
-            float f = value_at(x, i, BF16), a = f < 0 ? -f : f;
-            most = a > most ? a : most;
-            bad += f * 0.0f; /* NaN, for NaN and infinity */
-        }
-        float back = most > 0 ? 32767.0f / most : 0;
-        p->x_scales[r * p->x_groups + g] = most / 32767.0f + bad;
-        for (int64_t at = first; at < end; at += 64) {
-            int16_t q[64];
-            for (int i = 0; i < 64; i++) v[i] = at + i < end ? value_at(x, at + i, BF16) * back : 0;
-            for (int i = 0; i < 64; i += 8)
-                _mm_storeu_si128((__m128i *)(q + i), _mm_packs_epi32(_mm_cvtps_epi32(_mm_loadu_ps(v + i)),
-                                                                    _mm_cvtps_epi32(_mm_loadu_ps(v + i + 4))));
-            if (w->kind == INT4) {
-                for (int j = 0; j < 4; j++) for (int i = 0; i < 16; i++) to[at + j * 16 + i] = q[4 * i + j];
-            } else if (halves) {
-                for (int t = 0; t < 4; t++) {
-                    memcpy(to + at + t * 16, q + 8 * t, 16);
-                    memcpy(to + at + t * 16 + 8, q + 32 + 8 * t, 16);
-                }
-            } else memcpy(to + at, q, 128);
-            if (w->kind == INT4 && p->rows == 1) for (int i = 0; i < 64; i += 32) {
-                int32_t sum = 0;
-                for (int k = 0; k < 32; k++) sum += q[i + k];
-                int32_t *into = p->x_sums + (halves ? (at + i) / 32 : g);
-                *into = (halves || (at == first && i == 0) ? 0 : *into) + sum;
-            }
-        }
-    }
-}
-
 /* Bring rows of x into the form that the loops read, padded with zeros. */
 static void NAME(prepare)(void *job) {
     Product *p = job;
@@ -99,7 +47,6 @@ static void NAME(prepare)(void *job) {
     int64_t k = w->inputs, padded = (k + 63) / 64 * 64, r;
     while ((r = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->rows) {
         char *to = p->ready + r * p->ready_bytes;
-        if (w->kind >= INT8) { NAME(quantize)(p, r); continue; }
         int size = w->kind == FP32 ? 4 : 2;
         const char *x = p->x + r * p->x_stride * size;
         if (w->kind == FP32 || WHOLE_BF16) {
@@ -210,168 +157,21 @@ INLINE void NAME(dense)(const Product *p, int64_t o, int64_t r, const int rows, 
         NAME(store)(p, NAME(sum4)(acc[0][j], acc[1][j], acc[2][j], acc[3][j]), o, r + j, kind);
 }
 
-/* 64 values of a weight on a grid in 16 bits. 64 values of 4 bits are 32 bytes: the four values in each 16 bits go to four
-   vectors. */
-INLINE void NAME(unpack)(__m256i v[4], const char *from, const int kind) {
-    const __m256i low = _mm256_set1_epi16(15);
-    if (kind == INT4) {
-        __m256i packed = _mm256_loadu_si256((const __m256i *)from);
-        v[0] = _mm256_and_si256(packed, low);
-        v[1] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
-        v[2] = _mm256_and_si256(_mm256_srli_epi16(packed, 8), low);
-        v[3] = _mm256_srli_epi16(packed, 12);
-    } else {
-#pragma GCC unroll 4
-        for (int t = 0; t < 4; t++) v[t] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(from + 16 * t)));
-    }
-}
-
-/* The scales of a group, for each lane. With `halves` a group has 32 inputs, and the halves of 256 bits belong to two. */
-INLINE __m256 NAME(scale)(const float *scales, int64_t g, int64_t group, const int halves) {
-    if (!halves) return _mm256_set1_ps(scales[group ? g : 0]);
-    return _mm256_insertf128_ps(_mm256_set1_ps(scales[2 * g]), _mm_set1_ps(scales[2 * g + 1]), 1);
-}
-
-/* What an output's zero points take from the sum of a group, in a lane of the group. */
-INLINE __m256i NAME(offset)(const Product *p, const uint8_t *zeros, int64_t g, const int halves) {
-    const int32_t *sums = p->x_sums + (halves ? 2 * g : g);
-    if (halves) zeros = zeros ? zeros + 2 * g : NULL;
-    else zeros = zeros ? zeros + (p->weight->group ? g : 0) : NULL;
-    __m128i low = _mm_cvtsi32_si128(-(zeros ? zeros[0] : 8) * sums[0]);
-    if (!halves) return _mm256_zextsi128_si256(low);
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_cvtsi32_si128(-(zeros ? zeros[1] : 8) * sums[1]), 1);
-}
-
-/* Four outputs of one row of x. */
-INLINE void NAME(grid_row)(const Product *p, int64_t o, int64_t r, const int kind, const int halves) {
-    const Weight *w = p->weight;
-    const char *from[4];
-    const float *scales[4];
-    const uint8_t *zeros[4];
-    __m256 found[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        int64_t at = MIN(o + i, w->outputs - 1);
-        from[i] = w->w + at * w->row_bytes;
-        scales[i] = w->scales + at * w->groups;
-        zeros[i] = w->zeros ? w->zeros + at * w->groups : NULL;
-        found[i] = _mm256_setzero_ps();
-    }
-    for (int64_t g = 0; g < p->x_groups; g++) {
-        __m256i acc[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            acc[i] = kind == INT4 ? NAME(offset)(p, zeros[i], g, halves) : _mm256_setzero_si256();
-        for (int64_t at = g * p->x_group, end = MIN(at + p->x_group, w->inputs); at < end; at += 64) {
-            const __m256i *x = (const __m256i *)(p->ready + r * p->ready_bytes + 2 * at);
-            int64_t bytes = kind == INT4 ? at / 2 : at;
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                __m256i v[4];
-                NAME(unpack)(v, from[i] + bytes, kind);
-                _mm_prefetch(from[i] + 4 * w->row_bytes + bytes, _MM_HINT_T0);
-#pragma GCC unroll 4
-                for (int t = 0; t < 4; t++) acc[i] = DOT256(acc[i], v[t], _mm256_loadu_si256(x + t));
-            }
-        }
-        __m256 of_x = _mm256_set1_ps(p->x_scales[r * p->x_groups + g]);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-            found[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[i]), _mm256_mul_ps(
-                NAME(scale)(scales[i], g, w->group, halves), of_x), found[i]);
-    }
-    NAME(store)(p, NAME(sum4_256)(found[0], found[1], found[2], found[3]), o, r, BF16);
-}
-
-/* Four outputs of several rows of x. `wide` has the four weights in 16 bits, unpacked once for all rows. */
-INLINE void NAME(grid_rows)(const Product *p, const int16_t *wide, int64_t o, int64_t r, const int rows, const int halves) {
-    const Weight *w = p->weight;
-    int64_t padded = p->ready_bytes / 2;
-    const int16_t *x = (const int16_t *)(p->ready + r * p->ready_bytes);
-    VF found[4][ROWS];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-        for (int j = 0; j < rows; j++) found[i][j] = V(setzero_ps)();
-    for (int64_t g = 0; g < p->x_groups; g++) {
-        VI acc[4][ROWS];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)
-#pragma GCC unroll 4
-            for (int j = 0; j < rows; j++) acc[i][j] = ZERO;
-        int64_t end = MIN((g + 1) * p->x_group, padded);
-        for (int64_t at = g * p->x_group; at < end; at += 2 * LANES)
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                VI v = LOAD(wide + i * padded + at);
-#pragma GCC unroll 4
-                for (int j = 0; j < rows; j++) acc[i][j] = DOT(acc[i][j], v, LOAD(x + j * padded + at));
-            }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const float *scales = w->scales + MIN(o + i, w->outputs - 1) * w->groups;
-#if LEVEL == 1
-            VF scale = NAME(scale)(scales, g, w->group, halves);
-#else
-            VF scale = _mm512_broadcast_f32x8(NAME(scale)(scales, g, w->group, halves));
-#endif
-#pragma GCC unroll 4
-            for (int j = 0; j < rows; j++)
-                found[i][j] = V(fmadd_ps)(V(cvtepi32_ps)(acc[i][j]), V(mul_ps)(
-                    scale, V(set1_ps)(p->x_scales[(r + j) * p->x_groups + g])), found[i][j]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < rows; j++)
-        NAME(store)(p, NAME(sum4)(found[0][j], found[1][j], found[2][j], found[3][j]), o, r + j, BF16);
-}
-
-/* Four outputs' weights in 16 bits, less their zero points. */
-static __attribute__((noinline)) void NAME(widen)(const Weight *w, int16_t *wide, int64_t o, int64_t padded) {
-    int halves = w->group == 32;
-    for (int i = 0; i < 4; i++) {
-        int64_t row = MIN(o + i, w->outputs - 1);
-        const char *from = w->w + row * w->row_bytes;
-        const uint8_t *zeros = w->zeros ? w->zeros + row * w->groups : NULL;
-        for (int64_t at = 0; at < padded; at += 64) {
-            __m256i v[4], zero = _mm256_setzero_si256();
-            int64_t g = w->group ? at / w->group : 0;
-            if (w->kind == INT4) {
-                NAME(unpack)(v, from + at / 2, INT4);
-                zero = _mm256_set1_epi16(zeros ? zeros[g] : 8);
-                if (halves && zeros) zero = _mm256_inserti128_si256(zero, _mm_set1_epi16(zeros[g + 1]), 1);
-            } else NAME(unpack)(v, from + at, INT8);
-            for (int t = 0; t < 4; t++)
-                _mm256_storeu_si256((__m256i *)(wide + i * padded + at + 16 * t), _mm256_sub_epi16(v[t], zero));
-        }
-    }
-}
-
 /* Every row's outputs from `o` on, four of them: the weight comes from memory once, then from the core's cache. */
-INLINE void NAME(tile)(const Product *p, int16_t *wide, int64_t o, const int kind, const int halves) {
-    if (kind >= INT8 && p->rows == 1) { NAME(grid_row)(p, o, 0, kind, halves); return; }
-    if (kind >= INT8) NAME(widen)(p->weight, wide, o, p->ready_bytes / 2);
-    if (kind < INT8 && p->rows == 1) { NAME(dense)(p, o, 0, 1, kind, 1); return; }
+INLINE void NAME(tile)(const Product *p, int64_t o, const int kind) {
+    if (p->rows == 1) { NAME(dense)(p, o, 0, 1, kind, 1); return; }
     int64_t r = 0;
-#define AT_ONCE(n) (kind >= INT8 ? NAME(grid_rows)(p, wide, o, r, n, halves) : NAME(dense)(p, o, r, n, kind, 0))
-    for (; r + ROWS <= p->rows; r += ROWS) AT_ONCE(ROWS);
-    if (ROWS > 3 && p->rows - r == 3) AT_ONCE(3);
-    else if (p->rows - r == 2) AT_ONCE(2);
-    else if (p->rows - r == 1) AT_ONCE(1);
-#undef AT_ONCE
+    for (; r + ROWS <= p->rows; r += ROWS) NAME(dense)(p, o, r, ROWS, kind, 0);
+    if (ROWS > 3 && p->rows - r == 3) NAME(dense)(p, o, r, 3, kind, 0);
+    else if (p->rows - r == 2) NAME(dense)(p, o, r, 2, kind, 0);
+    else if (p->rows - r == 1) NAME(dense)(p, o, r, 1, kind, 0);
 }
 
 /* Outputs `first` to `last` - 1. */
 static void NAME(range)(const Product *p, int64_t first, int64_t last) {
-    const Weight *w = p->weight;
-    int16_t wide[w->kind >= INT8 && p->rows > 1 ? 2 * p->ready_bytes : 1] __attribute__((aligned(64)));
     for (int64_t o = first; o < last; o += 4) {
-        if (w->kind == FP32) NAME(tile)(p, wide, o, FP32, 0);
-        else if (w->kind == BF16) NAME(tile)(p, wide, o, BF16, 0);
-        else if (w->kind == INT8 && w->group != 32) NAME(tile)(p, wide, o, INT8, 0);
-        else if (w->kind == INT8) NAME(tile)(p, wide, o, INT8, 1);
-        else if (w->group != 32) NAME(tile)(p, wide, o, INT4, 0);
-        else NAME(tile)(p, wide, o, INT4, 1);
+        if (p->weight->kind == FP32) NAME(tile)(p, o, FP32);
+        else NAME(tile)(p, o, BF16);
     }
 }
 
@@ -530,11 +330,8 @@ static void NAME(decode)(void *job) {
 #undef VI
 #undef V
 #undef LOAD
-#undef ZERO
 #undef CAST_PS
 #undef LOW
 #undef HIGH
-#undef DOT
-#undef DOT256
 #undef STEP
 #undef WHOLE_BF16

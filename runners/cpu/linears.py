@@ -19,11 +19,8 @@ BUCKETS = (1, 4, 8, 16, 32, 256)  # rows that are measured; a number of rows tak
 WAYS = ("torch", "kernel", "one thread", "fp32 tiles")  # of a weight that lies row by row
 PACKED = "oneDNN"
 _TILE = 1 << 20  # values of a weight in fp32 at once
-_FEW = 64  # rows up to which a quantised weight is multiplied as it is stored
 _PACKED_ROWS = 32  # oneDNN chooses the layout for so many rows
-MOST_INPUTS = 1 << 16  # of a kernel's weight: its tile is on the stack
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
-INT8, INT4 = 2, 3
 
 
 class Kernels:
@@ -58,7 +55,9 @@ class DenseWeight:
         self.many = by_bucket[-1]
         self.native: Any = None
         if kernels and self.packed is None and fits(weight):
-            self.native = native(weight, bias, KINDS[weight.dtype], kernels.level, inputs=weight.shape[1])
+            self.native = compiled.Weight(weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.shape[1],
+                                          self.outputs, weight.stride(0) * weight.element_size(), KINDS[weight.dtype],
+                                          kernels.level)
             self.call, self.address = kernels.functions.hal_linear, ctypes.addressof(self.native)
         if self.packed is not None:
             del self.weight
@@ -90,57 +89,8 @@ class DenseWeight:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-class GridWeight:
-    """The same for a weight of INT8 or INT4 values on a grid, which `runners.cpu.grids` arranges. x is bfloat16."""
-
-    def __init__(self, values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None,
-                 bias: torch.Tensor | None, kernels: Kernels, *, kind: int, inputs: int, group: int) -> None:
-        self.values, self.scales, self.zeros, self.bias = values, scales, zeros, bias
-        self.outputs, self.inputs, self.kind, self.group = values.shape[0], inputs, kind, group
-        self.native = native(values, bias, kind, kernels.level, inputs=inputs, scales=scales, zeros=zeros, group=group)
-        self.call, self.address = kernels.functions.hal_linear, ctypes.addressof(self.native)
-        self.chosen = (f"int{8 if kind == INT8 else 4} kernel",)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > _FEW:
-            return self._dequantising(x)
-        return multiply(self.call, self.address, x, self.outputs) if len(x) else x.new_empty(0, self.outputs)
-
-    def _dequantising(self, x: torch.Tensor) -> torch.Tensor:
-        """Many rows, by bfloat16 weights that are made tile by tile."""
-        y, step = x.new_empty(x.shape[0], self.outputs), max(_TILE // x.shape[1], 64)
-        for at in range(0, self.outputs, step):
-            tile = slice(at, at + step)
-            y[:, tile] = F.linear(x, self.dequantized(tile).to(x.dtype), None if self.bias is None else self.bias[tile])
-        return y
-
-    def dequantized(self, outputs: slice) -> torch.Tensor:
-        """Rows of the weight, fp32 [outputs, inputs]."""
-        packed = self.values[outputs]
-        if self.kind == INT4:
-            values = torch.stack((packed & 15, packed >> 4), -1).flatten(1).float()
-            values -= 8 if self.zeros is None else self._wide(self.zeros[outputs].float(), values.shape[1])
-        else:
-            if self.group == 32:
-                packed = packed.view(len(packed), -1, 4, 2, 8).transpose(2, 3).flatten(1)
-            values = packed.float()
-        return values.mul_(self._wide(self.scales[outputs], values.shape[1]))[:, :self.inputs]
-
-    def _wide(self, of_groups: torch.Tensor, inputs: int) -> torch.Tensor:
-        return of_groups if not self.group else of_groups.repeat_interleave(self.group, 1)[:, :inputs]
-
-
-def native(values: torch.Tensor, bias: torch.Tensor | None, kind: int, level: int, *, inputs: int,
-           scales: torch.Tensor | None = None, zeros: torch.Tensor | None = None, group: int = 0) -> compiled.Weight:
-    """The structure of kernels.c. It holds addresses, so the tensors must outlive it."""
-    bias_at, scales_at, zeros_at = (None if t is None else t.data_ptr() for t in (bias, scales, zeros))
-    return compiled.Weight(values.data_ptr(), bias_at, scales_at, zeros_at, inputs, values.shape[0],
-                          values.stride(0) * values.element_size(), 0 if scales is None else scales.shape[1], group,
-                          kind, level)
-
-
 def multiply(call: Any, address: int, x: torch.Tensor, outputs: int, threads: int = 0) -> torch.Tensor:
-    """`threads`: 0 stands for torch's."""
+    """`call`, `address`: a function of the kernels and its weight. `threads`: 0 stands for torch's."""
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(x.shape[0], outputs)
@@ -152,7 +102,7 @@ def multiply(call: Any, address: int, x: torch.Tensor, outputs: int, threads: in
 
 def fits(weight: torch.Tensor) -> bool:
     """Whether the kernels can read a dense weight where it lies."""
-    return weight.dtype in KINDS and weight.stride(1) == 1 and 0 < weight.shape[1] <= MOST_INPUTS
+    return weight.dtype in KINDS and weight.stride(1) == 1 and weight.shape[1] > 0
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

@@ -47,14 +47,14 @@ class CpuOps(Ops):
             if layer.packed.packed is not None:
                 del layer.weight  # the memory is free, but for a tied embedding's
         else:
-            layer.packed = packed(layer, self.kernels)
+            layer.packed = packed(layer, self.kernels, self.pages.copy)
             for tensor in layer.scheme.tensors(layer.spec) if layer.packed is not None else ():
                 delattr(layer, tensor.name)
         self.counts["plain PyTorch" if layer.packed is None else ", ".join(dict.fromkeys(layer.packed.chosen))] += 1
 
     def pack_experts(self, layer: Experts) -> None:
         for weight, biases in zip(layer.layers, layer.biases(), strict=True):
-            made = [packed(weight.expert(i, biases), self.kernels) for i in range(layer.count)]
+            made = [packed(weight.expert(i, biases), self.kernels, self.pages.copy) for i in range(layer.count)]
             if None not in made:
                 weight.release()
                 weight.packed = made

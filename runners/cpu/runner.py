@@ -99,8 +99,10 @@ class CpuModelRunner(PagedModelRunner):
         def measure() -> tuple[str, ...]:
             return tuple("tape" if self._gains(tape, kv_caches, n) else "operations" for n in sizes)
 
-        found = once(f"decode steps of {c.architecture}, {c.num_params} parameters, {self.dtype}, up to {sizes[-1]}",
-                     self.ops.kernels.name, lambda known: isinstance(known, list) and len(known) == len(sizes), measure)
+        ways = ", ".join(sorted(self.ops.counts))
+        shape = f"decode steps of {c.architecture}, {c.num_params} parameters, {self.dtype}, {ways}, up to {sizes[-1]}"
+        found = once(shape, self.ops.kernels.name,
+                     lambda known: isinstance(known, list) and len(known) == len(sizes), measure)
         for n in range(1, tape.rows + 1):
             tape.taken[n] = found[next(i for i, most in enumerate(sizes) if n <= most)] == "tape"
 

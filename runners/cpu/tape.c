@@ -18,14 +18,14 @@
 #define COLUMNS 512 /* values of a row that make an item of an elementwise operation */
 #define LEAST 8 /* outputs of a product that make an item */
 
-enum { EMBED, ROTARY, NORM, GATED, COPY, LINEAR, ATTEND };
+enum { EMBED, ROTARY, NORM, GATED, COPY, LINEAR, FEW_BITS, ATTEND };
 
 /* One operation on the rows of a step; tape.py mirrors it. Strides count values. */
 typedef struct {
     int32_t code, bf16, wide_weight, parts; /* wide_weight: NORM's is fp32; parts: vectors of a row that NORM norms */
     const void *x, *also, *weight; /* also: NORM's residual, or NULL */
     void *y, *sum; /* sum: NORM's x + residual, or NULL */
-    int64_t width, x_stride, y_stride; /* width: of a row of y, or of a vector of NORM; outputs of LINEAR */
+    int64_t width, x_stride, y_stride; /* width: of a row of y, or of a vector of NORM; outputs of a product */
     float eps;
     int32_t table_rows; /* of EMBED and ROTARY */
     const Decode *decode;
@@ -38,7 +38,7 @@ typedef struct {
 } Step;
 
 typedef struct { /* of one operation in one step */
-    int64_t ready, next, ready_bytes; /* items of LINEAR's input that were taken, and items or outputs */
+    int64_t ready, next, ready_bytes; /* rows of a product's input that were taken, and items or outputs */
     char pad[40];
 } Progress;
 
@@ -221,17 +221,19 @@ static void linear(Tape *t, const Operation *o, Progress *p, int32_t team) {
     if (row_bytes) {
         int64_t row;
         while ((row = __atomic_fetch_add(&p->ready, 1, __ATOMIC_RELAXED)) < n)
-            hal_linear_ready(o->weight, (const char *)o->x + row * o->x_stride * (o->bf16 ? 2 : 4),
-                             t->ready + row * row_bytes);
+            (o->code == LINEAR ? hal_linear_ready : hal_few_bits_ready)(
+                o->weight, (const char *)o->x + row * o->x_stride * (o->bf16 ? 2 : 4), t->ready + row * row_bytes);
         ready = t->ready;
         barrier(t, team);
     }
+    const int64_t least = o->code == LINEAR ? LEAST : 16;
     int64_t first = __atomic_load_n(&p->next, __ATOMIC_RELAXED);
     while (first < o->width) {
-        const int64_t share = (o->width - first) / (2 * team) / 8 * 8;
-        const int64_t last = team == 1 ? o->width : MIN(first + (share > LEAST ? share : LEAST), o->width);
+        const int64_t share = (o->width - first) / (2 * team) / least * least;
+        const int64_t last = team == 1 ? o->width : MIN(first + (share > least ? share : least), o->width);
         if (!__atomic_compare_exchange_n(&p->next, &first, last, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
-        hal_linear_range(o->weight, ready, n, o->y, first, last);
+        if (o->code == LINEAR) hal_linear_range(o->weight, ready, n, o->y, first, last);
+        else hal_few_bits_range(o->weight, ready, n, o->y, o->width, first / 16, (last + 15) / 16);
         first = __atomic_load_n(&p->next, __ATOMIC_RELAXED);
     }
 }
@@ -247,7 +249,7 @@ static void work(void *argument) {
     for (int64_t at = 0; at < t->count; at++) {
         const Operation *o = t->operations + at;
         Progress *p = t->progress + at;
-        if (o->code == LINEAR) linear(t, o, p, team);
+        if (o->code == LINEAR || o->code == FEW_BITS) linear(t, o, p, team);
         else {
             const int64_t count = items(o, t->step->n);
             int64_t i;
@@ -266,7 +268,8 @@ EXPORT void *hal_tape(const Operation *operations, int64_t count, int64_t rows) 
     t->progress = aligned_alloc(64, count * sizeof(Progress));
     for (int64_t i = 0; t->progress && i < count; i++) {
         const Operation *o = operations + i;
-        t->progress[i].ready_bytes = o->code == LINEAR ? hal_linear_ready_bytes(o->weight) : 0;
+        t->progress[i].ready_bytes = o->code == LINEAR ? hal_linear_ready_bytes(o->weight) :
+            o->code == FEW_BITS ? hal_few_bits_ready_bytes(o->weight) : 0;
         if (rows * t->progress[i].ready_bytes > t->ready_room) t->ready_room = rows * t->progress[i].ready_bytes;
     }
     if (t->ready_room) t->ready = aligned_alloc(64, (t->ready_room + 63) / 64 * 64);

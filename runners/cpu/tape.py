@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal.contracts.inputs import PagedModelInput
 from hal.errors import StateError
+from hal.weights.grid import GridScheme
 from runners.cpu.compiled import Operation, Step
+from runners.cpu.grids import GridWeight
 from runners.cpu.linears import DenseWeight, Kernels
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 ROWS = 16  # sequences of the largest step on a tape; more of them are limited by arithmetic
 _NEW = {"empty", "new_empty", "empty_like", "detach", "alias"}  # what is in new memory, no operation may read
 
-Code = IntEnum("Code", "EMBED ROTARY NORM GATED COPY LINEAR ATTEND", start=0)  # in the order of tape.c
+Code = IntEnum("Code", "EMBED ROTARY NORM GATED COPY LINEAR FEW_BITS ATTEND", start=0)  # in the order of tape.c
 
 
 class Untaped(Exception):
@@ -126,11 +128,14 @@ class Recorder(TorchDispatchMode):
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         weight = layer.packed
-        if not isinstance(weight, DenseWeight) or weight.native is None:
+        if not isinstance(weight, DenseWeight | GridWeight) or weight.native is None:
             raise Untaped("a product that the kernels do not compute")
+        if isinstance(weight, GridWeight) and isinstance(layer.scheme, GridScheme) and layer.scheme.inputs != "exact":
+            raise Untaped("inputs of a product that are rounded")
         y = self._result(self.rows, weight.outputs)
         self.kept.append(weight)
-        self._note(Code.LINEAR, x=self._read(x), weight=weight.address, y=y.data_ptr(), width=weight.outputs,
+        code = Code.LINEAR if isinstance(weight, DenseWeight) else Code.FEW_BITS
+        self._note(code, x=self._read(x), weight=weight.address, y=y.data_ptr(), width=weight.outputs,
                    x_stride=x.stride(0))
         return y
 

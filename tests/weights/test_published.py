@@ -253,15 +253,36 @@ def test_a_dense_checkpoint_loses_bits_on_load(checkpoint: Callable[[str], Path]
             seen += 1
             dense, got = plain[name].weight, layer.scheme.dequantize(layer)
             largest = dense.abs().amax(1, keepdim=True)
-            assert ((got - dense).abs() <= steps[scheme] * largest + 1e-6).all(), name
+            step = steps["int8" if layer is model.head else scheme]
+            assert ((got - dense).abs() <= step * largest + 1e-6).all(), name
             assert sum(t.numel() * t.itemsize for n, t in layer.named_parameters() if n != "bias") < dense.numel() * 1.2
-    assert seen == 4 * len(model.stage) and model.head.is_dense
+    heads = {"fp8": "dense", "int8": "int8-channel", "int4": "int8-channel"}
+    assert seen == 4 * len(model.stage) + (scheme != "fp8") and model.head.scheme.name == heads[scheme]
     if scheme != "int4":  # whose groups of 64 inputs two ranks of 48 would cut
         parts = [loaded(path, Topology(2, 1, rank), quantize=scheme).layers[0].mlp.down for rank in range(2)]
         whole = model.layers[0].mlp.down
         scale = max(part.scheme.dequantize(part).abs().max() for part in parts)
         torch.testing.assert_close(torch.cat([part.scheme.dequantize(part) for part in parts], 1),
                                    whole.scheme.dequantize(whole), rtol=0, atol=2 * float(scale * steps[scheme]))
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(2, 1, 1), Topology(1, 2, 1)], ids=["whole", "tp", "pp"])
+@pytest.mark.parametrize("impl", ["native", "transformers"])
+def test_a_tied_head_gets_a_copy_in_8_bits_and_the_embeddings_stay_dense(
+        checkpoint: Callable[[str], Path], impl: str, topology: Topology) -> None:
+    path = checkpoint("qwen2-tied")
+    if impl == "transformers" and topology.pp > 1:
+        pytest.skip("the head is no attribute of its own there")
+    model = loaded(path, topology, quantize="int4" if topology.tp == 1 else "int8", impl=impl)
+    heads = [m for m in model.modules() if isinstance(m, Linear) and m.spec.name == model.config.embedding_name]
+    assert model.config.tie_embeddings and [head.scheme.name for head in heads] == ["int8-channel"]
+    table = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    rows = heads[0].outputs[0]
+    table = table[topology.tp_rank * rows:][:rows]
+    got = heads[0].scheme.dequantize(heads[0])[:len(table)]
+    assert ((got - table).abs() <= table.abs().amax(1, keepdim=True) / 254 + 1e-6).all() and not got.equal(table)
+    if topology.is_first_stage and impl == "native":
+        torch.testing.assert_close(model.embed.weight[:len(table)], table)
 
 
 def test_a_quantised_checkpoint_is_not_quantised_again(made: Any) -> None:
@@ -327,13 +348,13 @@ def test_the_memory_that_weights_take(checkpoint: Callable[[str], Path]) -> None
     path = checkpoint("qwen3")
     held = weight_bytes(read_config(path, quantize="int8"), "bfloat16", Topology(2))
     model = build_model(read_config(path), Topology(2), LocalCommunicator(), Ops(), torch.bfloat16, torch.device("cpu"))
-    rounded = [layer for layer in model.modules() if isinstance(layer, Linear) and layer is not model.head]
+    rounded = [layer for layer in model.modules() if isinstance(layer, Linear)]
     values = sum(layer.weight.numel() + 4 * layer.weight.shape[0] for layer in rounded)
-    assert held["int8-channel"] == (len(rounded), values) and held["dense"] == (1, model.head.weight.nbytes)
-    linear = sum(p.nbytes for layer in (*rounded, model.head) for p in layer.parameters())
+    assert held["int8-channel"] == (len(rounded), values) and "dense" not in held
+    linear = sum(p.nbytes for layer in rounded for p in layer.parameters())
     assert held["other"] == (0, sum(p.nbytes for p in model.parameters()) - linear)
     text = memory_line(EngineConfig(kv_dtype="fp8"), read_config(path, quantize="int8"), "bfloat16")
-    assert "int8-channel 0.1 in 12 layers" in text
+    assert "int8-channel 0.1 in 13 layers" in text
     assert "KV cache in fp8, half the bytes of bfloat16, with scales of 1" in text
 
 
