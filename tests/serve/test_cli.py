@@ -145,6 +145,9 @@ def test_what_cannot_be_served_is_said_before_anything_is_loaded(monkeypatch: py
             assert main(["serve", "--host", host, "--port", str(port), *SMALL]) == 1
             said = capfd.readouterr().err
             assert "cannot have this address" in said and f"{host}, port {port}" in said and "--port 0" in said
+    monkeypatch.setenv("HAL_API_KEY", "")  # of a variable that was not set: it must not look like a guard
+    assert main(["serve", "--host", "0.0.0.0", "--port", "0", "--device", "none-such"]) == 1
+    assert "everybody who reaches 0.0.0.0 may use this server" in capfd.readouterr().err
     for option in ("--retries", "--restarts"):
         assert main(["serve", option, "-1", *SMALL]) == 2 and "-1 is below 0" in capfd.readouterr().err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
