@@ -28,15 +28,16 @@ KERNELS = runners/cpu/kernels.c runners/cpu/kernels_level.h
 	touch $@
 
 # The kit's tests, those in .venv-xla and the interpreter's run beside the others in .venv, into a file that is printed
-# when they have ended. One after the other, all took an hour on two cores.
+# when they have ended. One after the other, all took an hour on two cores. Each stream names its slowest tests.
+SLOWEST = --durations 15
 XLA = .venv-xla/bin/python -m pytest tests -m "torch_release and not (tpu and slow)"
 INTERPRETED = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 .venv-xla/bin/python -m pytest tests/cuda -m interpreted
 
 test: lint .venv-xla/.made
-	printed=$$(mktemp); { .venv/bin/python -m pytest tests/conformance; status=$$?; $(XLA) || status=$$?; \
+	printed=$$(mktemp); { .venv/bin/python -m pytest tests/conformance $(SLOWEST); status=$$?; $(XLA) || status=$$?; \
 		$(INTERPRETED) || status=$$?; exit $$status; } >$$printed 2>&1 & beside=$$!; \
 	trap "pkill -P $$beside; kill $$beside" INT TERM; \
-	.venv/bin/python -m pytest tests --ignore tests/conformance; status=$$?; \
+	.venv/bin/python -m pytest tests --ignore tests/conformance $(SLOWEST); status=$$?; \
 	wait $$beside || status=$$?; cat $$printed; rm $$printed; exit $$status
 
 test-xla: .venv-xla/.made
