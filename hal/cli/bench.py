@@ -6,13 +6,12 @@ import argparse
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +25,10 @@ from hal.contracts.backend import resolve_dtype
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hal.cli.measure import Cell, Side
+    from hal.cli.measure import Side
     from hal.cli.peer import Peer
     from hal.contracts.backend import Backend
     from hal.model_config import ModelConfig
-    from hal.models.floors import Device
 
 EPILOG = """columns (medians of the repeats; all prompts arrive at once; no prefix caching; end-of-sequence is ignored):
   TTFT     time to first token, mean over the requests        prefill  prompt tokens/s until every request has a token
@@ -98,42 +96,6 @@ def _rates(text: str) -> list[float]:
     return rates
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Medians for one batch size. Times in seconds; bandwidth in bytes/s a rank.
-
-    Attributes:
-        prompt_len, new_tokens, repeat: of this row, where --max-seconds left less than was asked for.
-        together: all requests of the batch decoded at once.
-        peer_prefill_tokens_per_s, peer_decode_tokens_per_s: of --peer.
-        prefill_limit, decode_limit: "memory", "arithmetic" or "neither" (see Device.limit), with the share reached.
-    """
-
-    batch_size: int
-    prompt_len: int
-    new_tokens: int
-    repeat: int
-    together: bool
-    ttft: float
-    tpot: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    achieved_bandwidth: float
-    share_of_measured: float
-    prefill_limit: str
-    prefill_share: float
-    decode_limit: str
-    decode_share: float
-    peer_prefill_tokens_per_s: float | None = None
-    peer_decode_tokens_per_s: float | None = None
-
-
-_HEAD = (("batch |  TTFT ms |  TPOT ms | prefill tok/s | decode tok/s |   GB/s |  prefill limit  |  decode limit  ",
-          " | peer prefill  ratio | peer decode  ratio"),
-         ("----- | -------- | -------- | ------------- | ------------ | ------ | --------------- | ---------------",
-          " | ------------------- | ------------------"))
-
-
 def run(args: argparse.Namespace) -> int:
     if args.new_tokens < 3:
         args.usage_error("--new-tokens must be at least 3: the first is prefill, and decoding is timed between two")
@@ -160,7 +122,7 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
         (scratch / "config.json").write_text(json.dumps(_shape(args.model_config)), encoding="utf-8")
         chosen |= {"model": str(scratch), "random_weights": args.peer is None}
     from hal.checkpoints.hf_config import read_config
-    from hal.cli import measure, open_loop
+    from hal.cli import bench_table, measure, open_loop
     from hal.contracts import backend as backends
     from hal.engine.llm import LLM
     from hal.models import floors
@@ -188,16 +150,16 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
     if peer is not None:
         report["peer"] = peer.about
         show(f"beside {peer.about}, {report['threads'] * config.tp * config.pp} thread(s), in turns")
-    show("\n" + "\n".join(line + (more if peer else "") for line, more in _HEAD))
+    show("\n" + "\n".join(line + (more if peer else "") for line, more in bench_table.HEAD))
     with peer or nullcontext(), LLM(**values, progress=sys.stderr.isatty()) as llm:
         sides: list[Side] = [partial(measure.time_prompts, llm)]
         if peer is not None:
             sides.append(peer.run)
         for cell in measure.cells(sides, model.vocab_size, args.batch_sizes, args.prompt_len, args.new_tokens,
                                   args.repeat, until):
-            row = _row(config, model, report["dtype"], device, cell)
+            row = bench_table.row_of(config, model, report["dtype"], device, cell)
             rows.append(asdict(row))
-            show(_line(row, args))
+            show(bench_table.line(row, args))
         imbalance = llm.stats().expert_imbalance
         if imbalance is not None:
             report["expert_imbalance"] = imbalance
@@ -247,26 +209,6 @@ def _peer(args: argparse.Namespace, config: EngineConfig, report: dict[str, Any]
                 batch=max(args.batch_sizes), scratch=str(scratch))
 
 
-def _row(config: EngineConfig, model: ModelConfig, dtype: str, device: Device, cell: Cell) -> Row:
-    from hal.models import floors
-
-    runs, tokens = [sides[0] for sides in cell.rounds], cell.batch * cell.prompt_len
-    (prefill, step), *peers = ([statistics.median(getattr(run, name) for run in of_side) for name in (
-        "prefill", "decode_step")] for of_side in zip(*cell.rounds, strict=True))
-    ranks, context = config.tp * config.pp, cell.prompt_len + cell.new_tokens // 2
-    moved = floors.bytes_per_step(model, dtype, config.kv_dtype, cell.batch, context) / ranks
-    read = floors.bytes_per_step(model, dtype, config.kv_dtype, cell.batch, cell.prompt_len, new=cell.prompt_len)
-    steps = -(-tokens // config.max_num_batched_tokens)
-    limits = (device.limit(prefill, read * steps / ranks,
-                           floors.operations(model, cell.batch, cell.prompt_len, new=cell.prompt_len) / ranks),
-              device.limit(step, moved, floors.operations(model, cell.batch, context) / ranks))
-    return Row(cell.batch, cell.prompt_len, cell.new_tokens, len(runs), all(r.together for r in runs),
-               statistics.median(r.ttft for r in runs), statistics.median(r.tpot for r in runs),
-               tokens / prefill, cell.batch / step, moved / step, moved / step / device.bandwidth,
-               *limits[0], *limits[1], *(done / seconds for other in peers for done, seconds in zip(
-                   (tokens, cell.batch), other, strict=True)))
-
-
 def _facts(args: argparse.Namespace, config: EngineConfig, model: ModelConfig, backend: Backend) -> dict[str, Any]:
     """What a reader needs to know about a run."""
     from hal.models.memory import memory_line
@@ -309,20 +251,3 @@ def _title(report: dict[str, Any]) -> str:
     return (f"{report['model']} ({report['parameters'] / 1e9:.2f}B, {kind}), {report['dtype']}, {report['device']}"
             f" ({versions}), tp {report['tp']}, pp {report['pp']}, {report['threads']} thread(s) a rank\n"
             f"{report['memory']}")
-
-
-def _line(row: Row, args: argparse.Namespace) -> str:
-    """A line of the table, and below it how the row differs from what was asked for."""
-    line = (f"{row.batch_size:>5} | {row.ttft * 1e3:8.1f} | {row.tpot * 1e3:8.2f} | {row.prefill_tokens_per_s:13.1f} | "
-            f"{row.decode_tokens_per_s:12.1f} | {row.achieved_bandwidth / 1e9:6.1f} | "
-            f"{row.prefill_limit:>10} {row.prefill_share:4.0%} | {row.decode_limit:>10} {row.decode_share:4.0%}")
-    prefill, decode = row.peer_prefill_tokens_per_s, row.peer_decode_tokens_per_s
-    if prefill and decode:
-        line += (f" | {prefill:12.1f} {row.prefill_tokens_per_s / prefill:6.2f}"
-                 f" | {decode:11.1f} {row.decode_tokens_per_s / decode:6.2f}")
-    if not row.together:
-        line += "\n      | not all requests decoded at once: the KV cache or a step of the engine holds fewer"
-    if (row.prompt_len, row.new_tokens, row.repeat) != (args.prompt_len, args.new_tokens, args.repeat):
-        line += (f"\n      | for --max-seconds {args.max_seconds:g}: prompt {row.prompt_len}, {row.new_tokens} new "
-                 f"tokens, median of {row.repeat}")
-    return line

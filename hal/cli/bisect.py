@@ -28,11 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", metavar="NAME", help="of weights with --live (default: auto)")
     parser.add_argument("--device", required=True, metavar="NAME", help="the one in doubt")
     parser.add_argument("--against", default="cpu", metavar="NAME", help="the one that is right (default: cpu)")
-    parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
-                        "is read")
-    options.add_adapter_option(parser)
-    parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
-                        "it was recorded so")
+    options.add_recording_options(parser)
     parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
     parser.add_argument("--tolerance", action="append", default=[], metavar="OP:DTYPE=X",
                         help="widen an entry of the table; repeatable")
@@ -48,12 +44,8 @@ def run(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="hal-bisect-") as folder:
             args.file, args.live = _recorded(args, Path(folder)), None
             return run(args)
-    given: dict[str, Any] = {"random_weights": True} if args.random_weights else {}
-    given["adapters"] = dict(args.adapters)
-    if args.kv_dtype is not None:
-        given["kv_dtype"] = args.kv_dtype
-    found = bisect(Path(args.file), args.device, args.against, model=args.model,
-                   tolerances=Tolerances.parse(args.tolerance), **given)
+    found = bisect(Path(args.file), args.device, args.against, tolerances=Tolerances.parse(args.tolerance),
+                   **options.recording_options(args, "kv_dtype"))
     print(found)
     return int(found.divergence is not None)
 

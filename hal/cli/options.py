@@ -136,6 +136,23 @@ def add_adapter_option(parser: argparse.ArgumentParser | argparse._ArgumentGroup
                         help="load the adapter (LoRA) of a directory, for requests that name it; repeatable")
 
 
+def add_recording_options(parser: argparse.ArgumentParser) -> None:
+    """What a recording's model is read from. See `recording_options`."""
+    parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
+                        "is read")
+    add_adapter_option(parser)
+    parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
+                        "it was recorded so")
+
+
+def recording_options(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Arguments of functions that run a recording: those of `add_recording_options`, and the options of these names
+    that the user gave."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {"model": args.model, "adapters": dict(args.adapters), **given,
+            **({"random_weights": True} if args.random_weights else {})}
+
+
 def load_adapters(llm: LLM, args: argparse.Namespace) -> None:
     """Load what --adapter names. Raises as LLM.load_adapter."""
     for name, directory in args.adapters:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from hal import files
 from hal.cli import options
@@ -22,11 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, metavar="NAME", help="the one in doubt")
     parser.add_argument("--against", default="cpu", metavar="NAME", help="the one that is right (default: cpu)")
     parser.add_argument("--output", type=options.path, required=True, metavar="FILE", help="the smaller recording")
-    parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
-                        "is read")
-    options.add_adapter_option(parser)
-    parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
-                        "it was recorded so")
+    options.add_recording_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,10 +29,9 @@ def run(args: argparse.Namespace) -> int:
     from hal.recording.format import Recording
     from hal.recording.reduce import reduce
 
-    given: dict[str, Any] = {"random_weights": True} if args.random_weights else {}
     show = (lambda text: print(text, file=sys.stderr)) if sys.stderr.isatty() else (lambda text: None)
-    reduction = reduce(Recording.load(Path(args.file)), args.device, args.against, model=args.model, progress=show,
-                       adapters=dict(args.adapters), **given)
+    reduction = reduce(Recording.load(Path(args.file)), args.device, args.against, progress=show,
+                       **options.recording_options(args))
     reduction.recording.save(Path(args.output))
     print(reduction)
     return 0

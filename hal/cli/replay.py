@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from hal.cli import options
 
@@ -20,11 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=options.path, metavar="FILE",
                         help="a recording: of hal record, or of HAL_RECORD_ON_ERROR")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, a backend's name, or module:attribute")
-    parser.add_argument("--model", metavar="DIR", help="the recorded checkpoint; without it, only the bundled model "
-                        "is read")
-    options.add_adapter_option(parser)
-    parser.add_argument("--random-weights", action="store_true", help="initialise the shape that the file gives, where "
-                        "it was recorded so")
+    options.add_recording_options(parser)
     parser.add_argument("--dtype", metavar="NAME", help="of weights and KV cache (default: the recorded one)")
     parser.add_argument("--kv-dtype", metavar="NAME", help="of the KV cache (default: as recorded, where possible)")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel processes (default: 1)")
@@ -36,13 +31,9 @@ def run(args: argparse.Namespace) -> int:
     from hal.recording.replay import replay
     from hal.testing.tolerance import Tolerances
 
-    given: dict[str, Any] = {n: getattr(args, n) for n in ("dtype", "kv_dtype", "tp", "pp")
-                             if getattr(args, n) is not None}
-    if args.random_weights:
-        given["random_weights"] = True
     backend = select(args.device)
     device = backend.name if args.device == "auto" else args.device
-    comparison = replay(Path(args.file), backend, device, model=args.model, adapters=dict(args.adapters),
-                        **given)
+    comparison = replay(Path(args.file), backend, device,
+                        **options.recording_options(args, "dtype", "kv_dtype", "tp", "pp"))
     print(comparison.table())
     return int(bool(comparison.wrong(Tolerances()("model", comparison.dtype)) or comparison.failure))

@@ -412,3 +412,8 @@ def drive(execute: Callable[[ExecuteModelRequest], Any], scheduler: Scheduler, p
         run.accepted = seq.accepted
         del run.logprobs[len(run.output):]  # of tokens behind the end
     return runs
+
+
+def these_schemes_alone(ops: Any) -> NotApplicable:
+    """The outcome of a case whose weight schemes the device's operations do not take."""
+    return NotApplicable(f"{type(ops).__name__} takes weights of these schemes alone: {', '.join(ops.schemes)}")

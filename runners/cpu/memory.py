@@ -9,57 +9,38 @@ from pathlib import Path
 
 import torch
 
+from hal.cpus import CGROUP, PROC, control_groups, text_of
+
 _PAGE = 1 << 21  # bytes of a huge page
 _CHUNK = 1 << 26  # bytes that are mapped at once
 _ALIGNED = 64
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+# Of control groups by their version: the files of limit and usage, and the entry of memory.stat for droppable pages.
+_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+          2: ("memory.max", "memory.current", "inactive_file")}
 
 
-def free_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+def free_memory(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Bytes: MemAvailable, or less if a control group (version 1 or 2) leaves less. On a system without /proc it is all
     physical memory. Pages of files that can be dropped count as free."""
     free = _values(proc / "meminfo").get("MemAvailable:", 0) * 1024
     if not free:
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for folder, limit, usage, droppable in _groups(proc / "self" / "cgroup", cgroup):
+    for folder, version in control_groups("memory", proc, cgroup):
+        limit, usage, droppable = _FILES[version]
         most, used = _number(folder / limit), _number(folder / usage)
         if most is not None and used is not None:
             free = min(free, max(most - used + _values(folder / "memory.stat").get(droppable, 0), 0))
     return free
 
 
-def _groups(membership: Path, root: Path) -> list[tuple[Path, str, str, str]]:
-    """Each group above the process (folder, and the names of limit, usage and droppable pages), root included."""
-    groups = []
-    for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, names = root, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inner = base / path.strip("/")
-        groups += [(folder, *names) for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
-    return groups
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
 def _number(path: Path) -> int | None:
     """The number in a file, or None if there is no such file or it says "max"."""
-    text = _text(path).strip()
+    text = text_of(path).strip()
     return int(text) if text.isdigit() else None
 
 
 def _values(path: Path) -> dict[str, int]:
-    return {words[0]: int(words[1]) for line in _text(path).splitlines() if len(words := line.split()) > 1}
+    return {words[0]: int(words[1]) for line in text_of(path).splitlines() if len(words := line.split()) > 1}
 
 
 class HugePages:

@@ -21,9 +21,9 @@ from hal.embedding.attention import visible
 from hal.embedding.runner import EmbeddingRunner
 from hal.models.causal_lm import CausalLM
 from hal.paged.shape_plan import Bucket, ShapePlan, ladder
-from hal.schema.packed import Packed, on_host, packed_source
+from hal.schema.packed import Packed, on_host
 from runners.tpu import lowering
-from runners.tpu.inputs import stage
+from runners.tpu.inputs import StagedInput, stage
 from runners.tpu.plan import budget, by_need
 from runners.tpu.spmd import load
 
@@ -31,22 +31,8 @@ _SHORTEST, _GROWTH = 16, 8  # the smallest length; growth of the number of texts
 _HIDDEN = -1e30  # finite, so that a row with nothing to see (padding) has no NaN
 
 
-class TpuEmbeddingInput(EmbeddingInput):
+class TpuEmbeddingInput(StagedInput, EmbeddingInput):
     """Texts of one length. Those that fill the shape have no tokens, and come last."""
-
-    @classmethod
-    def from_buffer(cls, buffer: Any, device: Any = None) -> TpuEmbeddingInput:
-        packed: Any = cls.schema.unpack(np.array(buffer))  # a copy: the transfer may outlast the message
-        host = device is None or torch.device(device).type == "cpu"
-        made: TpuEmbeddingInput = packed.to(device) if host else stage(packed)
-        return made
-
-    def check(self) -> None:
-        """Check on the host, since every comparison on the device would be a program. Raises InputError."""
-        if self.input_ids.is_cpu:
-            super().check()
-        else:
-            (packed_source(self) or type(self).schema.pack(self)).to().check()
 
 
 class TpuEmbeddingRunner(EmbeddingRunner):

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hal.contracts.inputs import PagedModelInput
+from hal.contracts.inputs import ModelInput, PagedModelInput
 from hal.features import ADJUSTING
 from hal.features.drawing import Draw, MinP, TopK, TopP
 from hal.paged.shape_plan import Bucket, ShapePlan
 from hal.schema import Packed
+from hal.schema.declared import Self
 from hal.schema.packed import as_tensor, packed_source
 from runners.tpu import lowering
 
@@ -22,25 +23,31 @@ FILTERED = (*DRAWN, *TopK.fields, *TopP.fields, *MinP.fields)
 ADJUSTED = (*FILTERED, *(name for feature in ADJUSTING for name in feature.fields))
 
 
-class TpuModelInput(PagedModelInput):
-    """A paged batch in one of the plan's shapes. Only what `prompt_targets` adds has a size of its own: no program of
-    the step takes it whole."""
+class StagedInput(ModelInput):
+    """An input whose arrays one call moves to the device."""
 
     @classmethod
-    def from_buffer(cls, buffer: Any, device: Any = None) -> TpuModelInput:
+    def from_buffer(cls: type[Self], buffer: Any, device: Any = None) -> Self:
         # A copy: the message is valid until the next one, and the transfer may take longer.
-        packed: Packed[TpuModelInput] = cls.schema.unpack(np.array(buffer))
-        return packed.to(device) if device is None or torch.device(device).type == "cpu" else stage(packed)
+        packed: Packed[Any] = cls.schema.unpack(np.array(buffer))
+        host = device is None or torch.device(device).type == "cpu"
+        made: Self = packed.to(device) if host else stage(packed)
+        return made
 
     def check(self) -> None:
         """Check on the host, since every comparison on the device would be a program. Raises InputError."""
-        if self.input_ids.is_cpu:
+        if self["input_ids"].is_cpu:
             super().check()
         else:
             (packed_source(self) or type(self).schema.pack(self)).to().check()
 
 
-def stage(packed: Packed[TpuModelInput]) -> TpuModelInput:
+class TpuModelInput(StagedInput, PagedModelInput):
+    """A paged batch in one of the plan's shapes. Only what `prompt_targets` adds has a size of its own: no program of
+    the step takes it whole."""
+
+
+def stage(packed: Packed[Any]) -> Any:
     """The instance on the device. Arrays are not cut from one buffer there, since XLA would compile the cutting."""
     tensors = [as_tensor(array, packed.schema.by_name[name].array.dtype)  # type: ignore[union-attr]
                for name, array in packed.arrays.items()]

@@ -15,7 +15,7 @@ import transformers
 
 from hal import LLM, SamplingParams, profiling
 from hal.checkpoints.hf_config import parse_config
-from hal.cli import bench, main, measure, open_loop, peer
+from hal.cli import bench, bench_table, main, measure, open_loop, peer
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
 from hal.models import floors
@@ -120,7 +120,7 @@ def test_a_peer_takes_turns_and_has_its_ratio(capsys: pytest.CaptureFixture[str]
     for row in report["rows"]:
         assert row["peer_decode_tokens_per_s"] == pytest.approx(row["batch_size"])
         assert row["peer_prefill_tokens_per_s"] == pytest.approx(row["batch_size"] * 12)
-    shown = bench._line(bench.Row(**{**report["rows"][1], "decode_tokens_per_s": 4.5}), argparse.Namespace(
+    shown = bench_table.line(bench_table.Row(**{**report["rows"][1], "decode_tokens_per_s": 4.5}), argparse.Namespace(
         prompt_len=12, new_tokens=4, repeat=2, max_seconds=9))
     assert shown.split()[-2:] == ["3.0", "1.50"]
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from hal.config import Topology
 from hal.conformance import reference
-from hal.conformance.case import NotApplicable, case
-from hal.conformance.context import Context
+from hal.conformance.case import case
+from hal.conformance.context import Context, these_schemes_alone
 from hal.contracts.communicator import LocalCommunicator
 from hal.model_config import RopeConfig
 from hal.models.layers import Build, Linear
@@ -39,23 +39,33 @@ def _pure(ctx: Context, what: str, call: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def _layer(build: Build, in_size: int, out_size: int, bias: bool) -> Linear:
+    return Linear(build, LinearSpec(in_size, (Projection("x", out_size),), "out"), bias=bias)
+
+
+def _check_linear(ctx: Context, layer: Linear, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    """Compare a layer, whose weight has the fp64 values `w`, with fp64. Its bias, if it has one, becomes `b`."""
+    ops, device = layer.ops, layer.weight.device
+    if layer.bias is not None:
+        layer.bias.data.copy_(b)
+    ops.pack_linear(layer)
+    got = _pure(ctx, "linear", lambda y: ops.linear(y, layer), x.to(device))
+    expected = F.linear(x.double(), w, None if layer.bias is None else b.double())
+    ctx.close("linear", got, expected, f"linear [{len(x)}, {w.shape[1]}] to {len(w)}{what}")
+
+
 @case(2, "linear", "checkpoints")
 def linear(ctx: Context) -> None:
     """Packed and not packed, with and without bias, for one row and for many."""
     ops, device = _ops(ctx)
+    build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device)
     for rows in _ROWS:
         for in_size, out_size, bias in ((64, 96, True), (96, 40, False), (256, 64, False)):
-            build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device)
-            layer = Linear(build, LinearSpec(in_size, (Projection("x", out_size),), "out"), bias=bias)
+            layer = _layer(build, in_size, out_size, bias)
             x, w = ctx.normal(rows, in_size), ctx.normal(out_size, in_size, scale=in_size**-0.5)
             b = ctx.normal(out_size)
             layer.weight.data.copy_(w)
-            if layer.bias is not None:
-                layer.bias.data.copy_(b)
-            ops.pack_linear(layer)
-            got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer), x.to(device))
-            expected = F.linear(x.double(), w.double(), b.double() if bias else None)
-            ctx.close("linear", got, expected, f"linear [{rows}, {in_size}] to {out_size}")
+            _check_linear(ctx, layer, x, w.double(), b, "")
 
 
 class _RowScales(Scheme):
@@ -76,24 +86,19 @@ def of_another_weight_scheme(ctx: Context) -> None:
     """A weight of a scheme that the backend does not know, where its operations take every scheme."""
     ops, device = _ops(ctx)
     if ops.schemes is not None:
-        raise NotApplicable(f"{type(ops).__name__} takes weights of these schemes alone: {', '.join(ops.schemes)}")
+        raise these_schemes_alone(ops)
     scheme = _RowScales()
+    build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device, lambda name: scheme)
     for rows in _ROWS:
         for in_size, out_size, bias in ((64, 96, True), (96, 40, False)):
-            build = Build(Topology(), LocalCommunicator(), ops, ctx.torch_dtype, device, lambda name: scheme)
-            layer = Linear(build, LinearSpec(in_size, (Projection("x", out_size),), "out"), bias=bias)
+            layer = _layer(build, in_size, out_size, bias)
             x, b = ctx.normal(rows, in_size), ctx.normal(out_size)
             # Powers of two: the products have at most 7 significant bits, so every dtype holds them exactly.
             scales = torch.from_numpy(2.0 ** ctx.rng.integers(-11, -8, out_size)).float()
             values = torch.from_numpy(ctx.rng.integers(-127, 128, (out_size, in_size))).to(torch.int8)
             layer.weight.data.copy_(values)
             layer.get_parameter("scales").data.copy_(scales)
-            if layer.bias is not None:
-                layer.bias.data.copy_(b)
-            ops.pack_linear(layer)
-            got = _pure(ctx, "linear", lambda y, layer=layer: ops.linear(y, layer), x.to(device))
-            expected = F.linear(x.double(), values.double() * scales.double()[:, None], b.double() if bias else None)
-            ctx.close("linear", got, expected, f"linear [{rows}, {in_size}] to {out_size} of an int8 weight")
+            _check_linear(ctx, layer, x, values.double() * scales.double()[:, None], b, " of an int8 weight")
 
 
 @case(2, "norm", "checkpoints")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from hal.config import Topology
-from hal.conformance.case import NotApplicable, case
-from hal.conformance.context import Context
+from hal.conformance.case import case
+from hal.conformance.context import Context, these_schemes_alone
 from hal.contracts.communicator import LocalCommunicator
 from hal.models.layers import Build, Linear
 from hal.models.ops import Ops
@@ -58,7 +58,7 @@ def _compare(ctx: Context, op: str, schemes: list[Scheme]) -> None:
     ops, device = ctx.part(session, "ops"), session.device
     can = [scheme for scheme in schemes if ops.schemes is None or scheme.name in ops.schemes]
     if not can:
-        raise NotApplicable(f"{type(ops).__name__} takes weights of these schemes alone: {', '.join(ops.schemes)}")
+        raise these_schemes_alone(ops)
     spec = LinearSpec(_IN, tuple(Projection(f"p{i}", size) for i, size in enumerate(_OUT)), "out")
     for scheme in can:
         schemes_of = partial(_always, scheme)
