@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from time import monotonic
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from hal.config import AUTO_STEPS, WorkerConfig
-from hal.contracts.attention import ForwardContext
 from hal.contracts.cache import RowState
 from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import NULL_BLOCK, IntermediateTensors
@@ -35,30 +33,18 @@ from hal.paged.shape_plan import Bucket
 from hal.profiling import span
 from hal.sampling.sampler import TokenLogprobs, logprobs
 from hal.sampling.verification import verify
-from hal.schema.fields import Dim
 from hal.schema.packed import packed_source
 from runners.tpu import lowering
 from runners.tpu.adapters import TpuAdapters
 from runners.tpu.attention import TILE, TpuAttention
-from runners.tpu.inputs import ADJUSTED, DRAWN, FILTERED, TpuModelInput, bucket_for, fit, stage
+from runners.tpu.inputs import ADJUSTED, TpuModelInput, bucket_for, fit, stage
 from runners.tpu.plan import budget, by_need, make_plan
-from runners.tpu.sampler import most_likely, sample
+from runners.tpu.programs import BLOCKS_AT_ONCE, FIELDS, SAMPLERS, TOP, ProgramBuilder, schema_dims
 from runners.tpu.spmd import load
-from runners.tpu.steps import KINDS, STOPPING, Steps, kind_of, trace_steps
+from runners.tpu.steps import KINDS, STOPPING, Steps, kind_of
 
-FIELDS = ("input_ids", "positions", "slot_mapping", "query_start_loc", "seq_lens", "block_tables", "logits_indices")
-SAMPLERS = {"drawn": DRAWN, "filtered": FILTERED, "adjusted": ADJUSTED}
-BLOCKS_AT_ONCE = 8  # one call copies or swaps so many blocks
 QUIET = 5.0  # the user is not told of compiling that takes fewer seconds
 SMALL = 0.1  # what a program that is not a step's takes to compile, in step programs (measured)
-TOP = 20  # the device finds so many most likely tokens; the host finds more
-
-
-def schema_dims(name: str) -> tuple[Dim, ...]:
-    """The dimensions of an array field of the step's input."""
-    array = TpuModelInput.schema.by_name[name].array
-    assert array is not None
-    return array.dims
 
 
 class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
@@ -121,6 +107,9 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
         if engine.max_adapters:
             self.adapters = TpuAdapters(self.model, engine, self.config.topology.pp_rank, self.mesh)
         self.attention = TpuAttention(self.model.attention_specs, ranks=engine.tp, kernel=kernel)
+        self.builder = ProgramBuilder(
+            self.config, self.dtype, self.mesh, self.model, self.attention, self.states, self.adapters, self.fields,
+            self.widths, rows=self.seq_rungs[-1], steps=self.steps)
 
     def load_adapter(self, slot: int, path: str) -> None:
         assert self.adapters is not None
@@ -193,18 +182,7 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
                        "fewer seconds or lower max_num_seqs or max_num_batched_tokens.", file=sys.stderr)
 
     def _compile(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor]) -> None:
-        if name in ("step", "adapted"):
-            self._compile_step(name, key, kv_caches)
-        elif name in ("steps", "adapted steps"):
-            self._compile_steps(name, *key, kv_caches)
-        elif name == "logprobs":
-            self._compile_logprobs(key)
-        elif name == "head":
-            self._compile_head(key)
-        elif name in ("read", "write"):
-            self._compile_move(name, kv_caches)
-        else:
-            self._compile_sampler(name, key)
+        self.programs[name, key] = self.builder.build(name, key, kv_caches)
 
     def _program(self, name: str, key: Any, kv_caches: Sequence[torch.Tensor] = ()) -> lowering.Program:
         """A program of the plan. It is compiled here if the warm-up had no time for it."""
@@ -344,129 +322,3 @@ class TpuModelRunner(ModelRunnerBase[TpuModelInput]):
             logits, = self._program("head", hidden.shape[0])([hidden, which])
             parts.append([x[:count] for x in self._logprobs(logits, wanted, top)])
         return TokenLogprobs(*(torch.cat(column) for column in zip(*parts, strict=True))).fields("prompt_")
-
-    # Programs. Their arguments while tracing are of the right shapes, and of no value.
-
-    def _compile_step(self, name: str, bucket: Bucket, kv_caches: Sequence[torch.Tensor]) -> None:
-        decode, dims = bucket.kind == "decode", bucket.dims
-        seqs, blocks = dims["num_seqs"], dims["max_blocks"]
-        tokens = dims.get("num_tokens", seqs)
-        shapes = [(tokens,)] * 3 + [(seqs + 1,), (seqs,), (seqs, blocks), (seqs,)]
-        shapes += [(seqs,)] * (len(self.fields) - len(FIELDS))
-        arguments = lowering.to_device([torch.zeros(shape, dtype=torch.int32) for shape in shapes])
-        first, last = self.config.topology.is_first_stage, self.config.topology.is_last_stage
-        if not first:
-            state = torch.zeros(tokens, self.config.model.hidden_size, dtype=self.dtype)
-            arguments += lowering.to_device([state.clone() for _ in self.model.intermediates])
-        plain = len(arguments)
-        arguments += self._of_adapters(name, tokens)
-        size = self.config.engine.block_size
-
-        def step(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
-            m: Any = SimpleNamespace(**dict(zip(self.fields, given, strict=False)), block_size=size,
-                                     max_query_len=int(decode),
-                                     adapter_slots=given[plain] if len(given) > plain else None)
-            before = None if first else self.model.make_intermediate(*given[len(self.fields):plain])
-            new, hidden = self._hidden(m, caches, decode, before)
-            if not last:
-                return new, [self._whole(hidden[name]) for name in self.model.intermediates]
-            return new, [self._whole(hidden), *self._logits(m, hidden)]
-
-        self.programs[name, bucket] = lowering.Program(step, arguments, [*kv_caches, *self.row_states])
-
-    def _of_adapters(self, name: str, tokens: int) -> list[torch.Tensor]:
-        """The arguments that a program of this kind takes of adapters."""
-        if not name.startswith("adapted") or self.adapters is None:
-            return []
-        return [*lowering.to_device([torch.zeros(tokens, dtype=torch.int32)]), *self.adapters.tensors()]
-
-    def _hidden(self, m: Any, caches: Sequence[torch.Tensor], decode: bool, before: Any = None,
-                ) -> tuple[list[torch.Tensor], Any]:
-        """The caches and the states after a step, and what its model returns. `caches` have the states behind them."""
-        paged = len(self.model.attention_specs)
-        attention = self.attention.begin(m, caches[:paged], decode)
-        states = self.states.over([x.clone() for x in caches[paged:]])
-        context = ForwardContext(attention, m, states.begin(m) if self.has_row_states else None)
-        if self.adapters is not None:
-            self.adapters.begin(m.adapter_slots)
-        hidden = self.model(m.input_ids, m.positions, context, before)
-        return [*(self._split(cache) for cache in attention.caches), *states.tensors], hidden
-
-    def _logits(self, m: Any, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each sampled token: the logits behind it, the most likely next token, and its position."""
-        logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices)).contiguous()
-        return self._whole(logits), most_likely(logits), m.positions.index_select(0, m.logits_indices)
-
-    def _compile_steps(self, which: str, bucket: Bucket, kind: str, kv_caches: Sequence[torch.Tensor]) -> None:
-        dims = {**bucket.dims, **dict.fromkeys(("num_tokens", "num_logits", "num_sampled"), bucket.dims["num_seqs"]),
-                **self.widths}
-        names, fields = (*self.fields, *STOPPING, *KINDS[kind]), TpuModelInput.schema.by_name
-        arguments = [torch.zeros([d.size(dims) for d in schema_dims(name)],
-                                 dtype=getattr(torch, fields[name].array.dtype))  # type: ignore[union-attr]
-                     for name in names]
-
-        def forward(m: TpuModelInput, caches: Sequence[torch.Tensor]) -> Any:
-            new, hidden = self._hidden(m, caches, decode=True)
-            return new, *self._logits(m, hidden)
-
-        def steps(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
-            fields = (*names, "adapter_slots") if of_adapters else names
-            return trace_steps(forward, dict(zip(fields, given, strict=False)), caches, self.config.engine.block_size,
-                               self.steps)
-
-        of_adapters = self._of_adapters(which, bucket.dims["num_seqs"])
-        self.programs[which, (bucket, kind)] = lowering.Program(
-            steps, [*lowering.to_device(arguments), *of_adapters], [*kv_caches, *self.row_states])
-
-    def _compile_move(self, name: str, kv_caches: Sequence[torch.Tensor]) -> None:
-        ids, = lowering.to_device([torch.zeros(BLOCKS_AT_ONCE, dtype=torch.int64)])
-
-        def read(given: Sequence[torch.Tensor], _: Sequence[torch.Tensor]) -> Any:
-            return [], [self._whole(cache[0].index_select(0, given[0])[None]) for cache in given[1:]]
-
-        def write(given: Sequence[torch.Tensor], caches: Sequence[torch.Tensor]) -> Any:
-            new = [cache.view(cache.shape[1:]).index_copy(0, given[0], v.view(v.shape[1:])).view(cache.shape)
-                   for cache, v in zip(caches, given[1:], strict=True)]
-            return [self._split(cache) for cache in new], []
-
-        if name == "read":
-            program = lowering.Program(read, [ids, *kv_caches])
-        else:
-            values = [torch.zeros(1, BLOCKS_AT_ONCE, *cache.shape[2:], dtype=self.dtype) for cache in kv_caches]
-            program = lowering.Program(write, [ids, *lowering.to_device(values)], kv_caches)
-        self.programs[name, None] = program
-
-    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.mesh is None else lowering.shard(tensor, self.mesh, None)
-
-    def _split(self, cache: torch.Tensor) -> torch.Tensor:
-        return cache if self.mesh is None else lowering.shard(cache, self.mesh, 3)
-
-    def _compile_sampler(self, name: str, rows: int) -> None:
-        fields, schema = SAMPLERS[name], TpuModelInput.schema
-        dims = {"num_sampled": rows, **self.widths}
-        arguments = [torch.zeros(rows, self.config.model.vocab_size, dtype=self.dtype),
-                     torch.zeros(rows, dtype=torch.int32)]
-        for field in fields:
-            array = schema.by_name[field].array
-            assert array is not None
-            arguments.append(torch.zeros([d.size(dims) for d in array.dims], dtype=getattr(torch, array.dtype)))
-        absent = dict.fromkeys(ADJUSTED)
-
-        def program(given: Sequence[torch.Tensor], _: Sequence[torch.Tensor]) -> Any:
-            return [], [sample(given[0], given[1], absent | dict(zip(fields, given[2:], strict=True)))]
-
-        self.programs[name, rows] = lowering.Program(program, lowering.to_device(arguments))
-
-    def _compile_logprobs(self, rows: int) -> None:
-        arguments = [torch.zeros(rows, self.config.model.vocab_size, dtype=self.dtype),
-                     torch.zeros(rows, dtype=torch.int32)]
-        self.programs["logprobs", rows] = lowering.Program(
-            lambda given, _: ([], logprobs(given[0], given[1], TOP)), lowering.to_device(arguments))
-
-    def _compile_head(self, tokens: int) -> None:
-        arguments = [torch.zeros(tokens, self.config.model.hidden_size, dtype=self.dtype),
-                     torch.zeros(self.seq_rungs[-1], dtype=torch.int32)]
-        self.programs["head", tokens] = lowering.Program(
-            lambda given, _: ([], [self.model.compute_logits(given[0].index_select(0, given[1])).contiguous()]),
-            lowering.to_device(arguments))
