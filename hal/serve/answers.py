@@ -36,7 +36,7 @@ class Answer:
             text = self._prompt_text(output) + text
             known = [] if output.prompt_logprobs is None else output.prompt_logprobs
             logprobs = [*(each or TokenLogprob(prompt[0], float("nan"), 0) for each in known), *logprobs]
-        calls = list[dict[str, Any]]()
+        calls: list[dict[str, Any]] = []
         if self._calls is not None:
             text, calls = self._calls.read(text, output.finish_reason is not None)
         bare = tokens if self.llm.tokenizer is None else []  # then nothing but token ids can be shown
