@@ -22,10 +22,12 @@ from hal.engine.request_output import RequestOutput
 from hal.errors import StateError
 from hal.models.ops import Ops
 from hal.sampling.params import SamplingParams
+from hal.sampling.sampler import Sampler
 from runners.cpu import compiled
 from runners.cpu.linears import BUCKETS, DenseWeight, Kernels
 from runners.cpu.ops import CpuOps
 from runners.cpu.runner import CpuModelInput, CpuModelRunner
+from runners.cpu.sampler import CpuSampler
 from runners.cpu.tape import Recorder, Tape, Untaped
 
 pytestmark = pytest.mark.skipif(not compiled.available() or compiled.level() == "off", reason="no kernels here")
@@ -196,6 +198,19 @@ def test_each_operation_is_pytorchs(rows: int, width: int, parts: int, threads: 
     Tape(ops.recorder, noted[-1], ops.kernels).run(ids, m)
     for ours, plain in zip(noted, step(Ops()), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-5 if dtype == torch.float32 else 1.6e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 7, 8, 1003])
+def test_the_greedy_token_is_the_first_of_the_largest(dtype: torch.dtype, n: int) -> None:
+    torch.manual_seed(n)
+    rows = [-torch.rand(n), torch.zeros(n), torch.randn(n).round(), torch.full((n,), -torch.inf)]
+    for at in {0, n // 2, n - 1}:
+        rows += [torch.randn(n).index_fill(0, torch.tensor(at), value) for value in (torch.nan, torch.inf, -torch.inf)]
+    scores = torch.stack(rows).to(dtype)
+    sampler = CpuSampler()
+    expected = Sampler().greedy(scores)
+    assert sampler.kernels and torch.equal(sampler.greedy(scores), expected) and (expected == -1).any()
 
 
 def test_an_operation_that_a_tape_has_not_leaves_the_step_as_it_is(

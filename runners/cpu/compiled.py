@@ -74,11 +74,16 @@ def load() -> tuple[Any, str]:
         library = ctypes.CDLL(str(found))
         if library.hal_abi() != ABI:
             return None, "built from an older source: install the package again"
+        level = library.hal_level()
+        if not level:
+            return None, "this processor has no AVX2"
+        _declare(library)
     except (OSError, AttributeError) as error:
         return None, f"the library does not load: {error}"
-    level = library.hal_level()
-    if not level:
-        return None, "this processor has no AVX2"
+    return library, LEVELS[level]
+
+
+def _declare(library: Any) -> None:
     unsigned, pointer, size = ctypes.c_uint, ctypes.c_void_p, ctypes.c_int64
     library.hal_linear.argtypes = library.hal_few_bits.argtypes = (pointer, pointer, size, pointer, size, unsigned)
     library.hal_few_bits_ready_bytes.argtypes, library.hal_few_bits_ready_bytes.restype = (pointer,), size
@@ -89,7 +94,7 @@ def load() -> tuple[Any, str]:
     library.hal_tape.argtypes, library.hal_tape.restype = (pointer, size, size), pointer
     library.hal_tape_run.argtypes, library.hal_tape_free.argtypes = (pointer, pointer, unsigned), (pointer,)
     library.hal_tape_free.restype = None
-    return library, LEVELS[level]
+    library.hal_greedy.argtypes, library.hal_greedy.restype = (pointer, size, ctypes.c_int), size
 
 
 def available() -> tuple[str, ...]:

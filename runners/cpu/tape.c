@@ -14,7 +14,8 @@
 #include <unistd.h>
 #endif
 
-#define SPINS 4000 /* pauses, about 50 microseconds, before a waiting thread sleeps */
+#define SPINS 30000 /* looks, about 50 microseconds, before a waiting thread sleeps */
+#define LOOKS 256 /* between two pauses: a virtual machine may lose its core to a loop of pauses for 10 microseconds */
 #define COLUMNS 512 /* values of a row that make an item of an elementwise operation */
 #define LEAST 8 /* outputs of a product that make an item */
 
@@ -65,7 +66,7 @@ static void barrier(Tape *t, int32_t team) {
     }
     for (int i = 0; i < SPINS; i++) {
         if (__atomic_load_n(&t->phase, __ATOMIC_ACQUIRE) != phase) return;
-        _mm_pause();
+        if (i % LOOKS == LOOKS - 1) _mm_pause();
     }
 #if defined(__linux__)
     __atomic_add_fetch(&t->sleepers, 1, __ATOMIC_SEQ_CST);
@@ -257,6 +258,34 @@ static void work(void *argument) {
         }
         barrier(t, team);
     }
+}
+
+/* The first of the largest of n values; -1 where there is NaN or the largest is infinite. */
+EXPORT int64_t hal_greedy(const void *row, int64_t n, int bf16) {
+    __m256 most = _mm256_set1_ps(-__builtin_inff()), bad = _mm256_setzero_ps();
+    const int64_t whole = n / 8 * 8;
+    for (int64_t i = 0; i < whole; i += 8) {
+        const __m256 v = load(row, i, 8, bf16);
+        most = _mm256_max_ps(most, v);
+        bad = _mm256_or_ps(bad, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    }
+    float lanes[8], best = -__builtin_inff();
+    int broken = _mm256_movemask_ps(bad);
+    _mm256_storeu_ps(lanes, most);
+    for (int i = 0; i < 8; i++) best = lanes[i] > best ? lanes[i] : best;
+    for (int64_t i = whole; i < n; i++) {
+        const float f = bf16 ? from_bf16(((const uint16_t *)row)[i]) : ((const float *)row)[i];
+        best = f > best ? f : best;
+        broken |= f != f;
+    }
+    if (broken || !__builtin_isfinite(best)) return -1;
+    for (int64_t i = 0; i < whole; i += 8) {
+        const int found = _mm256_movemask_ps(_mm256_cmp_ps(load(row, i, 8, bf16), _mm256_set1_ps(best), _CMP_EQ_OQ));
+        if (found) return i + __builtin_ctz(found);
+    }
+    for (int64_t i = whole; i < n; i++)
+        if ((bf16 ? from_bf16(((const uint16_t *)row)[i]) : ((const float *)row)[i]) == best) return i;
+    return -1;
 }
 
 /* A tape of `count` operations, which must outlive it, for up to `rows` sequences; NULL where there is no memory. */
