@@ -5,7 +5,7 @@
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
-#define ABI 5 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 6 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
