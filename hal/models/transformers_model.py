@@ -76,7 +76,6 @@ class TransformersModel(CausalLM):
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext,
                 intermediate: IntermediateTensors | None = None) -> torch.Tensor | IntermediateTensors:
         self.step.attention = context.attention
-        self.step.rotaries.clear()
         inputs: dict[str, Any]
         if intermediate is None:
             inputs = {"input_ids": input_ids.long()[None]}
@@ -84,18 +83,22 @@ class TransformersModel(CausalLM):
             self.received.hidden = intermediate["hidden_states"][None]
             inputs = {"inputs_embeds": self.received.hidden}
         hidden = self.base(position_ids=positions.long()[None], use_cache=False, **inputs)[0][0]
+        # A compiler that traces lazily computes what is still held after the trace, and that would use up the caches.
+        self.step.attention = self.received.hidden = None
+        self.step.rotaries.clear()
         return hidden if self.topology.is_last_stage else self.make_intermediate(hidden)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.given.hidden = hidden[None]
         logits: torch.Tensor = self.hf(input_ids=None, use_cache=False).logits[0]
+        self.given.hidden = None
         return logits
 
 
 class _Step:
     """What the layers share in the running step: its attention, and the values of rotary embeddings."""
 
-    attention: LayerAttention
+    attention: LayerAttention | None = None
 
     def __init__(self) -> None:
         self.rotaries: swaps.Rotaries = {}
@@ -112,6 +115,7 @@ class _Attend:
         """[1, heads, num_tokens, head_dim] -> [1, num_tokens, heads, value_dim]."""
         heads, tokens = q.shape[1], q.shape[2]
         q, k, v = (swaps.by_token(x) for x in (q, k, v))
+        assert self.step.attention is not None, "a layer runs within forward"
         return self.step.attention(self.layer, q, k, v).view(1, tokens, heads, -1)
 
 
@@ -126,7 +130,7 @@ class _Hidden(BaseModelOutputWithPast):
 class _Given(nn.Module):
     """Stands for the base model where transformers computes logits: it returns hidden states that are known."""
 
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None = None
 
     @property
     def decoder(self) -> _Given:
@@ -140,7 +144,7 @@ class _Given(nn.Module):
 class _Received:
     """Gives the first layer of a later pipeline stage the hidden states of the stage before."""
 
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if args:
