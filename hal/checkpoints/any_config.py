@@ -71,6 +71,9 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
                              hint="config.json is damaged, or another release of transformers wrote it") from error
     sizes: dict[str, Any] = {name: getattr(text, name, None) for name in _MAX}
     sizes["max_position_embeddings"] = next((v for n in _POSITIONS if (v := getattr(text, n, None))), None)
+    if sizes["max_position_embeddings"] is None:
+        raise ModelLoadError(f"the configuration of {architecture} says nothing of the longest context", expected=(
+            f"one of {', '.join(_POSITIONS)}"), hint="an architecture without positions cannot run here")
     for name, value in sizes.items():
         if type(value) is not int or not 1 <= value <= _MAX[name]:
             raise ModelLoadError(f"{name} in config.json is not usable", got=shown(value),
@@ -101,5 +104,8 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
 
 
 def _number(text: Any, name: str, default: int) -> int:
-    value = getattr(text, name, None)
+    try:
+        value = getattr(text, name, None)
+    except Exception:  # a size that differs between layers; the trace finds those of each
+        return default
     return value if type(value) is int and value > 0 else default

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(row), flush=True)
         rows.append(row)
         if args.table:
-            _add(Path(args.table), row)
+            _add(Path(args.table), row, args.device)
     if args.docs:
         from hal.engine.certificates import markdown
 
@@ -101,20 +101,22 @@ def _serve(pipe: Any) -> None:
         pipe.send(made.row())
 
 
-def _add(path: Path, row: dict[str, Any]) -> None:
+def _add(path: Path, row: dict[str, Any], device: str) -> None:
+    """Rows of the CPU decide about admission at load. Those of another device stand beside them."""
     import transformers
 
-    table: dict[str, Any] = {"transformers": transformers.__version__, "types": {}}
+    table: dict[str, Any] = {"transformers": transformers.__version__, "devices": {}, "types": {}}
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         if old["transformers"] != transformers.__version__:
             raise ConfigError("the table was made with another release of transformers", got=old["transformers"],
                               expected=transformers.__version__, hint="begin another file, with --all")
-        table = old
-    table["types"][row["type"]] = {name: value for name, value in row.items() if name not in ("type", "seconds")}
-    table["types"] = dict(sorted(table["types"].items()))
-    lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in table["types"].items())
-    path.write_text(f'{{"transformers": {json.dumps(table["transformers"])}, "types": {{\n{lines}\n}}}}\n',
-                    encoding="utf-8")
-
-
+        table |= old
+    kept = {name: value for name, value in row.items() if name not in ("type", "seconds")}
+    rows = table["types"] if device == "cpu" else table["devices"].setdefault(device, {})
+    rows[row["type"]] = kept if device == "cpu" else {name: kept[name] for name in (
+        "architecture", "admitted", "reason", "error", "control")}
+    types, devices = (",\n".join(f" {json.dumps(k)}: {json.dumps(dict(sorted(v.items())) if part == 'devices' else v)}"
+                                 for k, v in sorted(table[part].items())) for part in ("types", "devices"))
+    path.write_text(f'{{"transformers": {json.dumps(table["transformers"])}, "devices": {{\n{devices}\n}}, "types": '
+                    f"{{\n{types}\n}}}}\n", encoding="utf-8")

@@ -16,12 +16,13 @@ Check = Callable[["Context"], None]
 LEVELS = ("registration and capabilities", "input contracts", "operations", "a model", "graphs and buckets",
           "distributed", "replay and guard")
 _MODULES = ("backend", "inputs", "operations", "weights", "attention", "sampler", "model", "engine", "batch",
-            "adapters", "graphs", "distributed", "guard")
+            "adapters", "embedding", "graphs", "distributed", "guard")
 # The capabilities that a case may need, and whether a backend declares each.
 NEEDS: dict[str, Callable[[Backend], bool]] = {
     "checkpoints": lambda b: b.capabilities.checkpoints, "swap": lambda b: b.capabilities.swap,
     "asynchronous": lambda b: b.capabilities.asynchronous, "tp": lambda b: b.capabilities.max_tp > 1,
     "pp": lambda b: b.capabilities.max_pp > 1, "adapters": lambda b: b.capabilities.adapters,
+    "embeddings": lambda b: b.capabilities.embeddings,
     "batch_invariant": lambda b: b.capabilities.batch_invariant != "no"}
 
 

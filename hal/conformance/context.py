@@ -146,13 +146,13 @@ class Session:
         with self._part(Phase.EXECUTE):
             return self.runner.execute_model(model_input, self.caches)
 
-    def fetch(self, output: Any) -> SamplerOutput:
-        """An output on the host, in memory of its own."""
-        fetched = self.runner.fetch(output)()
-        if not isinstance(fetched, SamplerOutput):
-            raise Mismatch(f"fetch gave {type(fetched).__name__}, not a SamplerOutput")
+    def fetch(self, output: Any) -> Any:
+        """An output on the host, in memory of its own: a SamplerOutput, or another one that the runner declares."""
+        fetched, kind = self.runner.fetch(output)(), self.runner.output_type
+        if not isinstance(fetched, kind):
+            raise Mismatch(f"fetch gave {type(fetched).__name__}, not a {kind.__name__}")
         fetched.validate("cpu")
-        return SamplerOutput.from_buffer(fetched.to_buffer())
+        return kind.from_buffer(fetched.to_buffer())
 
     def read_cache(self) -> list[torch.Tensor]:
         """All blocks of the caches, on the host."""
@@ -181,8 +181,8 @@ class Session:
             output = runner.execute_sampling(forwarded, model_input)
         return self.fetch(output)
 
-    def step(self, request: ExecuteModelRequest) -> SamplerOutput:
-        """The output on the host."""
+    def step(self, request: ExecuteModelRequest) -> Any:
+        """The output on the host, as `fetch` gives it."""
         load_adapters(request, self.runner)
         self.inputs.append(self.prepare(request))
         return self.fetch(self.execute(self.inputs[-1]))
@@ -266,7 +266,7 @@ class Context:
     def config(self, shape: str = "llama", **options: Any) -> WorkerConfig:
         path = self.model(shape)
         engine = EngineConfig(**{**ENGINE, "model": str(path), "device": self.device, "dtype": self.dtype, **options})
-        return WorkerConfig(engine, read_config(path), Topology())
+        return WorkerConfig(engine, read_config(path, pooling=engine.pooling), Topology())
 
     def session(self, shape: str = "llama", *, warm: bool = True, **options: Any) -> Session:
         session = Session(self.backend, self.config(shape, **options), self.late.setdefault(self.name, []))

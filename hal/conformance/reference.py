@@ -67,6 +67,10 @@ class Reference:
         embedding = "embed_tokens.weight" if self.config.family == "llama" else "wte.weight"
         return hidden @ self.weights["lm_head.weight" if not self.config.tie_embeddings else embedding].T
 
+    def hidden(self, token_ids: list[int]) -> torch.Tensor:
+        """The states behind the last norm, [tokens, hidden_size]; of the Llama family."""
+        return self._llama(torch.tensor(token_ids), 0)
+
     def _llama(self, ids: torch.Tensor, last: int) -> torch.Tensor:
         c, w, n = self.config, self.weights, len(ids)
         assert c.rope is not None

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hal.engine.tiny import SIZES, tiny_config
-from hal.errors import ModelLoadError
+from hal.errors import ConfigError, ModelLoadError
 from hal.model_config import ModelConfig
 
 TABLE = Path(__file__).parent.parent / "assets" / "certificates.json"
 _NOT_OPTIONS = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "model_type",
                 "auto_map", "use_cache", "quantization_config", "_attn_implementation", "_experts_implementation",
                 "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type",
-                "is_encoder_decoder", "chunk_size_feed_forward", "tie_word_embeddings", "name_or_path"}
+                "is_encoder_decoder", "is_decoder", "chunk_size_feed_forward", "tie_word_embeddings", "name_or_path"}
 
 
 @cache
@@ -43,9 +43,9 @@ def options_of(config: Any) -> dict[str, Any]:
     return chosen
 
 
-def admit(config: ModelConfig) -> None:
-    """Let a model of the Transformers backend run, or refuse it. An architecture or options that the table does not
-    have are certified now, which takes seconds. For a checkpoint's own code there is a warning instead.
+def admit(config: ModelConfig, tp: int = 1, pp: int = 1) -> None:
+    """Let a model of the Transformers backend run in a topology, or refuse it. An architecture or options that the
+    table does not have are certified now, which takes seconds. For a checkpoint's own code there is a warning instead.
 
     Raises:
         ModelLoadError: the architecture is not right on this engine, saying what failed.
@@ -62,16 +62,24 @@ def admit(config: ModelConfig) -> None:
         warnings.warn(f"{config.architecture} is the checkpoint's own code: no certificate says that its results on "
                       f"this engine are right", stacklevel=3)
         return
-    kind = config.source["model_type"]
-    listed = table()["types"].get(kind)
-    if listed is not None and table()["transformers"] == transformers.__version__:
-        if not listed["admitted"]:
-            raise _refusal(config, listed["reason"])
-        if listed["options"] == options_of(tiny_config(kind, config.source)):
-            return
-    made = certify(kind, config.source)
-    if not made.admitted:
-        raise _refusal(config, made.reason)
+    kind, asked = config.source["model_type"], [name for name, size in (("tp2", tp), ("pp2", pp)) if size > 1]
+    row = table()["types"].get(kind)
+    if row is None or table()["transformers"] != transformers.__version__ or row["options"] != _options(config):
+        row = certify(kind, config.source, topologies=asked).row()
+    if not row["admitted"]:
+        raise _refusal(config, row["reason"])
+    for name in asked:
+        if row[name] not in ("held", "not tried"):
+            raise _refusal(config, f"with {name[:2]}: {row[name]}")
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    """Those of a checkpoint; none where its configuration cannot be made small, as in the row of such a type."""
+    assert config.source is not None
+    try:
+        return options_of(tiny_config(config.source["model_type"], config.source))
+    except ConfigError:
+        return {}
 
 
 def _refusal(config: ModelConfig, reason: str) -> ModelLoadError:
@@ -94,6 +102,13 @@ def markdown(content: Mapping[str, Any] | None = None) -> str:
              "| --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {kind} | {row['architecture']} | {row['error']:.0e} | {row['control']:.1f} | {_cell(row['tp2'])} | "
               f"{_cell(row['pp2'])} |" for kind, row in admitted.items()]
+    devices = content.get("devices", {})
+    if devices:
+        lines += ["", "## On other devices", "", "`hal certify TYPE --device NAME` admitted these, on one "
+                  "device.", "", "| device | type | error | control |", "| --- | --- | --- | --- |"]
+    for device, found in devices.items():
+        lines += [f"| {device} | {kind} | {row['error']:.0e} | {row['control']:.1f} |" for kind, row in found.items()
+                  if row["admitted"]]
     lines += ["", "## Refused", "", "| type | reason |", "| --- | --- |"]
     lines += [f"| {kind} | {_cell(row['reason'])} |" for kind, row in rows.items() if not row["admitted"]]
     return "\n".join(lines) + "\n"

@@ -76,7 +76,7 @@ class LLM:
         self.model_config = read_config(config.model, weights=not config.random_weights, impl=config.model_impl,
                                         trust_remote_code=config.trust_remote_code, quantize=config.quantize,
                                         pooling=config.pooling)
-        admit(self.model_config)
+        admit(self.model_config, config.tp, config.pp)
         self.inputs = InputProcessor(config, self.model_config)
         self.defaults, self.tokenizer = self.inputs.defaults, self.inputs.tokenizer
         self.backend = backends.select(config.device)

@@ -6,6 +6,7 @@ Only the Transformers backend imports this module, since it loads transformers' 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +27,7 @@ from hal.model_config import ModelConfig
 from hal.weights.base import canonical
 
 _NAME = "hal_paged"
+_OWN_ATTENTION = "its modelling code has an attention of its own, and calls no function that can be replaced"
 _TOKENS = 4  # of the traced forward pass
 # Arguments of transformers' attention that change nothing here: there is no dropout, and positions are applied.
 _HARMLESS = {"dropout", "is_causal", "position_ids", "cache_position", "use_cache", "output_attentions", "training",
@@ -110,6 +112,8 @@ def make(config: ModelConfig, dtype: torch.dtype, device: str, experts: str = "g
                     raise
                 model = build(load_config(config), **options)
     except Exception as error:  # the modelling code of any architecture
+        if isinstance(error, KeyError) and error.args == (_NAME,):
+            raise refuse(config, _OWN_ATTENTION) from error
         raise refuse(config, "transformers cannot build it with another attention function", _said(error)) from error
     with contextlib.suppress(Exception):  # some configurations take no None
         model.config.pad_token_id = None  # otherwise some models look for padding in the tokens of every step
@@ -158,8 +162,11 @@ class _Keep:
 @lru_cache(maxsize=4)
 def _trace(source: str, code: str | None, tied: bool, keep: _Keep) -> Trace:
     config = keep.config
+    _refuse_layers(config)
     found = Trace()
     model = make(config, torch.float32, "meta", experts="batched_mm")
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        raise refuse(config, "its forward pass takes no positions", type(model.base_model).__name__)
     inputs: list[tuple[str, Any, int]] = []
     for name, module in model.named_modules():
         module.hal_attend = _Recorder(config, found, name, module)
@@ -172,16 +179,12 @@ def _trace(source: str, code: str | None, tied: bool, keep: _Keep) -> Trace:
     except HalError:
         raise
     except Exception as error:
-        raise refuse(config, "its forward pass fails without a cache of its own", _said(error)) from error
+        raise refuse(config, "a trial of its forward pass without data and cache fails", _said(error)) from error
     if not found.calls:
-        raise refuse(config, "its layers never call the attention function", type(model).__name__)
+        raise refuse(config, _OWN_ATTENTION, type(model).__name__)
     at = [call.module for call in found.calls]
     if len(set(at)) < len(at):
         raise refuse(config, "a layer calls its attention twice", max(at, key=at.count))
-    kinds = set(getattr(load_config(config).get_text_config(decoder=True), "layer_types", None) or ())
-    if other := kinds - {"full_attention", "sliding_attention", "chunked_attention", "attention", "global", "local"}:
-        raise refuse(config, "some of its layers keep another state than keys and values, or need a mask of their own",
-                     ", ".join(sorted(map(str, other))))
     if len(found.calls) != config.num_layers:
         raise refuse(config, "not every layer has exactly one attention", f"{len(found.calls)} calls in "
                      f"{config.num_layers} layers")
@@ -195,12 +198,25 @@ def _trace(source: str, code: str | None, tied: bool, keep: _Keep) -> Trace:
     return found
 
 
+def _refuse_layers(config: ModelConfig) -> None:
+    text = load_config(config).get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention", "attention",
+                                                             "global", "local"}
+    if "chunked_attention" in kinds:
+        raise refuse(config, "some of its layers attend within chunks of the text")
+    if kinds:
+        raise refuse(config, "some of its layers keep another state than keys and values, or need a mask of their own",
+                     ", ".join(sorted(map(str, kinds))))
+
+
 class _Recorder:
     def __init__(self, config: ModelConfig, found: Trace, name: str, module: nn.Module) -> None:
         self.config, self.found, self.name, self.module = config, found, name, (module,)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None,
                  options: Mapping[str, Any]) -> torch.Tensor:
+        if options.get("is_causal", getattr(self.module[0], "is_causal", True)) is False:
+            raise refuse(self.config, "its attention is in both directions", self.name)
         if mask is not None:
             raise refuse(self.config, "its attention needs a mask or bias of its own", self.name)
         if q.shape[2] != k.shape[2] or q.shape[2] != _TOKENS:
@@ -260,7 +276,9 @@ def _shape_only(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stored(config: ModelConfig, model: Any) -> dict[str, list[str]]:
-    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    # `canonical` drops a prefix where a checkpoint has one.
+    model._weight_conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
     names: dict[str, list[str]] = {}
     for name, tensor in model.state_dict().items():
         if not model._weight_conversions:

@@ -7,6 +7,7 @@ that get the same input are merged, which one traced forward pass shows (hal.mod
 from __future__ import annotations
 
 import fnmatch
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from hal.models.layers import Build, Linear
 from hal.models.skeleton import AttentionCall, Trace, refuse
 from hal.weights import LinearSpec, Projection, Scheme
 from hal.weights.base import canonical
+from hal.weights.dense import BIAS, DENSE
 from hal.weights.formats import mergeable
 from hal.weights.sharding import ParameterSpec, StoredSlice
 
@@ -90,7 +92,7 @@ class TransformersModel(CausalLM):
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         self.given.hidden = hidden[None]
-        logits: torch.Tensor = self.hf(input_ids=None, use_cache=False).logits[0]
+        logits: torch.Tensor = self.hf(inputs_embeds=self.given.hidden, use_cache=False).logits[0]
         self.given.hidden = None
         return logits
 
@@ -257,7 +259,8 @@ class _Parts:
             if type(module) not in (nn.Linear, Conv1D) or name in followers:
                 continue
             group = groups.get(name, [name])
-            if len({self.style(n) for n in group}) > 1 or self.style(name) == "packed_colwise" or any(
+            apart = self.style(name) in ("packed_colwise", "colwise_gather_output")
+            if len({self.style(n) for n in group}) > 1 or apart or any(
                     (modules[n].bias is None) != (module.bias is None) for n in group) or not self.mergeable(group):
                 group = [name]
             followers.update(group[1:])
@@ -300,11 +303,10 @@ class _Parts:
         weights = [m.weight.t() if transposed else m.weight for _, m in group]
         in_size = weights[0].shape[1]
         stored = [self.stored(f"{n}.weight").removesuffix(".weight") for n, _ in group]
-        head, tied = module is self.hf.get_output_embeddings(), self.config.tie_embeddings
+        head = module is self.hf.get_output_embeddings()
+        tied = head and self.config.tie_embeddings
         scheme = self.build.head_scheme(tied) if head else None
-        if head and tied:
-            if module.bias is not None:
-                raise refuse(self.config, "its head shares the embedding table, and has a bias", name)
+        if tied:
             stored = [self.trace.embedding]
         whole = None if sharded else 1  # all ranks compute one head
         projections = tuple(Projection(n, w.shape[0], whole) for n, w in zip(stored, weights, strict=True))
@@ -316,12 +318,18 @@ class _Parts:
             raise refuse(self.config, f"tp={tp} does not divide a layer", f"{name}: {sizes}")
         spec = LinearSpec(in_size, projections, "in" if sharded == "in" else "out", transposed)
         shared = None
-        if head and tied and tp == 1 and not (scheme and scheme.on_load):
+        if tied and tp == 1 and not (scheme and scheme.on_load):
             table = self.hf.get_input_embeddings()
             if isinstance(getattr(table, "weight", None), nn.Parameter):
                 shared = self.parameter(f"{self.embedding_path()}.weight", table.weight)
         kind = HfLinear if len(group) == 1 else _Merged
-        first = kind(self.build, spec, bias=module.bias is not None, style=style, weight=shared, scheme=scheme)
+        first = kind(self.build, spec, bias=module.bias is not None and not tied, style=style, weight=shared,
+                     scheme=scheme)
+        if tied and module.bias is not None:  # which is stored beside the head, or elsewhere under another name
+            own = self.hf.all_tied_weights_keys.get(f"{name}.bias", f"{name}.bias")
+            own = self.stored(own).removesuffix(".bias")
+            spec = replace(spec, projections=(Projection(own, weights[0].shape[0], whole),))
+            first.bias = self.build.linear_tensor(spec, BIAS, DENSE)
         return [first, *(_Following(first, i, projections[i + 1], in_size) for i in range(len(group) - 1)
                          if isinstance(first, _Merged))]
 

@@ -200,20 +200,22 @@ def load(engine: EngineConfig, config: ModelConfig, pp_rank: int, dtype: torch.d
 
 def _place(shares: Sequence[CausalLM], communicator: LocalCommunicator, mesh: Any) -> CausalLM:
     """The model of the first share, with its parameters replaced by those of all shares, on the device."""
-    model, moved = shares[0], dict[nn.Parameter, torch.Tensor]()
+    model, moved = shares[0], dict[tuple[nn.Parameter, bool], torch.Tensor]()
     multiplied = {m.weight for m in model.modules() if isinstance(m, Linear) and m.is_dense}
     modules = [dict(share.named_modules()) for share in shares]
     for name, module in list(model.named_modules()):
         for key, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, key, lowering.place(buffer, mesh, None))
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in moved:
-                moved[parameter] = _together([found[name] for found in modules], key, parameter in multiplied, mesh)
+            # An embedding of transformers reads rows, so where the head shares its table there are two of them.
+            turned = parameter in multiplied and not isinstance(module, nn.Embedding)
+            if (parameter, turned) not in moved:
+                moved[parameter, turned] = _together([found[name] for found in modules], key, turned, mesh)
             del module._parameters[key]
-            setattr(module, key, moved[parameter])
+            setattr(module, key, moved[parameter, turned])
     for spec in model.attention_specs:
         if spec.sinks is not None:
-            object.__setattr__(spec, "sinks", moved[cast(nn.Parameter, spec.sinks)])
+            object.__setattr__(spec, "sinks", moved[cast(nn.Parameter, spec.sinks), False])
     if hasattr(model, "embed"):
         tied = hasattr(model, "head") and getattr(model.head, "weight", None) is model.embed.weight
         model.embed = Embedding(model.embed.weight, tied, communicator)  # type: ignore[assignment]

@@ -14,9 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from hal.contracts.attention import ForwardContext
 from hal.contracts.backend import Capabilities
+from hal.contracts.communicator import LocalCommunicator
+from hal.contracts.embedding import EmbeddingOutput
 from hal.contracts.inputs import PagedModelInput
 from hal.contracts.outputs import SamplerOutput
+from hal.embedding.attention import Group, TextAttention, groups_of
+from hal.embedding.pooling import pool
+from hal.embedding.runner import EmbeddingRunner
 from hal.features import COLUMNS
 from hal.features.penalties import Penalties
 from hal.models.layers import Linear
@@ -47,10 +53,14 @@ class Mutant(CpuBackend):
     _cases: str
     _parts: dict[str, Any]
     _runner: type[PagedModelRunner] = PagedModelRunner
+    _embedder: type[EmbeddingRunner] = EmbeddingRunner
     _state: type[BatchState] | None = None
-    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=64, max_pp=64, adapters=True)
+    capabilities = Capabilities(contracts="2.0", dtypes=("float32",), max_tp=64, max_pp=64, adapters=True,
+                                embeddings=True)
 
     def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
+        if config.model.embedding is not None:
+            return self._embedder(config, device, communicator)
         made = self._runner(config, device, communicator, **{k: v() if k != "attention" else v
                                                             for k, v in self._parts.items()})
         if self._state is not None:
@@ -71,6 +81,8 @@ def mutant(expected: str, cases: str = "*") -> Callable[[type], type]:
         backend._parts = {name: kind for base, name in _PARTS.items() if issubclass(kind, base)}
         if issubclass(kind, PagedModelRunner):
             backend._runner = kind
+        if issubclass(kind, EmbeddingRunner):
+            backend._embedder = kind
         if issubclass(kind, BatchState):
             backend._state = kind
         assert isinstance(backend, Mutant)
@@ -1159,3 +1171,62 @@ class a_filled_slot_keeps_rows_of_the_adapter_before(PagedModelRunner):
 
 control = Mutant()  # nothing is wrong with it
 control.name, control._parts = "control", {}
+
+
+# Models of embeddings: a runner with input and output types of its own.
+
+@mutant("L1/embedding")
+class counts_positions_over_the_step(EmbeddingRunner):
+    @staticmethod
+    def pack(lens: Any, tokens: Any) -> Any:
+        packed = EmbeddingRunner.pack(lens, tokens)
+        packed.arrays["positions"][...] = range(len(tokens))
+        return packed
+
+
+@mutant("L1/embedding")
+class leaves_out_a_text(EmbeddingRunner):
+    @staticmethod
+    def pack(lens: Any, tokens: Any) -> Any:
+        packed = EmbeddingRunner.pack(lens, tokens)
+        packed.arrays["input_ids"][-lens[-1]:] = tokens[:lens[-1]]
+        return packed
+
+
+class _Embedder(EmbeddingRunner):
+    def _vectors(self, m: Any, seen: list[Group]) -> torch.Tensor:
+        """Of each text, the state behind its last token or the mean; attention joins the tokens of each of `seen`."""
+        attention = TextAttention(self.model.attention_specs, seen, self.config.model.causal)
+        hidden = self.model(m.input_ids, m.positions, ForwardContext(attention, m), None)
+        return torch.cat([pool(group.of(hidden), self.embedding.pooling) for group in groups_of(m)])
+
+
+@mutant("L3/embedding")
+class sees_the_text_before(_Embedder):
+    @torch.inference_mode()
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        return EmbeddingOutput(embeddings=self.finish(self._vectors(m, [Group(0, 1, len(m.input_ids))])).contiguous())
+
+
+@mutant("L3/embedding")
+class normalises_the_step(_Embedder):
+    @torch.inference_mode()
+    def execute_model(self, m: Any, *args: Any) -> Any:
+        pooled = self._vectors(m, groups_of(m))
+        return EmbeddingOutput(embeddings=pooled / pooled.norm(dim=-1).mean())
+
+
+@mutant("L5/embedding")
+class embeds_with_a_part_of_each_sum(EmbeddingRunner):
+    def __init__(self, config: Any, device: Any, communicator: Any) -> None:
+        super().__init__(config, device, LocalCommunicator())
+
+
+@mutant("L5/embedding")
+class embeds_with_the_first_ranks_weights(EmbeddingRunner):
+    def make_model(self, *args: Any) -> Any:
+        topology, self.config = self.config.topology, dataclasses.replace(self.config, topology=dataclasses.replace(
+            self.config.topology, rank=0))
+        made = super().make_model(*args)
+        self.config = dataclasses.replace(self.config, topology=topology)
+        return made

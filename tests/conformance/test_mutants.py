@@ -55,7 +55,8 @@ def test_there_are_enough_mutants() -> None:
     """And each case that came after the first version of the kit kills two of them."""
     assert len(NAMES) >= 100
     newer = ("L3/batch/*", "L3/model/no_worse*", "L3/cache/contents", "L4/shapes/full_chunks",
-             "L4/shapes/long_contexts", "L4/shapes/those*", "L5/layout/tp2_the_same*")
+             "L4/shapes/long_contexts", "L4/shapes/those*", "L5/layout/tp2_the_same*",
+             "L1/embedding/*", "L3/embedding/*", "L5/embedding/*")
     aimed = [f"{area(name)}/{mutants.MUTANTS[name]._cases}" for name in NAMES]
     assert {case: aimed.count(case) for case in newer if aimed.count(case) < 2} == {}
 

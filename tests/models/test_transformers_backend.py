@@ -22,7 +22,8 @@ from hal.models.transformers_model import HfLinear, TransformersModel, _Merged
 from hal.sampling.params import SamplingParams
 from runners.tpu.spmd import TpuOps
 
-NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "minicpm3")
+NOT_NATIVE = ("stablelm", "starcoder2", "nemotron", "cohere", "granite", "olmo", "phi", "gpt_neox", "minicpm3",
+              "modernbert-decoder", "gemma3n_text")
 
 
 @pytest.fixture(scope="module")
@@ -126,36 +127,67 @@ def test_a_native_definition_loads_no_modelling_code_of_transformers(checkpoint:
 
 
 @pytest.mark.parametrize(("kind", "reason"), [
-    ("bamba", "never call the attention"), ("qwen3_next", "linear_attention"), ("falcon", "another attention function"),
-    ("llama4_text", "differ")])
+    ("gpt_neox_japanese", "attention of its own"), ("qwen3_next", "linear_attention"), ("lfm2", "conv"),
+    ("llama4_text", "within chunks"), ("bart", "takes no positions"), ("roberta", "positions from another number")])
 def test_a_refused_type_says_why(kind: str, reason: str) -> None:
     row = certificates.table()["types"][kind]
     assert not row["admitted"] and reason in row["reason"]
 
 
 def test_a_type_that_the_table_refuses_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
-    save_tiny(tiny_config("llama4_text"), tmp_path)
+    save_tiny(tiny_config("roberta"), tmp_path)
     with pytest.raises(ModelLoadError, match="not certified") as raised:
         LLM(str(tmp_path), device="cpu", dtype="float32")
-    assert "differ from transformers" in str(raised.value)
+    assert "counts its positions from another number than 0" in str(raised.value)
 
 
 def test_options_that_the_table_does_not_have_are_certified_at_load(stablelm: Path, monkeypatch: Any) -> None:
     asked: list[str] = []
 
-    def refuse(kind: str, source: Any) -> certify.Certificate:
+    def refuse(kind: str, source: Any, topologies: Any) -> certify.Certificate:
         asked.append(kind)
         return certify.Certificate(kind, reason="as planted")
 
     monkeypatch.setattr(certify, "certify", refuse)
-    certificates.admit(read_config(stablelm))  # the table has it
+    certificates.admit(read_config(stablelm), tp=2, pp=2)  # the table has it
     data = json.loads((stablelm / "config.json").read_text())
     other = stablelm.parent / "other-options"
     other.mkdir()
     (other / "config.json").write_text(json.dumps({**data, "use_parallel_residual": True}))
-    with pytest.raises(ModelLoadError, match="as planted"):
-        certificates.admit(read_config(other, weights=False))
-    assert asked == ["stablelm"]
+    for admitted in (True, False):  # a refusal holds for the options of the row alone
+        monkeypatch.setitem(certificates.table()["types"]["stablelm"], "admitted", admitted)
+        with pytest.raises(ModelLoadError, match="as planted"):
+            certificates.admit(read_config(other, weights=False))
+    assert asked == ["stablelm"] * 2
+
+
+def test_a_topology_that_the_table_says_is_wrong_is_refused(stablelm: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(certificates.table()["types"]["stablelm"], "tp2", "logprobs differ by 7.7e-02")
+    config = read_config(stablelm)
+    certificates.admit(config, pp=2)
+    with pytest.raises(ModelLoadError, match=r"with tp: logprobs differ by 7.7e-02"):
+        certificates.admit(config, tp=2)
+
+
+def test_layers_that_see_later_tokens_or_a_chunk_alone_are_refused_by_name(tmp_path: Path) -> None:
+    for kind, options, match in (("bert", {"is_decoder": False}, "attention is in both directions"),
+                                 ("llama4_text", {}, "attend within chunks")):
+        save_tiny(tiny_config(kind), tmp_path)
+        data = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**data, **options}))
+        with pytest.raises(ConfigError, match=match):
+            read_config(tmp_path)
+
+
+def test_a_row_of_another_device_stands_beside_those_that_decide(tmp_path: Path) -> None:
+    from hal.cli.certify import _add
+
+    row = certify.Certificate("olmo", "OlmoForCausalLM", True, error=1e-6, control=4.0)
+    _add(tmp_path / "table.json", row.row(), "cpu")
+    _add(tmp_path / "table.json", {**row.row(), "error": 3e-6}, "tpu")
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert found["types"]["olmo"]["error"] == 1e-6 and found["devices"]["tpu"]["olmo"]["error"] == 3e-6
+    assert "| tpu | olmo | 3e-06 | 4.0 |" in certificates.markdown(found)
 
 
 def test_code_of_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path: Path) -> None:

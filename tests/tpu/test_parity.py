@@ -111,3 +111,18 @@ def test_native_families(name: str, tmp_path: Path) -> None:
     path = families.save(name, tmp_path / name)
     with families.run(path, TPU, **{**SMALL, "max_num_batched_tokens": 13}) as llm:
         families.assert_parity(path, families.PROMPTS, families.generate(llm, families.PROMPTS, 24))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stablelm", "starcoder2"])
+def test_modelling_code_of_transformers(kind: str, tmp_path: Path) -> None:
+    """The second has one table for embeddings and head. Several programs share the caches."""
+    from hal.engine.tiny import save_tiny, tiny_config
+
+    save_tiny(tiny_config(kind), tmp_path)
+    tokens = []
+    for device in ("cpu", TPU):
+        with LLM(str(tmp_path), device=device, dtype="float32", **{**SMALL, "max_num_seqs": 2}) as llm:
+            outputs = llm.generate([[5, 6, 7] * 9, [8]], SamplingParams(max_tokens=12, ignore_eos=True))
+            tokens.append([output.token_ids for output in outputs])
+    assert tokens[0] == tokens[1]
