@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -146,13 +146,13 @@ class Session:
         with self._part(Phase.EXECUTE):
             return self.runner.execute_model(model_input, self.caches)
 
-    def fetch(self, output: Any) -> Any:
-        """An output on the host, in memory of its own: a SamplerOutput, or another one that the runner declares."""
+    def fetch(self, output: Any) -> SamplerOutput:
+        """An output on the host, in memory of its own. A runner that does not sample has another type of output."""
         fetched, kind = self.runner.fetch(output)(), self.runner.output_type
         if not isinstance(fetched, kind):
             raise Mismatch(f"fetch gave {type(fetched).__name__}, not a {kind.__name__}")
         fetched.validate("cpu")
-        return kind.from_buffer(fetched.to_buffer())
+        return cast(SamplerOutput, kind.from_buffer(fetched.to_buffer()))
 
     def read_cache(self) -> list[torch.Tensor]:
         """All blocks of the caches, on the host."""
@@ -181,7 +181,7 @@ class Session:
             output = runner.execute_sampling(forwarded, model_input)
         return self.fetch(output)
 
-    def step(self, request: ExecuteModelRequest) -> Any:
+    def step(self, request: ExecuteModelRequest) -> SamplerOutput:
         """The output on the host, as `fetch` gives it."""
         load_adapters(request, self.runner)
         self.inputs.append(self.prepare(request))

@@ -41,7 +41,7 @@ def _reference(ctx: Context, pooling: str, texts: list[list[int]]) -> torch.Tens
     path, config = ctx.model(_MADE[pooling]), ctx.config(_MADE[pooling]).model
     hidden = [Reference(path, config, ctx.dtype).hidden(text) for text in texts]
     pooled = torch.stack([x.mean(0) if pooling == "mean" else x[-1] for x in hidden])
-    return pooled / pooled.norm(dim=-1, keepdim=True)
+    return torch.nn.functional.normalize(pooled, dim=-1)
 
 
 def _session(ctx: Context, pooling: str) -> Session:
@@ -62,7 +62,7 @@ def input_and_output_have_types_of_their_own(ctx: Context) -> None:
     ids, starts, lens = (m[name].tolist() for name in ("input_ids", "query_start_loc", "seq_lens"))
     found = [ids[start:start + size] for start, size in zip(starts, lens, strict=False) if size]
     ctx.equal("the texts of a prepared step", found, sorted(texts, key=len, reverse=True))
-    output = session.fetch(session.execute(type(m).from_buffer(m.to_buffer(), session.device)))
+    output: Any = session.fetch(session.execute(type(m).from_buffer(m.to_buffer(), session.device)))
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     ctx.check(torch.equal(output.embeddings[:len(texts)], vectors[order]), "a message changes the vectors of a step")
 
