@@ -234,7 +234,7 @@ class _Parts:
         topology, config = self.build.topology, self.config
         if topology.pp == 1:
             return
-        if not self.trace.pp_plan:
+        if len(self.trace.pp_plan) < 2:  # some have the head alone
             raise refuse(config, "transformers declares no pipeline plan for it", f"pp={topology.pp}")
         base, table = getattr(self.hf, self.trace.base), self.hf.get_input_embeddings()
         for name in self.trace.pp_plan:
