@@ -30,7 +30,8 @@ def honest() -> dict[str, Any]:
     header = dict.fromkeys(("device", "python", "machine", "hal-runtime", "torch", "numpy"), "1")
     header |= {"backend": "vendor:backend", "kit": must_pass.KIT_VERSION, "seed": "0", "level": "L6", "examples": "25"}
     capabilities = declared(NullBackend()) | {"checkpoints": True, "swap": False, "asynchronous": True, "max_tp": 2,
-                                              "max_pp": 1, "adapters": True, "dtypes": list(DTYPES)}
+                                              "max_pp": 1, "adapters": True, "embeddings": True,
+                                              "dtypes": list(DTYPES)}
     lacking = {"swap", "pp"}
     results = []
     for name, entry in must_pass.current()["cases"].items():
