@@ -24,28 +24,25 @@ class Storage:
 
     Attributes:
         name: of a layer's experts. count: of all of them.
-        parts: as of ExpertNames. stacked: a tensor holds the weights of all experts, as in GGUF.
+        parts: as of ExpertNames.
     """
 
     name: str
     parts: tuple[str, str, str] | None
     count: int
-    stacked: bool
 
     def projection(self, expert: int, place: int) -> str:
         """The name of an expert's gate (0), up (1) or down (2), for its scheme and for messages."""
-        part = (self.parts or ("gate_up_proj", "gate_up_proj", "down_proj"))[place]
-        return f"{self.name}.{part}" if self.stacked or self.parts is None else f"{self.name}.{expert}.{part}"
+        if self.parts is None:
+            return f"{self.name}.{'down' if place == 2 else 'gate_up'}_proj"
+        return f"{self.name}.{expert}.{self.parts[place]}"
 
     def locate(self, source: StoredSlice, place: int, expert: int) -> StoredSlice:
         """The source of a tensor of one expert's gate (0), up (1) or down (2), with the tensor's own name, as if the
         expert were stored by itself, to where the checkpoint has it."""
         name, shape, dim, turned = self.projection(expert, place), source.shape, source.dim or 0, source.transposed
         if self.parts is not None:
-            name = f"{name}.{source.name}"
-            if not self.stacked:
-                return dataclasses.replace(source, name=name)
-            return dataclasses.replace(source, name=name, shape=(self.count, *shape), dim=dim + 1, entry=expert)
+            return dataclasses.replace(source, name=f"{name}.{source.name}")
         if place < 2:  # gate and up in turns
             shape = 2 * shape[0], *shape[1:]
         if source.name == "weight":  # a dense one is stored as [in, out]

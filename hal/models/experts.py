@@ -107,8 +107,7 @@ class Experts(nn.Module):
         if e.sigmoid:
             self.correction = build.replicated(f"{name}.{names.router}.e_score_correction_bias", e.count,
                                                dtype=torch.float32)
-        stacked = (c.quantization or {}).get("quant_method") == "gguf"
-        self.stored = Storage(f"{name}.experts", names.parts, e.count, stacked)
+        self.stored = Storage(f"{name}.experts", names.parts, e.count)
         self._hold(build, Topology(cut, 1, place), c.hidden_size)
         if e.bias:
             self.router_bias = build.replicated(f"{name}.{names.router}.bias", e.count)

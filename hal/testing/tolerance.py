@@ -15,6 +15,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
     "weights": {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3},  # of few bits, with exact inputs
     "weights_fp8": {"float32": 0.25, "bfloat16": 0.25, "float16": 0.25},  # inputs may be rounded to e4m3
     "weights_int8": {"float32": 5e-2, "bfloat16": 8e-2, "float16": 5e-2},  # inputs may be rounded to int8
+    "experts": {"float32": 2e-4, "bfloat16": 8e-2, "float16": 1.2e-2},  # dense or of few bits, with exact inputs
     "norm": {"float32": 3e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "rotary": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},
     "activation": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3},

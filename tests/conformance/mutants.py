@@ -25,6 +25,7 @@ from hal.embedding.pooling import pool
 from hal.embedding.runner import EmbeddingRunner
 from hal.features import COLUMNS
 from hal.features.penalties import Penalties
+from hal.models.experts import Experts
 from hal.models.layers import Linear
 from hal.models.ops import Ops
 from hal.paged.attention import PagedAttention, PagedStep, by_group, gather
@@ -284,6 +285,31 @@ class ignores_the_order_of_inputs(_Spoilt):
 class takes_one_scale_for_all_projections(_Spoilt):
     def spoilt(self, grid: Grid) -> Grid:
         return dataclasses.replace(grid, scales=grid.scales[:1].expand_as(grid.scales))
+
+
+@mutant("L2/experts")
+class takes_scales_of_the_neighbour_expert(Ops):
+    def pack_experts(self, layer: Experts) -> None:
+        for weight in layer.layers:
+            for name, tensor in weight.tensors().items():
+                if "scale" in name:
+                    tensor.data.copy_(tensor.data.roll(1, 0))
+
+
+@mutant("L2/experts")
+class swaps_nibbles_of_experts(Ops):
+    def pack_experts(self, layer: Experts) -> None:
+        for weight in layer.layers:
+            for name, tensor in weight.tensors().items():
+                if name in ("weight_packed", "qweight", "blocks"):
+                    low = 0x0F0F0F0F if tensor.dtype == torch.int32 else 15
+                    tensor.data.copy_((tensor.data & low) << 4 | tensor.data >> 4 & low)
+
+
+@mutant("L2/experts")
+class gives_experts_the_weights_of_each_other(Ops):
+    def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
+        return super().experts(x, weights.flip(-1), chosen, layer)
 
 
 @mutant("L2/linear")

@@ -12,12 +12,13 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from lockstep import LockstepCommunicator
 
 from hal.checkpoints.hf_config import read_config
 from hal.checkpoints.loader import load_weights
 from hal.config import BUNDLED_MODEL, Topology
 from hal.contracts.attention import AttentionSpec, ForwardContext, LayerAttention
-from hal.contracts.communicator import AxisName, Communicator, LocalCommunicator
+from hal.contracts.communicator import Communicator, LocalCommunicator
 from hal.contracts.inputs import IntermediateTensors
 from hal.model_config import ModelConfig
 from hal.models import build_model
@@ -47,26 +48,6 @@ class DenseAttention:
         scores = (q.transpose(0, 1) @ k.transpose(1, 2) * spec.scale).masked_fill(~seen, float("-inf"))
         weights = scores.float().softmax(-1).to(q.dtype)
         return (weights @ v).transpose(0, 1).reshape(n, -1)
-
-
-class LockstepCommunicator(LocalCommunicator):
-    """Ranks that are threads of one process: each puts its tensor down, and takes the sum or all of them."""
-
-    def __init__(self, topology: Topology, shelf: list[torch.Tensor | None], barrier: threading.Barrier) -> None:
-        self.topology, self.shelf, self.barrier = topology, shelf, barrier
-
-    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self.shelf[self.topology.tp_rank] = x
-        self.barrier.wait(30)
-        found = [t.clone() for t in self.shelf if t is not None]
-        self.barrier.wait(30)
-        return found
-
-    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
-        return torch.stack(self._exchange(x)).sum(0)
-
-    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
-        return torch.cat(self._exchange(x), -1)
 
 
 def load(path: Path, topology: Topology, communicator: Communicator, dtype: torch.dtype = torch.float32) -> CausalLM:

@@ -12,10 +12,13 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # `test_published`
 
+import llama_cpp_values
 from test_published import PROMPTS, build, forward, loaded
 
 from hal import LLM, SamplingParams
@@ -25,7 +28,7 @@ from hal.cli import main
 from hal.config import Topology
 from hal.errors import ConfigError, ModelLoadError
 from hal.models.memory import weight_bytes
-from hal.weights.gguf import BLOCKS
+from hal.weights.gguf import BLOCKS, GgufBlocks
 
 gguf = pytest.importorskip("gguf")
 QUANTS, Type = gguf.quants, gguf.GGMLQuantizationType
@@ -137,6 +140,49 @@ def test_blocks_have_the_values_of_the_format(kind: str) -> None:
     expected = torch.from_numpy(QUANTS.dequantize(data, Type[kind]).copy())
     got = BLOCKS[kind][2](torch.from_numpy(data).reshape(-1, BLOCKS[kind][1])).view(16, 512)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@given(kind=st.sampled_from(sorted(BLOCKS)), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_any_block_has_the_bits_of_the_package(kind: str, seed: int) -> None:
+    """Factors of any finite fp16, subnormal ones too."""
+    data = np.random.default_rng(seed).integers(0, 256, (8, BLOCKS[kind][1]), dtype=np.uint8)
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):
+        data[:, at + 1] &= np.where((data[:, at + 1] & 124) == 124, 187, 255).astype(np.uint8)  # no inf and no nan
+    expected = torch.from_numpy(QUANTS.dequantize(data, Type[kind]).copy())
+    assert torch.equal(BLOCKS[kind][2](torch.from_numpy(data)), expected)
+
+
+def rounding(self: GgufBlocks, x: torch.Tensor, layer: Any) -> torch.Tensor:
+    """As llama.cpp multiplies by K types: each 256 inputs are rounded to 8 bits (Q8_K) first."""
+    parts = x.view(len(x), -1, 256)
+    scale = -127 / parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
+    rounded = (parts * scale).round().clamp(max=127) / scale
+    return torch.nn.functional.linear(rounded.view(x.shape), self.dequantize(layer), layer.bias)
+
+
+@pytest.mark.parametrize("name", llama_cpp_values.NAMES)
+def test_log_probabilities_are_those_of_llama_cpp(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the dequantised values in F32, and of K types once inputs are rounded as llama.cpp rounds them. So that
+    rounding alone parts hal, which keeps inputs exact, from llama.cpp."""
+    saved = json.loads(llama_cpp_values.VALUES.read_text())[name]
+    prompt, paths = llama_cpp_values.prompt(), {}
+    for form in ("f32", "k"):
+        paths[form] = llama_cpp_values.write(tmp_path / f"{form}.gguf", name, form == "f32")
+    exact = {form: forward(loaded(path), prompt) for form, path in paths.items()}
+    torch.testing.assert_close(exact["k"], exact["f32"], rtol=0, atol=2e-4)
+    monkeypatch.setattr(GgufBlocks, "linear", rounding)
+    off = {}
+    for what, form, got in (("f32", "f32", exact["f32"]), ("rounded", "k", forward(loaded(paths["k"]), prompt)),
+                            ("exact", "k", exact["k"])):
+        best, values = (torch.tensor([row[part] for row in saved[form]]) for part in (slice(1), slice(1, None)))
+        off[what] = (got[:, :values.shape[1]] - values).abs().amax(1)
+        top = got.topk(2, -1).values
+        sure = top[:, 0] - top[:, 1] > 0.1
+        assert what == "exact" or (sure.sum() > 8 and (got.argmax(-1) == best[:, 0])[sure].all())
+    # An input halfway between two integers may be rounded to the other one, so a few positions differ by more.
+    assert off["f32"].max() < 2e-3 and off["rounded"].max() < 0.1
+    assert off["rounded"].median() < 2e-4 and off["exact"].median() > 5 * off["rounded"].median()
 
 
 @pytest.mark.parametrize("name", MODELS)

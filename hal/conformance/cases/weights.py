@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from hal.checkpoints.hf_config import parse_config
 from hal.config import Topology
 from hal.conformance.case import case
 from hal.conformance.context import Context, these_schemes_alone
 from hal.contracts.communicator import LocalCommunicator
+from hal.models.experts import ExpertNames, Experts
 from hal.models.layers import Build, Linear
 from hal.models.ops import Ops
 from hal.weights import LinearSpec, Projection, Scheme
+from hal.weights.dense import DENSE
 from hal.weights.eight_bits import EightBits
 from hal.weights.gguf import GgufBlocks
 from hal.weights.groups import Awq, Gptq, Packed
-from hal.weights.mxfp4 import Mxfp4
+from hal.weights.mxfp4 import Mxfp4, Mxfp4Blocks
 
 _IN, _OUT, _ROWS = 256, (24, 16), (1, 7, 33)
 _HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # places of fp16 in a block
@@ -53,9 +57,49 @@ def blocks(ctx: Context) -> None:
     _compare(ctx, "weights", [Mxfp4(), *map(GgufBlocks, _HALVES)])
 
 
-def _compare(ctx: Context, op: str, schemes: list[Scheme]) -> None:
+@case(2, "experts", "checkpoints")
+def in_few_bits(ctx: Context) -> None:
+    """The weighted sum of a token's experts, whose weights are dense or of a scheme of each kind."""
+    ops, device = _ops(ctx)
+    schemes = [DENSE, EightBits("fp8", "block", block=(8, 64)), EightBits("int8", "channel"), Packed(4, 64),
+               Gptq(4, 64, True), Awq(64), Mxfp4(), Mxfp4Blocks(), GgufBlocks("Q4_0"), GgufBlocks("Q6_K")]
+    config = parse_config({"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": _IN, "num_experts": 5,
+                           "num_experts_per_tok": 2, "moe_intermediate_size": _IN, "num_attention_heads": 4,
+                           "num_key_value_heads": 4, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64})
+    for scheme in [s for s in schemes if ops.schemes is None or s.name in ops.schemes]:
+        schemes_of = partial(_always, scheme)
+        plain, layer = (Experts(config, Build(Topology(), LocalCommunicator(), each, dtype, on, schemes_of),
+                                "layers.0.mlp", ExpertNames())
+                        for each, dtype, on in ((Ops(), torch.float32, torch.device("cpu")),
+                                                (ops, ctx.torch_dtype, device)))
+        for name, parameter in plain.named_parameters():
+            if name.startswith("layers."):
+                for entry in parameter.data:
+                    entry.copy_(_drawn(ctx, scheme, name.rpartition(".")[2], entry))
+            else:
+                parameter.data.copy_(ctx.normal(*parameter.shape, scale=1 / 16))
+        for name, parameter in layer.named_parameters():
+            parameter.data.copy_(plain.get_parameter(name).data)
+        if plain.few_bits:
+            plain.decode()
+            ops.pack_experts(layer)
+        up, down = (w.double().view(5, -1, _IN) for w in (plain.gate_up, plain.down))
+        for rows in _ROWS:
+            x, weights = ctx.normal(rows, _IN), torch.from_numpy(ctx.rng.uniform(0.1, 1.0, (rows, 2))).float()
+            chosen = torch.from_numpy(ctx.rng.permuted(np.tile(np.arange(5), (rows, 1)), axis=1)[:, :2])
+            gate, other = torch.einsum("ni,nkoi->nko", x.double(), up[chosen]).chunk(2, -1)
+            each = torch.einsum("nki,nkio->nko", F.silu(gate) * other, down[chosen])
+            got = ops.experts(x.to(device), weights.to(device), chosen.int().to(device), layer)
+            ctx.close("experts", got, (each * weights.double().unsqueeze(-1)).sum(1), f"{rows} rows of {scheme.name}")
+
+
+def _ops(ctx: Context) -> tuple[Ops, torch.device]:
     session = ctx.session(warm=False)
-    ops, device = ctx.part(session, "ops"), session.device
+    return ctx.part(session, "ops"), session.device
+
+
+def _compare(ctx: Context, op: str, schemes: list[Scheme]) -> None:
+    ops, device = _ops(ctx)
     can = [scheme for scheme in schemes if ops.schemes is None or scheme.name in ops.schemes]
     if not can:
         raise these_schemes_alone(ops)
@@ -97,7 +141,7 @@ def _drawn(ctx: Context, scheme: Scheme, name: str, like: torch.Tensor) -> torch
             halves = (ctx.rng.uniform(0.5, 1.5, found.shape[:2]) * _FACTOR[scheme.kind]).astype("float16")
             found[:, :, at:at + 2] = halves[..., None].view("uint8")
         return torch.from_numpy(bytes_)
-    if isinstance(scheme, Mxfp4) and name == "weight_scale":
+    if scheme.name == "mxfp4" and name in ("weight_scale", "scales"):
         return torch.from_numpy(ctx.rng.integers(119, 124, shape))
     if not like.is_floating_point():
         info = torch.iinfo(like.dtype)
