@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal import files
-from hal.cli import options
+from hal.cli import options, streams
 from hal.cli.options import positive
 from hal.cli.shapes import SHAPES
 from hal.config import AUTO_STEPS, EngineConfig
@@ -133,7 +133,7 @@ def _bench(args: argparse.Namespace, scratch: Path, show: Callable[[str], None])
     backend = backends.select(config.device)
     report = _facts(args, config, model, backend) | {"threads": measure.threads()}
     show(_title(report))
-    peer = None if args.peer is None else _peer(args, config, report, scratch)
+    peer = None if args.peer is None else _peer(args, config, report, scratch, until)
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     rows: list[dict[str, Any]] = []
     if args.rate:
@@ -198,15 +198,18 @@ def _config(args: argparse.Namespace, chosen: dict[str, Any]) -> EngineConfig:
     return replace(config, num_blocks=2 + max(blocks + blocks // 64, -(-values["max_model_len"] // config.block_size)))
 
 
-def _peer(args: argparse.Namespace, config: EngineConfig, report: dict[str, Any], scratch: Path) -> Peer:
+def _peer(args: argparse.Namespace, config: EngineConfig, report: dict[str, Any], scratch: Path, until: float,
+          ) -> Peer:
     """The peer, with its model loaded, and with the random weights that ours then loads too. Raises as Peer does."""
     from hal.cli.peer import Peer, save_checkpoint
 
     if args.model_config is not None:
+        streams.say("hal: writing a checkpoint of random weights for both")
         save_checkpoint(_shape(args.model_config), scratch)
+    streams.say(f"hal: {args.peer} loads the model")
     return Peer(args.peer, args.peer_python, config.model, dtype=report["dtype"], quantize=config.quantize,
                 threads=report["threads"] * config.tp * config.pp, length=args.prompt_len + args.new_tokens,
-                batch=max(args.batch_sizes), scratch=str(scratch))
+                batch=max(args.batch_sizes), scratch=str(scratch), patience=until - time.perf_counter())
 
 
 def _facts(args: argparse.Namespace, config: EngineConfig, model: ModelConfig, backend: Backend) -> dict[str, Any]:

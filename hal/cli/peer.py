@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import select
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,17 +38,18 @@ class Peer:
     """Args:
         model: a checkpoint directory, or a GGUF file. dtype: of its weights. threads: that it may use.
         length, batch: the longest request and the largest batch. quantize: the bits that matrices are rounded to.
-        scratch: a folder for its files.
+        scratch: a folder for its files. patience: seconds that it may take to load the model.
 
     Attributes:
         about: its version and settings.
 
     Raises:
-        ConfigError: it is not installed, or cannot run this model. BackendError: it ended; also of `run`.
+        ConfigError: it is not installed, cannot run this model, or is not ready in time. BackendError: it ended; also
+            of `run`.
     """
 
     def __init__(self, name: str, python: str, model: str, *, dtype: str, threads: int, length: int, batch: int,
-                 quantize: str | None, scratch: str) -> None:
+                 quantize: str | None, scratch: str, patience: float = math.inf) -> None:
         kind = PEERS[name]
         if quantize is not None and quantize not in kind.bits:
             raise ConfigError(f"{name} has no such weights", got=f"--quantize {quantize}",
@@ -61,6 +64,10 @@ class Peer:
                                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         except OSError as error:
             raise ConfigError("--peer-python cannot be run", got=f"{python}: {error}") from None
+        if patience < math.inf and not select.select([self._process.stdout], [], [], max(patience, 1.0))[0]:
+            self.close()
+            raise ConfigError(f"{name} has not loaded the model in the time of this benchmark", got=f"{patience:.0f} s",
+                              hint="--max-seconds gives more; a machine that others use loads slowly")
         found = self._answer()
         if "missing" in found:
             self.close()

@@ -1,14 +1,18 @@
-"""Stands in for hal/cli/peers/serve.py: a peer whose tokens come at known times, that is missing, or that dies."""
+"""Stands in for hal/cli/peers/serve.py: a peer whose tokens come at known times, that is missing, that dies, or that
+never is ready."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 
 name, model, options = sys.argv[1:]
 if name == "openvino":
     print(json.dumps({"missing": "No module named 'openvino'"}))
     sys.exit()
+if name == "transformers":
+    time.sleep(600)
 print(json.dumps({"about": f"a peer with {json.loads(options)['threads']} threads"}), flush=True)
 for line in sys.stdin:
     if name == "vllm":

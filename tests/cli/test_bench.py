@@ -128,6 +128,7 @@ def test_a_peer_takes_turns_and_has_its_ratio(capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "words"), [
     ([*_BESIDE, "openvino"], ("openvino is not installed", "pip install openvino-genai gguf", "--peer-python")),
+    (["--peer", "transformers", "--max-seconds", "1"], ("transformers has not loaded the model", "--max-seconds")),
     (["--peer", "vllm"], ("vllm ended with status 4", "an illegal instruction")),
     ([*_BESIDE, "vllm"], ("vllm has no such weights", "--quantize int8", "dense weights")),
     (["--peer", "vllm", "--peer-python", "/nowhere/python"], ("--peer-python cannot be run", "/nowhere/python"))])
@@ -136,7 +137,7 @@ def test_a_peer_that_cannot_run_is_named(options: list[str], words: tuple[str, .
     monkeypatch.setattr(peer, "_SCRIPT", Path(__file__).with_name("foreign_peer.py"))
     assert main(["bench", *SMALL, *options]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("hal: error: ") and all(word in err for word in words)
+    assert "\nhal: error: " in err and all(word in err for word in words)
 
 
 @pytest.mark.slow
