@@ -423,7 +423,8 @@ class LLM:
         stats = self.core.stats()
         if self.embedder is None:
             return stats
-        return replace(stats, steps=self.embedder.steps.steps, prefill_tokens=self.embedder.steps.tokens)
+        return replace(stats, steps=stats.steps + self.embedder.steps.steps,
+                       prefill_tokens=stats.prefill_tokens + self.embedder.steps.tokens)
 
     def restart(self) -> None:
         """Start new workers, after a failure or at any other time. Unfinished requests keep their tokens and go on from
@@ -438,7 +439,11 @@ class LLM:
             self.executor.shutdown()
             self.core.pending.clear()
             self.requests.recount()
+            embedder = self.embedder
             self._start()
+            if embedder is not None:  # the new one counts from 0
+                self._counts.steps += embedder.steps.steps
+                self._counts.prefill_tokens += embedder.steps.tokens
             for adapter in dict.fromkeys((*self._adapters.named.values(), *self.requests.adapters)):
                 self.scheduler.load_adapter(adapter)
             try:

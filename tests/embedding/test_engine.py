@@ -109,12 +109,15 @@ def test_long_texts_are_cut_or_refused(make: Make) -> None:
         llm.embed(text)
 
 
-def test_an_engine_starts_anew(make: Make) -> None:
+def test_an_engine_starts_anew_and_counts_on(make: Make) -> None:
     texts = sentences.texts()
     with engine(make("bert-mean")) as llm:
-        before = llm.embed(texts)
+        before, counted = llm.embed(texts), llm.stats()
         llm.restart()
+        assert llm.stats() == counted and counted.steps > 0
         np.testing.assert_array_equal(llm.embed(texts), before)
+        again = llm.stats()
+        assert (again.steps, again.prefill_tokens) == (2 * counted.steps, 2 * counted.prefill_tokens)
 
 
 def test_a_vector_that_is_not_finite_is_named(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
