@@ -64,6 +64,7 @@ class Peer:
                                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log)
         except OSError as error:
             raise ConfigError("--peer-python cannot be run", got=f"{python}: {error}") from None
+        assert self._process.stdout is not None
         if patience < math.inf and not select.select([self._process.stdout], [], [], max(patience, 1.0))[0]:
             self.close()
             raise ConfigError(f"{name} has not loaded the model in the time of this benchmark", got=f"{patience:.0f} s",
