@@ -237,11 +237,16 @@ class _Parts:
         if len(self.trace.pp_plan) < 2:  # some have the head alone
             raise refuse(config, "transformers declares no pipeline plan for it", f"pp={topology.pp}")
         base, table = getattr(self.hf, self.trace.base), self.hf.get_input_embeddings()
+        if others := [n for n, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not table]:
+            raise refuse(config, "its layers need embeddings that a later pipeline stage has no tokens for", others[0])
         for name in self.trace.pp_plan:
             owner = base if hasattr(base, name.rpartition(".")[2]) else self.hf
             name = name.rpartition(".")[2]
             child = getattr(owner, name)
             if isinstance(child, nn.ModuleList):
+                if len(child) != config.num_layers:
+                    raise refuse(config, "a layer of its pipeline plan has several attentions",
+                                 f"{config.num_layers} attentions in {len(child)} layers")
                 stage = topology.layers(config.num_layers)
                 for i in range(len(child)):
                     if i not in stage:

@@ -33,6 +33,14 @@ def stablelm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A type whose certificate holds with two ranks of either kind."""
+    path = tmp_path_factory.mktemp("olmo")
+    save_tiny(tiny_config("olmo"), path)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NOT_NATIVE)
 def test_chunked_mixed_cached_and_decoded_tokens_are_those_of_transformers(kind: str) -> None:
@@ -141,7 +149,7 @@ def test_a_type_that_the_table_refuses_is_refused_when_it_is_loaded(tmp_path: Pa
     assert "counts its positions from another number than 0" in str(raised.value)
 
 
-def test_options_that_the_table_does_not_have_are_certified_at_load(stablelm: Path, monkeypatch: Any) -> None:
+def test_options_that_the_table_does_not_have_are_certified_at_load(olmo: Path, monkeypatch: Any) -> None:
     asked: list[str] = []
 
     def refuse(kind: str, source: Any, topologies: Any) -> certify.Certificate:
@@ -149,21 +157,21 @@ def test_options_that_the_table_does_not_have_are_certified_at_load(stablelm: Pa
         return certify.Certificate(kind, reason="as planted")
 
     monkeypatch.setattr(certify, "certify", refuse)
-    certificates.admit(read_config(stablelm), tp=2, pp=2)  # the table has it
-    data = json.loads((stablelm / "config.json").read_text())
-    other = stablelm.parent / "other-options"
+    certificates.admit(read_config(olmo), tp=2, pp=2)  # the table has it
+    data = json.loads((olmo / "config.json").read_text())
+    other = olmo.parent / "other-options"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps({**data, "use_parallel_residual": True}))
+    (other / "config.json").write_text(json.dumps({**data, "attention_bias": True}))
     for admitted in (True, False):  # a refusal holds for the options of the row alone
-        monkeypatch.setitem(certificates.table()["types"]["stablelm"], "admitted", admitted)
+        monkeypatch.setitem(certificates.table()["types"]["olmo"], "admitted", admitted)
         with pytest.raises(ModelLoadError, match="as planted"):
             certificates.admit(read_config(other, weights=False))
-    assert asked == ["stablelm"] * 2
+    assert asked == ["olmo"] * 2
 
 
-def test_a_topology_that_the_table_says_is_wrong_is_refused(stablelm: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(certificates.table()["types"]["stablelm"], "tp2", "logprobs differ by 7.7e-02")
-    config = read_config(stablelm)
+def test_a_topology_that_the_table_says_is_wrong_is_refused(olmo: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(certificates.table()["types"]["olmo"], "tp2", "logprobs differ by 7.7e-02")
+    config = read_config(olmo)
     certificates.admit(config, pp=2)
     with pytest.raises(ModelLoadError, match=r"with tp: logprobs differ by 7.7e-02"):
         certificates.admit(config, tp=2)
@@ -225,16 +233,21 @@ def test_an_architecture_that_is_neither_native_nor_of_transformers_is_refused(t
     assert "NoSuchForCausalLM" in str(raised.value)
 
 
-def test_a_topology_without_a_plan_is_refused_by_name(tmp_path: Path) -> None:
-    save_tiny(tiny_config("biogpt"), tmp_path)
+@pytest.mark.parametrize(("kind", "topology", "reason"), [
+    ("biogpt", {"tp": 2}, "BioGptForCausalLM: transformers declares no tensor-parallel plan"),
+    ("gemma4_text", {"pp": 2}, "embeddings that a later pipeline stage has no tokens for"),
+    ("longcat_flash", {"pp": 2}, "a layer of its pipeline plan has several attentions")])
+def test_a_topology_that_a_model_cannot_have_is_refused_by_name(tmp_path: Path, kind: str, topology: dict[str, int],
+                                                                reason: str) -> None:
+    save_tiny(tiny_config(kind), tmp_path)
     config = read_config(tmp_path)
     from hal.config import Topology
     from hal.contracts.communicator import LocalCommunicator
     from hal.models import build_model
     from hal.models.ops import Ops
 
-    with pytest.raises(ConfigError, match=r"BioGptForCausalLM: transformers declares no tensor-parallel plan"):
-        build_model(config, Topology(tp=2), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
+    with pytest.raises(ConfigError, match=reason):
+        build_model(config, Topology(**topology), LocalCommunicator(), Ops(), torch.float32, torch.device("meta"))
 
 
 def test_the_documented_table_is_the_shipped_one() -> None:
