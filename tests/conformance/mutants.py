@@ -914,6 +914,8 @@ class SameBits(Mutant):
     _ranks = 1  # spoilt where there are so many or more
 
     def make_runner(self, config: Any, device: Any, communicator: Any) -> Any:
+        if config.model.embedding is not None:
+            return super().make_runner(config, device, communicator)
         made = CpuModelRunner(config, device, communicator)
         if config.engine.batch_invariant and config.topology.tp >= self._ranks:
             made.ops, made.make_attention = self._ops(), self._attention

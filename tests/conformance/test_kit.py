@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -170,7 +171,8 @@ def test_a_backend_without_checkpoints_is_compared_with_itself(capsys: pytest.Ca
     """A backend without arithmetic for checkpoints gets no verdict for operations, and a real one for the rest."""
     assert main(["conformance", "--backend", "null", "--level", "3", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert "\nConformant L3 (float32); n/a: L2 26 of 26" in out and "kit: " in out and "seed: 0" in out
+    assert re.search(r"\nConformant L3 \(float32\); n/a: .*\bL2 (\d+) of \1\b", out), out
+    assert "kit: " in out and "seed: 0" in out
 
 
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

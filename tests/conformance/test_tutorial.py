@@ -57,7 +57,7 @@ def test_every_block_does_what_the_text_says(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stdout + done.stderr
             ran.append(done.stdout)
     assert [ran[0], ran[2]] == ["122\n", "122\n"]
-    assert "\nConformant L1 (float32)" in ran[1] and "\nConformant L4 (float32); n/a: L2 " in ran[3]
+    assert "\nConformant L1 (float32)" in ran[1] and "\nConformant L4 (float32); n/a: L1 1 of 7, L2 " in ran[3]
     assert (folder / "out" / "report.html").is_file()
     assert ran[4] == "122\n" and re.search(r"\b0 of \d+ failed", ran[5])
 
