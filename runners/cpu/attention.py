@@ -12,7 +12,7 @@ import torch
 from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.paged.attention import AttentionBatch, PagedAttention, PagedStep
-from runners.cpu.compiled import Decode
+from runners.cpu.compiled import LEVELS, Decode
 from runners.cpu.linears import KINDS, Kernels
 
 
@@ -63,7 +63,7 @@ class CpuAttention(PagedAttention):
 
     def read(self, q: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch, spec: AttentionSpec,
              rotary: tuple[torch.Tensor, torch.Tensor] | None, slots: torch.Tensor | None = None) -> torch.Tensor:
-        """`decode` by the kernels.
+        """`decode` by the kernels, or, with the table of one sequence, the attention of its last n tokens.
 
         Args:
             q: [n, heads, head_dim]. With `rotary`, the heads of k and of v follow those of q; neither is in the cache.
@@ -80,7 +80,8 @@ class CpuAttention(PagedAttention):
         step = self.native(q, out, cache, spec, rotary)
         step.tables, step.lens, step.n, step.table_stride = tables.data_ptr(), lens.data_ptr(), n, tables.stride(0)
         step.slots = None if slots is None else slots.data_ptr()
-        if self.kernels.functions.hal_decode(ctypes.addressof(step), torch.get_num_threads()):
+        call = self.kernels.functions.hal_decode if len(tables) == n else self.kernels.functions.hal_prompt
+        if call(ctypes.addressof(step), torch.get_num_threads()):
             raise MemoryError("attention found no memory for its scores")
         return out
 
@@ -95,7 +96,8 @@ class CpuAttention(PagedAttention):
 
 
 class CpuStep(PagedStep):
-    """A step whose decoding sequences are one batch, of which nothing is gathered or masked."""
+    """A step whose decoding sequences are one batch, of which nothing is gathered or masked. Nor is that of a prompt in
+    bfloat16 where the processor multiplies it."""
 
     attention: CpuAttention
 
@@ -110,6 +112,12 @@ class CpuStep(PagedStep):
             return []
         context = -(-max(lens) // self.block_size) * self.block_size
         return [AttentionBatch(0, len(lens), None, context, {}, m.block_tables[:len(lens)], m.seq_lens[:len(lens)])]
+
+    def _prefill_batch(self, table: torch.Tensor, start: int, end: int, context: int) -> AttentionBatch:
+        if self.attention.kernels.name != LEVELS[-1] or self.attention.dtype != torch.bfloat16:
+            return super()._prefill_batch(table, start, end, context)
+        lens = torch.tensor([context], dtype=torch.int32)
+        return AttentionBatch(start, end, None, context, {}, table[None], lens)
 
     def rotary(self, layer: int, qkv: torch.Tensor, begun: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor | None:
         """Ops.rotary_attention for a step of decoding sequences alone; None where the step is another one."""

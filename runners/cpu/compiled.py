@@ -17,7 +17,7 @@ from hal.errors import ConfigError
 
 LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
 VARIABLE = "HAL_CPU_KERNELS"
-ABI = 6
+ABI = 7
 _FOLDER = Path(__file__).parent
 
 
@@ -89,7 +89,7 @@ def _declare(library: Any) -> None:
     library.hal_few_bits_ready_bytes.argtypes, library.hal_few_bits_ready_bytes.restype = (pointer,), size
     library.hal_few_bits_ready.argtypes = (pointer, pointer, pointer)
     library.hal_few_bits_range.argtypes = (pointer, pointer, size, pointer, size, size, size)
-    library.hal_decode.argtypes = (pointer, unsigned)
+    library.hal_decode.argtypes = library.hal_prompt.argtypes = (pointer, unsigned)
     library.hal_threads.argtypes = (pointer, pointer)
     library.hal_tape.argtypes, library.hal_tape.restype = (pointer, size, size), pointer
     library.hal_tape_run.argtypes, library.hal_tape_free.argtypes = (pointer, pointer, unsigned), (pointer,)

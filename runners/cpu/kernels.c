@@ -5,7 +5,7 @@
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
-#define ABI 6 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 7 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
@@ -85,6 +85,7 @@ INLINE float rounded(float v, int kind) { return kind == FP32 ? v : from_bf16(to
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #include "kernels_level.h"
+#include "prompt.h"
 #pragma GCC pop_options
 #undef LEVEL
 #undef NAME
@@ -165,6 +166,26 @@ EXPORT int hal_decode(const Decode *d, unsigned threads) {
     if (!job.scratch) return 1;
     if (threads == 1 || longest * d->n * d->kv_heads < 64) { DECODE[d->level](&job); return 0; }
     hal_parallel(DECODE[d->level], &job, threads, 0);
+    return 0;
+}
+
+/* d->n queries, the last tokens of one sequence of lens[0], attend to the sequence's cached keys. Values are bfloat16,
+   the level is 3, and 32 divides head_dim. Returns as hal_linear. */
+EXPORT int hal_prompt(const Decode *d, unsigned threads) {
+    Prompt job = {.d = d, .context = d->lens[0]};
+    job.padded = (job.context + PANEL - 1) / PANEL * PANEL;
+    job.each = TALL * (6 * job.padded + 2 * d->head_dim + 128); /* scores, weights and queries */
+    job.items = d->heads * ((d->n + TALL - 1) / TALL);
+    const int64_t panels = d->kv_heads * job.padded * d->head_dim * 2;
+    job.keys = hal_scratch(2 * panels + job.each * threads);
+    if (!job.keys) return 1;
+    job.values = job.keys + panels;
+    job.scratch = job.values + panels;
+    if (threads == 1) prompt_panels(&job);
+    else hal_parallel(prompt_panels, &job, threads, 0);
+    job.next = 0;
+    if (threads == 1) prompt_items(&job);
+    else hal_parallel(prompt_items, &job, threads, 0);
     return 0;
 }
 #else
