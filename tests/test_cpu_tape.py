@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,19 @@ import torch.nn.functional as F
 from by_hand import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lockstep import LockstepCommunicator
 from test_cpu_runner import make
 
+from hal.checkpoints.hf_config import read_config
+from hal.config import EngineConfig, Topology, WorkerConfig
+from hal.contracts.communicator import AxisName, LocalCommunicator
 from hal.engine.llm import LLM
 from hal.engine.request_output import RequestOutput
 from hal.errors import StateError
 from hal.models.ops import Ops
 from hal.sampling.params import SamplingParams
 from hal.sampling.sampler import Sampler
-from runners.cpu import compiled
+from runners.cpu import backend, compiled
 from runners.cpu.linears import BUCKETS, DenseWeight, Kernels
 from runners.cpu.ops import CpuOps
 from runners.cpu.runner import CpuModelInput, CpuModelRunner
@@ -193,7 +199,7 @@ def test_each_operation_is_pytorchs(rows: int, width: int, parts: int, threads: 
         return [cos, sin, summed, total, some, ops.silu_mul(x), product]
 
     ops = CpuOps()
-    with Recorder(m, dtype) as ops.recorder:
+    with Recorder(m, dtype, LocalCommunicator()) as ops.recorder:
         noted = step(ops)
     Tape(ops.recorder, noted[-1], ops.kernels).run(ids, m)
     for ours, plain in zip(noted, step(Ops()), strict=True):
@@ -261,3 +267,69 @@ def test_a_large_models_choice_is_measured_once(model: Callable[[str], Path], tm
     monkeypatch.setattr(CpuModelRunner, "_gains", None)  # a later start measures nothing
     runner.warmup(caches)
     assert runner.tape.taken == [False, False, True, True, True]
+
+
+class Counting(LockstepCommunicator):
+    """Notes the collectives that its rank calls."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.called: list[tuple[Any, ...]] = []
+
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
+        self.called.append(("all_reduce", axis, x.dtype, *x.shape))
+        return super().all_reduce(x, axis)
+
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        self.called.append(("all_gather", axis, x.dtype, *x.shape))
+        return super().all_gather(x, axis, dim)
+
+
+def on_two_ranks(path: Path, filled: Sequence[torch.Tensor], taped: Sequence[bool],
+                 ) -> list[tuple[list[torch.Tensor], list[tuple[Any, ...]]]]:
+    """Of each rank, a thread: logits of decode steps of 1, 3 and 4 sequences, and the collectives that it called."""
+    shelf: list[torch.Tensor | None] = [None, None]
+    barrier = threading.Barrier(2)
+
+    @torch.inference_mode()
+    def run_rank(rank: int) -> tuple[list[torch.Tensor], list[tuple[Any, ...]]]:
+        topology = Topology(tp=2, rank=rank)
+        engine = EngineConfig(model=str(path), tp=2, dtype="float32", block_size=4, max_num_seqs=4)
+        communicator = Counting(topology, shelf, barrier)
+        runner = backend.make_runner(WorkerConfig(engine, read_config(path), topology), backend.device(0),
+                                     communicator)
+        runner.load_model()
+        caches = runner.make_kv_caches(filled[0].shape[1])
+        runner.warmup(caches)
+        tape = runner.tape
+        assert tape is not None, runner.untaped
+        for cache, whole in zip(caches, filled, strict=True):
+            cache.copy_(whole.chunk(2, 2)[rank])
+        if not taped[rank]:
+            runner.tape = None
+        communicator.called.clear()
+        logits = [runner.execute_forward(decode_input(runner, n), caches).logits.clone() for n in (1, 3, 4)]
+        assert tape.steps == (3 if taped[rank] else 0)
+        return logits, communicator.called
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run_rank, range(2)))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "biases"])
+def test_ranks_call_the_collectives_of_the_step_by_operations(model: Callable[[str], Path], name: str) -> None:
+    """With the tape on both ranks, on one of them and on none."""
+    torch.set_num_threads(1)
+    whole, caches = make(model(name))
+    for cache in caches:
+        cache.normal_(generator=torch.Generator().manual_seed(1))
+    plain = on_two_ranks(model(name), caches, (False, False))
+    assert len(plain[0][1]) == 3 * (2 + 2 * whole.config.model.num_layers)  # embedding, logits, and two of each layer
+    for taped in ((True, True), (True, False)):
+        for logits, called in on_two_ranks(model(name), caches, taped):
+            assert called == plain[0][1]
+            for ours, theirs in zip(logits, plain[0][0], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    for n, ours in zip((1, 3, 4), plain[0][0], strict=True):
+        alone = whole.forward(decode_input(whole, n), [c.clone() for c in caches], None)
+        torch.testing.assert_close(ours, alone.logits, rtol=0, atol=1e-4)

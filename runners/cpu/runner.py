@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import mmap
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -15,6 +17,7 @@ from hal.contracts.communicator import Communicator
 from hal.contracts.inputs import IntermediateTensors, PagedModelInput
 from hal.contracts.runner import Progress, no_progress
 from hal.embedding.runner import EmbeddingRunner
+from hal.models.layers import VocabEmbedding
 from hal.paged.runner import Forwarded, PagedModelRunner
 from runners.cpu.attention import CpuAttention
 from runners.cpu.choice import once
@@ -22,7 +25,7 @@ from runners.cpu.invariant import InvariantAttention, InvariantOps
 from runners.cpu.linears import BUCKETS
 from runners.cpu.ops import CpuOps
 from runners.cpu.sampler import CpuSampler
-from runners.cpu.tape import ROWS, Recorder, Tape, Untaped
+from runners.cpu.tape import ROWS, Recorder, Tape, Untaped, replaced
 
 _SMALL = 1 << 24  # parameters of a model of which nothing is measured
 _ROUNDS = 3
@@ -76,13 +79,21 @@ class CpuModelRunner(PagedModelRunner):
         engine, topology = self.config.engine, self.config.topology
         if not self.ops.kernels:
             raise Untaped("there are no compiled kernels")
-        if engine.batch_invariant or topology.world_size > 1 or self.taps or self.loads is not None:
-            raise Untaped("batch_invariant, several ranks, taps of a proposer or counted experts")
-        m = self.dummy_input(min(engine.max_num_seqs, ROWS), 1)
-        context, recorder = self.forward_context(m, kv_caches), Recorder(m, self.dtype)
+        if engine.batch_invariant or topology.pp > 1 or self.taps or self.loads is not None:
+            raise Untaped("batch_invariant, pipeline stages, taps of a proposer or counted experts")
+        m, communicator = self.dummy_input(min(engine.max_num_seqs, ROWS), 1), self.communicator
+        context, recorder = self.forward_context(m, kv_caches), Recorder(m, self.dtype, communicator)
         self.ops.recorder = recorder
         try:
-            with recorder:
+            with contextlib.ExitStack() as standing_in:
+                if topology.tp > 1:
+                    standing_in.enter_context(replaced(communicator, all_reduce=recorder.all_reduce,
+                                                       all_gather=recorder.all_gather))
+                for layer in self.model.modules() if topology.tp > 1 else ():
+                    if isinstance(layer, VocabEmbedding):
+                        shared = partial(recorder.embed_shared, layer.forward, layer.weight.shape[1])
+                        standing_in.enter_context(replaced(layer, forward=shared))
+                standing_in.enter_context(recorder)
                 hidden = self.model(m.input_ids, m.positions, context, None)
                 assert isinstance(hidden, torch.Tensor)
                 logits = self.model.compute_logits(hidden)
@@ -91,9 +102,11 @@ class CpuModelRunner(PagedModelRunner):
         return Tape(recorder, logits, self.ops.kernels)
 
     def _choose(self, tape: Tape, kv_caches: Sequence[torch.Tensor]) -> None:
-        """Measure for which numbers of sequences the tape is faster. A small model always takes it."""
+        """Measure for which numbers of sequences the tape is faster. A small model always takes it. So do several
+        ranks: what a rank finds in the file differs from what another found, and then only one would call collectives.
+        """
         c, sizes = self.config.model, sorted({*(n for n in BUCKETS if n < tape.rows), tape.rows})
-        if c.num_params < _SMALL:
+        if c.num_params < _SMALL or self.config.topology.tp > 1:
             return
 
         def measure() -> tuple[str, ...]:

@@ -330,7 +330,7 @@ EXPORT int hal_tape_run(void *tape, const Step *step, unsigned threads) {
         if (room > t->attend_room) t->attend_room = room;
     }
     t->attend = hal_scratch(t->attend_room * threads);
-    if (!t->attend) return 1;
+    if (!t->attend && t->attend_room) return 1;
     t->step = step;
     t->entered = t->arrived = t->failed = 0;
     hal_parallel(work, t, threads, 0);

@@ -1,19 +1,22 @@
 """A decode step as one call. The model's operations are noted once, and C then runs the list (tape.c).
 
 What a graph is to a GPU, this is to a CPU: between two operations there is no Python, no dispatch of PyTorch, and no
-thread to wake.
+thread to wake. With tensor parallelism a collective ends a segment of the list: a step is then one call for each
+segment, and between two of them the communicator is called as it is without a tape.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hal.contracts.communicator import AxisName, Communicator
 from hal.contracts.inputs import PagedModelInput
 from hal.errors import StateError
 from hal.weights.grid import GridScheme
@@ -35,6 +38,17 @@ class Untaped(Exception):
     """The forward pass has an operation that a tape has not."""
 
 
+@contextlib.contextmanager
+def replaced(owner: object, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Within the context the object has these methods in place of its class's."""
+    vars(owner).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del vars(owner)[name]
+
+
 class Recorder(TorchDispatchMode):
     """Notes the operations of a decode step in place of computing them. CpuOps calls its methods, and it sees each
     operation of PyTorch that the model calls beside them. It knows views, the look-up of embeddings and concatenation;
@@ -43,11 +57,19 @@ class Recorder(TorchDispatchMode):
 
     Args:
         m: an input of as many decoding sequences as the tape shall take.
+        communicator: its collectives over tp are noted where `all_reduce` and `all_gather` stand in for them. None is
+            called while the step is recorded, so ranks need not agree on what can be recorded.
+
+    Attributes:
+        between: how many operations have been noted before it, and what Python then does with the step's tokens.
+        part: this rank's logits, which are gathered at the end; None where they are whole.
     """
 
-    def __init__(self, m: PagedModelInput, dtype: torch.dtype) -> None:
+    def __init__(self, m: PagedModelInput, dtype: torch.dtype, communicator: Communicator) -> None:
         super().__init__()
-        self.m, self.rows, self.dtype = m, len(m.input_ids), dtype
+        self.m, self.rows, self.dtype, self.communicator = m, len(m.input_ids), dtype, communicator
+        self.between: list[tuple[int, Callable[[torch.Tensor], object]]] = []
+        self.part: torch.Tensor | None = None
         self.operations: list[Operation] = []
         self.kept: list[Any] = []  # what the operations' addresses point to
         self.written: set[int] = set()  # the memory of noted results
@@ -84,6 +106,34 @@ class Recorder(TorchDispatchMode):
 
     def _note(self, code: Code, **fields: Any) -> None:
         self.operations.append(Operation(code=code, bf16=self.dtype == torch.bfloat16, **fields))
+
+    def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
+        def reduce(ids: torch.Tensor) -> None:
+            own = x[:len(ids)]
+            total = self.communicator.all_reduce(own, axis)
+            if total.data_ptr() != own.data_ptr():
+                own.copy_(total)
+
+        self._read(x)
+        self.between.append((len(self.operations), reduce))
+        return x
+
+    def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
+        """Of the logits. An operation that reads the result stops the recording, since no operation has written it."""
+        if dim != -1 or x.ndim != 2 or self.part is not None:
+            raise Untaped("a gather of something else than the logits")
+        self._read(x)
+        self.part = x
+        return x.new_empty(self.rows, x.shape[1] * self.communicator.topology.axis(axis).size)
+
+    def embed_shared(self, layer: Callable[[torch.Tensor], torch.Tensor], width: int, ids: torch.Tensor,
+                     ) -> torch.Tensor:
+        """The embeddings where ranks share the table. The layer's few operations run as they do without a tape."""
+        if ids.data_ptr() != self.m.input_ids.data_ptr():
+            raise Untaped("embedding of something else than the step's tokens")
+        y = self._result(self.rows, width)
+        self.between.append((len(self.operations), lambda ids: y[:len(ids)].copy_(layer(ids))))
+        return y
 
     def embed(self, table: torch.Tensor, ids: torch.Tensor, *_: Any) -> torch.Tensor:
         if ids.data_ptr() != self.m.input_ids.data_ptr() or table.stride(1) != 1 or table.dtype != self.dtype:
@@ -163,7 +213,7 @@ class Tape:
     """A recorded step.
 
     Args:
-        logits: [rows, vocab_size], the last result that `recorder` has noted.
+        logits: [rows, vocab_size], the last result that `recorder` has noted, or the gathered one.
 
     Attributes:
         rows: sequences of the largest step.
@@ -172,12 +222,25 @@ class Tape:
 
     def __init__(self, recorder: Recorder, logits: torch.Tensor, kernels: Kernels) -> None:
         self.kept, self.logits, self.functions = recorder.kept, logits, kernels.functions
+        self.part, self.communicator = recorder.part, recorder.communicator
         self.operations = (Operation * len(recorder.operations))(*recorder.operations)
         self.rows, self.taken = recorder.rows, [False] + [True] * recorder.rows
         self.steps = 0
-        self.handle = self.functions.hal_tape(ctypes.addressof(self.operations), len(self.operations), recorder.rows)
-        if not self.handle:
+        self.segments: list[tuple[int | None, Callable[[torch.Tensor], object] | None]] = []
+        first = 0
+        for last, then in (*recorder.between, (len(self.operations), None)):
+            self.segments.append((self._segment(first, last), then))
+            first = last
+
+    def _segment(self, first: int, last: int) -> int | None:
+        """The handle of these operations, if there are any."""
+        if first == last:
+            return None
+        at = ctypes.addressof(self.operations) + first * ctypes.sizeof(Operation)
+        handle: int | None = self.functions.hal_tape(at, last - first, self.rows)
+        if not handle:
             raise MemoryError("there is no memory for a recorded step")
+        return handle
 
     def described(self) -> str:
         """The numbers of sequences whose steps run on it, for people."""
@@ -193,22 +256,29 @@ class Tape:
                 == len(m.seq_lens) == len(m.input_ids) and m.sample_counts is None and m.adapter_slots is None)
 
     def run(self, ids: torch.Tensor, m: PagedModelInput) -> torch.Tensor:
-        """Logits [num_seqs, vocab_size] in memory that the next step writes again. ids: int32 [num_seqs]."""
+        """Logits [num_seqs, vocab_size] in memory that the next step may write again. ids: int32 [num_seqs]."""
         n, tables = len(ids), m.block_tables
         if tables.stride(1) != 1:
             tables = tables.contiguous()
         step = Step(ids.data_ptr(), m.positions.data_ptr(), m.seq_lens.data_ptr(), m.slot_mapping.data_ptr(),
                     tables.data_ptr(), n, tables.stride(0))
-        failed = self.functions.hal_tape_run(self.handle, ctypes.addressof(step), torch.get_num_threads())
-        if failed == 1:
-            raise MemoryError("attention found no memory for its scores")
-        if failed:
-            raise StateError("a step has a token or a position outside of the model's tables",
-                             got=f"tokens {ids.tolist()} at positions {m.positions.tolist()}",
-                             expected="tokens of the vocabulary, at positions of the context")
+        threads = torch.get_num_threads()
+        for handle, then in self.segments:
+            failed = handle and self.functions.hal_tape_run(handle, ctypes.addressof(step), threads)
+            if failed == 1:
+                raise MemoryError("attention found no memory for its scores")
+            if failed:
+                raise StateError("a step has a token or a position outside of the model's tables",
+                                 got=f"tokens {ids.tolist()} at positions {m.positions.tolist()}",
+                                 expected="tokens of the vocabulary, at positions of the context")
+            if then is not None:
+                then(ids)
         self.steps += 1
-        return self.logits[:n]
+        if self.part is None:
+            return self.logits[:n]
+        return self.communicator.all_gather(self.part[:n])[:, :self.logits.shape[1]]
 
     def __del__(self) -> None:
-        if getattr(self, "handle", None):
-            self.functions.hal_tape_free(self.handle)
+        for handle, _ in getattr(self, "segments", ()):
+            if handle:
+                self.functions.hal_tape_free(handle)
