@@ -235,11 +235,16 @@ def test_what_the_kernels_cannot_read_is_computed_by_plain_pytorch() -> None:
         torch.testing.assert_close(ops.linear(x, layer), scheme.linear(x, layer), equal_nan=True)
 
 
+_NEEDS = "requires a CPU with AVX512BW, VL and DQ, on which oneDNN has a layout of bfloat16 weights"
+
+
 @pytest.mark.parametrize("way", [*WAYS, PACKED])
 @pytest.mark.torch_release
 def test_every_way_gives_the_same(way: str) -> None:
     if way in ("kernel", "one thread") and not LEVELS:
         pytest.skip("no kernels here")
+    if way == PACKED and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip(_NEEDS)
     weight, bias = torch.randn(200, 96).bfloat16(), torch.randn(200).bfloat16()
     layer = DenseWeight(weight, bias, Kernels(), (way,) * len(BUCKETS))
     for rows in (0, 1, 5, 32, 33, 300):
@@ -274,6 +279,8 @@ def test_the_fastest_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 64).bfloat16()
     assert set(choice._measured(weight, Kernels())) == {"kernel" if LEVELS else "torch"}
     times[PACKED] = 0.9 if LEVELS else 1.8
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip(_NEEDS)
     assert set(choice._measured(weight, Kernels())) == {PACKED}
 
 
@@ -291,4 +298,6 @@ def test_the_level_can_be_restricted_and_an_unknown_one_is_refused(monkeypatch: 
 @pytest.mark.torch_release
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_onednns_layout_is_there(dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip(_NEEDS)
     assert can_pack(dtype), "the operators are there in every supported release on this kind of machine"
