@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
     import pytest
 
+_Made = TypeVar("_Made")
 VOCAB, WINDOW = 199, 8  # a vocabulary that tp=2 does not divide
 _SHAPE = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
@@ -41,11 +42,12 @@ _SEEDS = {"llama-linear-biases": 3, "mistral-window": 3}
 SHARDED = "llama3-gqa"  # saved as several files with an index
 
 
-def made_once(save: Callable[[str, Path], Path], folders: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that gives a checkpoint's directory by its name, and saves it on first use."""
-    made: dict[str, Path] = {}
+def made_once(save: Callable[[str, Path], _Made], folders: pytest.TempPathFactory) -> Callable[[str], _Made]:
+    """A function that gives a checkpoint's directory, or what else `save` returns, by its name, and saves it on first
+    use."""
+    made: dict[str, _Made] = {}
 
-    def get(name: str) -> Path:
+    def get(name: str) -> _Made:
         if name not in made:
             made[name] = save(name, folders.mktemp("checkpoint") / name)
         return made[name]

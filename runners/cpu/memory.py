@@ -60,11 +60,16 @@ class HugePages:
         return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
+def anonymous(size: int) -> mmap.mmap:
+    """Zeroed memory of `size` bytes, whose pages the system gives when they are first touched."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def _mapped(size: int) -> torch.Tensor:
     """uint8 [size or more], zero. It takes no memory before it is written."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(size, dtype=torch.uint8)
-    held = mmap.mmap(-1, -(-size // _PAGE) * _PAGE + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held = anonymous(-(-size // _PAGE) * _PAGE + _PAGE)
     held.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(held, dtype=torch.uint8)  # keeps `held`
     return memory[-memory.data_ptr() % _PAGE:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import mmap
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ from runners.cpu.attention import CpuAttention
 from runners.cpu.choice import once
 from runners.cpu.invariant import InvariantAttention, InvariantOps
 from runners.cpu.linears import BUCKETS
+from runners.cpu.memory import anonymous
 from runners.cpu.ops import CpuOps
 from runners.cpu.sampler import CpuSampler
 from runners.cpu.tape import ROWS, Recorder, Tape, Untaped, replaced
@@ -58,8 +58,8 @@ class CpuModelRunner(PagedModelRunner):
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         """The system gives zeroed pages when they are first touched. `torch.zeros` writes all of them, which takes
         seconds, and drops files from memory that the next start would have found there."""
-        return [torch.frombuffer(mmap.mmap(-1, math.prod(shape) * self.kv_dtype.itemsize, mmap.MAP_PRIVATE
-                                           | mmap.MAP_ANONYMOUS), dtype=self.kv_dtype).view(shape)
+        dtype = self.kv_dtype
+        return [torch.frombuffer(anonymous(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
                 for shape in self.cache_shapes(num_blocks)]
 
     @torch.inference_mode()

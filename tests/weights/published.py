@@ -7,11 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import checkpoints
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    import pytest
 
 Tensors = dict[str, torch.Tensor]
 Written = tuple[Tensors, torch.Tensor]
@@ -199,3 +203,12 @@ def write(source: Path, directory: Path, config: dict[str, Any], writer: Callabl
     settings = json.loads((source / "config.json").read_text())
     (paths[0] / "config.json").write_text(json.dumps({**settings, "quantization_config": config}))
     return paths
+
+
+def made_once(source: Path, folders: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """A function that gives what `write` makes of a dense checkpoint in one of FORMATS, and writes it on first use."""
+    def save(name: str, directory: Path) -> tuple[Path, Path]:
+        config, writer, _ = FORMATS[name]
+        return write(source, directory, config, writer)
+
+    return checkpoints.made_once(save, folders)

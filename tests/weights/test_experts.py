@@ -46,28 +46,16 @@ Made = Callable[..., tuple[Path, Path]]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    done: dict[str, Path] = {}
+    def save(name: str, directory: Path) -> Path:
+        kind, options = SHAPES[name]
+        return checkpoints.save_model(kind, {**families.SHAPE, **options}, directory)
 
-    def make(name: str) -> Path:
-        if name not in done:
-            kind, options = SHAPES[name]
-            done[name] = checkpoints.save_model(kind, {**families.SHAPE, **options}, tmp_path_factory.mktemp(name))
-        return done[name]
-
-    return make
+    return checkpoints.made_once(save, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def made(plain: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
-    done: dict[str, tuple[Path, Path]] = {}
-
-    def make(name: str) -> tuple[Path, Path]:
-        if name not in done:
-            config, writer, _ = FORMATS[name]
-            done[name] = published.write(plain("qwen3-moe"), tmp_path_factory.mktemp(name), config, writer)
-        return done[name]
-
-    return make
+    return published.made_once(plain("qwen3-moe"), tmp_path_factory)
 
 
 def mixture(model: Any, layer: int = 0) -> Experts:

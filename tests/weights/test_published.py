@@ -43,15 +43,7 @@ PROMPTS = checkpoints.prompts(2)
 @pytest.fixture(scope="module")
 def made(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory,
          ) -> Callable[[str], tuple[Path, Path]]:
-    done: dict[str, tuple[Path, Path]] = {}
-
-    def make(name: str) -> tuple[Path, Path]:
-        if name not in done:
-            config, writer, _ = FORMATS[name]
-            done[name] = published.write(checkpoint("qwen3"), tmp_path_factory.mktemp(name), config, writer)
-        return done[name]
-
-    return make
+    return published.made_once(checkpoint("qwen3"), tmp_path_factory)
 
 
 def build(path: Path, topology: Topology | None = None, **options: Any) -> CausalLM:
