@@ -176,7 +176,11 @@ def wait_for(pid: int, seconds: float) -> int | None:
 
 
 if __name__ == "__main__":
+    from vllm.entrypoints.launchers import launcher
     from vllm.entrypoints.launchers.api_server.entry import main
 
+    # When it is told to stop, vLLM names another process that holds its port. After a fork its own engine does, and if
+    # that ends in the meantime, vLLM fails. `vllm serve` spawns its engine, which does not inherit the port.
+    launcher.find_process_using_port = lambda port: None
     if take_orders():
         main()

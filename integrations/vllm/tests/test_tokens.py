@@ -49,12 +49,14 @@ def test_tokens_are_those_of_hals_engine(device: str) -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_quantised_checkpoint_has_the_answers_of_hals_engine(tmp_path: Path, quantize: str | None) -> None:
+def test_a_quantised_checkpoint_has_the_answers_of_hals_engine(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None) -> None:
     """Quantised in the files, or on load. In bfloat16, since vLLM refuses float32 for such checkpoints."""
     model = bundled()
     if quantize is None:
-        path = Path(hal.__file__).parents[1] / "tests/weights/published.py"
-        published = SimpleNamespace(**runpy.run_path(str(path)))
+        tests = Path(hal.__file__).parents[1] / "tests"
+        monkeypatch.syspath_prepend(str(tests))  # for what the file imports
+        published = SimpleNamespace(**runpy.run_path(str(tests / "weights/published.py")))
         config, writer, _ = published.FORMATS["fp8-channel"]
         model = str(published.write(Path(model), tmp_path, config, writer)[0])
     prompts, params = PROMPTS[:4], {"temperature": 0.0, "max_tokens": 4}
