@@ -53,6 +53,10 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
                              got=shown(architecture),
                              hint="read that code; to run it, give --trust-remote-code (trust_remote_code=True). "
                                   "No certificate says that its results are right")
+    if kind is None and not own and (types := [name for name, value in causal.items() if architecture in (
+            (value,) if isinstance(value, str) else value)]):
+        raise ModelLoadError("config.json has no model_type", got=shown(architecture),
+                             expected=f"model_type {' or '.join(types)}", hint="add it, if the checkpoint is complete")
     if not known and not own:
         raise ModelLoadError("this architecture is not supported", got=shown(architecture),
                              expected="a native family, or a causal language model of transformers",
@@ -67,7 +71,12 @@ def parse_any(data: dict[str, Any], dtype: str, eos: tuple[int, ...] | None, bos
             config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
         text = config.get_text_config(decoder=True)
     except Exception as error:  # the configuration class of any architecture
-        raise ModelLoadError("transformers refuses config.json", got=f"{type(error).__name__}: {error!s:.200}",
+        said = f"{type(error).__name__}: {error!s:.200}"
+        if not known:
+            raise ModelLoadError("the checkpoint's own code does not load", got=said, hint=(
+                "its files are missing, need a package that is not installed, or were written for another release of "
+                "transformers")) from error
+        raise ModelLoadError("transformers refuses config.json", got=said,
                              hint="config.json is damaged, or another release of transformers wrote it") from error
     sizes: dict[str, Any] = {name: getattr(text, name, None) for name in _MAX}
     sizes["max_position_embeddings"] = next((v for n in _POSITIONS if (v := getattr(text, n, None))), None)

@@ -53,5 +53,6 @@ def rendered(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] |
                                                   **{"add_generation_prompt": True, **options})
     except Exception as error:  # a template may raise any error
         raise RequestError("the chat template refuses the messages", got=f"{type(error).__name__}: {error!s:.300}",
-                           expected="roles and contents as this checkpoint's template takes them") from error
+                           expected="roles and contents as this checkpoint's template takes them",
+                           hint=_HINT) from error
     return text

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from hal.checkpoints.reader import Reader
-from hal.checkpoints.stored import read_json
+from hal.checkpoints.stored import read_json, shown
 from hal.errors import ModelLoadError, RequestError
 from hal.sampling.params import SamplingParams
 
 FILE = "generation_config.json"
 _DRAWING: dict[str, Any] = {"temperature": (int, float), "top_k": int, "top_p": (int, float), "min_p": (int, float)}
 _ALWAYS: dict[str, Any] = {"repetition_penalty": (int, float), "max_new_tokens": int}
+# Settings by which transformers would choose other tokens, and which requests here do not have.
+_UNKNOWN = ("num_beams", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens",
+            "begin_suppress_tokens", "stop_strings", "min_length", "min_new_tokens", "typical_p", "epsilon_cutoff",
+            "eta_cutoff", "penalty_alpha", "guidance_scale")
+_HINT = "--generation-config none (generation_config=\"none\") does not read it"
 
 
 def generation_defaults(directory: str | Path) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def generation_defaults(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / FILE
     if not isfile(path):
         return {}
-    read = Reader(read_json(path), FILE)
+    read = Reader(read_json(path), FILE, _HINT)
     drawn = read.flag(False, "do_sample")
     found = {name: read.get(kind, None, name, null=None) for name, kind in ({**_DRAWING, **_ALWAYS} if drawn else
                                                                             _ALWAYS).items()}
@@ -42,12 +47,20 @@ def generation_defaults(directory: str | Path) -> dict[str, Any]:
         made, plain = SamplingParams(**found), SamplingParams()
     except RequestError as error:
         raise ModelLoadError(f"{FILE} recommends a sampling parameter that cannot be used",
-                             got=f"{error.what}: {error.got}", expected=error.expected,
-                             hint="--generation-config none (generation_config=\"none\") does not read it") from error
+                             got=f"{error.what}: {error.got}", expected=error.expected, hint=_HINT) from error
     return {name: getattr(made, name) for name in found if getattr(made, name) != getattr(plain, name)}
 
 
 def stated(defaults: dict[str, Any]) -> str:
     """One line for the user about values of `generation_defaults` that requests get."""
-    values = ", ".join(f"{name}={value:g}" for name, value in defaults.items())
+    values = ", ".join(f"{name}={value}" for name, value in defaults.items())
     return f"the model's {FILE} sets {values} where a request does not; --generation-config none leaves that out"
+
+
+def not_applied(directory: str | Path) -> str:
+    """The settings of generation_config.json that would choose other tokens, and that requests do not get; empty where
+    it has none. Raises ModelLoadError: the file is damaged."""
+    path = Path(directory) / FILE
+    data = read_json(path) if isfile(path) else {}
+    found = {name: data.get(name) for name in _UNKNOWN}
+    return ", ".join(f"{name}={shown(value)}" for name, value in found.items() if value not in (None, 0, 1, [], {}))

@@ -50,12 +50,20 @@ def read_config(directory: str | Path, *, weights: bool = True, impl: ModelImpl 
             files of the weights are damaged.
     """
     directory = Path(directory)
+    if isfile(directory) and not is_gguf(directory):
+        raise ModelLoadError("the model is a file and no directory", got=directory, expected="a directory with "
+                             "config.json and *.safetensors in Hugging Face format, or a GGUF file",
+                             hint=f"give the directory of the file: {directory.parent}")
     if not isdir(directory) and not is_gguf(directory):
         raise ModelLoadError("the model directory does not exist", got=directory,
                              expected="a directory with config.json and *.safetensors in Hugging Face format, or a "
                                       "GGUF file",
                              hint=f"an id of the Hugging Face hub needs its files in the local cache: hf download "
                                   f"{directory}" if HUB_ID.fullmatch(str(directory)) else None)
+    if isfile(directory / "adapter_config.json") and not isfile(directory / "config.json"):
+        raise ModelLoadError("the model directory holds an adapter and no model", got=directory,
+                             expected="the directory of the model that the adapter was trained for",
+                             hint="load that model with --adapter NAME=DIR (adapters=), where DIR is this directory")
     data = config_data(directory) if is_gguf(directory) else read_json(directory / "config.json")
     config = _by_transformers(data, directory, trust_remote_code) if impl == "transformers" or (
         impl == "auto" and not _is_native(data)) else parse_config(data)
@@ -126,7 +134,7 @@ def parse_config(data: dict[str, Any]) -> ModelConfig:
                              expected="a model that runs by itself",
                              hint="run its target model, with this directory as --draft-model and --speculate eagle")
     kind = read.get(str, None, "model_type", null=None)
-    names = read.get(list, [], "architectures", null=[]) or native(kind)
+    names = [n for n in read.get(list, [], "architectures", null=[]) if n is not None] or native(kind)
     architecture = names[0] if names else kind
     family = family_of(architecture) if isinstance(architecture, str) else None
     if family is None:

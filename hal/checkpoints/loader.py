@@ -225,7 +225,8 @@ def _check_tensor(expected: _Expected, stored: Stored, file: safe_open) -> None:
     dtypes = list(_FLOATS.values()) if expected.dtype in _FLOATS else [_OTHERS[expected.dtype]]
     if tensor.get_dtype() not in dtypes:
         raise ModelLoadError(f"{_at(stored)} has an unsupported dtype", got=tensor.get_dtype(),
-                             expected=", ".join(dtypes))
+                             expected=", ".join(dtypes), hint="where the checkpoint's weights have fewer bits, its "
+                             "config.json has a quantization_config that says so")
 
 
 def _without_ones(shape: Sequence[int]) -> list[int]:

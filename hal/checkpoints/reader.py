@@ -20,16 +20,17 @@ _DTYPES = {"auto": "float32", "float32": "float32", "float64": "float32", "float
            "bfloat16": "bfloat16"}
 _THETA, _FACTOR = (1.0, 1e15), (1.0, 1e6)  # the smallest and the largest that are accepted
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_KINDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "an object", list: "a list"}
 _SCALINGS: dict[str, tuple[str, ...]] = {  # and the keys that each must have
     "default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "longrope": ("short_factor", "long_factor")}
 
 
 class Reader:
-    """The content of a JSON file; each method raises ModelLoadError naming the key."""
+    """The content of a JSON file; each method raises ModelLoadError naming the key. `hint` says what to do then."""
 
-    def __init__(self, data: dict[str, Any], file: str = "config.json") -> None:
-        self.data, self.file = data, file
+    def __init__(self, data: dict[str, Any], file: str = "config.json", hint: str | None = None) -> None:
+        self.data, self.file, self.hint = data, file, hint
 
     def get(self, kinds: type | tuple[type, ...], default: Any, *names: str, null: Any = _MISSING) -> Any:
         """The value of the first of `names` that is present; the other names are aliases. `null` stands for JSON's
@@ -41,7 +42,8 @@ class Reader:
             if value is not _MISSING:
                 if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                     wanted = kinds if isinstance(kinds, tuple) else (kinds,)
-                    raise self.unusable(name, value, " or ".join(k.__name__ for k in wanted))
+                    raise self.unusable(name, value, " or ".join(
+                        _KINDS[k] for k in wanted if k in _KINDS and not (k is int and float in wanted)))
                 return value
         return default
 
@@ -87,7 +89,8 @@ class Reader:
             raise ModelLoadError(f"{self.file} asks for {what}, which is not supported", got=f"{name} = {shown(value)}")
 
     def unusable(self, name: str, value: object, expected: str) -> ModelLoadError:
-        return ModelLoadError(f"{name} in {self.file} is not usable", got=shown(value), expected=expected)
+        return ModelLoadError(f"{name} in {self.file} is not usable", got=shown(value), expected=expected,
+                              hint=self.hint)
 
     # What families have in common.
 

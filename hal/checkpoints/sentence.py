@@ -56,8 +56,8 @@ def embedding_of(directory: Path, config: ModelConfig, pooling: Pooling) -> Embe
         raise ModelLoadError("the checkpoint does not say how its hidden states become an embedding",
                              got=f"{config.architecture} without {MODULES}",
                              expected="a sentence-transformers directory",
-                             hint="give --pooling cls, mean or last, as the model was trained; the vectors are then "
-                                  "normalised")
+                             hint="it cannot generate; to embed, give --pooling cls, mean or last, as the model was "
+                                  "trained; the vectors are then normalised")
     return EmbeddingConfig(pooling=pooling, max_length=config.max_position, prompts={})
 
 
@@ -68,7 +68,7 @@ def _by_modules(directory: Path, config: ModelConfig, pooling: Pooling) -> Embed
     if modules[0][1]:
         raise ModelLoadError(f"{MODULES} has the model in a folder of its own", got=shown(modules[0][1]),
                              expected='the path ""', hint="save the directory with a newer sentence-transformers")
-    own = _pooling(directory / modules[1][1], config)
+    own = _pooling(directory, modules[1][1], config)
     size, dense, normalise = config.hidden_size, [], False
     for kind, folder in modules[2:]:
         if kind not in ("Dense", "Normalize") or normalise:
@@ -124,8 +124,17 @@ def _order(modules: list[tuple[str, str]]) -> ModelLoadError:
                           expected="Transformer, Pooling, then any number of Dense, then perhaps Normalize")
 
 
-def _pooling(folder: Path, config: ModelConfig) -> PoolingKind:
-    read = Reader(read_json(folder / "config.json"), f"{folder.name}/config.json")
+def _settings(directory: Path, folder: str) -> Reader:
+    """The config.json of a module."""
+    name = str(PurePosixPath(folder) / "config.json")
+    if not isfile(directory / name):
+        raise ModelLoadError(f"{MODULES} names a module whose settings are missing", got=f"{directory} without {name}",
+                             expected="a sentence-transformers directory", hint="download the checkpoint again")
+    return Reader(read_json(directory / name), name)
+
+
+def _pooling(directory: Path, folder: str, config: ModelConfig) -> PoolingKind:
+    read = _settings(directory, folder)
     size = read.size(config.hidden_size, MAX_HIDDEN, "word_embedding_dimension", "embedding_dimension")
     if size != config.hidden_size:
         raise ModelLoadError("the pooling module does not belong to this model", expected=config.hidden_size,
@@ -146,7 +155,7 @@ def _pooling(folder: Path, config: ModelConfig) -> PoolingKind:
 
 
 def _dense(directory: Path, folder: str, size: int) -> DenseConfig:
-    read = Reader(read_json(directory / folder / "config.json"), f"{folder}/config.json")
+    read = _settings(directory, folder)
     inner, outer = (read.size(None, MAX_HIDDEN, name) for name in ("in_features", "out_features"))
     if inner != size or outer is None:
         raise ModelLoadError(f"the dense module {folder} does not fit what comes before it",

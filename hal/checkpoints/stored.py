@@ -90,7 +90,8 @@ def _indexed(directory: Path) -> list[Stored]:
         others = sorted(p.name for p in directory.glob("*.bin")) if isdir(directory) else []
         raise ModelLoadError("the model directory has no weights", got=f"{directory}" + (
                              f" with {', '.join(others)}" if others else ""), expected=f"{_SINGLE} or {_INDEX}",
-                             hint="save it with save_pretrained(..., safe_serialization=True)" if others else None)
+                             hint="load it with transformers and save it again: save_pretrained writes safetensors"
+                             if others else "download the checkpoint again")
     mapped = read_json(index).get("weight_map")
     if not isinstance(mapped, dict):
         raise ModelLoadError(f"{_INDEX} has no usable weight_map", got=f"{index}: {shown(mapped)}",
@@ -180,7 +181,8 @@ def read_json(path: Path) -> dict[str, Any]:
         # Opening a named pipe in place of the file would block for ever.
         if not isfile(path):
             raise ModelLoadError(f"the model directory has no {path.name}", got=path.parent,
-                                 expected="a checkpoint in Hugging Face format")
+                                 expected="a checkpoint in Hugging Face format",
+                                 hint="give the folder that has this file, or download the checkpoint again")
         if path.stat().st_size > _MAX_JSON:
             raise ModelLoadError(f"{path.name} is too large", got=f"{path.stat().st_size} bytes",
                                  expected=f"at most {_MAX_JSON} bytes")

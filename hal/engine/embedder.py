@@ -8,6 +8,7 @@ from hal.config import EngineConfig
 from hal.contracts.executor import Executor
 from hal.embedding.steps import EmbeddingSteps
 from hal.engine.prompts import Prompt, as_token_ids, check_vocabulary, require_text
+from hal.engine.text import token_ids
 from hal.errors import RequestError
 from hal.model_config import ModelConfig
 
@@ -40,8 +41,8 @@ class Embedder:
         if isinstance(text, str):
             require_text(self.tokenizer, text, self.config.model)
             text = prompt + (text.strip() if self.settings.strip else text)
-            ids = list(self.tokenizer(text.lower() if self.settings.lower_case else text, verbose=False,
-                                      truncation=truncate, max_length=self.most if truncate else None).input_ids)
+            ids = token_ids(self.tokenizer, text.lower() if self.settings.lower_case else text, truncation=truncate,
+                            max_length=self.most if truncate else None)
             check_vocabulary(ids, self.vocab_size)
         else:
             ids = as_token_ids(text, _ANY, self.vocab_size)[:self.most if truncate else None]

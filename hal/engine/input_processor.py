@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hal.checkpoints.chat import Message, read_template, rendered, require_template
-from hal.checkpoints.generation import generation_defaults, stated
+from hal.checkpoints.generation import generation_defaults, not_applied, stated
 from hal.config import EngineConfig
 from hal.constrained.constraint import Constraints
 from hal.engine.prompts import Prompt, as_params, as_token_ids, check_length, check_vocabulary, require_text
@@ -40,6 +40,9 @@ class InputProcessor:
         self.defaults = generation_defaults(config.model) if config.generation_config == "auto" else {}
         if self.defaults:
             logging.getLogger("hal").info(stated(self.defaults))
+        if config.generation_config == "auto" and (ignored := not_applied(config.model)):
+            logging.getLogger("hal").warning("the model's generation_config.json asks for %s, which requests do not "
+                                             "get", ignored)
         self._default = SamplingParams(**self.defaults)
         with TorchState():  # transformers loads modules that make tensors
             self.tokenizer: Any = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)

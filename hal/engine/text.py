@@ -147,7 +147,7 @@ class TokenBytes(dict[int, bytes]):
 
     def plain(self, text: str) -> list[int]:
         """The ids of a text, without those that the tokenizer puts before it."""
-        return list(self._tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+        return token_ids(self._tokenizer, text, add_special_tokens=False)
 
     @property
     def size(self) -> int:
@@ -164,10 +164,10 @@ class TokenBytes(dict[int, bytes]):
     @functools.cached_property
     def prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text."""
-        whole = self._tokenizer("a", verbose=False).input_ids
+        whole = token_ids(self._tokenizer, "a")
         plain = self.plain("a")
         starts = (at for at in range(len(whole) - len(plain) + 1) if whole[at:at + len(plain)] == plain)
-        return list(whole[:next(starts, 0)]) if plain else []
+        return whole[:next(starts, 0)] if plain else []
 
     def _encode(self, token: int, text: str) -> bytes:
         if _REPLACED in text:
@@ -185,10 +185,20 @@ class TokenBytes(dict[int, bytes]):
         return text
 
 
+def token_ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """What the tokenizer gives for a text. Raises RequestError: it has no tokens for it."""
+    try:
+        return list(tokenizer(text, verbose=False, **options).input_ids)
+    except Exception as error:  # tokenizers raises Exception itself, and a checkpoint's own code anything
+        raise RequestError("the tokenizer cannot encode the text", got=f"{type(error).__name__}: {error!s:.200}",
+                           expected="text of which the vocabulary has every part",
+                           hint="give token ids, or copy the checkpoint's tokenizer files again") from error
+
+
 def encode(tokenizer: Any, text: str) -> list[int]:
     """A text's token ids, with the special tokens that the tokenizer puts before it (most often one, BOS). A text that
     begins with the names of these tokens, as chat templates write it, gets no second ones."""
-    ids, prefix = list(tokenizer(text, verbose=False).input_ids), TokenBytes.of(tokenizer).prefix
+    ids, prefix = token_ids(tokenizer, text), TokenBytes.of(tokenizer).prefix
     again = prefix and ids[:2 * len(prefix)] == 2 * prefix
     return ids[len(prefix):] if again else ids
 

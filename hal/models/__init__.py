@@ -22,8 +22,17 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     Raises:
         ConfigError: tp does not divide the heads, the key heads of a delta rule or the MLP, or neither divides nor is a
             multiple of the key-value heads; pp exceeds the layers; ep is given, and the model has no experts or ep does
-            not divide them.
+            not divide them, or the Transformers backend runs it.
     """
+    if topology.pp > config.num_layers:
+        raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
+                          expected=f"at most num_layers ({config.num_layers})")
+    if config.source is not None:  # the plans of transformers say what else is possible
+        if topology.ep > 1:
+            raise ConfigError("the Transformers backend has no expert parallelism", got=f"ep={topology.ep}",
+                              expected="ep=1, which cuts every expert over tp",
+                              hint="a native definition has it: see docs/models.md")
+        return
     tp, kv = topology.tp, config.num_kv_heads
     for name in ("num_heads", "intermediate_size"):
         if getattr(config, name) % tp:
@@ -35,9 +44,6 @@ def check_topology(config: ModelConfig, topology: Topology) -> None:
     if config.delta is not None and config.delta.key_heads % tp:
         raise ConfigError(f"tp={tp} does not divide the key heads of the model's delta rule",
                           got=config.delta.key_heads, expected=f"a multiple of {tp}", hint="choose another tp")
-    if topology.pp > config.num_layers:
-        raise ConfigError("there are more pipeline stages than layers", got=f"pp={topology.pp}",
-                          expected=f"at most num_layers ({config.num_layers})")
     if (experts := config.experts) is not None and experts.layers:
         cut = tp // topology.ep
         if experts.count % topology.ep or experts.size % cut or experts.shared_size % tp:
@@ -66,11 +72,11 @@ def build_model(config: ModelConfig, topology: Topology, communicator: Communica
     from hal.weights.formats import schemes
 
     build = Build(topology, communicator, ops, dtype, device, schemes(config.quantization), longest)
+    check_topology(config, topology)
     if config.source is not None:
         from hal.models.transformers_model import TransformersModel
 
         return TransformersModel(config, build).eval()
-    check_topology(config, topology)
     if config.eagle is not None:
         from hal.models.eagle3 import Eagle3
 

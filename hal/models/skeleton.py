@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from hal.errors import ConfigError, HalError
+from hal.errors import ConfigError, HalError, ModelLoadError
 from hal.model_config import ModelConfig
 from hal.weights.base import canonical
 
@@ -97,7 +97,7 @@ def make(config: ModelConfig, dtype: torch.dtype, device: str, experts: str = "g
     """Transformers' model with memory that nothing has touched, in inference mode.
 
     Raises:
-        ConfigError: transformers cannot make it.
+        ConfigError: transformers cannot make it. ModelLoadError: config.json names something that it does not know.
     """
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": _NAME}
     if config.code:
@@ -114,6 +114,10 @@ def make(config: ModelConfig, dtype: torch.dtype, device: str, experts: str = "g
     except Exception as error:  # the modelling code of any architecture
         if isinstance(error, KeyError) and error.args == (_NAME,):
             raise refuse(config, _OWN_ATTENTION) from error
+        if isinstance(error, KeyError):  # the name of a rope type or an activation
+            raise ModelLoadError(f"transformers does not know a value of config.json for {config.architecture}",
+                                 got=str(error), hint="config.json is damaged, or needs another release of "
+                                 "transformers") from error
         raise refuse(config, "transformers cannot build it with another attention function", _said(error)) from error
     with contextlib.suppress(Exception):  # some configurations take no None
         model.config.pad_token_id = None  # otherwise some models look for padding in the tokens of every step

@@ -86,6 +86,15 @@ def test_a_checkpoint_without_template_or_tokenizer_says_what_to_do(
     assert missing.status == 1 and "the chat template cannot be read" in missing.err
 
 
+def test_a_template_that_cannot_be_used_can_be_replaced() -> None:
+    with LLM(device="cpu", num_blocks=64) as llm:
+        for template in ("{{ 1", 5, {"tool": "x"}):
+            llm.tokenizer.chat_template = template
+            with pytest.raises(RequestError, match="the chat template refuses the messages") as caught:
+                llm.chat([user("37")])
+            assert "--chat-template FILE" in str(caught.value)
+
+
 def run(forks: Forks, adder: Path, tmp_path: Path, lines: list[str], *args: str, **how: Any) -> Any:
     (tmp_path / "in").write_text("\n".join(lines))
     return forks.run("chat", "--device", "cpu", "--num-blocks", "64", "--model", str(adder), *args,

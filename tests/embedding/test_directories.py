@@ -72,6 +72,8 @@ MEAN = {"pooling_mode_mean_tokens": True}
     ("modules.json", [MODEL, module(MODULE + "Normalize")], "order that is not supported"),
     ("modules.json", [MODEL, POOL, module(MODULE + "Normalize", "n", 2), module(MODULE + "Dense", "2_Dense", 3)],
      "order that is not supported"),
+    ("modules.json", [MODEL, module(MODULE + "Pooling", "elsewhere")], "settings are missing.*elsewhere/config.json"),
+    ("modules.json", [MODEL, POOL, module(MODULE + "Dense", "3_Dense")], "settings are missing.*3_Dense/config.json"),
     ("1_Pooling/config.json", {"word_embedding_dimension": 63, **MEAN}, "does not belong to this model"),
     ("1_Pooling/config.json", {**MEAN, "pooling_mode_cls_token": True}, "does not choose one pooling"),
     ("1_Pooling/config.json", {"pooling_mode_weightedmean_tokens": True}, "weightedmean"),

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hal import LLM, SamplingParams
-from hal.checkpoints.generation import generation_defaults
+from hal.checkpoints.generation import generation_defaults, not_applied, stated
 from hal.cli import main
 from hal.config import BUNDLED_MODEL
 from hal.errors import ModelLoadError, RequestError
@@ -46,7 +46,27 @@ def test_recommended_values(tmp_path: Path, content: dict[str, Any], expected: d
     assert generation_defaults(tmp_path) == expected
 
 
+def test_settings_that_requests_do_not_have_are_named(adder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not_applied(adder) == "" and not_applied(adder / "nowhere") == ""
+    recommend(adder, num_beams=4, no_repeat_ngram_size=0, typical_p=1.0, bad_words_ids=None, suppress_tokens=[])
+    assert not_applied(adder) == "num_beams=4"
+    recommend(adder, no_repeat_ngram_size=3, stop_strings=["2"], do_sample=False)
+    with LLM(str(adder), device="cpu", num_blocks=64) as llm:
+        assert llm.generate("37+85=")[0].text == "122"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "the model's generation_config.json asks for num_beams=4, no_repeat_ngram_size=3, stop_strings=['2'], which "
+        "requests do not get"]
+    caplog.clear()
+    LLM(str(adder), device="cpu", num_blocks=64, generation_config="none").shutdown()
+    assert not caplog.records
+
+
+def test_values_are_stated_as_they_are() -> None:
+    assert "sets temperature=0.65, max_tokens=1234567 where" in stated({"temperature": 0.65, "max_tokens": 1_234_567})
+
+
 @pytest.mark.parametrize(("content", "named"), [
+    ({"do_sample": True, "temperature": [1]}, "--generation-config none"),
     ({"do_sample": True, "temperature": -1}, "temperature"), ({"do_sample": True, "top_k": 1.5}, "top_k"),
     ({"do_sample": "yes"}, "do_sample"), ({"max_new_tokens": -1}, "max_tokens"), ([], "not a JSON object")])
 def test_values_that_cannot_be_used_are_named(adder: Path, content: Any, named: str) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hal.cli import main
 from hal.config import EngineConfig
 from hal.engine.llm import LLM
-from hal.engine.text import encode, hidden_stops, load_tokenizer
+from hal.engine.text import TokenBytes, encode, hidden_stops, load_tokenizer
 from hal.errors import ConfigError, ModelLoadError, RequestError
 from hal.sampling.params import SamplingParams
 
@@ -36,6 +36,20 @@ def test_a_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelLoadError, match="tokenizer cannot be read"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
+    """The vocabulary has neither the words of the text nor an entry for unknown ones."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
+    options = {"device": "cpu", "random_weights": True, "num_blocks": 16}
+    with LLM(str(tmp_path), **options) as llm, LLM(str(tmp_path), **options, pooling="last") as embedder:
+        assert len(llm.generate("a", SamplingParams(max_tokens=1))) == 1 and embedder.embed("a").shape == (1, 8)
+        for call in (llm.generate, embedder.embed, TokenBytes.of(llm.tokenizer).plain):
+            with pytest.raises(RequestError, match="the tokenizer cannot encode the text") as caught:
+                call("c")
+            assert "give token ids" in str(caught.value)
 
 
 def test_a_decoder_that_looks_at_neighbours(tmp_path: Path) -> None:

@@ -191,6 +191,33 @@ def test_refused_of_gpt2(change: dict[str, Any], named: str) -> None:
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(("change", "expected"), [
+    ({"hidden_size": "64"}, "an integer"), ({"rms_norm_eps": "1e-5"}, "a number"), ({"rope_scaling": [1]}, "an object"),
+    ({"tie_word_embeddings": "true"}, "true or false"), ({"layer_types": "full_attention"}, "a list"),
+    ({"hidden_act": None}, "a text"), ({"eos_token_id": {}}, "an integer or a list")])
+def test_a_value_of_another_type_is_refused_in_the_words_of_json(change: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ModelLoadError) as caught:
+        parse_config({**LLAMA, **({"model_type": "qwen3", "architectures": None} if "layer_types" in change else {}),
+                      **change})
+    assert caught.value.expected == expected
+
+
+def test_an_architecture_that_is_null_is_that_of_the_model_type() -> None:
+    assert parse_config({**LLAMA, "architectures": [None]}) == parse_config(LLAMA)
+
+
+def test_a_path_that_leads_to_something_else_says_what_to_give(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="holds an adapter and no model") as caught:
+        read_config(tmp_path)
+    assert "--adapter NAME=DIR" in str(caught.value.hint)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(json.dumps(LLAMA))
+        with pytest.raises(ModelLoadError, match="is a file and no directory") as caught:
+            read_config(tmp_path / name)
+        assert str(tmp_path) in str(caught.value.hint)
+
+
 def test_files(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="does not exist"):
         read_config(tmp_path / "nowhere")

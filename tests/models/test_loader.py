@@ -68,12 +68,13 @@ Q = "model.layers.1.self_attn.q_proj.weight"
     (lambda t: t.update({Q: t[Q][:-1]}), Q),
     (lambda t: t.update({Q: t[Q].flatten()}), Q),
     (lambda t: t.update({Q: t[Q].to(torch.int8)}), "I8"),
+    (lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)}), "has a quantization_config that says so"),
     (lambda t: t.update({"model.layers.3.input_layernorm.weight": torch.ones(64)}), "layers.3"),
     (lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}), "q_proj.bias"),
     (lambda t: t.update({Q.removeprefix("model."): t[Q].clone()}), "twice"),
     (lambda t: t.pop("lm_head.weight"), "lm_head.weight"),
     (lambda t: t.clear(), "lacks the tensor"),
-], ids=["missing", "short", "flat", "int8", "one layer more", "bias nobody adds", "twice", "no head", "empty"])
+], ids=["missing", "short", "flat", "int8", "fp8", "one layer more", "bias nobody adds", "twice", "no head", "empty"])
 def test_wrong_tensors(copy: Callable[..., Path], edit: Callable[[Tensors], object], named: str) -> None:
     refused(copy("llama2-mha", edit), named)
 
@@ -99,7 +100,7 @@ def test_missing_files(copy: Callable[..., Path]) -> None:
     (path / "model.safetensors").unlink()
     refused(path, "model.safetensors.index.json")
     (path / "pytorch_model.bin").touch()
-    refused(path, "pytorch_model.bin", "safe_serialization")
+    refused(path, "pytorch_model.bin", "save_pretrained writes safetensors")
 
 
 def test_shards(copy: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,8 @@ def test_code_of_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path: Path) ->
     with pytest.raises(ModelLoadError, match="code of its own") as raised:
         read_config(tmp_path)
     assert "--trust-remote-code" in str(raised.value) and "certificate" in str(raised.value)
+    with pytest.raises(ModelLoadError, match=r"(?s)own code does not load.*own\.py.*its files are missing"):
+        read_config(tmp_path, trust_remote_code=True)
 
 
 def test_trusted_code_of_a_checkpoint_runs_and_is_said_to_be_uncertified(stablelm: Path, tmp_path: Path) -> None:
@@ -233,7 +236,24 @@ def test_an_architecture_that_is_neither_native_nor_of_transformers_is_refused(t
     assert "NoSuchForCausalLM" in str(raised.value)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    ({"hidden_act": "spiral"}, "does not know a value of config.json for OlmoForCausalLM.*spiral"),
+    ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "does not know a value of config.json.*spiral"),
+    ({"model_type": None}, "config.json has no model_type.*OlmoForCausalLM.*expected: model_type olmo"),
+    ({"num_attention_heads": None}, "transformers refuses config.json.*num_attention_heads"),
+    ({"quantization_config": {"quant_method": "exl2"}}, "unknown format of weights.*exl2")])
+def test_a_value_that_transformers_cannot_take_is_named(olmo: Path, tmp_path: Path, change: dict[str, Any],
+                                                        message: str) -> None:
+    data = json.loads((olmo / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**data, **change}))
+    with pytest.raises(ModelLoadError) as raised:
+        read_config(tmp_path)
+    assert re.search(message, str(raised.value), re.DOTALL) and "to do: " in str(raised.value)
+
+
 @pytest.mark.parametrize(("kind", "topology", "reason"), [
+    ("olmo", {"pp": 9}, "more pipeline stages than layers"),
+    ("olmoe", {"tp": 2, "ep": 2}, "the Transformers backend has no expert parallelism"),
     ("biogpt", {"tp": 2}, "BioGptForCausalLM: transformers declares no tensor-parallel plan"),
     ("gemma4_text", {"pp": 2}, "embeddings that a later pipeline stage has no tokens for"),
     ("longcat_flash", {"pp": 2}, "a layer of its pipeline plan has several attentions")])
