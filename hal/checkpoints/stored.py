@@ -87,11 +87,13 @@ def _single(path: Path) -> list[Stored]:
 def _indexed(directory: Path) -> list[Stored]:
     index = directory / _INDEX
     if not isfile(index):
-        others = sorted(p.name for p in directory.glob("*.bin")) if isdir(directory) else []
+        others = sorted(p.name for end in ("bin", "safetensors") for p in directory.glob(f"*.{end}")) if isdir(
+            directory) else []
+        pickled = any(name.endswith(".bin") for name in others)
         raise ModelLoadError("the model directory has no weights", got=f"{directory}" + (
-                             f" with {', '.join(others)}" if others else ""), expected=f"{_SINGLE} or {_INDEX}",
+                             f" with {', '.join(others[:8])}" if others else ""), expected=f"{_SINGLE} or {_INDEX}",
                              hint="load it with transformers and save it again: save_pretrained writes safetensors"
-                             if others else "download the checkpoint again")
+                             if pickled else "download the checkpoint again, whole")
     mapped = read_json(index).get("weight_map")
     if not isinstance(mapped, dict):
         raise ModelLoadError(f"{_INDEX} has no usable weight_map", got=f"{index}: {shown(mapped)}",

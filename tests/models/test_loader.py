@@ -99,6 +99,8 @@ def test_missing_files(copy: Callable[..., Path]) -> None:
     path = copy("llama2-mha")
     (path / "model.safetensors").unlink()
     refused(path, "model.safetensors.index.json")
+    (path / "model-00001-of-00002.safetensors").touch()
+    refused(path, "with model-00001-of-00002.safetensors", "download the checkpoint again, whole")
     (path / "pytorch_model.bin").touch()
     refused(path, "pytorch_model.bin", "save_pretrained writes safetensors")
 
