@@ -36,7 +36,20 @@ class ConfigError(HalError, ValueError):
 
 
 class RequestError(HalError, ValueError):
-    """A user's request (prompt, sampling parameters) is refused; other requests are unaffected."""
+    """A user's request (prompt, sampling parameters) is refused; other requests are unaffected.
+
+    Attributes:
+        param: the name of the parameter at fault; None: it is the prompt, or not one parameter.
+    """
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None,
+                 param: str | None = None) -> None:
+        super().__init__(what, got=got, expected=expected, hint=hint)
+        self.param = param
+
+
+class LengthError(RequestError):
+    """A prompt or text has more tokens than the model or this engine takes."""
 
 
 class ModelLoadError(HalError):

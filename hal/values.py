@@ -49,7 +49,7 @@ class ArrayLike(Protocol):
 
 def plain(value: object) -> object:
     """An integer, float or boolean of numpy, torch or Python as Python's own; any other value as it is."""
-    if value is None or type(value) in (int, float, bool, str):
+    if value is None or type(value) in (int, float, bool, str, tuple, list, dict):
         return value
     if isinstance(value, str):
         return str(value)

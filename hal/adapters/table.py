@@ -84,6 +84,6 @@ class AdapterTable:
         """Raises RequestError: no adapter of this name is loaded."""
         found = self.named.get(name)
         if found is None:
-            raise RequestError("no adapter of this name is loaded", got=described(name),
+            raise RequestError("no adapter of this name is loaded", got=described(name), param="adapter",
                                expected=", ".join(sorted(self.named)) or "no name, since none is loaded")
         return found

@@ -72,9 +72,10 @@ class Constraints:
         allowed = params.allowed_token_ids
         if allowed is not None and max(allowed) >= self._vocab_size:
             raise RequestError("allowed_token_ids has a token out of the vocabulary", got=max(allowed),
-                               expected=f"at most {self._vocab_size - 1}")
+                               expected=f"at most {self._vocab_size - 1}", param="allowed_token_ids")
         if params.bad_words and self._table is None:
-            raise RequestError("the model has no tokenizer", got="bad_words", expected="logit_bias of token ids")
+            raise RequestError("the model has no tokenizer", got="bad_words", expected="logit_bias of token ids",
+                               param="bad_words")
         if allowed is None and not params.bad_words and not stops:
             return None
         words = [] if self._table is None else [self._table.plain(before + word.lstrip())

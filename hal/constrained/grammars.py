@@ -57,10 +57,10 @@ class Grammars:
         llguidance()
         if self._table is None:
             raise RequestError("the model has no tokenizer", got=kind, expected="a request without a grammar",
-                               hint="add tokenizer files to the model's directory")
+                               hint="add tokenizer files to the model's directory", param=kind)
         if not self._eos:
             raise RequestError("a grammar needs a token that ends the output, and this model has none", got=kind,
-                               expected="an eos_token_id in config.json or generation_config.json")
+                               expected="an eos_token_id in config.json or generation_config.json", param=kind)
         try:
             made = llguidance().LLMatcher(self._vocabulary, _OPTIONS + _lark(kind, value), log_level=0,
                                        limits=llguidance().LLParserLimits(verbose_errors=False))
@@ -71,7 +71,7 @@ class Grammars:
             problem = str(error)
         if problem is not None:
             raise RequestError(f"{kind} is not usable", got=" ".join(problem.split())[:300],
-                               hint="docs/constrained.md says which grammars there are")
+                               hint="docs/constrained.md says which grammars there are", param=kind)
         return made
 
     @functools.cached_property

@@ -9,7 +9,7 @@ from hal.contracts.executor import Executor
 from hal.embedding.steps import EmbeddingSteps
 from hal.engine.prompts import Prompt, as_token_ids, check_vocabulary, require_text
 from hal.engine.text import token_ids
-from hal.errors import RequestError
+from hal.errors import LengthError, RequestError
 from hal.model_config import ModelConfig
 
 _ANY = 2**31
@@ -49,10 +49,10 @@ class Embedder:
         if not ids:
             raise RequestError("the text is empty", expected="at least one token")
         if len(ids) > self.most:
-            raise RequestError("the text is longer than the model takes", got=f"{len(ids)} tokens",
-                               expected=f"at most {self.most}", hint="truncate=True cuts it")
+            raise LengthError("the text is longer than the model takes", got=f"{len(ids)} tokens",
+                              expected=f"at most {self.most}", hint="truncate=True cuts it")
         if len(ids) > self.config.max_num_batched_tokens:
-            raise RequestError("the text has more tokens than a step takes, and a step computes a text as a whole",
-                               got=len(ids), expected=f"at most {self.config.max_num_batched_tokens}",
-                               hint="raise max_num_batched_tokens, or lower max_model_len to cut texts there")
+            raise LengthError("the text has more tokens than a step takes, and a step computes a text as a whole",
+                              got=len(ids), expected=f"at most {self.config.max_num_batched_tokens}",
+                              hint="raise max_num_batched_tokens, or lower max_model_len to cut texts there")
         return ids

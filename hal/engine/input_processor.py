@@ -83,14 +83,16 @@ class InputProcessor:
         else:
             ids = as_token_ids(prompt, self.max_model_len - 1, vocab, hint)
         if params.stop and self.tokenizer is None:
-            raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids")
+            raise RequestError("the model has no tokenizer", got="stop texts", expected="stop_token_ids", param="stop")
         if params.stop and params.skip_special_tokens:
             hidden_stops(self.tokenizer, params.stop)
         if (most := max((token for token, _ in params.logit_bias), default=0)) >= vocab:
-            raise RequestError("logit_bias has a token out of the vocabulary", got=most, expected=f"below {vocab}")
+            raise RequestError("logit_bias has a token out of the vocabulary", got=most, expected=f"below {vocab}",
+                               param="logit_bias")
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocab:
-                raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab)
+                raise RequestError(f"{name} is larger than the vocabulary", got=getattr(params, name), expected=vocab,
+                                   param=name)
         return ids
 
     def limit(self, ids: list[int], params: SamplingParams) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from hal.engine.sequence import derive_seed
-from hal.errors import RequestError
+from hal.errors import LengthError, RequestError
 from hal.sampling.params import SamplingParams
 from hal.values import ArrayLike, described, is_array, plain
 
@@ -96,12 +96,12 @@ def check_vocabulary(ids: Sequence[int], vocab_size: int) -> None:
 
 
 def check_length(count: int, most: int, hint: str | None = None) -> None:
-    """Raises RequestError when a prompt has no token or more than `most`."""
+    """Raises RequestError when a prompt has no token, and LengthError when it has more than `most`."""
     if not count:
         raise RequestError("the prompt is empty", expected="at least one token")
     if count > most:
-        raise RequestError("the prompt is longer than the context", got=f"{count} tokens",
-                           expected=f"at most {most}, so that one more fits", hint=hint)
+        raise LengthError("the prompt is longer than the context", got=f"{count} tokens",
+                          expected=f"at most {most}, so that one more fits", hint=hint)
 
 
 def _items(value: object, what: str, expected: str) -> Sequence[object]:

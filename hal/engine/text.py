@@ -215,7 +215,8 @@ def hidden_stops(tokenizer: Any, stops: Iterable[str]) -> tuple[int, ...]:
         name = None if stop in hidden else next((name for name in hidden if name in stop), None)
         if name is not None:
             raise RequestError(f"a stop text holds the special token {name}, which a text does not show",
-                               got=repr(stop), expected="text without special tokens, or one special token by itself")
+                               got=repr(stop), expected="text without special tokens, or one special token by itself",
+                               param="stop")
     return tuple(hidden[stop] for stop in stops if stop in hidden)
 
 

@@ -106,7 +106,7 @@ def _name(kind: Any) -> str:
 
 
 def _refuse(name: str, value: object, expected: str) -> RequestError:
-    return RequestError(f"{name} is not usable", got=described(value), expected=expected)
+    return RequestError(f"{name} is not usable", got=described(value), expected=expected, param=name)
 
 
 def _integer(name: str, given: object, param: Param) -> int:
@@ -149,7 +149,8 @@ def _items(name: str, given: object) -> tuple[Any, ...]:
 
 def _check_most(name: str, items: Sized, param: Param) -> None:
     if param.most is not None and len(items) > param.most:
-        raise RequestError(f"{name} has too many entries", got=len(items), expected=f"at most {param.most}")
+        raise RequestError(f"{name} has too many entries", got=len(items), expected=f"at most {param.most}",
+                           param=name)
 
 
 def _text(name: str, value: Any, param: Param) -> str:
@@ -162,19 +163,21 @@ def _text(name: str, value: Any, param: Param) -> str:
     if not isinstance(text, str) or not text:
         raise _refuse(name, value, "a text that is not empty" + (", or a mapping" if param.json else ""))
     if param.longest is not None and len(text) > param.longest:
-        raise RequestError(f"{name} is too long", got=f"{len(text)} characters", expected=f"at most {param.longest}")
+        raise RequestError(f"{name} is too long", got=f"{len(text)} characters", expected=f"at most {param.longest}",
+                           param=name)
     return text
 
 
 def _texts(name: str, value: Any, param: Param) -> tuple[str, ...]:
     items: tuple[Any, ...] = tuple(plain(item) for item in _items(name, value))
     if not all(isinstance(s, str) and s for s in items):
-        raise RequestError(f"{name} holds something that is not a text", got=described(items), expected="non-empty str")
+        raise RequestError(f"{name} holds something that is not a text", got=described(items),
+                           expected="non-empty str", param=name)
     _check_most(name, items, param)
     longest = max(map(len, items), default=0)
     if param.longest is not None and longest > param.longest:
         raise RequestError(f"a text of {name} is too long", got=f"{longest} characters",
-                           expected=f"at most {param.longest}")
+                           expected=f"at most {param.longest}", param=name)
     return items
 
 
@@ -193,7 +196,7 @@ def _weights(name: str, value: Any, param: Param) -> tuple[tuple[int, float], ..
     for key, number in pairs:
         if isinstance(key, str) and key.isascii() and key.isdigit():  # as JSON has it
             key = int(key)
-        found[_integer(f"a token id of {name}", key, token)] = _number(name, number, param)
+        found[_integer(name, key, token)] = _number(name, number, param)
     return tuple(found.items())
 
 

@@ -78,12 +78,14 @@ class SamplingParams(*_FURTHER, _BuiltIn):  # type: ignore[misc]  # the types of
         super().__post_init__()
         given = [name for name in GRAMMARS if getattr(self, name)]
         if len(given) > 1:
-            raise RequestError("an output follows one grammar", got=" and ".join(given), expected="one of them")
+            raise RequestError("an output follows one grammar", got=" and ".join(given), expected="one of them",
+                               param=given[1])
         if given and self.ignore_eos:
             raise RequestError("an output that follows a grammar ends when the grammar is complete",
-                               got=f"ignore_eos with {given[0]}", expected="ignore_eos=False")
+                               got=f"ignore_eos with {given[0]}", expected="ignore_eos=False", param="ignore_eos")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise RequestError("allowed_token_ids is empty, so no output is possible", expected="at least one token id")
+            raise RequestError("allowed_token_ids is empty, so no output is possible", expected="at least one token id",
+                               param="allowed_token_ids")
         if self.min_tokens > self.max_tokens:
             raise RequestError("min_tokens is above max_tokens", got=self.min_tokens,
-                               expected=f"at most {self.max_tokens}")
+                               expected=f"at most {self.max_tokens}", param="min_tokens")

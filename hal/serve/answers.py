@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from hal.engine.llm import LLM
@@ -24,6 +26,20 @@ class Answer:
         self.output: RequestOutput | None = None
         self._calls = None if call.tools.form is None else CallReader(call.tools)
         self._text = self._tokens = self._offset = 0  # of which chunks have been made
+        self._is_text = self._calls is None and call.top is None and llm.tokenizer is not None
+        before, after = ('"delta": {"content": ', "}") if chat else ('"text": ', "")
+        self._before = f'{{"index": {index}, {before}'
+        self._after = f'{after}, "logprobs": null, "finish_reason": null}}'
+
+    def json(self, output: RequestOutput) -> str | None:
+        """`chunk` as JSON. Most chunks hold a text alone, for which a general encoder would take several times as long.
+        """
+        if not self._is_text or self.output is None or output.finish_reason is not None:
+            choice = self.chunk(output)
+            return None if choice is None else json.dumps(choice)
+        text, self.output = output.text[self._text:], output
+        self._text, self._tokens = len(output.text), len(output.token_ids)
+        return self._before + encode_basestring_ascii(text) + self._after if text else None
 
     def chunk(self, output: RequestOutput) -> dict[str, Any] | None:
         """The part of the choice that is new; None where there is nothing to show."""

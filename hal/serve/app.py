@@ -9,8 +9,8 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -41,6 +41,7 @@ _ID = re.compile(r"[!-~]{1,128}")  # a request's id that is safe in a log and in
 _GONE = 499  # the status in the log of a request whose client went away
 T = TypeVar("T")
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
+Write = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,7 @@ class Server:
             choices = [answer.choice(output) for answer, output in zip(answers, found, strict=True)]
             return JSONResponse({**head, "choices": choices, "usage": request.state.usage})
         first = await _unless_gone(request, anext(outputs))  # an error before it has a status of its own
-        chunks = self._chunks(call, head, answers, first, outputs, request)
-        return StreamingResponse(chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return _Events(request, partial(self._write, call, head, answers, first, outputs, request))
 
     async def embed(self, request: Request) -> Response:
         reader = read_embedding(await self._body(request))
@@ -197,21 +197,19 @@ class Server:
             raise ApiError(404, f"this server has no model {model!r}; it has {known}", "model", "model_not_found")
         return model
 
-    async def _outputs(self, jobs: list[tuple[Prompt, SamplingParams]], field: str) -> Outputs:
+    def _outputs(self, jobs: list[tuple[Prompt, SamplingParams]], field: str) -> Outputs:
         """The outputs of all choices as they grow, each with its place. A slow client slows no other: while it does not
         read, nothing is taken from the engine, which merges what it has."""
-        if len(jobs) == 1:
-            async with aclosing(self._output(*jobs[0], field)) as outputs:
-                async for output in outputs:
-                    yield 0, output
-            return
+        return self._output(0, *jobs[0], field) if len(jobs) == 1 else self._merged(jobs, field)
+
+    async def _merged(self, jobs: list[tuple[Prompt, SamplingParams]], field: str) -> Outputs:
         queue: asyncio.Queue[tuple[int, RequestOutput | Exception]] = asyncio.Queue(1)
 
         async def pump(place: int) -> None:
             try:
-                async with aclosing(self._output(*jobs[place], field)) as outputs:
-                    async for output in outputs:
-                        await queue.put((place, output))
+                async with aclosing(self._output(place, *jobs[place], field)) as outputs:
+                    async for each in outputs:
+                        await queue.put(each)
             except (HalError, ApiError) as error:
                 await queue.put((place, error))
 
@@ -229,7 +227,7 @@ class Server:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _output(self, prompt: Prompt, params: SamplingParams, field: str) -> AsyncGenerator[RequestOutput, None]:
+    async def _output(self, place: int, prompt: Prompt, params: SamplingParams, field: str) -> Outputs:
         """One choice, measured. Raises ApiError."""
         started = before = monotonic()
         seen, metrics, reason = 0, self.metrics, "abort"
@@ -247,7 +245,7 @@ class Server:
                     if output.error is not None:
                         raise output.error
                     reason = output.finish_reason or reason
-                    yield output
+                    yield place, output
         except HalError as error:
             reason = "error"
             raise as_api_error(error, field) from error
@@ -256,26 +254,56 @@ class Server:
                 metrics.finished[reason] += 1
                 metrics.whole.observe(monotonic() - started)
 
-    async def _chunks(self, call: Call, head: dict[str, Any], answers: list[Answer], first: tuple[int, RequestOutput],
-                      outputs: Outputs, request: Request) -> AsyncGenerator[bytes, None]:
-        """The events of a stream."""
-        start = json.dumps({**head, "usage": None} if call.usage else head)[:-1] + ', "choices": ['
+    async def _write(self, call: Call, head: dict[str, Any], answers: list[Answer], first: tuple[int, RequestOutput],
+                     outputs: Outputs, request: Request, write: Write) -> None:
+        """Write the events of a stream. At many streams most of the server's time is spent here."""
+        start = "data: " + json.dumps({**head, "usage": None} if call.usage else head)[:-1] + ', "choices": ['
         async with aclosing(outputs):
             try:
                 place, output = first
                 while True:
-                    choice = answers[place].chunk(output)
+                    choice = answers[place].json(output)
                     if choice is not None:
-                        yield f"data: {start}{json.dumps(choice)}]}}\n\n".encode()
+                        await write(f"{start}{choice}]}}\n\n".encode())
                     place, output = await anext(outputs)
             except StopAsyncIteration:
                 found = [answer.output for answer in answers if answer.output is not None]
                 request.state.usage = usage(found, len(call.prompts))
                 if call.usage:
-                    yield f"data: {json.dumps({**head, 'choices': [], 'usage': request.state.usage})}\n\n".encode()
-                yield b"data: [DONE]\n\n"
+                    last = {**head, "choices": [], "usage": request.state.usage}
+                    await write(f"data: {json.dumps(last)}\n\n".encode())
+                await write(b"data: [DONE]\n\n")
             except ApiError as error:
-                yield f"data: {json.dumps(error.body)}\n\n".encode()
+                await write(f"data: {json.dumps(error.body)}\n\n".encode())
+
+
+class _Events(Response):
+    """A stream of server-sent events, which ends when its client goes away.
+
+    The layers of the application see the start of the response. The events go to the HTTP server directly, since
+    passing each of them through all layers costs more than making it.
+
+    Args:
+        events: writes the events through the function that it is given.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, request: Request, events: Callable[[Write], Coroutine[Any, Any, None]]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._request, self._events = request, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        direct: Send = self._request.state.send
+
+        async def everything() -> None:
+            await self._events(lambda data: direct({"type": "http.response.body", "body": data, "more_body": True}))
+            await direct({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with suppress(Gone):
+            await _unless_gone(self._request, everything())
 
 
 async def _last_of(outputs: Outputs, count: int) -> list[RequestOutput]:
@@ -329,7 +357,7 @@ class _Front:
         started, status, headers = monotonic(), _GONE, Headers(scope=scope)
         given, api, server = headers.get("x-request-id", ""), scope["path"].startswith("/v1/"), self.server
         number = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        state: dict[str, Any] = {"id": number, "usage": None}
+        state: dict[str, Any] = {"id": number, "usage": None, "send": send}
         scope["state"] = state
 
         async def named(message: Message) -> None:

@@ -9,8 +9,9 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields
 from functools import partial
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from threading import Thread
 from time import monotonic, thread_time
@@ -25,7 +26,7 @@ from hal.engine.prompts import Prompt, Prompts
 from hal.engine.request_output import RequestOutput
 from hal.engine.request_state import RequestState
 from hal.engine.stats import Stats
-from hal.errors import ConfigError, HalError, NumericsError, RequestError, StateError, WorkerError
+from hal.errors import ConfigError, HalError, LengthError, NumericsError, RequestError, StateError, WorkerError
 from hal.sampling.params import SamplingParams
 
 _log = logging.getLogger("hal")
@@ -33,6 +34,7 @@ _SHARE = 0.02  # of the time that may go into giving outputs to tasks; see Async
 _LONGEST = 0.05  # seconds that an output is held back for this
 _SHUT_DOWN = "the engine is shut down"
 _POLL = 0.01  # seconds between two looks whether all requests have ended
+_values = attrgetter(*(each.name for each in fields(RequestOutput)))
 T = TypeVar("T")
 
 
@@ -281,8 +283,8 @@ class AsyncLLM:
 
     def _check_length(self, ids: list[int]) -> None:
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-            raise RequestError("the prompt is longer than this engine takes", got=f"{len(ids)} tokens",
-                               expected=f"at most {self.max_prompt_tokens}")
+            raise LengthError("the prompt is longer than this engine takes", got=f"{len(ids)} tokens",
+                              expected=f"at most {self.max_prompt_tokens}")
 
     @contextmanager
     def _opened(self, stream: _Stream) -> Iterator[_Stream]:
@@ -383,7 +385,8 @@ class AsyncLLM:
         elif stream.params is None:
             self._texts.append(stream)
         elif (name := stream.params.adapter) not in (None, *self.llm.adapters):  # unloaded after `prepare` found it
-            self._send([(stream, RequestError("the adapter was unloaded before the request began", got=repr(name)))])
+            self._send([(stream, RequestError(
+                "the adapter was unloaded before the request began", got=repr(name), param="adapter"))])
         else:
             try:
                 stream.request = self.llm.enqueue(stream.prompt, stream.ids, stream.params, polled=True)
@@ -470,9 +473,10 @@ def _snapshot(stream: _Stream) -> RequestOutput:
     stream.told = True
     if request.seq.finish_reason is None:
         request.write_text()
-    output = request.output
-    return replace(output, token_ids=output.token_ids.copy(),
-                   logprobs=None if output.logprobs is None else output.logprobs.copy())
+    output = RequestOutput(*_values(request.output))  # several times as fast as dataclasses.replace
+    output.token_ids = output.token_ids.copy()
+    output.logprobs = None if output.logprobs is None else output.logprobs.copy()
+    return output
 
 
 def _again(error: BaseException) -> HalError:
@@ -482,6 +486,8 @@ def _again(error: BaseException) -> HalError:
                            hint=error.hint)
     if isinstance(error, NumericsError):
         return error  # of one request
+    if isinstance(error, RequestError):
+        return type(error)(error.what, got=error.got, expected=error.expected, hint=error.hint, param=error.param)
     if isinstance(error, HalError):
         return type(error)(error.what, got=error.got, expected=error.expected, hint=error.hint)
     return StateError("the engine failed", got=f"{type(error).__name__}: {error}")

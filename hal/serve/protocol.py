@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from hal.engine.llm import LLM
 from hal.engine.prompts import Prompt, samples
 from hal.engine.text import TokenBytes
-from hal.errors import CapacityError, HalError, RequestError, StateError
+from hal.errors import CapacityError, HalError, LengthError, RequestError, StateError
 from hal.sampling.params import GRAMMARS, SamplingParams
 from hal.serve.errors import ApiError
 from hal.serve.tools import Tools, format_of, read_tools, readable_calls
@@ -29,9 +28,9 @@ _COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 def as_api_error(error: HalError, prompt: str = "prompt") -> ApiError:
     """The response to an error of the engine; `prompt` names the parameter that has the prompt."""
     if isinstance(error, (RequestError, CapacityError)):
-        names = [word for word in re.findall(r"\w+", error.what) if word in _PARAMS]
-        long = "prompt is longer than" in error.what
-        return ApiError(400, str(error), names[0] if names else prompt, "context_length_exceeded" if long else None)
+        named = error.param if isinstance(error, RequestError) else None
+        code = "context_length_exceeded" if isinstance(error, LengthError) else None
+        return ApiError(400, str(error), named or prompt, code)
     return ApiError(503 if isinstance(error, StateError) else 500, str(error))
 
 

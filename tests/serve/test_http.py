@@ -161,6 +161,10 @@ def test_structured_output(here: Serving) -> None:
     ("completions", {"prompt": "1", "best_of": 3}, "best_of", "only n"),
     ("completions", {"prompt": "1", "suffix": "2"}, "suffix", "at their end"),
     ("completions", {"prompt": "1", "logprobs": 99}, "logprobs", "larger than the vocabulary"),
+    ("completions", {"prompt": "1", "logit_bias": {"99": 1}}, "logit_bias", "out of the vocabulary"),
+    ("completions", {"prompt": "1", "allowed_token_ids": [99]}, "allowed_token_ids", "out of the vocabulary"),
+    ("completions", {"prompt": "1", "regex": "("}, "regex", "regex is not usable"),
+    ("completions", {"prompt": "1", "adapter": "other"}, "adapter", "no adapter of this name"),
     ("completions", {"prompt": "1", "stream": True, "stream_options": {"usage": True}}, "usage", "no parameter"),
     ("completions", {"prompt": "1", "prompt_logprobs": 1}, "prompt_logprobs", "no parameter"),
     ("chat/completions", {"messages": USER, "json_schema": {}, "response_format": {"type": "json_object"}},
@@ -208,7 +212,8 @@ def test_a_key_and_limits_guard_the_api() -> None:
         assert ask(made, "/health")[0] == 200 and ask(made, "/metrics")[0] == 200  # for those who watch it
         key = {"Authorization": "Bearer secret"}
         assert ask(made, "/v1/completions", {"prompt": "1" * 1000}, **key)[0] == 413
-        assert ask(made, "/v1/completions", {"prompt": "1" * 10}, **key)[2]["error"]["param"] == "prompt"
+        error = ask(made, "/v1/completions", {"prompt": "1" * 10}, **key)[2]["error"]
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
         assert ask(made, "/v1/completions", {"prompt": "1", "n": 4}, **key)[2]["error"]["param"] == "prompt"
         step = slow_steps(made)
         streams = [made.client.completions.create(model="", prompt="1", max_tokens=100, stream=True,
@@ -319,6 +324,8 @@ def test_embeddings(tmp_path: Path) -> None:
                             ({"input": [[5]], "encoding_format": "int8"}, "encoding_format")):
             status, _, answer = ask(made, "/v1/embeddings", body)
             assert status == 400 and answer["error"]["param"] == param, answer
+            long = body["input"] == [[5] * 600]
+            assert (answer["error"]["code"] == "context_length_exceeded") == long
         with pytest.raises(openai.BadRequestError, match="generates no tokens"):
             made.client.completions.create(model="", prompt="1")
 
