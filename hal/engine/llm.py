@@ -183,7 +183,8 @@ class LLM:
         Raises:
             The errors of `generate` and `chat_ids`.
         """
-        several = [messages] if len(messages) and isinstance(messages[0], Mapping) else messages
+        one = not isinstance(messages, Several) or (len(messages) and isinstance(messages[0], Mapping))
+        several = [messages] if one else messages
         return self.generate([self.chat_ids(each, tools=tools, options=options) for each in several],  # type: ignore
                              params, progress=progress)
 

@@ -86,6 +86,12 @@ def test_a_checkpoint_without_template_or_tokenizer_says_what_to_do(
     assert missing.status == 1 and "the chat template cannot be read" in missing.err
 
 
+@pytest.mark.parametrize("messages", [None, 5, user("37"), "37", [5], [[]], [{"content": "37"}]])
+def test_what_is_no_conversation_is_refused(messages: Any) -> None:
+    with LLM(device="cpu", num_blocks=64) as llm, pytest.raises(RequestError, match="the messages are no conversation"):
+        llm.chat(messages)
+
+
 def test_a_template_that_cannot_be_used_can_be_replaced() -> None:
     with LLM(device="cpu", num_blocks=64) as llm:
         for template in ("{{ 1", 5, {"tool": "x"}):
