@@ -27,7 +27,7 @@ from hal.weights.groups import Awq, Gptq, Packed
 from runners.cpu import choice, compiled
 from runners.cpu.grids import GridWeight
 from runners.cpu.invariant import InvariantOps
-from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack
+from runners.cpu.linears import BLOCKS, BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack
 from runners.cpu.ops import CpuOps
 
 LEVELS = compiled.available()
@@ -67,6 +67,27 @@ def test_a_dense_product(data: Any, rows: int, inputs: int, outputs: int, bias: 
         got = DenseWeight(weight, b, Kernels(level), ("kernel",) * len(BUCKETS))(x)
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=3e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(33, 60), inputs=st.integers(1, 100) | st.just(1024),
+       outputs=st.integers(1, 50), bias=st.booleans(), gap=st.integers(0, 3), threads=st.integers(1, 3))
+def test_a_product_in_blocks(seed: int, rows: int, inputs: int, outputs: int, bias: bool, gap: int, threads: int,
+                             ) -> None:
+    """Odd sizes, rows of x with gaps, weights that are a view, and a gate behind the product. What lies behind a row of
+    the weight or of x has no effect."""
+    if "avx512_bf16" not in LEVELS:
+        pytest.skip("needs AVX512-BF16")
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.full((n, inputs + gap), float("nan"), dtype=torch.bfloat16)[:, :inputs].copy_(
+        torch.randn(n, inputs, generator=generator)) for n in (rows, 2 * outputs))
+    b = torch.randn(2 * outputs, generator=generator).bfloat16() if bias else None
+    layer = DenseWeight(weight, b, Kernels("avx512_bf16"), ("kernel",) * (len(BUCKETS) - 1) + (BLOCKS,))
+    got, expected = layer(x), F.linear(x.double(), weight.double(), None if b is None else b.double())
+    assert layer.in_blocks(rows) and not layer.in_blocks(32)
+    torch.testing.assert_close(got.double(), expected, rtol=8e-3, atol=3e-5)
+    torch.testing.assert_close(layer.gated(x), Ops().silu_mul(got), rtol=8e-3, atol=1e-6)
 
 
 def test_a_large_product_with_several_threads_and_values_that_are_not_finite() -> None:
@@ -275,7 +296,8 @@ def test_the_fastest_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     times: dict[str, float] = {}
     monkeypatch.setattr(choice, "_times", lambda layers, x: {name: times[name] for name in layers})
     monkeypatch.setattr(choice, "_COPIES", 1)
-    times |= {"torch": 2.0, "kernel": 1.0, "one thread": 1.5, "fp32 tiles": 3.0, PACKED: 0.99 if LEVELS else 1.98}
+    times |= {"torch": 2.0, "kernel": 1.0, "one thread": 1.5, "fp32 tiles": 3.0, BLOCKS: 3.0,
+              PACKED: 0.99 if LEVELS else 1.98}
     weight = torch.randn(64, 64).bfloat16()
     assert set(choice._measured(weight, Kernels())) == {"kernel" if LEVELS else "torch"}
     times[PACKED] = 0.9 if LEVELS else 1.8

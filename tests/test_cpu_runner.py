@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -37,6 +38,21 @@ def make(directory: Path, dtype: str = "float32", quantize: str | None = None,
                                  backend.device(0), LocalCommunicator())
     runner.load_model()
     return runner, runner.make_kv_caches(120)
+
+
+def test_the_last_layer_computes_only_the_tokens_of_a_prompt_whose_logits_are_wanted(
+        checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, computed = [], []
+    for selects in (True, False):
+        monkeypatch.setattr(CpuModelRunner, "selects_rows", selects)
+        runner, caches = make(checkpoint("qwen3"))
+        counts: list[int] = []
+        computed.append(counts)
+        last: Any = runner.model.get_submodule("layers")[-1]  # type: ignore[index]
+        last.mlp.register_forward_hook(lambda _, args, out, to=counts: to.append(len(args[0])))
+        seqs = generate(runner, caches, checkpoints.prompts(), 3, budget=13, params={"logprobs": 0})
+        found.append([s.tokens for s in seqs])
+    assert found[0] == found[1] and sum(computed[0]) < sum(computed[1])
 
 
 @pytest.mark.slow

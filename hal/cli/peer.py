@@ -126,9 +126,11 @@ def save_checkpoint(shape: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**shape, "architectures": [type(empty).__name__]}))
     values = torch.randn(_LARGE, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     tensors = {}
-    for name, x in empty.state_dict().items():
-        if x.ndim > 1:
-            tensors[name] = values.repeat(-(-x.numel() // _LARGE))[:x.numel()].view(x.shape).clone()
+    for i, (name, x) in enumerate(empty.state_dict().items()):
+        if x.ndim > 1:  # no two alike: OpenVINO keeps equal weights once, and would then read them from the cache
+            start, size = 104729 * i % (_LARGE // 2), x.numel()
+            enough = values if size <= _LARGE // 2 else values.repeat(2 + size // _LARGE)
+            tensors[name] = enough[start:start + size].view(x.shape).clone()
         else:
             tensors[name] = torch.full(x.shape, 0.0 if name.endswith("bias") else 1.0, dtype=x.dtype)
     if config.tie_word_embeddings:

@@ -85,12 +85,15 @@ class ForwardContext:
         states: of this step's sequences; None where no layer of this rank's stage keeps a state per row.
         taps: by number of a layer of this rank's stage, the layer's input [num_tokens, hidden_size]. The caller names
             the layers as keys, and the model sets the values; None where no input is wanted.
+        rows: int32 or int64 [k], the tokens whose hidden states are wanted at the end; None: all. Only a model that
+            `selects_rows` is given them. Behind the attention of its last layer it computes these alone.
     """
 
     attention: LayerAttention
     model_input: ModelInput
     states: StepStates | None = None
     taps: dict[int, torch.Tensor | None] | None = None
+    rows: torch.Tensor | None = None
 
 
 class Attention(Protocol):

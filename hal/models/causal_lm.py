@@ -28,9 +28,11 @@ class CausalLM(nn.Module, abc.ABC):
         caches: of all layers of the model, on this rank.
         attention_specs, state_specs: of this stage's layers that have such a cache, in order.
         places: of each of this stage's layers, its number among those with the same kind of cache.
+        selects_rows: the model takes ForwardContext.rows.
         intermediate_type: the class of the tensors that a stage passes to the next. Its fields are `intermediates`.
     """
 
+    selects_rows = False
     intermediates: tuple[str, ...]  # names of the tensors between stages, each [num_tokens, hidden_size]
     # Names of stored tensors that may be there without effect; with a dot at the end, how such names begin.
     ignored: tuple[str, ...] = ()

@@ -53,9 +53,10 @@ class DecoderLayer(nn.Module):
         self.before_attention, self.after_attention, self.before_mlp, self.after_mlp = norms
 
     def forward(self, place: int, x: torch.Tensor, residual: torch.Tensor | None, shared: Sequence[Any],
-                context: ForwardContext) -> tuple[torch.Tensor, torch.Tensor]:
+                context: ForwardContext, rows: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) -> (x, residual). In both, the sum is the hidden state. The model's first layer gets no
-        residual. `place` counts the stage's layers with the same kind of cache."""
+        residual. `place` counts the stage's layers with the same kind of cache. With `rows`, the results are those of
+        these tokens."""
         ops, eps, attention = self.ops, self.eps, self.attention
         if self.before_attention is None:
             x, residual = apply_norm(ops, x, residual, None, eps)
@@ -63,6 +64,8 @@ class DecoderLayer(nn.Module):
         else:
             qkv, residual = ops.norm_linear(attention.qkv, x, residual, self.before_attention, eps)
         x = attention(place, qkv, shared, context)
+        if rows is not None:
+            x, residual = x.index_select(0, rows), residual.index_select(0, rows)
         if self.after_attention is not None:
             x = ops.rms_norm(x, self.after_attention, eps)
         x, residual = self.mlp(x, residual, self.before_mlp)
@@ -80,6 +83,7 @@ class Decoder(CausalLM):
     """
 
     intermediates = ("hidden_states", "residual")
+    selects_rows = True
     norms = Norms()
     norm: dict[str, Any] = {}
     fused_qkv = fused_mlp = False
@@ -131,7 +135,8 @@ class Decoder(CausalLM):
         for index, layer in enumerate(self.layers):
             if taps is not None and index in taps:
                 taps[index] = x if residual is None else x + residual
-            x, residual = layer(self.places[index], x, residual, shared, context)
+            rows = context.rows if index == len(self.layers) - 1 and self.topology.is_last_stage else None
+            x, residual = layer(self.places[index], x, residual, shared, context, rows)
         assert residual is not None
         if not self.topology.is_last_stage:
             return self.make_intermediate(x, residual)

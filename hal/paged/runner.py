@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -65,9 +67,12 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         queries: the numbers of tokens of a sequence, above one, in the steps of a round of speculative decoding,
             ascending: a device may prepare programs for them. A proposer sets those of its draft likewise.
         adapters: the slots of the model's layers; None where the engine has none.
+        selects_rows: the last layer computes only the tokens of a prompt whose logits are wanted. A device that has one
+            program for all values of the indices leaves this off.
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput
+    selects_rows = False
     two_phase = verifies = multi_step = True
     model: CausalLM
     taps: tuple[int, ...] = ()
@@ -271,10 +276,16 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
                 intermediate: IntermediateTensors | None) -> Forwarded | IntermediateTensors:
         """Up to the logits. Every tensor-parallel rank computes its part of them."""
         context = self.forward_context(m, kv_caches)
+        if self.selects_rows and self.model.selects_rows and 0 < len(m.logits_indices) < len(m.input_ids) and (
+                self.adapters is None and self.loads is None):  # both have a value for each token of the step
+            context = dataclasses.replace(context, rows=m.logits_indices)
         hidden = self.model(self.pending.input_ids(m), m.positions, context, intermediate)
         if not isinstance(hidden, torch.Tensor):
             stage: IntermediateTensors = hidden
             return stage
+        if context.rows is not None:
+            m = copy.copy(m)
+            m.logits_indices = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
         found = self.head(hidden, m)
         if not context.taps:
             return found

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from runners.cpu.compiled import ABI, choices_file, processor
-from runners.cpu.linears import BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack, fits
+from runners.cpu.compiled import ABI, LEVELS, choices_file, processor
+from runners.cpu.linears import BLOCKS, BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack, fits
 from runners.cpu.memory import HugePages
 
 _SMALL = 1 << 18  # values of a weight below which nothing is measured
@@ -59,6 +59,8 @@ def _ways(weight: torch.Tensor, kernels: Kernels) -> list[str]:
     without = {"fp32 tiles"} if weight.dtype == torch.float32 else set()
     if not kernels or not fits(weight):
         without |= {"kernel", "one thread"}
+    if kernels.name != LEVELS[-1] or weight.dtype != torch.bfloat16:
+        without.add(BLOCKS)
     if weight.numel() * weight.element_size() > _LITTLE:
         without.add("one thread")
     return [way for way in WAYS if way not in without]

@@ -17,7 +17,7 @@ from hal.errors import ConfigError
 
 LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
 VARIABLE = "HAL_CPU_KERNELS"
-ABI = 7
+ABI = 8
 _FOLDER = Path(__file__).parent
 
 
@@ -86,6 +86,7 @@ def load() -> tuple[Any, str]:
 def _declare(library: Any) -> None:
     unsigned, pointer, size = ctypes.c_uint, ctypes.c_void_p, ctypes.c_int64
     library.hal_linear.argtypes = library.hal_few_bits.argtypes = (pointer, pointer, size, pointer, size, unsigned)
+    library.hal_blocks.argtypes = (pointer, pointer, size, pointer, size, ctypes.c_int, unsigned)
     library.hal_few_bits_ready_bytes.argtypes, library.hal_few_bits_ready_bytes.restype = (pointer,), size
     library.hal_few_bits_ready.argtypes = (pointer, pointer, pointer)
     library.hal_few_bits_range.argtypes = (pointer, pointer, size, pointer, size, size, size)

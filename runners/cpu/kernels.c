@@ -5,7 +5,7 @@
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
-#define ABI 7 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 8 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
@@ -85,6 +85,7 @@ INLINE float rounded(float v, int kind) { return kind == FP32 ? v : from_bf16(to
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")
 #include "kernels_level.h"
+#include "blocks.h"
 #include "prompt.h"
 #pragma GCC pop_options
 #undef LEVEL
@@ -128,6 +129,38 @@ EXPORT int hal_linear(const Weight *w, const void *x, int64_t x_stride, void *y,
     else { PREPARE[w->level](&p); p.next = 0; }
     if (p.chunk >= w->outputs) MULTIPLY[w->level](&p);
     else hal_parallel(MULTIPLY[w->level], &p, threads, 0);
+    return 0;
+}
+
+static void run(Work work, void *job, unsigned threads) {
+    if (threads == 1) work(job);
+    else hal_parallel(work, job, threads, 0);
+}
+
+/* y = x W^T + bias of many rows. The weight is bfloat16 and the level 3. With `gated` the outputs are a gate and up, and
+   y is silu(gate) * up. Returns as hal_linear. */
+EXPORT int hal_blocks(const Weight *w, const void *x, int64_t x_stride, void *y, int64_t rows, int gated,
+                      unsigned threads) {
+    Blocks job = {.weight = w, .x = x, .y = y, .n = rows, .x_stride = 2 * x_stride, .x_bytes = 2 * x_stride, .gated = gated};
+    job.width = gated ? w->outputs / 2 : w->outputs;
+    job.columns = gated ? PANEL / 2 : PANEL;
+    job.each = (w->inputs + 31) / 32 * 32 * PANEL * 2;
+    const int64_t padded = (w->inputs * 2 + 63) / 64 * 64 + 64, panels = (job.width + job.columns - 1) / job.columns;
+    /* Rows at a multiple of 2 KiB fall on the same lines of the cache. */
+    const int copied = w->inputs % 32 || job.x_stride % 2048 == 0 || rows < TALL;
+    job.panels = hal_scratch(job.each * threads + (copied ? padded * MAX(rows, TALL) : 0));
+    if (!job.panels) return 1;
+    if (copied) {
+        job.rows = job.panels + job.each * threads;
+        job.x_bytes = padded;
+        run(blocks_rows, &job, threads);
+        job.x = job.rows;
+        job.next = 0;
+    }
+    const int64_t groups = panels < 4 * (int64_t)threads ? 4 * (int64_t)threads / panels : 1;
+    job.group = ((rows + groups - 1) / groups + TALL - 1) / TALL * TALL;
+    job.items = panels * ((rows + job.group - 1) / job.group);
+    run(blocks_items, &job, threads);
     return 0;
 }
 
@@ -181,11 +214,9 @@ EXPORT int hal_prompt(const Decode *d, unsigned threads) {
     if (!job.keys) return 1;
     job.values = job.keys + panels;
     job.scratch = job.values + panels;
-    if (threads == 1) prompt_panels(&job);
-    else hal_parallel(prompt_panels, &job, threads, 0);
+    run(prompt_panels, &job, threads);
     job.next = 0;
-    if (threads == 1) prompt_items(&job);
-    else hal_parallel(prompt_items, &job, threads, 0);
+    run(prompt_items, &job, threads);
     return 0;
 }
 #else

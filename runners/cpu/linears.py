@@ -1,8 +1,9 @@
 """A linear layer's weight on the CPU, and the ways to multiply by it.
 
-A dense weight lies row by row, as the checkpoint has it, or in oneDNN's layout. Three ways read the first: PyTorch's
-F.linear, the compiled kernels, and products in fp32 of tiles, for many rows where the CPU has no bfloat16 arithmetic.
-The kernels may use one thread: to wake the others can take longer than a small weight.
+A dense weight lies row by row, as the checkpoint has it, or in oneDNN's layout. Four ways read the first: PyTorch's
+F.linear, the compiled kernels, products in fp32 of tiles, for many rows where the CPU has no bfloat16 arithmetic, and
+compiled products of blocks for many rows where it has. The kernels may use one thread: to wake the others can take
+longer than a small weight.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from runners.cpu import compiled
 
 BUCKETS = (1, 4, 8, 16, 32, 256)  # rows that are measured; a number of rows takes the way of the next larger one
-WAYS = ("torch", "kernel", "one thread", "fp32 tiles")  # of a weight that lies row by row
+BLOCKS = "blocks"
+WAYS = ("torch", "kernel", "one thread", "fp32 tiles", BLOCKS)  # of a weight that lies row by row
 PACKED = "oneDNN"
 _TILE = 1 << 20  # values of a weight in fp32 at once
 _PACKED_ROWS = 32  # oneDNN chooses the layout for so many rows
@@ -48,7 +50,7 @@ class DenseWeight:
         self.weight, self.bias, self.kernels, self.outputs = weight, bias, kernels, weight.shape[0]
         self.chosen, self.packed = chosen, pack(weight) if chosen[0] == PACKED else None
         ways = {"torch": self._torch, "kernel": self._kernel, "one thread": self._one_thread,
-                "fp32 tiles": self._fp32, PACKED: self._onednn}
+                "fp32 tiles": self._fp32, BLOCKS: self._blocks, PACKED: self._onednn}
         by_bucket = [ways[name] for name in chosen]
         self.ways = [by_bucket[next(i for i, most in enumerate(BUCKETS) if rows <= most)]
                      for rows in range(BUCKETS[-2] + 1)]
@@ -76,6 +78,26 @@ class DenseWeight:
 
     def _one_thread(self, x: torch.Tensor) -> torch.Tensor:
         return multiply(self.call, self.address, x, self.outputs, 1)
+
+    def _blocks(self, x: torch.Tensor) -> torch.Tensor:
+        return self._in_blocks(x, self.outputs, 0)
+
+    def in_blocks(self, rows: int) -> bool:
+        """Whether so many rows are multiplied in blocks, so that `gated` is there."""
+        return self.chosen[-1] == BLOCKS and rows >= len(self.ways)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a weight whose outputs are a gate and up: silu(gate) * up -> [n, out / 2]."""
+        return self._in_blocks(x, self.outputs // 2, 1)
+
+    def _in_blocks(self, x: torch.Tensor, width: int, gated: int) -> torch.Tensor:
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        y = x.new_empty(x.shape[0], width)
+        if self.kernels.functions.hal_blocks(self.address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], gated,
+                                             torch.get_num_threads()):
+            raise MemoryError("a linear layer's kernel found no memory for its input")
+        return y
 
     def _fp32(self, x: torch.Tensor) -> torch.Tensor:
         wide, y = x.float(), x.new_empty(x.shape[0], self.outputs)

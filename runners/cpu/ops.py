@@ -9,7 +9,7 @@ import torch
 
 from hal.contracts.attention import LayerAttention
 from hal.models.experts import Experts
-from hal.models.layers import Linear
+from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
 from runners.cpu.attention import CpuStep
@@ -95,6 +95,17 @@ class CpuOps(Ops):
         if self.recorder is not None:
             return self.recorder.norm(x, residual, weight, eps)
         return super().add_rms_norm(x, residual, weight, eps)
+
+    def norm_linear(self, layer: Linear | Unmerged, x: torch.Tensor, residual: torch.Tensor | None,
+                    weight: torch.Tensor, eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, adapters = getattr(layer, "packed", None), getattr(layer, "adapters", None)
+        if gated and isinstance(packed, DenseWeight) and packed.in_blocks(len(x)) and not self.batch_invariant and (
+                adapters is None or adapters.step.begun is None):
+            if residual is None:
+                return packed.gated(self.rms_norm(x, weight, eps)), x
+            x, residual = self.add_rms_norm(x, residual, weight, eps)
+            return packed.gated(x), residual
+        return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return super().silu_mul(gate_up) if self.recorder is None else self.recorder.silu_mul(gate_up)

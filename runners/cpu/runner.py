@@ -41,6 +41,7 @@ class CpuModelRunner(PagedModelRunner):
     """
 
     input_type = CpuModelInput
+    selects_rows = True
     ops: CpuOps
     tape: Tape | None = None
     untaped = "there was no warm-up"

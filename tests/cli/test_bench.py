@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from hal import LLM, SamplingParams, profiling
 from hal.checkpoints.hf_config import parse_config
@@ -138,6 +139,12 @@ def test_a_peer_that_cannot_run_is_named(options: list[str], words: tuple[str, .
     assert main(["bench", *SMALL, *options]) == 1
     err = capsys.readouterr().err
     assert "\nhal: error: " in err and all(word in err for word in words)
+
+
+def test_no_two_weights_that_are_saved_for_a_peer_are_alike(tmp_path: Path) -> None:
+    peer.save_checkpoint({**SHAPES["tiny"], "architectures": ["LlamaForCausalLM"]}, tmp_path)
+    rows = [x[0].tolist() for x in load_file(tmp_path / "model.safetensors").values() if x.ndim == 2]
+    assert len(rows) > 8 and len({tuple(row[:16]) for row in rows}) == len(rows)
 
 
 @pytest.mark.slow
