@@ -14,12 +14,8 @@ import sys
 import tokenize
 from pathlib import Path
 
-BUDGET = 29_530
-<<<<<<< HEAD
-CORE_BUDGET = 9_370
-=======
-CORE_BUDGET = 9_375
->>>>>>> c620d5b (Products of prompts on the CPU by a kernel, with the MLP's gate at their end)
+BUDGET = 29_580
+CORE_BUDGET = 9_380
 CORE = ("hal/contracts", "hal/schema", "hal/guard", "hal/features", "hal/paged", "hal/engine", "workers")
 ROOT = Path(__file__).parents[1]
 _FREE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
