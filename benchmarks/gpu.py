@@ -27,6 +27,7 @@ from hal.cli.measure import random_prompts, time_batch, time_prompts
 from hal.cli.shapes import SHAPES
 from hal.engine.llm import LLM
 from hal.models.floors import bytes_per_step
+from hal.models.memory import EXPERTS, weight_bytes
 from hal.sampling.params import SamplingParams
 
 RESULTS: dict[str, Any] = {}
@@ -237,18 +238,68 @@ def experts_moved(llm: LLM, model: Any, batch: int, prompt: int) -> float:
     touched = statistics.mean(counts)
     print(f"  experts that a layer's batch of {batch} chooses: {touched:.1f} of {e.count}", flush=True)
     expected = e.count * (1 - (1 - e.per_token / e.count) ** batch)
-    return (touched - expected) * 3 * e.size * model.hidden_size * len(e.layers) * 2
+    of_experts = (h.bytes for name, h in weight_bytes(model, "bfloat16").items() if name.startswith(EXPERTS))
+    few_bits = sum(of_experts) if model.quantization is not None else 0
+    return (touched - expected) * (few_bits / e.count or 3 * e.size * model.hidden_size * len(e.layers) * 2)
 
 
-def moe(bandwidth: float) -> None:
+def moe(bandwidth: float, quantize: str | None) -> None:
     """Qwen3-30B-A3B, against the bytes of the experts that the batch chooses; on two GPUs with experts cut (tp) and
     whole (ep)."""
     layouts: list[dict[str, int]] = [{}] + ([{"tp": 2}, {"tp": 2, "ep": 2}] if torch.cuda.device_count() > 1 else [])
     for layout in layouts:
         print(f"layout {layout or 'one GPU'}:", flush=True)
-        engine("qwen3-30b-a3b", [(1, 128), (32, 128)], bandwidth, max_num_batched_tokens=4096, **layout)
+        engine("qwen3-30b-a3b", [(1, 128), (32, 128)], bandwidth, max_num_batched_tokens=4096, quantize=quantize,
+               **layout)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def few_bit_experts(bandwidth: float, quantize: str | None) -> None:
+    """A layer of Qwen3-30B-A3B's experts, chosen at random, in each form of weight: time beside the floor of the bytes
+    that are read, and beside the layer in bfloat16. For few choices also in other tiles (outputs, stages, warps)."""
+    from hal.weights.configs import ON_LOAD
+    from hal.weights.grid import Grid
+    from runners.cuda.kernels import experts, few_bits
+    from runners.cuda.kernels.few_bit_experts import FEW_TILE, Stacks, Tile
+    from runners.cuda.kernels.few_bit_experts import experts as compute
+
+    hidden, size, count, k, device = 2048, 768, 128, 8, "cuda"
+    dense = {n: torch.randn(*shape, device=device).mul_(0.02).bfloat16() for n, shape in (
+        ("up", (count * 2 * size, hidden)), ("down", (count * hidden, size)))}
+    turned = dense["down"].view(count, hidden, size).transpose(1, 2).reshape(count * size, hidden)
+    plain = experts.Held(dense["up"], turned, None, None, 0, count, None)
+    packed: dict[str, list[Any]] = {name: [few_bits.few_bits(grid_of(scheme, w)) for w in dense.values()]
+                                    for name, scheme in ON_LOAD.items() if quantize in (None, name)}
+    if quantize is None:
+        packed["mxfp4"] = [few_bits.few_bits(Grid(
+            torch.randint(0, 16, w.shape, dtype=torch.uint8, device=device),
+            torch.full((len(w), w.shape[1] // 32), 2.0 ** -7, device=device), 32, (len(w),)), True)
+            for w in dense.values()]
+    for tokens in (1, 4, 32, 128, 512, 4096):
+        x = torch.randn(tokens, hidden, device=device).bfloat16()
+        weights, chosen = torch.rand(tokens, count, device=device).topk(k)
+        chosen = chosen.int()
+        touched = len(chosen.unique()) / count
+        bf16 = graphed(lambda: experts.experts(x, weights, chosen, plain))  # noqa: B023
+        for name, (up, down) in packed.items():
+            held = Stacks(up, down, None, None, 0, count, None)
+            moved = touched * sum(t.nbytes for w in (up, down) for t in (w.values, w.scales, w.zeros) if t is not None)
+            usual = graphed(lambda: compute(x, weights, chosen, held))  # noqa: B023
+            print(f"experts {name}, {tokens:>4} tokens, {touched * count:.0f} experts: {usual * 1e3:7.1f} us, "
+                  f"{moved / usual * 1e3 / bandwidth:.2f} of the floor of the bytes that are read; "
+                  f"bfloat16 {bf16 * 1e3:7.1f} us", flush=True)
+            RESULTS[f"experts_{name}_{tokens}"] = {"us": usual * 1e3, "of_floor": moved / usual * 1e3 / bandwidth,
+                                                   "bf16_us": bf16 * 1e3}
+            if 1 < tokens <= experts.FEW // k:
+                spent = {}
+                for tile in itertools.product((16, 32, 64), (2, 4, 6), (4, 8)):
+                    try:
+                        spent[tile] = graphed(lambda: compute(x, weights, chosen, held, Tile(*tile)))  # noqa: B023
+                    except Exception as error:  # a tile that does not fit
+                        print(f"    {tile}: {type(error).__name__}: {str(error)[:80]}")
+                best = min(spent, key=lambda tile: spent[tile])
+                print(f"    best tile {best} {spent[best] * 1e3:.1f} us, beside {tuple(FEW_TILE)}", flush=True)
 
 
 def small(bandwidth: float) -> None:
@@ -444,7 +495,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("sections", nargs="*", default=["attention", "small", "steady", "8b", "serving"])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--quantize", choices=("fp8", "int8", "int4"), help="of the section 8b")
+    parser.add_argument("--quantize", choices=("fp8", "int8", "int4"), help="of 8b, moe and experts")
     parser.add_argument("--kv-dtype", default="auto", choices=("auto", "fp8"), help="of the section 8b")
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     args = parser.parse_args()
@@ -457,7 +508,8 @@ def main() -> None:
     sections: dict[str, Callable[[], None]] = {
         "attention": lambda: attention(bandwidth),
         "small": lambda: small(bandwidth), "steady": steady,
-        "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth),
+        "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth, args.quantize),
+        "experts": lambda: few_bit_experts(bandwidth, args.quantize),
         "ranks": lambda: ranks(bandwidth), "invariant": lambda: invariant(bandwidth),
         "serving": serving, "lora": lora,
         "few_bits": lambda: few_bits(bandwidth),

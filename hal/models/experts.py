@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +81,7 @@ class Experts(nn.Module):
         shared: the MLP that computes every token, or None; shared_gate: [1, hidden], or None.
         few_bits: whether the weights are stored in few bits. Then `layers` takes the place of gate_up and down. It has
             ExpertWeights: the experts' gate and up, as one or, where their schemes differ, as two, and then their down.
+        packed: what the device made of all weights in few bits (see Ops.pack_experts), or None.
         stored: where the checkpoint has the experts.
         loads, place: where choices are counted, and the number of this layer there; None where nobody counts.
     """
@@ -90,6 +91,7 @@ class Experts(nn.Module):
     gate_up: nn.Parameter
     down: nn.Parameter
     layers: Sequence[ExpertWeight]
+    packed: Any = None
 
     def __init__(self, config: ModelConfig, build: Build, name: str, names: ExpertNames) -> None:
         super().__init__()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +13,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from hal.contracts.attention import LayerAttention
+from hal.models.expert_weights import ExpertWeight
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
-from hal.weights.mxfp4 import Mxfp4Blocks
+from hal.weights.mxfp4 import Mxfp4Scheme
 from runners.cuda.attention import CudaStep
-from runners.cuda.kernels import adapters, elementwise, experts
-from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows
+from runners.cuda.kernels import adapters, elementwise, experts, few_bit_experts
+from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows, stacked
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
 _ROUTER = Tile(1, 2048, 2)  # a router has few rows
 _EXACT_ROWS = 16  # of inputs to FP8 weights, which are not rounded: reading the weights is what takes time
+_REARRANGED = 1 << 25  # weights of experts at once
 _ROUNDS, _MOVED = 20, 1 << 28  # replays; bytes of weights in one, so that few come from the cache
 
 
@@ -48,10 +51,9 @@ class CudaOps(Ops):
         self._adapted_tiles: dict[tuple[int, ...], torch.Tensor] = {}  # by a layer's outputs
 
     def pack_linear(self, layer: Linear) -> None:
-        if isinstance(layer.scheme, GridScheme):
-            layer.packed = few_bits(layer.scheme.grid(layer))
-            for tensor in layer.scheme.tensors(layer.spec) if layer.packed is not None else ():
-                delattr(layer, tensor.name)
+        layer.packed = _packed([layer])
+        for tensor in layer.scheme.tensors(layer.spec) if layer.packed is not None else ():
+            delattr(layer, tensor.name)
         if layer.is_dense and layer.weight.dtype != torch.float32:
             self._weights.setdefault(tuple(layer.weight.shape), []).append(layer.weight.data)
 
@@ -152,10 +154,17 @@ class CudaOps(Ops):
         return experts.route(logits, e.per_token, e.normalise, e.scaling)
 
     def pack_experts(self, layer: Experts) -> None:
-        if all(isinstance(w.scheme, Mxfp4Blocks) for w in layer.layers):
-            layer.decode()  # the kernel reads dense weights alone, and is many times as fast as the plain operations
+        """Where no kernel has the form, experts stay as the reference reads them."""
+        packed = [_stacked(weight) for weight in layer.layers]
+        if len(packed) == 2 and packed[0] is not None and packed[1] is not None:
+            for weight in layer.layers:
+                weight.release()
+            layer.packed = few_bit_experts.Stacks(packed[0], packed[1], layer.gate_up_bias, layer.down_bias,
+                                                  layer.first, layer.count, layer.config.limit)
 
     def experts(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Experts) -> torch.Tensor:
+        if layer.packed is not None:
+            return few_bit_experts.experts(x, weights, chosen, layer.packed)
         if layer.few_bits:
             return super().experts(x, weights, chosen, layer)
         return experts.experts(x, weights, chosen, experts.Held(
@@ -164,15 +173,15 @@ class CudaOps(Ops):
 
     def warm_experts(self, model: nn.Module, most: int) -> None:
         """Compile what the experts of a step of up to `most` tokens may need."""
-        dense = [module for module in model.modules() if isinstance(module, Experts) and not module.few_bits]
-        if not dense:
-            return
-        layer = dense[0]
-        k, count = layer.config.per_token, layer.count
-        choices = 1, 17, count + 1, experts.FEW + 1, 96 * count + experts.FEW
-        for tokens in {min(-(-n // k), most) for n in choices}:
-            x = layer.router.new_zeros(tokens, layer.router.shape[1], dtype=layer.gate_up.dtype)
-            self.experts(x, *self.route(x, layer), layer)
+        forms = {None if m.packed is None else m.packed.form: m for m in model.modules()
+                 if isinstance(m, Experts) and (m.packed is not None or not m.few_bits)}
+        for layer in forms.values():
+            dtype = layer.gate_up.dtype if layer.packed is None else layer.layers[0].dtype
+            k, count = layer.config.per_token, layer.count
+            choices = 1, 17, count + 1, experts.FEW + 1, 96 * count + experts.FEW
+            for tokens in {min(-(-n // k), most) for n in choices}:
+                x = layer.router.new_zeros(tokens, layer.router.shape[1], dtype=dtype)
+                self.experts(x, *self.route(x, layer), layer)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.rms_norm(x, weight, eps)
@@ -195,6 +204,27 @@ class CudaOps(Ops):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
+
+
+def _packed(layers: Sequence[Linear]) -> FewBits | None:
+    """The outputs of layers of the same form as those of one weight, or None where a kernel does not have the form."""
+    grids = [w.scheme.grid(w) if isinstance(w.scheme, GridScheme) else w.scheme.codes(w) for w in layers
+             if isinstance(w.scheme, GridScheme | Mxfp4Scheme)]
+    if not grids or (len(grids) > 1 and any(grid.index is not None for grid in grids)):
+        return None
+    whole = grids[0]
+    if len(grids) > 1:
+        values, scales = torch.cat([grid.values for grid in grids]), torch.cat([grid.scales for grid in grids])
+        zeros = [grid.zeros for grid in grids if grid.zeros is not None]
+        whole = replace(whole, values=values, scales=scales, zeros=torch.cat(zeros) if zeros else None)
+    return few_bits(whole, isinstance(layers[0].scheme, Mxfp4Scheme))
+
+
+def _stacked(weight: ExpertWeight) -> FewBits | None:
+    """The weights of all experts. Some experts at a time are rearranged, which bounds the memory."""
+    some = max(_REARRANGED // (sum(weight.outputs) * weight.in_size), 1)
+    indices = range(len(weight.experts))
+    return stacked([_packed([weight.expert(i, None) for i in indices[at:at + some]]) for at in indices[::some]])
 
 
 def _multiplies_fp8(x: torch.Tensor, layer: Linear, weight: FewBits) -> bool:

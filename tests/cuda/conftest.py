@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-INTERPRETED = {"test_kernels.py", "test_sampling.py", "test_sums.py", "test_interpreted.py"}
+INTERPRETED = {"test_kernels.py", "test_few_bit_experts.py", "test_sampling.py", "test_sums.py", "test_interpreted.py"}
 
 
 def interpret() -> None:

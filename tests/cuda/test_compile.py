@@ -38,7 +38,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        assert "cubin" in kernel.asm
+        assert "cubin" in kernel.asm and kernel.metadata.shared <= 227 << 10  # bytes of a multiprocessor's memory
         return kernel
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
@@ -104,6 +104,27 @@ def test_experts(dtype: torch.dtype, tokens: int) -> None:
     chosen.zero_()  # nothing was computed
     biases = gate_up[:, 0].contiguous(), down.view(-1)[:count * hidden]
     experts.experts(x, weights, chosen, experts.Held(gate_up, down, *biases, 0, count, 7.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "kind", "group", "tokens"), [
+    (torch.bfloat16, torch.uint8, 64, 1), (torch.bfloat16, torch.uint8, 64, 64), (torch.bfloat16, torch.uint8, 64, 700),
+    (torch.bfloat16, torch.int8, 1024, 700), (torch.bfloat16, torch.float8_e4m3fn, 128, 700),
+    (torch.float16, torch.uint8, 32, 64), (torch.float32, torch.int8, 1024, 200)], ids=str)
+def test_experts_in_few_bits(dtype: torch.dtype, kind: torch.dtype, group: int, tokens: int) -> None:
+    """Of 4 bits those with groups of 64 have zero points, and those with groups of 32 are MXFP4."""
+    from hal.weights.grid import Grid
+    from runners.cuda.kernels.few_bit_experts import Stacks, experts
+    from runners.cuda.kernels.few_bits import few_bits
+
+    hidden, count, k = 1024, 4, 8
+    up, down = (few_bits(Grid(torch.zeros(rows, hidden).to(kind), torch.ones(rows, hidden // group), group, (rows,),
+                              torch.ones(rows, hidden // group) if group == 64 else None), group == 32)
+                for rows in (count * 2 * hidden, count * hidden))
+    assert up is not None and down is not None
+    chosen = torch.zeros(tokens, k, dtype=torch.int32)
+    experts(torch.ones(tokens, hidden, dtype=dtype), torch.ones(tokens, k), chosen, Stacks(
+        up, down, None, None, 0, count, 7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

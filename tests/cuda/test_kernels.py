@@ -302,7 +302,7 @@ def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypa
         config = ExpertsConfig(count=total, per_token=k, size=size, layers=(0,), bias=biased, limit=limit, scaling=1.5)
         layer: Any = SimpleNamespace(config=config, first=first, count=count, size=size, few_bits=False,
                                      gate_up=gate_up.clone(), down=down.clone(), router=router, router_bias=None,
-                                     correction=None,
+                                     correction=None, packed=None,
                                      gate_up_bias=biases if biased else None, down_bias=offsets if biased else None)
         weights, chosen = CudaOps().route(x, layer)
         plain_weights, plain_chosen = Ops().route(x, layer)
@@ -432,7 +432,7 @@ def test_forms_that_no_kernel_has() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "mxfp4"])
 def test_layers_of_few_bits(name: str, rows: int) -> None:
     """A layer keeps the kernels' form alone, and gives what the reference gives, rounding inputs aside."""
     from hal.config import Topology
@@ -440,13 +440,18 @@ def test_layers_of_few_bits(name: str, rows: int) -> None:
     from hal.models.layers import Build, Linear
     from hal.weights import LinearSpec, Projection
     from hal.weights.configs import ON_LOAD
+    from hal.weights.mxfp4 import Mxfp4
     from runners.cuda.ops import CudaOps
 
-    ops = CudaOps()
-    build = Build(Topology(), LocalCommunicator(), ops, torch.float32, DEVICE, lambda _: ON_LOAD[name])
+    ops, scheme = CudaOps(), ON_LOAD.get(name, Mxfp4())
+    build = Build(Topology(), LocalCommunicator(), ops, torch.float32, DEVICE, lambda _: scheme)
     layer = Linear(build, LinearSpec(160, (Projection("x", 24), Projection("y", 24)), "out"), bias=True)
-    dense = torch.randn(48, 160, generator=torch.Generator().manual_seed(rows))
-    for tensor, value in layer.scheme.quantize(dense).items():
+    generator = torch.Generator().manual_seed(rows)
+    stored = {"weight_packed": torch.randint(0, 256, (48, 80), generator=generator),
+              "weight_scale": torch.randint(123, 127, (48, 5), generator=generator)}
+    if scheme.on_load:
+        stored = scheme.quantize(torch.randn(48, 160, generator=generator))
+    for tensor, value in stored.items():
         layer.get_parameter(tensor).data.copy_(value)
     layer.bias.data.fill_(0.5)
     expected = layer.scheme.dequantize(layer).double().cpu()

@@ -18,12 +18,12 @@ import triton.language as tl
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 FEW = 1024  # choices that a program looks through
-_BY_CHOICE, _BY_EXPERT, _SORTED = 0, 1, 2  # what the first axis of a grid counts
+_BY_CHOICE, _BY_EXPERT, SORTED = 0, 1, 2  # what the first axis of a grid counts
 
 
 @triton.jit
-def _group(chosen, starts, ends, pairs, first, count, BY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
-           BLOCK_M: tl.constexpr):
+def group(chosen, starts, ends, pairs, first, count, BY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+          BLOCK_M: tl.constexpr):
     """A program's expert, and the range of the expert's choices that the program computes."""
     if BY == 2:
         lane, block = tl.arange(0, BLOCK_E), tl.program_id(0)
@@ -48,8 +48,8 @@ def _group(chosen, starts, ends, pairs, first, count, BY: tl.constexpr, BLOCK_P:
 
 
 @triton.jit
-def _rows(chosen, order, starts, pairs, first, expert, low, high, BY: tl.constexpr, BLOCK_P: tl.constexpr,
-          BLOCK_M: tl.constexpr):
+def rows_of(chosen, order, starts, pairs, first, expert, low, high, BY: tl.constexpr, BLOCK_P: tl.constexpr,
+            BLOCK_M: tl.constexpr):
     """The numbers of BLOCK_M choices of an expert from its `low`-th on, and which of them there are."""
     wanted = low + tl.arange(0, BLOCK_M)
     real = wanted < high
@@ -68,20 +68,32 @@ def _rows(chosen, order, starts, pairs, first, expert, low, high, BY: tl.constex
     return rows, real
 
 
+@triton.jit
+def gated(gate, up, kind: tl.constexpr, LIMIT: tl.constexpr):
+    """An expert's activation of fp32 values, rounded where the plain operations round."""
+    gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)
+    if LIMIT > 0:
+        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        gate = gate / (1.0 + tl.exp(-1.702 * gate))
+    else:
+        gate = gate / (1.0 + tl.exp(-gate))
+    return gate.to(kind).to(tl.float32) * up
+
+
 @triton.jit(do_not_specialize=["pairs", "first"])
 def _up(x, weight, bias, chosen, order, starts, ends, out, pairs, first, count, x_stride, size, hidden,
         PER_TOKEN: tl.constexpr, LIMIT: tl.constexpr, HAS_BIAS: tl.constexpr, BY: tl.constexpr, BLOCK_P: tl.constexpr,
         BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
         PRECISION: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
-    expert, low, high = _group(chosen, starts, ends, pairs, first, count, BY, BLOCK_P, BLOCK_E, BLOCK_M)
+    expert, low, high = group(chosen, starts, ends, pairs, first, count, BY, BLOCK_P, BLOCK_E, BLOCK_M)
     kind = out.dtype.element_ty
     column, inner = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = column < size
     row = expert.to(tl.int64) * 2 * size + column
     gates, ups = weight + row[:, None] * hidden, weight + (row + size)[:, None] * hidden
     for at in range(low, high, BLOCK_M):
-        rows, real = _rows(chosen, order, starts, pairs, first, expert, at, high, BY, BLOCK_P, BLOCK_M)
+        rows, real = rows_of(chosen, order, starts, pairs, first, expert, at, high, BY, BLOCK_P, BLOCK_M)
         source = x + (rows // PER_TOKEN)[:, None] * x_stride
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -96,13 +108,7 @@ def _up(x, weight, bias, chosen, order, starts, ends, out, pairs, first, count, 
         if HAS_BIAS:
             gate += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None]
             up += tl.load(bias + row + size, mask=inside, other=0.0).to(tl.float32)[None]
-        gate, up = gate.to(kind).to(tl.float32), up.to(kind).to(tl.float32)  # rounded where the plain operations round
-        if LIMIT > 0:
-            gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-            gate = gate / (1.0 + tl.exp(-1.702 * gate))
-        else:
-            gate = gate / (1.0 + tl.exp(-gate))
-        result = gate.to(kind).to(tl.float32) * up
+        result = gated(gate, up, kind, LIMIT)
         tl.store(out + rows[:, None] * size + column[None], result.to(kind), mask=real[:, None] & inside[None])
 
 
@@ -112,12 +118,12 @@ def _down(x, weight, bias, chosen, order, starts, ends, out, pairs, first, count
           BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
           PDL: tl.constexpr):
     wait_for_inputs(PDL)
-    expert, low, high = _group(chosen, starts, ends, pairs, first, count, BY, BLOCK_P, BLOCK_E, BLOCK_M)
+    expert, low, high = group(chosen, starts, ends, pairs, first, count, BY, BLOCK_P, BLOCK_E, BLOCK_M)
     column, inner = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = column < hidden
     mine = weight + expert.to(tl.int64) * size * hidden + column[None]
     for at in range(low, high, BLOCK_M):
-        rows, real = _rows(chosen, order, starts, pairs, first, expert, at, high, BY, BLOCK_P, BLOCK_M)
+        rows, real = rows_of(chosen, order, starts, pairs, first, expert, at, high, BY, BLOCK_P, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, size, BLOCK_K):
             here = start + inner
@@ -194,29 +200,50 @@ class Held(NamedTuple):
     limit: float | None
 
 
+class Choices(NamedTuple):
+    """How the choices of a batch are divided among programs.
+
+    Attributes:
+        groups: programs along the first axis of a grid. order, starts, ends: of `_sorted`, or anything.
+        block: choices of a program's tile. options: of `group` and `rows_of`.
+    """
+
+    groups: int
+    order: torch.Tensor
+    starts: torch.Tensor
+    ends: torch.Tensor
+    block: int
+    options: dict[str, Any]
+
+
+def divided(chosen: torch.Tensor, first: int, count: int, wide: bool) -> Choices:
+    """chosen: contiguous. wide: values are fp32."""
+    pairs, order, starts, ends = chosen.numel(), chosen, chosen, chosen
+    if pairs <= FEW:
+        by = _BY_CHOICE if pairs <= count else _BY_EXPERT
+        groups, block = min(pairs, count), 16
+    else:
+        by, block = SORTED, 32 if wide else 128 if pairs >= 96 * count else 64
+        groups = pairs // block + min(pairs, count)
+        order, starts, ends = _sorted(chosen, first, count, block)
+    return Choices(groups, order, starts, ends, block, {
+        "BY": by, "BLOCK_E": triton.next_power_of_2(count), "BLOCK_M": block, "BLOCK_P": 16 if pairs <= 16 else 128})
+
+
 def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, held: Held) -> torch.Tensor:
     """x [n, hidden], rows may have gaps; weights fp32 and chosen, both [n, per_token], contiguous -> [n, hidden], the
     weighted sum of each token's experts that this rank holds."""
-    (n, hidden), per_token, count, first = x.shape, chosen.shape[1], held.count, held.first
+    hidden, per_token, count, first = x.shape[1], chosen.shape[1], held.count, held.first
     size, pairs, wide = len(held.down) // count, chosen.numel(), x.dtype == torch.float32
-    order = starts = ends = chosen
-    if pairs <= FEW:
-        by = _BY_CHOICE if pairs <= count else _BY_EXPERT
-        groups, block_m = min(pairs, count), 16
-        up, down = ((32, 32), (32, 32)) if wide else ((32, 128), (64, 128))  # columns, and inner entries
-    else:
-        by, block_m = _SORTED, 32 if wide else 128 if pairs >= 96 * count else 64
-        groups = pairs // block_m + min(pairs, count)
-        up, down = ((32, 32), (32, 32)) if wide else ((64, 64), (128, 64))
-        order, starts, ends = _sorted(chosen, first, count, block_m)
+    groups, order, starts, ends, block_m, options = divided(chosen, first, count, wide)
+    if wide:
+        up = down = 32, 32
+    else:  # columns, and inner entries
+        up, down = ((64, 64), (128, 64)) if options["BY"] == SORTED else ((32, 128), (64, 128))
     inner = torch.empty(pairs, size, dtype=x.dtype, device=x.device)
     y = torch.empty(pairs, hidden, dtype=x.dtype, device=x.device)
-    out = torch.empty(n, hidden, dtype=x.dtype, device=x.device)
-    options: dict[str, Any] = {
-        "BY": by, "BLOCK_E": triton.next_power_of_2(count), "BLOCK_M": block_m,
-        "BLOCK_P": 16 if pairs <= 16 else 128,
-        "PRECISION": "ieee" if wide else "tf32", "num_warps": 8 if block_m == 128 else 4,
-        "num_stages": 2 if wide else 3, **launch_options(x)}
+    options |= {"PRECISION": "ieee" if wide else "tf32", "num_warps": 8 if block_m == 128 else 4,
+                "num_stages": 2 if wide else 3, **launch_options(x)}
     _up[(groups, triton.cdiv(size, up[0]))](
         x, held.gate_up, x if held.gate_up_bias is None else held.gate_up_bias, chosen, order, starts, ends, inner,
         pairs, first, count, x.stride(0), size, hidden, PER_TOKEN=per_token, LIMIT=held.limit or 0.0,
@@ -224,9 +251,16 @@ def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, held: 
     _down[(groups, triton.cdiv(hidden, down[0]))](
         inner, held.down, x if held.down_bias is None else held.down_bias, chosen, order, starts, ends, y, pairs, first,
         count, size, hidden, HAS_BIAS=held.down_bias is not None, BLOCK_N=down[0], BLOCK_K=down[1], **options)
+    return combine(y, weights, chosen, first, count)
+
+
+def combine(y: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """y [choices, hidden] -> [n, hidden], each token's weighted sum over those of its experts that this rank holds."""
+    (n, per_token), hidden = chosen.shape, y.shape[1]
+    out = torch.empty(n, hidden, dtype=y.dtype, device=y.device)
     block = min(triton.next_power_of_2(hidden), 1024)
     _combine[(n, triton.cdiv(hidden, block))](y, weights, chosen, out, first, count, hidden, PER_TOKEN=per_token,
-                                              BLOCK=block, num_warps=4, **launch_options(x))
+                                              BLOCK=block, num_warps=4, **launch_options(y))
     return out
 
 

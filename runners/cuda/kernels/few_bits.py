@@ -9,7 +9,8 @@ conversion has an eighth of the rate of other instructions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class FewBits:
             they hold them; None stands for zeros of 0.
         order: [in], which input comes where, or None: they come in their own order.
         pieces: integers of a word; 0 for float8. offset: what the integers are above the values that were given.
+        e2m1: the integers are codes of 4-bit floating-point numbers, as MXFP4 has them.
         group: consecutive inputs that share a scale. chunk: inputs that a kernel takes at once; it divides the group,
             or of integers, whose chunk is 128, may be a multiple of it.
         ended: int32 zeros, which programs that share an output count themselves in, and set to zero again.
@@ -51,6 +53,22 @@ class FewBits:
     group: int
     inputs: int
     ended: torch.Tensor
+    e2m1: bool = False
+
+    @property
+    def chunks(self) -> int:
+        return self.values.shape[1] * max(self.pieces, 1) // self.chunk
+
+    @property
+    def each(self) -> int:
+        """Chunks that share a scale; 1 where a chunk has several scales."""
+        return max(self.group // self.chunk, 1)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What the kernels of a product are compiled for."""
+        return {"PIECES": self.pieces, "OFFSET": self.offset, "E2M1": self.e2m1, "CHUNK": self.chunk,
+                "PARTS": max(self.chunk // self.group, 1), "HAS_ZEROS": self.zeros is not None}
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in], in the order of `order`."""
@@ -58,14 +76,13 @@ class FewBits:
         out = torch.empty(rows, self.inputs, dtype=dtype, device=self.values.device)
         chunks = triton.cdiv(self.inputs, self.chunk)
         _dequantize[(triton.cdiv(rows, 32), chunks)](
-            self.values, self.scales, zeros, out, rows, self.inputs, self.values.shape[1], self.group,
-            PIECES=self.pieces, OFFSET=self.offset, CHUNK=self.chunk, HAS_ZEROS=self.zeros is not None, ROWS=32,
-            **launch_options(out))
+            self.values, self.scales, zeros, out, rows, self.inputs, self.values.shape[1], self.group, ROWS=32,
+            **self.form, **launch_options(out))
         return out
 
 
-def few_bits(grid: Grid) -> FewBits | None:
-    """None: the kernels do not have the grid's form."""
+def few_bits(grid: Grid, e2m1: bool = False) -> FewBits | None:
+    """None: the kernels do not have the grid's form. e2m1: the grid's values are codes of such numbers."""
     values, scales, zeros, order = grid.values, grid.scales, grid.zeros, None
     rows, inputs = values.shape
     if grid.index is not None:
@@ -97,7 +114,17 @@ def few_bits(grid: Grid) -> FewBits | None:
     scales = _narrowest(scales.t(), torch.float16, torch.bfloat16)
     zeros = None if zeros is None else _narrowest(zeros.t(), torch.uint8)
     ended = torch.zeros(-(-rows // _OUTPUTS), dtype=torch.int32, device=values.device)
-    return FewBits(values.contiguous(), scales, zeros, order, pieces, offset, chunk, group, inputs, ended)
+    return FewBits(values.contiguous(), scales, zeros, order, pieces, offset, chunk, group, inputs, ended, e2m1)
+
+
+def stacked(parts: Sequence[FewBits | None]) -> FewBits | None:
+    """The outputs of all parts as those of one weight. None: a part has no form or an order of inputs of its own."""
+    found = [part for part in parts if part is not None and part.order is None]
+    if len(found) < len(parts) or any(part.form != found[0].form for part in found):
+        return None
+    values, scales = torch.cat([part.values for part in found]), torch.cat([part.scales for part in found], 1)
+    zeros = [part.zeros for part in found if part.zeros is not None]
+    return replace(found[0], values=values, scales=scales, zeros=torch.cat(zeros, 1) if zeros else None)
 
 
 def _narrowest(values: torch.Tensor, *dtypes: torch.dtype) -> torch.Tensor:
@@ -115,21 +142,30 @@ def _padded(values: torch.Tensor, width: int) -> torch.Tensor:
 
 
 @triton.jit
-def _piece(words, NTH: tl.constexpr, PIECES: tl.constexpr, RAISED: tl.constexpr):
+def _piece(words, NTH: tl.constexpr, PIECES: tl.constexpr, E2M1: tl.constexpr, RAISED: tl.constexpr):
     """The NTH integer n of each word, as the fp32 number n * 2^(RAISED - 149), or, where RAISED is 0, as n times 2^-149
-    times two to the power of its place, which is `32 // PIECES * NTH % 24`."""
+    times two to the power of its place, which is `32 // PIECES * NTH % 24`. With E2M1 the number that the code stands
+    for takes the place of n. Its bits are those of an fp32 number with another bias of the exponent, so where RAISED is
+    0 the result is the number times 2^-126, whatever its place."""
     PLACE: tl.constexpr = 32 // PIECES * NTH
-    MASK: tl.constexpr = (1 << 32 // PIECES) - 1
-    bits = words & (MASK << PLACE) if PLACE < 24 else (words >> 24) & (MASK << (PLACE - 24))
-    value = bits.to(tl.float32, bitcast=True)
-    if RAISED > 0:
-        value = value * 2.0 ** (RAISED - PLACE % 24)
+    if E2M1:
+        bits = words << (22 - PLACE) if PLACE < 22 else words >> (PLACE - 22)
+        value = (bits & (7 << 22) | words << (28 - PLACE) & -2147483648).to(tl.float32, bitcast=True)
+        if RAISED > 0:
+            value = value * 2.0 ** (RAISED - 23)
+    else:
+        MASK: tl.constexpr = (1 << 32 // PIECES) - 1
+        bits = words & (MASK << PLACE) if PLACE < 24 else (words >> 24) & (MASK << (PLACE - 24))
+        value = bits.to(tl.float32, bitcast=True)
+        if RAISED > 0:
+            value = value * 2.0 ** (RAISED - PLACE % 24)
     return value
 
 
 @triton.jit
 def _dequantize(values, scales, zeros, out, rows, size, width, group, PIECES: tl.constexpr, OFFSET: tl.constexpr,
-                CHUNK: tl.constexpr, HAS_ZEROS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+                E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+                ROWS: tl.constexpr, PDL: tl.constexpr):
     row, chunk = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     WORDS: tl.constexpr = CHUNK // PIECES if PIECES > 0 else CHUNK
     word, mine = tl.arange(0, WORDS), (row < rows)[:, None]
@@ -139,7 +175,7 @@ def _dequantize(values, scales, zeros, out, rows, size, width, group, PIECES: tl
     for i in tl.static_range(PIECES if PIECES > 0 else 1):
         at = chunk * CHUNK + i * WORDS + word
         scale_at = (at // group)[None] * rows + row[:, None]
-        value = _piece(tile, i, PIECES, 126) * 2.0 ** 23 - OFFSET if PIECES > 0 else tile.to(tl.float32)
+        value = _piece(tile, i, PIECES, E2M1, 126) * 2.0 ** 23 - OFFSET if PIECES > 0 else tile.to(tl.float32)
         if HAS_ZEROS:
             value -= tl.load(zeros + scale_at, mask=mine, other=0).to(tl.float32)
         value *= tl.load(scales + scale_at, mask=mine, other=0.0).to(tl.float32)
@@ -148,73 +184,146 @@ def _dequantize(values, scales, zeros, out, rows, size, width, group, PIECES: tl
 
 
 @triton.jit
+def row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, PIECES: tl.constexpr,
+                OFFSET: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+                HAS_ZEROS: tl.constexpr, CHUNKS: tl.constexpr):
+    """One row of inputs times the weight's rows `row`, of which those count that are `mine`: fp32, of row's shape.
+    PARTS: groups of a chunk; where it is 1, `each` chunks are a group. `rows`: of the whole weight."""
+    if PIECES > 0:
+        WORDS: tl.constexpr = CHUNK // PIECES
+        # Axes in the order of threads, and inputs in the same shape, so that each thread loads the inputs it needs.
+        some, word = tl.arange(0, CHUNKS)[:, None], tl.arange(0, WORDS)[None, None]
+        source = values + row[None].to(tl.int64)[:, :, None] * (chunks * WORDS) + word
+        acc = tl.zeros((CHUNKS, row.shape[0]), tl.float32)
+        for start in range(0, chunks, CHUNKS):
+            chunk = start + some
+            there = (chunk < chunks) & mine[None]
+            tile = tl.load(source + chunk[:, :, None] * WORDS, mask=there[:, :, None], other=0)
+            for p in tl.static_range(PARTS):
+                product = tl.zeros((CHUNKS, row.shape[0], WORDS), tl.float32)
+                sums = tl.zeros((CHUNKS, 1, WORDS), tl.float32)
+                for j in tl.static_range(PIECES // PARTS):
+                    at = chunk[:, :, None] * CHUNK + (p * (PIECES // PARTS) + j) * WORDS + word
+                    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+                    piece = _piece(tile, p * (PIECES // PARTS) + j, PIECES, E2M1, 0)
+                    product += piece * (value * 2.0 ** (
+                        77 if E2M1 else 100 - 32 // PIECES * (p * (PIECES // PARTS) + j) % 24))
+                    sums += value
+                part, total = tl.sum(product, 2) * 2.0 ** 49, tl.sum(sums, 2)
+                if OFFSET > 0:
+                    part -= OFFSET * total
+                scale_at = (chunk // each * PARTS + p) * rows + row[None]
+                if HAS_ZEROS:
+                    part -= tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32) * total
+                acc += part * tl.load(scales + scale_at, mask=there, other=0.0).to(tl.float32)
+        result = tl.sum(acc, 0)
+    else:
+        inner, some = tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
+        source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + inner[None, None]
+        acc = tl.zeros((row.shape[0], CHUNKS), tl.float32)
+        for start in range(0, chunks, CHUNKS):
+            chunk = start + some
+            there = mine[:, None] & (chunk < chunks)[None]
+            tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
+            at = chunk[:, None] * CHUNK + inner[None]
+            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+            scale = tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0).to(tl.float32)
+            acc += tl.sum(tile.to(tl.float32) * value[None], 2) * scale
+        result = tl.sum(acc, 1)
+    return result
+
+
+@triton.jit
 def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIECES: tl.constexpr, OFFSET: tl.constexpr,
-             CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
-             ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
-    """Of integers. PARTS: groups of a chunk; where it is 1, `each` chunks are a group."""
-    WORDS: tl.constexpr = CHUNK // PIECES
-    # Axes in the order of threads, and inputs in the same shape, so that each thread loads the inputs that it needs.
-    some, word = tl.arange(0, CHUNKS)[:, None], tl.arange(0, WORDS)[None, None]
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None]
+             E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+             HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = row < rows
-    source = values + row.to(tl.int64)[:, :, None] * (chunks * WORDS) + word
-    acc = tl.zeros((CHUNKS, ROWS), tl.float32)
     wait_for_inputs(PDL)
-    for start in range(0, chunks, CHUNKS):
-        chunk = start + some
-        there = (chunk < chunks) & mine
-        tile = tl.load(source + chunk[:, :, None] * WORDS, mask=there[:, :, None], other=0)
-        for p in tl.static_range(PARTS):
-            product = tl.zeros((CHUNKS, ROWS, WORDS), tl.float32)
-            sums = tl.zeros((CHUNKS, 1, WORDS), tl.float32)
-            for j in tl.static_range(PIECES // PARTS):
-                at = chunk[:, :, None] * CHUNK + (p * (PIECES // PARTS) + j) * WORDS + word
-                value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-                product += _piece(tile, p * (PIECES // PARTS) + j, PIECES, 0) * (
-                    value * 2.0 ** (100 - 32 // PIECES * (p * (PIECES // PARTS) + j) % 24))
-                sums += value
-            part, total = tl.sum(product, 2) * 2.0 ** 49, tl.sum(sums, 2)
-            if OFFSET > 0:
-                part -= OFFSET * total
-            scale_at = (chunk // each * PARTS + p) * rows + row
-            if HAS_ZEROS:
-                part -= tl.load(zeros + scale_at, mask=there, other=0).to(tl.float32) * total
-            acc += part * tl.load(scales + scale_at, mask=there, other=0.0).to(tl.float32)
-    result = tl.sum(acc, 0)[None]
+    result = row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, PIECES, OFFSET, E2M1, CHUNK,
+                         PARTS, HAS_ZEROS, CHUNKS)
     if HAS_BIAS:
         result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
     tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit
-def _one_row_float8(x, values, scales, bias, out, rows, size, chunks, each, CHUNK: tl.constexpr,
-                    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mine, inner, some = row < rows, tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
-    source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + inner[None, None]
-    acc = tl.zeros((ROWS, CHUNKS), tl.float32)
-    wait_for_inputs(PDL)
-    for start in range(0, chunks, CHUNKS):
-        chunk = start + some
-        there = mine[:, None] & (chunk < chunks)[None]
-        tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
-        at = chunk[:, None] * CHUNK + inner[None]
-        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-        scale = tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0).to(tl.float32)
-        acc += tl.sum(tile.to(tl.float32) * value[None], 2) * scale
-    result = tl.sum(acc, 1)
-    if HAS_BIAS:
-        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
+def chunk_product(acc, tile, inputs, real, size, scales, zeros, row, mine, rows, chunk, each, PIECES: tl.constexpr,
+                  OFFSET: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+                  HAS_ZEROS: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [weight's rows, rows of inputs] and what a chunk's tile of words adds to it. inputs: where each row of inputs
+    begins, [1, rows of inputs], of which those count that are `real`. The rest is as of row_product. A weight is the
+    first factor of a product, since tensor cores take that one from registers."""
+    WORDS: tl.constexpr = tile.shape[1]
+    word = tl.arange(0, WORDS)
+    for p in tl.static_range(PARTS):
+        total = tl.zeros((acc.shape[1],), tl.float32)
+        if PIECES == 0:
+            at = chunk * CHUNK + word
+            value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
+            part = tl.dot(tile.to(tl.float32).to(value.dtype), value, input_precision=PRECISION)
+        else:
+            part = tl.zeros((acc.shape[0], acc.shape[1]), tl.float32)
+            sums = tl.zeros((WORDS, acc.shape[1]), tl.float32)
+            for j in tl.static_range(PIECES // PARTS):
+                at = chunk * CHUNK + (p * (PIECES // PARTS) + j) * WORDS + word
+                value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
+                weight = _piece(tile, p * (PIECES // PARTS) + j, PIECES, E2M1, 126)
+                if value.dtype == tl.float16:  # whose smallest number is larger
+                    weight = weight * 2.0 ** 23
+                part = tl.dot(weight.to(value.dtype), value, part, input_precision=PRECISION)
+                sums += value.to(tl.float32)
+            total = tl.sum(sums, 0)
+            if inputs.dtype.element_ty != tl.float16:
+                part = part * 2.0 ** 23
+            if OFFSET > 0:
+                part -= OFFSET * total[None]
+        scale_at = (chunk // each * PARTS + p) * rows + row
+        if HAS_ZEROS:
+            part -= tl.load(zeros + scale_at, mask=mine, other=0).to(tl.float32)[:, None] * total[None]
+        acc += part * tl.load(scales + scale_at, mask=mine, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def dequantized_product(acc, values, inputs, real, size, scales, zeros, row, mine, rows, chunks, each,
+                        PIECES: tl.constexpr, OFFSET: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr,
+                        PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):
+    """acc and the whole product, for many rows of inputs. Arguments are as of chunk_product. A tile of weights is
+    dequantised before it is multiplied, so that it may have several pieces of its words."""
+    SIZE: tl.constexpr = CHUNK // PARTS if CHUNK // PARTS < 64 else 64
+    WORDS: tl.constexpr = CHUNK // PIECES if PIECES > 0 else SIZE
+    kind = inputs.dtype.element_ty
+    source = values + row.to(tl.int64)[:, None] * (chunks * (CHUNK // PIECES if PIECES > 0 else CHUNK))
+    source += tl.arange(0, WORDS)[None]
+    for step in tl.range(0, chunks * (CHUNK // SIZE), num_stages=STAGES):
+        if PIECES == 0:
+            weight = tl.load(source + step * SIZE, mask=mine[:, None], other=0.0).to(tl.float32)
+        else:
+            words = tl.load(source + step * SIZE // CHUNK * WORDS, mask=mine[:, None], other=0)
+            place = step * SIZE % CHUNK // WORDS + tl.arange(0, SIZE // WORDS)
+            codes = tl.reshape(words[:, None] >> (place * (32 // PIECES))[None, :, None], (acc.shape[0], SIZE))
+            if E2M1:
+                weight = ((codes & 7) << 22 | (codes & 8) << 28).to(tl.float32, bitcast=True) * 2.0 ** 126
+            else:  # the lowest bits of an fp32 number above 2^23 are an integer
+                codes = codes & (1 << 32 // PIECES) - 1 | 0x4B000000
+                weight = codes.to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+        scale_at = step * SIZE // (CHUNK // PARTS) // each * rows + row
+        if HAS_ZEROS:
+            weight -= tl.load(zeros + scale_at, mask=mine, other=0).to(tl.float32)[:, None]
+        weight *= tl.load(scales + scale_at, mask=mine, other=0.0).to(tl.float32)[:, None]
+        at = step * SIZE + tl.arange(0, SIZE)
+        value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
+        acc = tl.dot(weight.to(kind), value, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _few_rows(x, values, scales, zeros, bias, out, parts, ended, count, x_stride, rows, size, chunks, each, splits,
-              PIECES: tl.constexpr, OFFSET: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+              PIECES: tl.constexpr, OFFSET: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
               HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr,
               BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
-    """Several programs share an output's inputs; the last of them to end adds what they found. PARTS and `each` as in
-    _one_row. A weight is the first factor of a product, since tensor cores take that one from registers."""
+    """Several programs share an output's inputs; the last of them to end adds what they found."""
     block, split = tl.program_id(0), tl.program_id(1)
     row, m = block * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_M)
     mine, real = row < rows, m < count
@@ -228,32 +337,8 @@ def _few_rows(x, values, scales, zeros, bias, out, parts, ended, count, x_stride
     first = split * share
     for chunk in tl.range(first, tl.minimum(first + share, chunks), num_stages=4 if BLOCK_M == 16 else 2):
         tile = tl.load(source + chunk * WORDS, mask=mine[:, None], other=0 if PIECES > 0 else 0.0)
-        for p in tl.static_range(PARTS):
-            total = tl.zeros((BLOCK_M,), tl.float32)
-            if PIECES == 0:
-                at = chunk * CHUNK + word
-                value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
-                part = tl.dot(tile.to(tl.float32).to(value.dtype), value, input_precision=PRECISION)
-            else:
-                part = tl.zeros((ROWS, BLOCK_M), tl.float32)
-                sums = tl.zeros((WORDS, BLOCK_M), tl.float32)
-                for j in tl.static_range(PIECES // PARTS):
-                    at = chunk * CHUNK + (p * (PIECES // PARTS) + j) * WORDS + word
-                    value = tl.load(inputs + at[:, None], mask=real[None] & (at < size)[:, None], other=0.0)
-                    weight = _piece(tile, p * (PIECES // PARTS) + j, PIECES, 126)
-                    if value.dtype == tl.float16:  # whose smallest number is larger
-                        weight = weight * 2.0 ** 23
-                    part = tl.dot(weight.to(value.dtype), value, part, input_precision=PRECISION)
-                    sums += value.to(tl.float32)
-                total = tl.sum(sums, 0)
-                if x.dtype.element_ty != tl.float16:
-                    part = part * 2.0 ** 23
-                if OFFSET > 0:
-                    part -= OFFSET * total[None]
-            scale_at = (chunk // each * PARTS + p) * rows + row
-            if HAS_ZEROS:
-                part -= tl.load(zeros + scale_at, mask=mine, other=0).to(tl.float32)[:, None] * total[None]
-            acc += part * tl.load(scales + scale_at, mask=mine, other=0.0).to(tl.float32)[:, None]
+        acc = chunk_product(acc, tile, inputs, real, size, scales, zeros, row, mine, rows, chunk, each, PIECES, OFFSET,
+                            E2M1, CHUNK, PARTS, HAS_ZEROS, PRECISION)
     last = split == 0
     if SHARED:
         inner = tl.arange(0, ROWS)[:, None] * BLOCK_M + m[None]
@@ -295,6 +380,13 @@ def round_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]
     return out, scales
 
 
+def one_row_tile(weight: FewBits, outputs: int) -> tuple[int, int, int]:
+    """Outputs of a program, chunks of its tile, and its warps, for one row of inputs."""
+    if weight.pieces:
+        return 8, 32, 32 // weight.pieces
+    return (16, 1024 // weight.chunk, 4) if outputs >= 16384 else (8, 2048 // weight.chunk, 8)
+
+
 def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, rows: int = 0, width: int = 0,
              warps: int = 0) -> torch.Tensor:
     """x [n, in], contiguous rows in the weight's order, of at most MOST_ROWS rows -> [n, out]; sums are fp32.
@@ -305,22 +397,13 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
     """
     n, size = x.shape
     out = torch.empty(n, len(weight.values), dtype=x.dtype, device=x.device)
-    chunks = weight.values.shape[1] * max(weight.pieces, 1) // weight.chunk
+    chunks, each = weight.chunks, weight.each
     zeros = weight.scales if weight.zeros is None else weight.zeros
     bias_or_any = weight.scales if bias is None else bias
-    parts, each = max(weight.chunk // weight.group, 1), max(weight.group // weight.chunk, 1)
-    shape: dict[str, Any] = {"CHUNK": weight.chunk, "HAS_BIAS": bias is not None, **launch_options(x)}
-    if weight.pieces or n > 1:
-        shape |= {"PIECES": weight.pieces, "OFFSET": weight.offset, "PARTS": parts,
-                  "HAS_ZEROS": weight.zeros is not None}
-    if n == 1 and not weight.pieces:
-        usual = (16, 1024, 4) if out.shape[1] >= 16384 else (8, 2048, 8)
-        rows, width, warps = rows or usual[0], width or usual[1] // weight.chunk, warps or usual[2]
-        _one_row_float8[(triton.cdiv(out.shape[1], rows),)](
-            x, weight.values, weight.scales, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
-            CHUNKS=width, num_warps=warps, **shape)
-    elif n == 1:
-        rows, width, warps = rows or 8, width or 32, warps or 32 // weight.pieces
+    shape: dict[str, Any] = {**weight.form, "HAS_BIAS": bias is not None, **launch_options(x)}
+    if n == 1:
+        usual = one_row_tile(weight, out.shape[1])
+        rows, width, warps = rows or usual[0], width or usual[1], warps or usual[2]
         _one_row[(triton.cdiv(out.shape[1], rows),)](
             x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
             CHUNKS=width, num_warps=warps, **shape)
