@@ -25,6 +25,8 @@ def compressed_tensors(config: Config) -> SchemeOf:
     """Groups of layers, each with a scheme. A target or an ignored layer is a name, "re:" and a pattern, or the class
     "Linear"."""
     check_cache(config)
+    if config.get("transform_config"):  # such as rotations, which the steps would have to undo
+        raise _refused("transforms of weights and activations", config["transform_config"])
     groups = _get(config, "config_groups", dict, {})
     ignored = _names(config, "ignore")
     found: list[tuple[Sequence[str], Scheme]] = []
@@ -32,8 +34,8 @@ def compressed_tensors(config: Config) -> SchemeOf:
         if not isinstance(group, dict):
             raise _unusable("config_groups", groups, "an object of objects")
         found.append((_names(group, "targets"), _compressed(group, group.get("format") or config.get("format"))))
-    if not found:
-        raise _unusable("config_groups", groups, "at least one group of layers")
+    if not found and not config.get("kv_cache_scheme"):
+        raise _unusable("config_groups", groups, "at least one group of layers, or a kv_cache_scheme")
 
     def scheme(name: str) -> Scheme:
         if _matches(name, ignored):
@@ -143,10 +145,42 @@ def gptq(config: Config) -> SchemeOf:
 
 def awq(config: Config) -> SchemeOf:
     bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
-    if bits != 4 or str(config.get("version", "gemm")).lower() != "gemm" or not config.get("zero_point", True):
-        raise _refused("a layout of AWQ", f"{bits} bits, version {config.get('version')}, "
-                       f"zero_point {config.get('zero_point')}", "4 bits, version gemm, with zero points")
+    if bits != 4 or str(config.get("version", "gemm")).lower() != "gemm":
+        raise _refused("a layout of AWQ", f"{bits} bits, version {config.get('version')}", "4 bits, version gemm")
     return _but(Awq(None if size == -1 else _size(size)), [*_names(config, "modules_to_not_convert"), _HEAD])
+
+
+def auto_round(config: Config) -> SchemeOf:
+    """AutoRound's own format: layers inside the named blocks in the layout of GPTQ or of AWQ. `extra_config` changes
+    the options of single layers, which a name or a regular expression chooses."""
+    extra, blocks = _get(config, "extra_config", dict, {}), config.get("block_name_to_quantize")
+    blocks = blocks.split(",") if isinstance(blocks, str) else _names(config, "block_name_to_quantize")
+
+    def made(options: Config) -> Scheme:
+        layout, bits, size = (options.get(key) for key in ("packing_format", "bits", "group_size"))
+        if type(bits) is int and bits >= 16:
+            return DENSE
+        if options.get("data_type", "int") == "int" and (options.get("act_bits") or 16) >= 16:
+            if layout == "auto_round:auto_gptq" and bits in (4, 8):
+                return Gptq(bits, None if size == -1 else _size(size))
+            if layout == "auto_round:auto_awq" and bits == 4:
+                return Awq(None if size == -1 else _size(size))
+        raise _refused("a layout of AutoRound", f"{layout} with {bits} bits of {options.get('data_type')}, act_bits="
+                       f"{options.get('act_bits')}", "auto_round:auto_gptq (4 or 8 bits of int), auto_round:auto_awq "
+                       "(4 bits of int), and inputs of layers that are not rounded")
+
+    usual, others = made(config), {name: made({**config, **options}) for name, options in extra.items()}
+
+    def scheme(name: str) -> Scheme:
+        spelled = _spelled(name)
+        for exact in (True, False):
+            for pattern, each in others.items():
+                if any(pattern == n if exact else _searched(f".*(?:{pattern})", n) for n in spelled):
+                    return each
+        within = any(n.startswith(f"{block}.") for block in blocks for n in spelled)
+        return usual if within or (not blocks and name != _HEAD) else DENSE
+
+    return scheme
 
 
 def mxfp4(config: Config) -> SchemeOf:

@@ -17,7 +17,7 @@ from hal.weights.base import LinearSpec, Scheme
 
 GROUP = "hal.weights"
 BUILT_IN = {name: f"hal.weights.configs:{name.replace('-', '_')}"
-            for name in ("awq", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4", "on-load")}
+            for name in ("auto-round", "awq", "compressed-tensors", "fp8", "gguf", "gptq", "mxfp4", "on-load")}
 SchemeOf = Callable[[str], Scheme]  # of a projection's name, as in the checkpoint without the prefix "model."
 Format = Callable[[Mapping[str, Any]], SchemeOf]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Inputs = Literal["exact", "static", "token", "tensor", "group"]
 LARGEST = {"fp8": 448.0, "int8": 127.0}
+_SPAN = {"fp8": 448.0, "int8": 127.5}  # what the largest input becomes; compressed-tensors divides by half of 255
 _TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -95,7 +96,7 @@ class GridScheme(Scheme):
         size, grouped = self.input_group, self.inputs == "group"
         found = F.pad(x, (0, -x.shape[1] % size)).view(len(x), -1, size) if grouped else x
         dims = (0, 1) if self.inputs == "tensor" else (-1,)
-        scale = found.abs().amax(dims, keepdim=True).float() / LARGEST[self.inputs_as]
+        scale = found.abs().amax(dims, keepdim=True).float() / _SPAN[self.inputs_as]
         y = rounded(found, scale.clamp(min=1e-12), self.inputs_as)
         return y.flatten(1)[:, :x.shape[1]] if grouped else y
 
@@ -107,5 +108,5 @@ def rounded(x: torch.Tensor, scale: torch.Tensor, kind: Literal["fp8", "int8"]) 
 
 def encoded(x: torch.Tensor, scale: torch.Tensor, kind: Literal["fp8", "int8"]) -> torch.Tensor:
     """x / scale in the type, saturating."""
-    y = (x.float() / scale).clamp(-LARGEST[kind], LARGEST[kind])
+    y = (x.float() / scale).clamp(-448 if kind == "fp8" else -128, LARGEST[kind])
     return (y.round() if kind == "int8" else y).to(_TYPES[kind])

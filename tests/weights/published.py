@@ -155,6 +155,11 @@ def _gptq(**options: Any) -> dict[str, Any]:
             **options}
 
 
+def auto_round(layout: str, **options: Any) -> dict[str, Any]:
+    return {"quant_method": "auto-round", "packing_format": layout, "bits": 4, "group_size": GROUP, "sym": False,
+            "data_type": "int", "block_name_to_quantize": "model.layers", **options}
+
+
 def _fp8(size: int) -> dict[str, Any]:
     return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [size, size]}
 
@@ -180,6 +185,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor, str], Written],
     "gptq-v2": (_gptq(checkpoint_format="gptq_v2"), gptq(offset=0), 2e-4),
     "gptq-act-order": (_gptq(desc_act=True), gptq(True), 2e-4),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}, awq, 2e-4),
+    "auto-round": (auto_round("auto_round:auto_gptq"), gptq(), 2e-4),
+    "auto-round-awq": (auto_round("auto_round:auto_awq"), awq, 2e-4),
     "mxfp4": (compressed("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group",
                                                   "group_size": 32}), mxfp4, 2e-4),
 }

@@ -34,7 +34,7 @@ from hal.models.ops import Ops
 from hal.weights.configs import ON_LOAD
 from hal.weights.eight_bits import EightBits
 from hal.weights.formats import schemes
-from hal.weights.grid import Inputs
+from hal.weights.grid import Inputs, rounded
 from hal.weights.groups import Gptq
 
 PROMPTS = checkpoints.prompts(2)
@@ -140,6 +140,16 @@ def test_dynamic_scales_are_of_the_largest_input(kind: Inputs, dims: int | None)
     torch.testing.assert_close(scheme.rounded(x), torch.cat(wanted, 1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["token", "tensor"])
+def test_inputs_as_int8_span_the_whole_type(kind: Inputs) -> None:
+    """As compressed-tensors rounds them: the largest input becomes 127.5, so that -128 is used too."""
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [9.0], [0.1]])
+    scale = x.abs().amax(1 if kind == "token" else None, keepdim=True) / 127.5
+    wanted = (x / scale).round().clamp(-128, 127) * scale
+    torch.testing.assert_close(EightBits("int8", "channel", kind).rounded(x), wanted, rtol=1e-6, atol=0)
+    assert rounded(torch.tensor([-2.0, 2.0]), torch.tensor(1 / 64), "int8").tolist() == [-2.0, 127 / 64]
+
+
 def scheme_names(config: dict[str, Any], *names: str) -> list[str]:
     chosen = schemes(config)
     return [chosen(name).name for name in names]
@@ -153,6 +163,13 @@ def scheme_names(config: dict[str, Any], *names: str) -> list[str]:
      ["dense", "fp8-block", "dense"]),
     (published.compressed("int-quantized", {**published._CHANNEL8, "type": "int"}), ["int8-channel"] * 2 + ["dense"]),
     ({**FORMATS["int4-packed"][0], "ignore": ["re:.*down_proj$"]}, ["int4-groups", "dense", "int4-groups"]),
+    ({**FORMATS["awq"][0], "zero_point": False, "modules_to_not_convert": ["lm_head"]}, ["awq", "awq", "dense"]),
+    (published.auto_round("auto_round:auto_awq", extra_config={"model.layers.1.mlp.down_proj": {"bits": 16}}),
+     ["awq", "dense", "dense"]),
+    (published.auto_round("auto_round:auto_gptq", block_name_to_quantize=["model.layers.1"], extra_config={
+        ".*down_proj": {"bits": 16}, "model.layers.1.mlp.down_proj": {"bits": 8}, "lm_head": {}}),
+     ["dense", "gptq", "gptq"]),
+    (published.compressed("dense", {}) | {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8}}, ["dense"] * 3),
     ({**FORMATS["gptq"][0], "lm_head": True, "dynamic": {"-:.*self_attn": {}}}, ["dense", "gptq", "gptq"]),
 ])
 def test_ignored_layers_stay_dense(config: dict[str, Any], expected: list[str]) -> None:
@@ -195,6 +212,11 @@ def test_a_checkpoint_whose_layers_differ_runs(checkpoint: Callable[[str], Path]
                                                                                   "symmetric": False}), "inputs"),
     (published.compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
                           published._TOKEN8), r"(?s)pack-quantized with 4 bits.*input_activations given"),
+    ({**FORMATS["int4-packed"][0], "transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+     r"(?s)transforms of weights and activations.*hadamard"),
+    (published.auto_round("auto_round:fp8"), r"(?s)layout of AutoRound.*auto_round:fp8.*auto_round:auto_gptq \("),
+    (published.auto_round("auto_round:auto_gptq", act_bits=8), r"(?s)AutoRound.*act_bits=8.*not rounded"),
+    (published.auto_round("auto_round:auto_awq", extra_config={"(": {}}), r"(?s)pattern of layers.*regular expression"),
     ({**FORMATS["int4-packed"][0], "ignore": ["re:("]}, r"(?s)pattern of layers.*regular expression"),
 ])
 def test_unknown_schemes_are_refused(config: dict[str, Any], named: str) -> None:
@@ -350,8 +372,8 @@ def test_the_memory_that_weights_take(checkpoint: Callable[[str], Path]) -> None
     assert "KV cache in fp8, half the bytes of bfloat16, with scales of 1" in text
 
 
-def with_kv_scales(source: Path, path: Path, k: float, v: float) -> None:
-    tensors = load_file(source / "model.safetensors")
+def with_kv_scales(source: Path, path: Path, k: float, v: float, weights: Path | None = None) -> None:
+    tensors = load_file((weights or source) / "model.safetensors")
     for layer in range(3):
         tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor([k])
         tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor(v)
@@ -359,6 +381,19 @@ def with_kv_scales(source: Path, path: Path, k: float, v: float) -> None:
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     (path / "config.json").write_text(json.dumps(config))
+
+
+def test_a_dense_checkpoint_may_have_scales_of_the_kv_cache(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """LLM Compressor writes this configuration where it quantises nothing but the cache."""
+    source = checkpoint("qwen3")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = published.compressed("dense", {}) | {"config_groups": {}, "ignore": []}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with_kv_scales(tmp_path, tmp_path, 2000.0, 3000.0, source)
+    exact = prompt_logprobs(source)
+    torch.testing.assert_close(prompt_logprobs(tmp_path), exact, rtol=0, atol=1e-5)
+    assert (prompt_logprobs(tmp_path, kv_dtype="fp8") - exact).abs().mean() > 5 * (
+        prompt_logprobs(source, kv_dtype="fp8") - exact).abs().mean()
 
 
 def prompt_logprobs(path: Path, **options: Any) -> torch.Tensor:
