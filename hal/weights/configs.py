@@ -19,6 +19,7 @@ from hal.weights.mxfp4 import Mxfp4, Mxfp4Blocks
 Config = Mapping[str, Any]
 SchemeOf = Callable[[str], Scheme]
 _HEAD = "lm_head"
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def compressed_tensors(config: Config) -> SchemeOf:
@@ -190,9 +191,10 @@ def mxfp4(config: Config) -> SchemeOf:
 
 
 def gguf(config: Config) -> SchemeOf:
-    """`types` has the GGUF type of each projection; hal.checkpoints.gguf makes this configuration."""
+    """`types` has the GGUF type of each projection, in which all experts of a layer count as one;
+    hal.checkpoints.gguf makes this configuration."""
     schemes: dict[str, Scheme] = {name: GgufBlocks(kind) for name, kind in config["types"].items()}
-    return lambda name: schemes.get(name, DENSE)
+    return lambda name: schemes.get(_EXPERT.sub(".experts.", name), DENSE)
 
 
 ON_LOAD: dict[str, Scheme] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,13 +37,17 @@ QUANTS, Type = gguf.quants, gguf.GGMLQuantizationType
 TYPES = {"q_proj": "Q8_0", "k_proj": "Q4_0", "v_proj": "Q6_K", "o_proj": "Q4_K", "gate_proj": "Q5_K", "up_proj": "Q5_K",
          "down_proj": "F16", "embed_tokens": "Q8_0", "lm_head": "Q6_K"}
 OTHER = {**TYPES, "q_proj": "Q5_0", "k_proj": "BF16", "up_proj": "Q4_0", "lm_head": "F32"}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "llama": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                                    "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}, TYPES),
-    "qwen2": ({}, OTHER), "qwen3": ({"head_dim": 64, "tie_word_embeddings": True}, TYPES)}
+    "qwen2": ({}, OTHER), "qwen3": ({"head_dim": 64, "tie_word_embeddings": True}, TYPES),
+    "qwen2moe": ({**EXPERTS, "shared_expert_intermediate_size": 32}, {**OTHER, "down_proj": "Q5_0"}),
+    "qwen3moe": ({**EXPERTS, "head_dim": 64, "norm_topk_prob": True}, {**TYPES, "down_proj": "Q4_0"})}
 SHORT = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k",
          "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
-         "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+         "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down", "gate": "ffn_gate_inp",
+         "shared_expert_gate": "ffn_gate_inp_shexp"}
 
 
 def blocks(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
@@ -63,8 +68,8 @@ def write(directory: Path, name: str) -> tuple[Path, Path]:
     shape: dict[str, Any] = dict(
         vocab_size=checkpoints.VOCAB, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False)
-    dense = checkpoints.save_model(name, {**shape, **options}, directory / "dense")
-    config, tensors = json.loads((dense / "config.json").read_text()), load_file(dense / "model.safetensors")
+    dense = checkpoints.save_model(name.replace("moe", "_moe"), {**shape, **options}, directory / "dense")
+    config, tensors = json.loads((dense / "config.json").read_text()), stacked(load_file(dense / "model.safetensors"))
     path = directory / f"{name}.gguf"
     writer = gguf.GGUFWriter(path, name)
     writer.add_vocab_size(checkpoints.VOCAB)
@@ -78,6 +83,9 @@ def write(directory: Path, name: str) -> tuple[Path, Path]:
     writer.add_rope_freq_base(500000.0 if name == "llama" else 10000.0)
     if "head_dim" in options:
         writer.add_key_length(options["head_dim"])
+    if "num_experts" in options:
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
     writer.add_eos_token_id(7)
     if name == "llama":
         writer.add_tensor("rope_freqs.weight", llama3_factors(64, 500000.0))
@@ -85,7 +93,8 @@ def write(directory: Path, name: str) -> tuple[Path, Path]:
         *_, part, what = key.removeprefix("model.").split(".")
         place = f"blk.{key.split('.')[2]}.{SHORT[part]}" if "layers" in key else {
             "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[part]
-        kind, heads = types.get(part, "F32") if weight.ndim == 2 else "F32", {"q_proj": 4, "k_proj": 2}.get(part)
+        place += "_exps" * (".experts." in key) + "_shexp" * (".shared_expert." in key)
+        kind, heads = types.get(part, "F32") if weight.ndim > 1 else "F32", {"q_proj": 4, "k_proj": 2}.get(part)
         turns = name == "llama" and heads is not None
         if kind in ("F32", "F16", "BF16"):
             value = weight if kind == "F32" else weight.to({"F16": torch.float16, "BF16": torch.bfloat16}[kind])
@@ -94,17 +103,34 @@ def write(directory: Path, name: str) -> tuple[Path, Path]:
             data = stored.astype(np.float16) if kind == "F16" else (
                 QUANTS.quantize(stored, Type.BF16) if kind == "BF16" else stored)
         else:
-            data = blocks(kind, *weight.shape, seed=i)
+            data = blocks(kind, weight.shape[:-1].numel(), weight.shape[-1], seed=i).reshape(*weight.shape[:-1], -1)
             values = torch.from_numpy(QUANTS.dequantize(data, Type[kind]).copy())
             tensors[key] = values if not turns else turned_back(values, heads)
+        data = data[0] if part == "shared_expert_gate" else data  # llama.cpp has a vector
         raw = {} if kind in ("F32", "F16") else {"raw_dtype": Type[kind]}
         writer.add_tensor(f"{place}.{what}", data, **raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    save_file({k: v.contiguous() for k, v in tensors.items()}, dense / "model.safetensors", {"format": "pt"})
+    save_file({k: v.contiguous() for k, v in unstacked(tensors).items()}, dense / "model.safetensors", {"format": "pt"})
     return path, dense
+
+
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of all experts as one, without the experts' numbers in the names."""
+    found: dict[str, list[torch.Tensor]] = {}
+    order = sorted(tensors, key=lambda key: [int(part) if part.isdigit() else 0 for part in key.split(".")])
+    for key in order:
+        found.setdefault(re.sub(r"experts\.\d+", "experts", key), []).append(tensors[key])
+    return {key: torch.stack(parts) if ".experts." in key else parts[0] for key, parts in found.items()}
+
+
+def unstacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {key: value for key, value in tensors.items() if ".experts." not in key}
+    for key in tensors.keys() - found.keys():
+        found |= {key.replace("experts", f"experts.{i}"): value for i, value in enumerate(tensors[key])}
+    return found
 
 
 def turned(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -193,8 +219,11 @@ def test_log_probabilities_are_those_of_the_dequantised_model(made: Any, name: s
         torch.testing.assert_close(forward(model, prompt), forward(plain, prompt), rtol=0, atol=2e-3)
     assert model.config.eos_token_ids == (7,) and model.config.dtype == "bfloat16"
     held = weight_bytes(model.config, "bfloat16")
-    assert held["gguf-Q5_K"].bytes == 2 * (512 if name == "qwen2" else 1024) * 176
+    rows = {"qwen2": 512, "qwen2moe": 32, "qwen3moe": 0}.get(name, 1024)  # without those of experts
+    assert (held["gguf-Q5_K"].bytes if rows else 0) == 2 * rows * 176
     assert "gguf-Q5_0" not in held
+    if "moe" in name:
+        assert held["experts gguf-Q5_K"].bytes == 2 * 4 * 64 * (1 if name == "qwen2moe" else 2) * 176
 
 
 def test_ranks_hold_their_part(made: Any) -> None:

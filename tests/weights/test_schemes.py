@@ -294,7 +294,7 @@ def test_formats_by_name(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
         names()
     monkeypatch.setenv("HAL_WEIGHTS", "a=b:c")
     for got in ("rows8", 3, None):
-        with pytest.raises(ModelLoadError, match=rf"(?s)unknown format.*{got!r}.*expected: a, awq, compressed"):
+        with pytest.raises(ModelLoadError, match=rf"(?s)unknown format.*{got!r}.*expected: a, auto-round, awq, comp"):
             schemes({"quant_method": got})
 
 
