@@ -270,7 +270,7 @@ def test_every_way_gives_the_same(way: str) -> None:
         pytest.skip(_NEEDS)
     weight, bias = torch.randn(200, 96).bfloat16(), torch.randn(200).bfloat16()
     layer = DenseWeight(weight, bias, Kernels(), (way,) * len(BUCKETS))
-    for rows in (0, 1, 5, 32, 33, 300):
+    for rows in (0, 1, 5, 32, 33, 300, 2060):
         x = torch.randn(rows, 96).bfloat16()
         torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
 

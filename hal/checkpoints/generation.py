@@ -18,6 +18,7 @@ _ALWAYS: dict[str, Any] = {"repetition_penalty": (int, float), "max_new_tokens":
 _UNKNOWN = ("num_beams", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens",
             "begin_suppress_tokens", "stop_strings", "min_length", "min_new_tokens", "typical_p", "epsilon_cutoff",
             "eta_cutoff", "penalty_alpha", "guidance_scale")
+_NO_EFFECT = {"num_beams": 1, "typical_p": 1, "guidance_scale": 1}  # of the others 0, or nothing
 _HINT = "--generation-config none (generation_config=\"none\") does not read it"
 
 
@@ -63,4 +64,5 @@ def not_applied(directory: str | Path) -> str:
     path = Path(directory) / FILE
     data = read_json(path) if isfile(path) else {}
     found = {name: data.get(name) for name in _UNKNOWN}
-    return ", ".join(f"{name}={shown(value)}" for name, value in found.items() if value not in (None, 0, 1, [], {}))
+    return ", ".join(f"{name}={shown(value)}" for name, value in found.items()
+                     if value not in (None, [], {}, _NO_EFFECT.get(name, 0)))

@@ -67,8 +67,8 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         queries: the numbers of tokens of a sequence, above one, in the steps of a round of speculative decoding,
             ascending: a device may prepare programs for them. A proposer sets those of its draft likewise.
         adapters: the slots of the model's layers; None where the engine has none.
-        selects_rows: the last layer computes only the tokens of a prompt whose logits are wanted. A device that has one
-            program for all values of the indices leaves this off.
+        selects_rows: in a step that has logits of some tokens only, the last layer computes these alone, behind its
+            attention. A device that has one program for all values of the indices leaves this off.
     """
 
     input_type, output_type = PagedModelInput, SamplerOutput

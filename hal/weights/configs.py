@@ -20,6 +20,7 @@ Config = Mapping[str, Any]
 SchemeOf = Callable[[str], Scheme]
 _HEAD = "lm_head"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_PATTERN = set("*+?^$()[]{}|\\")  # a key of extra_config that has one of these is a regular expression
 
 
 def compressed_tensors(config: Config) -> SchemeOf:
@@ -155,13 +156,17 @@ def auto_round(config: Config) -> SchemeOf:
     """AutoRound's own format: layers inside the named blocks in the layout of GPTQ or of AWQ. `extra_config` changes
     the options of single layers, which a name or a regular expression chooses."""
     extra, blocks = _get(config, "extra_config", dict, {}), config.get("block_name_to_quantize")
-    blocks = blocks.split(",") if isinstance(blocks, str) else _names(config, "block_name_to_quantize")
+    if not all(isinstance(options, dict) for options in extra.values()):
+        raise _unusable("extra_config", extra, "an object of objects")
+    blocks = ([block.strip() for block in blocks.split(",")] if isinstance(blocks, str) else
+              _names(config, "block_name_to_quantize"))
 
     def made(options: Config) -> Scheme:
         layout, bits, size = (options.get(key) for key in ("packing_format", "bits", "group_size"))
+        inputs = _get(options, "act_bits", int, 16)
         if type(bits) is int and bits >= 16:
             return DENSE
-        if options.get("data_type", "int") == "int" and (options.get("act_bits") or 16) >= 16:
+        if options.get("data_type", "int") == "int" and inputs >= 16:
             if layout == "auto_round:auto_gptq" and bits in (4, 8):
                 return Gptq(bits, None if size == -1 else _size(size))
             if layout == "auto_round:auto_awq" and bits == 4:
@@ -176,7 +181,8 @@ def auto_round(config: Config) -> SchemeOf:
         spelled = _spelled(name)
         for exact in (True, False):
             for pattern, each in others.items():
-                if any(pattern == n if exact else _searched(f".*(?:{pattern})", n) for n in spelled):
+                if any(pattern == n if exact else not _PATTERN.isdisjoint(pattern) and _searched(f".*(?:{pattern})", n)
+                       for n in spelled):
                     return each
         within = any(n.startswith(f"{block}.") for block in blocks for n in spelled)
         return usual if within or (not blocks and name != _HEAD) else DENSE

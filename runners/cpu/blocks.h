@@ -146,7 +146,8 @@ static void blocks_items(void *job) {
         const int64_t second = j->gated ? j->width + column : column + 16, limit = j->gated ? 2 * j->width : j->width;
         const __m512 bias[2] = {blocks_bias(w, column, j->width - column), blocks_bias(w, second, limit - second)};
         blocks_panel(j, column, panel);
+        /* The last tile begins earlier where rows are left over: two threads may write the same bits to a row. */
         for (int64_t row = item / count * j->group; row < end; row += TALL)
-            blocks_tile(j, panel, MIN(row, MAX(j->n - TALL, 0)), column, bias); /* some rows may come twice */
+            blocks_tile(j, panel, MIN(row, MAX(j->n - TALL, 0)), column, bias);
     }
 }

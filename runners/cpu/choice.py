@@ -58,7 +58,7 @@ def _ways(weight: torch.Tensor, kernels: Kernels) -> list[str]:
     """To multiply by the weight where it lies."""
     without = {"fp32 tiles"} if weight.dtype == torch.float32 else set()
     if not kernels or not fits(weight):
-        without |= {"kernel", "one thread"}
+        without |= {"kernel", "one thread", BLOCKS}
     if kernels.name != LEVELS[-1] or weight.dtype != torch.bfloat16:
         without.add(BLOCKS)
     if weight.numel() * weight.element_size() > _LITTLE:

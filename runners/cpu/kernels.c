@@ -1,7 +1,7 @@
-/* The CPU's kernels: products of few rows with a linear layer's weight, and attention over a paged cache.
+/* The CPU's kernels: products with a linear layer's weight, and attention over a paged cache.
 
-   The loops are in kernels_level.h, which is included once for each level of instructions. Python calls the functions
-   through ctypes (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
+   The loops for few rows and for decoding are in kernels_level.h, which is included once for each level of instructions;
+   those for prompts are in blocks.h and prompt.h. Python calls the functions through ctypes (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
    passed in, so that there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
@@ -137,16 +137,24 @@ static void run(Work work, void *job, unsigned threads) {
     else hal_parallel(work, job, threads, 0);
 }
 
+#define SLICE 2048 /* rows at a time, which bounds the memory that copies of them take */
+
 /* y = x W^T + bias of many rows. The weight is bfloat16 and the level 3. With `gated` the outputs are a gate and up, and
    y is silu(gate) * up. Returns as hal_linear. */
 EXPORT int hal_blocks(const Weight *w, const void *x, int64_t x_stride, void *y, int64_t rows, int gated,
                       unsigned threads) {
-    Blocks job = {.weight = w, .x = x, .y = y, .n = rows, .x_stride = 2 * x_stride, .x_bytes = 2 * x_stride, .gated = gated};
+    for (; rows > SLICE; rows -= SLICE) {
+        if (hal_blocks(w, x, x_stride, y, SLICE, gated, threads)) return 1;
+        x = (const char *)x + 2 * SLICE * x_stride;
+        y = (char *)y + 2 * SLICE * (gated ? w->outputs / 2 : w->outputs);
+    }
+    Blocks job = {.weight = w, .x = x, .y = y, .n = rows, .gated = gated};
+    job.x_stride = job.x_bytes = 2 * x_stride;
     job.width = gated ? w->outputs / 2 : w->outputs;
     job.columns = gated ? PANEL / 2 : PANEL;
     job.each = (w->inputs + 31) / 32 * 32 * PANEL * 2;
     const int64_t padded = (w->inputs * 2 + 63) / 64 * 64 + 64, panels = (job.width + job.columns - 1) / job.columns;
-    /* Rows at a multiple of 2 KiB fall on the same lines of the cache. */
+    /* Rows that are a multiple of 2 KiB apart compete for few sets of the cache. */
     const int copied = w->inputs % 32 || job.x_stride % 2048 == 0 || rows < TALL;
     job.panels = hal_scratch(job.each * threads + (copied ? padded * MAX(rows, TALL) : 0));
     if (!job.panels) return 1;

@@ -429,6 +429,7 @@ def test_forms_that_no_kernel_has() -> None:
     index = torch.arange(48).view(2, 24).t().flatten() // 24
     assert few_bits(Grid(values, torch.ones(8, 2), 24, (4, 4), None, torch.stack((index, index.flip(0))))) is None
     assert few_bits(Grid(values + 200, torch.ones(8, 3), 16, (8,))) is None  # integers of 8 bits from 0 on
+    assert few_bits(Grid(values.to(torch.int8), torch.ones(8, 3), 16, (8,))) is None  # too many groups in a chunk
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20])

@@ -50,7 +50,9 @@ def test_settings_that_requests_do_not_have_are_named(adder: Path, caplog: pytes
     assert not_applied(adder) == "" and not_applied(adder / "nowhere") == ""
     recommend(adder, num_beams=4, no_repeat_ngram_size=0, typical_p=1.0, bad_words_ids=None, suppress_tokens=[])
     assert not_applied(adder) == "num_beams=4"
-    recommend(adder, no_repeat_ngram_size=3, stop_strings=["2"], do_sample=False)
+    recommend(adder, no_repeat_ngram_size=1, num_beams=1, min_new_tokens=0)
+    assert not_applied(adder) == "no_repeat_ngram_size=1"
+    recommend(adder, num_beams=4, no_repeat_ngram_size=3, stop_strings=["2"], do_sample=False)
     with LLM(str(adder), device="cpu", num_blocks=64) as llm:
         assert llm.generate("37+85=")[0].text == "122"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [

@@ -169,6 +169,8 @@ def scheme_names(config: dict[str, Any], *names: str) -> list[str]:
     (published.auto_round("auto_round:auto_gptq", block_name_to_quantize=["model.layers.1"], extra_config={
         ".*down_proj": {"bits": 16}, "model.layers.1.mlp.down_proj": {"bits": 8}, "lm_head": {}}),
      ["dense", "gptq", "gptq"]),
+    (published.auto_round("auto_round:auto_awq", block_name_to_quantize="model.layers.0, model.layers.1", extra_config={
+        "model.layers.1.mlp.down": {"bits": 16}, "lm_head": {"bits": 16}}), ["awq", "awq", "dense"]),
     (published.compressed("dense", {}) | {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8}}, ["dense"] * 3),
     ({**FORMATS["gptq"][0], "lm_head": True, "dynamic": {"-:.*self_attn": {}}}, ["dense", "gptq", "gptq"]),
 ])
@@ -217,6 +219,8 @@ def test_a_checkpoint_whose_layers_differ_runs(checkpoint: Callable[[str], Path]
     (published.auto_round("auto_round:fp8"), r"(?s)layout of AutoRound.*auto_round:fp8.*auto_round:auto_gptq \("),
     (published.auto_round("auto_round:auto_gptq", act_bits=8), r"(?s)AutoRound.*act_bits=8.*not rounded"),
     (published.auto_round("auto_round:auto_awq", extra_config={"(": {}}), r"(?s)pattern of layers.*regular expression"),
+    (published.auto_round("auto_round:auto_awq", extra_config={"lm_head": 5}), r"(?s)extra_config.*object of objects"),
+    (published.auto_round("auto_round:auto_awq", act_bits="8"), r"(?s)act_bits.*8.*int"),
     ({**FORMATS["int4-packed"][0], "ignore": ["re:("]}, r"(?s)pattern of layers.*regular expression"),
 ])
 def test_unknown_schemes_are_refused(config: dict[str, Any], named: str) -> None:

@@ -95,7 +95,7 @@ def few_bits(grid: Grid, e2m1: bool = False) -> FewBits | None:
     pieces = {torch.uint8: 8, torch.int8: 4}.get(values.dtype, 0)
     group = -(-inputs // 128) * 128 if scales.shape[1] == 1 else grid.group
     chunk = next((c for c in _CHUNKS if group % c == 0), 0)
-    if not chunk or (pieces and group % 128 and group != chunk):
+    if not chunk or (pieces and ((group % 128 and group != chunk) or 128 // group > pieces)):
         return None
     if (zeros is not None and not pieces) or (pieces == 8 and int(values.max()) > 15):
         return None
