@@ -277,7 +277,7 @@ class PagedModelRunner(ModelRunnerBase[PagedModelInput]):
         """Up to the logits. Every tensor-parallel rank computes its part of them."""
         context = self.forward_context(m, kv_caches)
         if self.selects_rows and self.model.selects_rows and 0 < len(m.logits_indices) < len(m.input_ids) and (
-                self.adapters is None and self.loads is None):  # both have a value for each token of the step
+                m.adapter_slots is None and self.loads is None):  # both have a value for each token of the step
             context = dataclasses.replace(context, rows=m.logits_indices)
         hidden = self.model(self.pending.input_ids(m), m.positions, context, intermediate)
         if not isinstance(hidden, torch.Tensor):
