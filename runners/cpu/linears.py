@@ -80,7 +80,7 @@ class DenseWeight:
         return multiply(self.call, self.address, x, self.outputs, 1)
 
     def _blocks(self, x: torch.Tensor) -> torch.Tensor:
-        return self._in_blocks(x, self.outputs, 0)
+        return multiply(self.kernels.functions.hal_blocks, self.address, x, self.outputs, 0, 0)
 
     def in_blocks(self, rows: int) -> bool:
         """Whether so many rows are multiplied in blocks, so that `gated` is there."""
@@ -88,16 +88,7 @@ class DenseWeight:
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """Of a weight whose outputs are a gate and up: silu(gate) * up -> [n, out / 2]."""
-        return self._in_blocks(x, self.outputs // 2, 1)
-
-    def _in_blocks(self, x: torch.Tensor, width: int, gated: int) -> torch.Tensor:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        y = x.new_empty(x.shape[0], width)
-        if self.kernels.functions.hal_blocks(self.address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], gated,
-                                             torch.get_num_threads()):
-            raise MemoryError("a linear layer's kernel found no memory for its input")
-        return y
+        return multiply(self.kernels.functions.hal_blocks, self.address, x, self.outputs // 2, 0, 1)
 
     def _fp32(self, x: torch.Tensor) -> torch.Tensor:
         wide, y = x.float(), x.new_empty(x.shape[0], self.outputs)
@@ -111,12 +102,13 @@ class DenseWeight:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def multiply(call: Any, address: int, x: torch.Tensor, outputs: int, threads: int = 0) -> torch.Tensor:
-    """`call`, `address`: a function of the kernels and its weight. `threads`: 0 stands for torch's."""
+def multiply(call: Any, address: int, x: torch.Tensor, outputs: int, threads: int = 0, *further: int) -> torch.Tensor:
+    """`call`, `address`: a function of the kernels and its weight. `threads`: 0 stands for torch's. `further`: the
+    function's other arguments."""
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(x.shape[0], outputs)
-    if call(address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0],
+    if call(address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], *further,
             threads or torch.get_num_threads()):
         raise MemoryError("a linear layer's kernel found no memory for its input")
     return y

@@ -10,6 +10,7 @@ import torch
 from hal.contracts.attention import LayerAttention
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
+from hal.models.mlp import apply_norm
 from hal.models.ops import Ops
 from hal.weights.grid import GridScheme
 from runners.cpu.attention import CpuStep
@@ -101,9 +102,7 @@ class CpuOps(Ops):
         packed, adapters = getattr(layer, "packed", None), getattr(layer, "adapters", None)
         if gated and isinstance(packed, DenseWeight) and packed.in_blocks(len(x)) and not self.batch_invariant and (
                 adapters is None or adapters.step.begun is None):
-            if residual is None:
-                return packed.gated(self.rms_norm(x, weight, eps)), x
-            x, residual = self.add_rms_norm(x, residual, weight, eps)
+            x, residual = apply_norm(self, x, residual, weight, eps)
             return packed.gated(x), residual
         return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
 
