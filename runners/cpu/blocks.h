@@ -101,12 +101,17 @@ static void blocks_panel(const Blocks *j, int64_t column, char *panel) {
     if (rest) fill_panel(rows, 32, panel + whole * PANEL * 2);
 }
 
+/* The lanes from `first` to `last` - 1. */
+INLINE __mmask16 lanes(int64_t first, int64_t last) {
+    const uint32_t below = last >= 16 ? 0xffff : last <= 0 ? 0 : (1u << last) - 1;
+    return (__mmask16)(first <= 0 ? below : first >= 16 ? 0 : below & ~((1u << first) - 1));
+}
+
 INLINE __m512 wide(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
 INLINE __m512 blocks_bias(const Weight *w, int64_t at, int64_t count) {
     if (!w->bias) return _mm512_setzero_ps();
-    const __mmask16 mask = count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1;
-    return wide(_mm256_maskz_loadu_epi16(mask, w->bias + 2 * at));
+    return wide(_mm256_maskz_loadu_epi16(lanes(0, count), w->bias + 2 * at));
 }
 
 /* silu(gate) * up, rounded where PyTorch's operations round. */
@@ -129,7 +134,7 @@ INLINE void blocks_tile(const Blocks *j, const char *panel, int64_t row, int64_t
         char *y = j->y + ((row + i) * j->width + column) * 2;
         if (row + i >= j->n) continue;
         if (j->gated)
-            _mm256_mask_storeu_epi16(y, left >= 16 ? 0xffff : (1u << left) - 1, blocks_gated(a, b));
+            _mm256_mask_storeu_epi16(y, lanes(0, left), blocks_gated(a, b));
         else
             _mm512_mask_storeu_epi16(y, left >= 32 ? ~0u : (1u << left) - 1, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }

@@ -39,12 +39,6 @@ static void prompt_panels(void *job) {
     }
 }
 
-/* The lanes from `first` to `last` - 1. */
-INLINE __mmask16 lanes(int64_t first, int64_t last) {
-    const uint32_t below = last >= 16 ? 0xffff : last <= 0 ? 0 : (1u << last) - 1;
-    return (__mmask16)(first <= 0 ? below : first >= 16 ? 0 : below & ~((1u << first) - 1));
-}
-
 static void prompt_item(const Prompt *j, char *scratch, int64_t h, int64_t first_query) {
     const Decode *d = j->d;
     const int64_t dim = d->head_dim, group = d->heads / d->kv_heads, kv = h / group, padded = j->padded;
