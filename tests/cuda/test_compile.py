@@ -150,3 +150,14 @@ def test_sums_over_peer_memory(dtype: torch.dtype, count: int) -> None:
 
     addresses, epochs = torch.zeros(4, dtype=torch.int64), torch.zeros(PROGRAMS, dtype=torch.int32)
     peer_sum(torch.zeros(count // dtype.itemsize * 2, dtype=dtype), addresses, addresses, epochs, epochs[:1], 1, 4)
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_adapters(dtype: torch.dtype, tokens: int) -> None:
+    from runners.cuda.kernels.adapters import adapt, by_slot, tiles_of
+
+    x, y, a, b = (torch.ones(*shape, dtype=dtype) for shape in (
+        (tokens, 1024), (tokens, 1536), (4, 32, 1024), (4, 1536, 16)))
+    slots = torch.zeros(tokens, dtype=torch.int32)
+    adapt(y, x, a, b, by_slot(slots, 4), tiles_of((1024, 512), x.device))

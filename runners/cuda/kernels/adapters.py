@@ -74,7 +74,8 @@ def _expand(inner, b, order, starts, tiles, y, y_stride, tokens, outputs, column
     if tl.max(real.to(tl.int32), 0) > 0:
         column = tl.load(tiles + tile * 3) + tl.arange(0, BLOCK_N)
         inside, lane = column < tl.load(tiles + tile * 3 + 1), tl.arange(0, BLOCK_R)
-        there, kind = lane < rank, y.dtype.element_ty
+        there = lane < rank
+        kind = y.dtype.element_ty
         source = inner + places[:, None] * columns + (tl.load(tiles + tile * 3 + 2) * rank + lane)[None]
         value = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for part in range(PARTS):
