@@ -17,7 +17,7 @@ import triton.language as tl
 
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
-_FEW, _MOST_PARTS = 128, 16  # tokens of a step that decodes; parts of a sum over the inputs
+_FEW, _PART, _MOST_PARTS = 128, 256, 16  # tokens of a step that decodes; inputs of a part of a sum, and parts
 
 
 class Sorted(NamedTuple):
@@ -68,25 +68,27 @@ def _shrink(x, a, order, starts, out, tokens, x_stride, size, columns, each, PAR
 def _expand(inner, b, order, starts, tiles, y, y_stride, tokens, outputs, columns, rank, PARTS: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
             PDL: tl.constexpr):
-    wait_for_inputs(PDL)
     tile, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.load(tiles + tile * 3) + tl.arange(0, BLOCK_N)
+    inside, lane = column < tl.load(tiles + tile * 3 + 1), tl.arange(0, BLOCK_R)
+    there = lane < rank
+    first = tl.load(tiles + tile * 3 + 2) * rank + lane
+    wait_for_inputs(PDL)
     places, real = _places(starts, slot, tl.program_id(2), BLOCK_M)
     if tl.max(real.to(tl.int32), 0) > 0:
-        column = tl.load(tiles + tile * 3) + tl.arange(0, BLOCK_N)
-        inside, lane = column < tl.load(tiles + tile * 3 + 1), tl.arange(0, BLOCK_R)
-        there = lane < rank
-        kind = y.dtype.element_ty
-        source = inner + places[:, None] * columns + (tl.load(tiles + tile * 3 + 2) * rank + lane)[None]
-        value = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for part in range(PARTS):
-            value += tl.load(source + part * tokens * columns, mask=real[:, None] & there[None], other=0.0)
         w = tl.load(b + (slot * outputs + column[None]) * rank + lane[:, None], mask=inside[None] & there[:, None],
                     other=0.0)
-        delta = tl.dot(value.to(kind), w, input_precision=PRECISION)
         rows = tl.load(order + places, mask=real, other=0)
         at = y + rows[:, None] * y_stride + column[None]
         mask = real[:, None] & inside[None]
-        tl.store(at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + delta).to(kind), mask=mask)
+        before = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        source = inner + places[:, None] * columns + first[None]
+        value = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for part in tl.static_range(PARTS):  # unrolled, so that no load waits for another
+            value += tl.load(source + part * tokens * columns, mask=real[:, None] & there[None], other=0.0)
+        kind = y.dtype.element_ty
+        delta = tl.dot(value.to(kind), w, input_precision=PRECISION)
+        tl.store(at, (before + delta).to(kind), mask=mask)
 
 
 def tiles_of(outputs: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -114,7 +116,7 @@ def adapt(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, st
     if not n:
         return y
     block = 16 if n <= _FEW else 64
-    parts = min(max(size // 512, 1), _MOST_PARTS) if n <= _FEW else 1
+    parts = min(max(size // _PART, 1), _MOST_PARTS) if n <= _FEW else 1
     each = triton.cdiv(size, parts * 128) * 128
     wide, deep = min(max(16, triton.next_power_of_2(columns)), 64), max(16, triton.next_power_of_2(rank))
     common = {"PARTS": parts, "BLOCK_M": block, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
