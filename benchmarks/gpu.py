@@ -261,7 +261,7 @@ def few_bit_experts(bandwidth: float, quantize: str | None) -> None:
     from hal.weights.configs import ON_LOAD
     from hal.weights.grid import Grid
     from runners.cuda.kernels import experts, few_bits
-    from runners.cuda.kernels.few_bit_experts import FEW_TILE, Stacks, Tile
+    from runners.cuda.kernels.few_bit_experts import FEW_TILES, Stacks, Tile
     from runners.cuda.kernels.few_bit_experts import experts as compute
 
     hidden, size, count, k, device = 2048, 768, 128, 8, "cuda"
@@ -293,13 +293,14 @@ def few_bit_experts(bandwidth: float, quantize: str | None) -> None:
                                                    "bf16_us": bf16 * 1e3}
             if 1 < tokens <= experts.FEW // k:
                 spent = {}
-                for tile in itertools.product((16, 32, 64), (2, 4, 6), (4, 8)):
+                for tile in itertools.product((16, 32, 64), (2, 4), (1, 2, 4)):
                     try:
                         spent[tile] = graphed(lambda: compute(x, weights, chosen, held, Tile(*tile)))  # noqa: B023
                     except Exception as error:  # a tile that does not fit
                         print(f"    {tile}: {type(error).__name__}: {str(error)[:80]}")
                 best = min(spent, key=lambda tile: spent[tile])
-                print(f"    best tile {best} {spent[best] * 1e3:.1f} us, beside {tuple(FEW_TILE)}", flush=True)
+                usual = tuple(FEW_TILES[up.pieces])
+                print(f"    best tile {best} {spent[best] * 1e3:.1f} us, beside {usual}", flush=True)
 
 
 def small(bandwidth: float) -> None:

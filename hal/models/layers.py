@@ -165,9 +165,8 @@ class Linear(LinearWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in of this rank] -> [n, out of this rank]; summed over the tp ranks where the layer is row-parallel."""
-        y = self.ops.linear(x, self)
-        if self.adapters is not None and self.adapters.step.begun is not None:
-            y = self.ops.adapt(y, x, self)
+        adapted = self.adapters is not None and self.adapters.step.begun is not None
+        y = self.ops.adapted_linear(x, self) if adapted else self.ops.linear(x, self)
         return self.communicator.all_reduce(y) if self.reduce else y
 
 

@@ -81,11 +81,25 @@ class CudaOps(Ops):
     def begin_adapters(self, slots: torch.Tensor, count: int) -> Any:
         return adapters.by_slot(slots, count)
 
-    def adapt(self, y: torch.Tensor, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        held = layer.adapters
+    def adapted_linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        """In a graph x A^T is computed beside the layer's own product."""
+        held, step = layer.adapters, layer.adapters.step.begun
         if held.outputs not in self._adapted_tiles:  # in the warm-up, before anything is captured
             self._adapted_tiles[held.outputs] = adapters.tiles_of(held.outputs, x.device)
-        return adapters.adapt(y, x, held.a, held.b, held.step.begun, self._adapted_tiles[held.outputs])
+        if not len(x):
+            return self.linear(x, layer)
+        inner, beside = adapters.inner_of(x, held.a), torch.cuda.is_current_stream_capturing()
+        if beside:
+            current, other = torch.cuda.current_stream(), _side(x.device)
+            other.wait_stream(current)
+            with torch.cuda.stream(other):
+                adapters.shrink(x, held.a, step, inner, alone=True)
+        y = self.linear(x, layer)
+        if beside:
+            current.wait_stream(other)
+        else:
+            adapters.shrink(x, held.a, step, inner)
+        return adapters.expand(y, inner, held.b, step, self._adapted_tiles[held.outputs], alone=beside)
 
     def _few_bits(self, x: torch.Tensor, layer: Linear, weight: FewBits) -> torch.Tensor:
         """Few rows are multiplied by the weight as it is stored, and are not rounded themselves. Of many rows, those of
@@ -234,6 +248,11 @@ def _multiplies_fp8(x: torch.Tensor, layer: Linear, weight: FewBits) -> bool:
             and len(weight.scales) == 1 and x.dtype == torch.bfloat16
             and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
             and weight.values.shape[0] % 16 == 0 and weight.values.shape[1] % 16 == 0)
+
+
+@functools.cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _captured(call: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> torch.cuda.CUDAGraph:

@@ -155,9 +155,11 @@ def test_sums_over_peer_memory(dtype: torch.dtype, count: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_adapters(dtype: torch.dtype, tokens: int) -> None:
-    from runners.cuda.kernels.adapters import adapt, by_slot, tiles_of
+    from runners.cuda.kernels.adapters import by_slot, expand, inner_of, shrink, tiles_of
 
     x, y, a, b = (torch.ones(*shape, dtype=dtype) for shape in (
         (tokens, 1024), (tokens, 1536), (4, 32, 1024), (4, 1536, 16)))
     slots = torch.zeros(tokens, dtype=torch.int32)
-    adapt(y, x, a, b, by_slot(slots, 4), tiles_of((1024, 512), x.device))
+    inner, step = inner_of(x, a), by_slot(slots, 4)
+    shrink(x, a, step, inner)
+    expand(y, inner, b, step, tiles_of((1024, 512), x.device))

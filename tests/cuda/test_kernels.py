@@ -469,7 +469,7 @@ def test_adapters_of_several_slots(dtype: torch.dtype, tokens: int, size: int, o
                                    ) -> None:
     """Each token gets the products of its own slot, at the offset of each projection, and one without a slot none.
     There are a sum over the inputs in parts, tiles of the outputs, more than one block of tokens, an empty slot."""
-    from runners.cuda.kernels.adapters import adapt, by_slot, tiles_of
+    from runners.cuda.kernels.adapters import by_slot, expand, inner_of, shrink, tiles_of
 
     generator, slots = torch.Generator().manual_seed(tokens), 5
     of_token = torch.randint(-1, slots, (tokens,), generator=generator, dtype=torch.int32)
@@ -482,6 +482,8 @@ def test_adapters_of_several_slots(dtype: torch.dtype, tokens: int, size: int, o
         inner = x[token].double() @ a[slot].double().t()
         parts = [w @ inner[i * rank:(i + 1) * rank] for i, w in enumerate(b[slot].double().split(outputs))]
         expected[token] += torch.cat(parts) if slot >= 0 else 0.0
-    got = adapt(y.to(DEVICE), x.to(DEVICE), a.to(DEVICE), b.to(DEVICE), by_slot(of_token.to(DEVICE), slots),
-                tiles_of(outputs, DEVICE))
+    x, a, step = x.to(DEVICE), a.to(DEVICE), by_slot(of_token.to(DEVICE), slots)
+    inner = inner_of(x, a)
+    shrink(x, a, step, inner)
+    got = expand(y.to(DEVICE), inner, b.to(DEVICE), step, tiles_of(outputs, DEVICE))
     close(got, expected, dtype)

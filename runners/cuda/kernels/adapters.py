@@ -9,7 +9,7 @@ second kernel adds the parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
-_FEW, _PART, _MOST_PARTS = 128, 256, 16  # tokens of a step that decodes; inputs of a part of a sum, and parts
+_FEW, _PART, _MOST_PARTS = 128, 512, 16  # tokens of a step that decodes; inputs of a part of a sum, and parts
 
 
 class Sorted(NamedTuple):
@@ -82,12 +82,11 @@ def _expand(inner, b, order, starts, tiles, y, y_stride, tokens, outputs, column
         at = y + rows[:, None] * y_stride + column[None]
         mask = real[:, None] & inside[None]
         before = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        source = inner + places[:, None] * columns + first[None]
-        value = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for part in tl.static_range(PARTS):  # unrolled, so that no load waits for another
-            value += tl.load(source + part * tokens * columns, mask=real[:, None] & there[None], other=0.0)
+        # One load of all parts, since loads in a loop wait for one another.
+        source = inner + tl.arange(0, PARTS)[:, None, None] * (tokens * columns) + (places * columns)[None, :, None]
+        value = tl.load(source + first[None, None], mask=real[None, :, None] & there[None, None], other=0.0)
         kind = y.dtype.element_ty
-        delta = tl.dot(value.to(kind), w, input_precision=PRECISION)
+        delta = tl.dot(tl.sum(value, 0).to(kind), w, input_precision=PRECISION)
         tl.store(at, (before + delta).to(kind), mask=mask)
 
 
@@ -104,27 +103,48 @@ def _width(outputs: int) -> int:
     return 256 if outputs > 8192 else 128
 
 
-def adapt(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, step: Sorted, tiles: torch.Tensor,
-          ) -> torch.Tensor:
+def shrink(x: torch.Tensor, a: torch.Tensor, step: Sorted, inner: torch.Tensor, alone: bool = False) -> None:
+    """Fill `inner`, of `inner_of`, with parts of the sums of each token's x A^T.
+
+    Args:
+        x: [n, in], contiguous rows. a: [slots, projections * rank, in]. alone: the launch before it in the stream is
+            not what it waits for.
+    """
+    (slots, columns, size), (parts, n, _) = a.shape, inner.shape
+    block, each = _block(n), triton.cdiv(size, parts * 128) * 128
+    wide = min(max(16, triton.next_power_of_2(columns)), 64)
+    _shrink[triton.cdiv(n, block), slots, parts * triton.cdiv(columns, wide)](
+        x, a, step.order, step.starts, inner, n, x.stride(0), size, columns, each, BLOCK_R=wide, BLOCK_K=128,
+        **_common(x, parts, block, alone))
+
+
+def inner_of(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Memory [parts, n, projections * rank], fp32."""
+    most = max(x.shape[1] // _PART, 1) if len(x) <= _FEW else 1
+    parts = min(1 << most.bit_length() - 1, _MOST_PARTS)
+    return torch.empty(parts, len(x), a.shape[1], dtype=torch.float32, device=x.device)
+
+
+def expand(y: torch.Tensor, inner: torch.Tensor, b: torch.Tensor, step: Sorted, tiles: torch.Tensor,
+           alone: bool = False) -> torch.Tensor:
     """Add each token's (x A^T) B^T to y, in place.
 
     Args:
-        y: [n, out]. x: [n, in]. The rows of both are contiguous. a: [slots, projections * rank, in]. b: [slots,
-            out, rank]. tiles: of `tiles_of`.
+        y: [n, out], contiguous rows. inner: of `shrink`. b: [slots, out, rank]. tiles: of `tiles_of`. alone: as of
+            `shrink`.
     """
-    (slots, columns, size), (_, outputs, rank), n = a.shape, b.shape, len(x)
-    if not n:
-        return y
-    block = 16 if n <= _FEW else 64
-    parts = min(max(size // _PART, 1), _MOST_PARTS) if n <= _FEW else 1
-    each = triton.cdiv(size, parts * 128) * 128
-    wide, deep = min(max(16, triton.next_power_of_2(columns)), 64), max(16, triton.next_power_of_2(rank))
-    common = {"PARTS": parts, "BLOCK_M": block, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-              **launch_options(x)}
-    inner = torch.empty(parts, n, columns, dtype=torch.float32, device=x.device)
-    blocks = triton.cdiv(n, block)
-    _shrink[blocks, slots, parts * triton.cdiv(columns, wide)](
-        x, a, step.order, step.starts, inner, n, x.stride(0), size, columns, each, BLOCK_R=wide, BLOCK_K=128, **common)
-    _expand[len(tiles), slots, blocks](inner, b, step.order, step.starts, tiles, y, y.stride(0), n, outputs, columns,
-                                       rank, BLOCK_R=deep, BLOCK_N=_width(outputs), **common)
+    (slots, outputs, rank), (parts, n, columns) = b.shape, inner.shape
+    block = _block(n)
+    _expand[len(tiles), slots, triton.cdiv(n, block)](
+        inner, b, step.order, step.starts, tiles, y, y.stride(0), n, outputs, columns, rank,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_N=_width(outputs), **_common(y, parts, block, alone))
     return y
+
+
+def _block(tokens: int) -> int:
+    return 16 if tokens <= _FEW else 64
+
+
+def _common(x: torch.Tensor, parts: int, block: int, alone: bool) -> dict[str, Any]:
+    return {"PARTS": parts, "BLOCK_M": block, "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+            **({"PDL": False} if alone else launch_options(x))}

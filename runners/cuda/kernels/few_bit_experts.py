@@ -114,21 +114,23 @@ class Tile(NamedTuple):
     warps: int
 
 
-FEW_TILE = Tile(32, 4, 4)
+# By the integers of a word, as of FewBits.pieces: what was fastest on an H200 (benchmarks/gpu.py experts).
+FEW_TILES = {0: Tile(32, 4, 2), 4: Tile(64, 4, 2), 8: Tile(32, 4, 1)}
+_ONE_TILE = 4, 16, 2  # outputs of a program, chunks of its tile, and warps, for one token and weights of integers
 
 
 def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, held: Stacks, tile: Tile | None = None,
             ) -> torch.Tensor:
-    """As runners.cuda.kernels.experts. tile: of few choices; None: FEW_TILE."""
+    """As runners.cuda.kernels.experts. tile: of few choices; None: of FEW_TILES."""
     per_token = chosen.shape[1]
     how = None if len(x) == 1 else divided(chosen, held.first, held.count, x.dtype == torch.float32)
-    inner = _layer(x, chosen, held, held.gate_up, held.gate_up_bias, how, tile or FEW_TILE, per_token, True)
-    y = _layer(inner, chosen, held, held.down, held.down_bias, how, tile or FEW_TILE, 1, False)
+    inner = _layer(x, chosen, held, held.gate_up, held.gate_up_bias, how, tile, per_token, True)
+    y = _layer(inner, chosen, held, held.down, held.down_bias, how, tile, 1, False)
     return combine(y, weights, chosen, held.first, held.count)
 
 
 def _layer(x: torch.Tensor, chosen: torch.Tensor, held: Stacks, weight: FewBits, bias: torch.Tensor | None,
-           how: Choices | None, tile: Tile, per_token: int, gated: bool) -> torch.Tensor:
+           how: Choices | None, tile: Tile | None, per_token: int, gated: bool) -> torch.Tensor:
     """One layer of all experts, for every choice -> [choices, outputs]. x has a row for every `per_token` choices."""
     pairs, wide = chosen.numel(), x.dtype == torch.float32
     outputs = len(weight.values) // held.count // (2 if gated else 1)
@@ -139,11 +141,12 @@ def _layer(x: torch.Tensor, chosen: torch.Tensor, held: Stacks, weight: FewBits,
     options: dict[str, Any] = {"PER_TOKEN": per_token, "GATED": gated, "LIMIT": held.limit or 0.0,
                                "HAS_BIAS": bias is not None, **weight.form, **launch_options(x)}
     if how is None:
-        rows, width, warps = one_row_tile(weight, outputs)
+        rows, width, warps = _ONE_TILE if weight.pieces else one_row_tile(weight, outputs)
         _one_token[(pairs, triton.cdiv(outputs, rows))](
             *tensors, out, *sizes, ROWS=rows, CHUNKS=min(width, triton.next_power_of_2(weight.chunks)), num_warps=warps,
             **options)
         return out
+    tile = tile or FEW_TILES[weight.pieces]
     if how.options["BY"] == SORTED:
         tile = Tile(32, 2, 4) if wide else Tile(128, 3, 8)
         tile = tile._replace(outputs=tile.outputs // 2) if gated else tile
