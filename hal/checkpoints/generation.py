@@ -8,6 +8,7 @@ from typing import Any
 
 from hal.checkpoints.reader import Reader
 from hal.checkpoints.stored import read_json, shown
+from hal.config import EngineConfig
 from hal.errors import ModelLoadError, RequestError
 from hal.sampling.params import SamplingParams
 
@@ -22,8 +23,13 @@ _NO_EFFECT = {"num_beams": 1, "typical_p": 1, "guidance_scale": 1}  # of the oth
 _HINT = "--generation-config none (generation_config=\"none\") does not read it"
 
 
-def generation_defaults(directory: str | Path) -> dict[str, Any]:
-    """The values for requests that give none, by the names of SamplingParams, as far as they differ from its defaults.
+def recommended(config: EngineConfig) -> tuple[dict[str, Any], str]:
+    """Read the file, unless generation_config is "none".
+
+    Returns:
+        The values for requests that give none, by the names of SamplingParams, as far as they differ from its defaults.
+        And for the user: the settings that would choose other tokens, and that requests do not get; empty where the
+        file has none.
 
     As in transformers, nothing is drawn unless the file sets do_sample, and then the temperature is 1 unless the file
     gives one. A filter that the file does not name leaves out nothing.
@@ -31,10 +37,11 @@ def generation_defaults(directory: str | Path) -> dict[str, Any]:
     Raises:
         ModelLoadError: the file is damaged, or a value is not one that SamplingParams takes.
     """
-    path = Path(directory) / FILE
-    if not isfile(path):
-        return {}
-    read = Reader(read_json(path), FILE, _HINT)
+    path = Path(config.model) / FILE
+    if config.generation_config == "none" or not isfile(path):
+        return {}, ""
+    data = read_json(path)
+    read = Reader(data, FILE, _HINT)
     drawn = read.flag(False, "do_sample")
     found = {name: read.get(kind, None, name, null=None) for name, kind in ({**_DRAWING, **_ALWAYS} if drawn else
                                                                             _ALWAYS).items()}
@@ -49,20 +56,12 @@ def generation_defaults(directory: str | Path) -> dict[str, Any]:
     except RequestError as error:
         raise ModelLoadError(f"{FILE} recommends a sampling parameter that cannot be used",
                              got=f"{error.what}: {error.got}", expected=error.expected, hint=_HINT) from error
-    return {name: getattr(made, name) for name in found if getattr(made, name) != getattr(plain, name)}
+    ignored = ", ".join(f"{name}={shown(data[name])}" for name in _UNKNOWN
+                        if data.get(name) not in (None, [], {}, _NO_EFFECT.get(name, 0)))
+    return {name: getattr(made, name) for name in found if getattr(made, name) != getattr(plain, name)}, ignored
 
 
 def stated(defaults: dict[str, Any]) -> str:
-    """One line for the user about values of `generation_defaults` that requests get."""
+    """One line for the user about values of `recommended` that requests get."""
     values = ", ".join(f"{name}={value}" for name, value in defaults.items())
     return f"the model's {FILE} sets {values} where a request does not; --generation-config none leaves that out"
-
-
-def not_applied(directory: str | Path) -> str:
-    """The settings of generation_config.json that would choose other tokens, and that requests do not get; empty where
-    it has none. Raises ModelLoadError: the file is damaged."""
-    path = Path(directory) / FILE
-    data = read_json(path) if isfile(path) else {}
-    found = {name: data.get(name) for name in _UNKNOWN}
-    return ", ".join(f"{name}={shown(value)}" for name, value in found.items()
-                     if value not in (None, [], {}, _NO_EFFECT.get(name, 0)))

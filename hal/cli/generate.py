@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hal.checkpoints.generation import generation_defaults, stated
+from hal.checkpoints.generation import recommended, stated
 from hal.cli import batch, options, streams
 from hal.cli.results import Results, text
 from hal.config import EngineConfig
@@ -77,11 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 def with_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that the user gave, and the model's own for the others."""
-    engine = EngineConfig(**options.engine_options(args))
     given = options.sampling_options(args)
-    if engine.generation_config == "none":
-        return given
-    used = {name: value for name, value in generation_defaults(engine.model).items() if name not in given}
+    found, _ = recommended(EngineConfig(**options.engine_options(args)))
+    used = {name: value for name, value in found.items() if name not in given}
     if used:
         streams.say(f"hal: {stated(used)}")
     return {**used, **given}

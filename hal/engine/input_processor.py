@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from hal.checkpoints.chat import Message, read_template, rendered, require_template
-from hal.checkpoints.generation import generation_defaults, not_applied, stated
+from hal.checkpoints.generation import recommended, stated
 from hal.config import EngineConfig
 from hal.constrained.constraint import Constraints
 from hal.engine.prompts import Prompt, as_params, as_token_ids, check_length, check_vocabulary, require_text
@@ -37,10 +37,10 @@ class InputProcessor:
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
         self.config, self.model = config, model
-        self.defaults = generation_defaults(config.model) if config.generation_config == "auto" else {}
+        self.defaults, ignored = recommended(config)
         if self.defaults:
             logging.getLogger("hal").info(stated(self.defaults))
-        if config.generation_config == "auto" and (ignored := not_applied(config.model)):
+        if ignored:
             logging.getLogger("hal").warning("the model's generation_config.json asks for %s, which requests do not "
                                              "get", ignored)
         self._default = SamplingParams(**self.defaults)

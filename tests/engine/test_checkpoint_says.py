@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hal import LLM, SamplingParams
-from hal.checkpoints.generation import generation_defaults, not_applied, stated
+from hal.checkpoints import generation
+from hal.checkpoints.generation import recommended, stated
 from hal.cli import main
-from hal.config import BUNDLED_MODEL
+from hal.config import BUNDLED_MODEL, EngineConfig
 from hal.errors import ModelLoadError, RequestError
 
 LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [2], "transformers_version": "4.40"}
@@ -41,23 +42,30 @@ def recommend(path: Path, **values: Any) -> None:
      {"temperature": 1.0, "min_p": 0.1}),
     ({"do_sample": True, "top_k": 20, "max_new_tokens": None, "do_sampel": 1}, {"temperature": 1.0, "top_k": 20})])
 def test_recommended_values(tmp_path: Path, content: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert generation_defaults(tmp_path) == {}
+    config = EngineConfig(model=str(tmp_path))
+    assert recommended(config) == ({}, "")
     (tmp_path / "generation_config.json").write_text(json.dumps(content))
-    assert generation_defaults(tmp_path) == expected
+    assert recommended(config) == (expected, "")
+    assert recommended(EngineConfig(model=str(tmp_path), generation_config="none")) == ({}, "")
 
 
-def test_settings_that_requests_do_not_have_are_named(adder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert not_applied(adder) == "" and not_applied(adder / "nowhere") == ""
+def test_settings_that_requests_do_not_have_are_named(adder: Path, caplog: pytest.LogCaptureFixture,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(model=str(adder))
+    assert recommended(config)[1] == ""
     recommend(adder, num_beams=4, no_repeat_ngram_size=0, typical_p=1.0, bad_words_ids=None, suppress_tokens=[])
-    assert not_applied(adder) == "num_beams=4"
+    assert recommended(config)[1] == "num_beams=4"
     recommend(adder, no_repeat_ngram_size=1, num_beams=1, min_new_tokens=0)
-    assert not_applied(adder) == "no_repeat_ngram_size=1"
+    assert recommended(config)[1] == "no_repeat_ngram_size=1"
     recommend(adder, num_beams=4, no_repeat_ngram_size=3, stop_strings=["2"], do_sample=False)
+    reads, read_json = list[Path](), generation.read_json
+    monkeypatch.setattr(generation, "read_json", lambda path: (reads.append(path), read_json(path))[1])
     with LLM(str(adder), device="cpu", num_blocks=64) as llm:
         assert llm.generate("37+85=")[0].text == "122"
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "the model's generation_config.json asks for num_beams=4, no_repeat_ngram_size=3, stop_strings=['2'], which "
         "requests do not get"]
+    assert reads == [adder / "generation_config.json"]
     caplog.clear()
     LLM(str(adder), device="cpu", num_blocks=64, generation_config="none").shutdown()
     assert not caplog.records
