@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hal.engine.llm import LLM
 
 EPILOG = """Ctrl-C ends a reply, and what there is of it stays in the conversation. /reset forgets the conversation,
-/exit or Ctrl-D leaves. Without a terminal, each line of standard input is a message. A reply may take the rest of the
-context, unless --max-tokens is given."""
+/exit or Ctrl-D leaves. Without a terminal, each line of standard input is a message, and the exit code is 1 if one
+was refused or its reply failed. A reply may take the rest of the context, unless --max-tokens is given."""
 _MOST = 2**31 - 1
 
 
@@ -46,10 +46,9 @@ def run(args: argparse.Namespace) -> int:
         options.load_adapters(llm, args)
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # at the prompt, Ctrl-C may come again
         try:
-            _converse(llm, params, tools, args.system)
+            return _converse(llm, params, tools, args.system)
         finally:
             signal.signal(signal.SIGINT, before)
-    return 0
 
 
 def _tools(path: str) -> list[Any]:
@@ -62,16 +61,17 @@ def _tools(path: str) -> list[Any]:
     return tools
 
 
-def _converse(llm: LLM, params: SamplingParams, tools: list[Any] | None, system: str | None) -> None:
+def _converse(llm: LLM, params: SamplingParams, tools: list[Any] | None, system: str | None) -> int:
+    """Returns the exit code. At a terminal it is 0, since the user has seen each error and could go on."""
     first = [] if system is None else [{"role": "system", "content": system}]
-    messages = [*first]
+    messages, code = [*first], 0
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  # input() then edits lines and remembers them
         streams.say("Ctrl-C ends a reply, /reset forgets the conversation, /exit leaves.")
     while (text := _ask()) is not None:
         if text == "/exit":
-            return
+            break
         if text == "/reset":
             messages = [*first]
         elif text.startswith("/") and " " not in text:
@@ -85,6 +85,8 @@ def _converse(llm: LLM, params: SamplingParams, tools: list[Any] | None, system:
                     raise
                 messages.pop()
                 streams.complain(error)
+                code = int(not sys.stdin.isatty())
+    return code
 
 
 def _ask() -> str | None:
@@ -101,7 +103,7 @@ def _ask() -> str | None:
 
 
 def _reply(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, tools: list[Any] | None) -> str:
-    """Print a reply as it grows. Returns its text."""
+    """Print a reply as it grows. Returns its text. Raises the error of a reply that failed."""
     shown, text = 0, ""
     with _noted() as stopped:
         replies = llm.stream(llm.chat_ids(messages, tools=tools), params)
@@ -113,10 +115,9 @@ def _reply(llm: LLM, messages: list[dict[str, str]], params: SamplingParams, too
             if stopped:
                 replies.close()  # type: ignore[attr-defined]  # a generator
                 break
-        else:
-            if output.error is not None:
-                streams.complain(output.error)
     print(" [stopped]" if stopped else "")
+    if output.error is not None:
+        raise output.error
     return text
 
 

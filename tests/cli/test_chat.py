@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import adapters_by_hand
 import checkpoints
 import pytest
 from forks import Forks
+from safetensors.torch import load_file, save_file
 
 from hal import LLM, SamplingParams
 from hal.config import BUNDLED_MODEL
@@ -110,13 +112,26 @@ def run(forks: Forks, adder: Path, tmp_path: Path, lines: list[str], *args: str,
 def test_a_conversation_goes_on_until_it_is_reset(forks: Forks, adder: Path, tmp_path: Path) -> None:
     ended = run(forks, adder, tmp_path, ["37", "", "37", "/what", "/reset", "37", "37" * 600, "38", "/exit", "9"],
                 "--system", "you add")
-    assert (ended.status, ended.out.split()) == (0, [b"39", b"41", b"39", b"42"])  # the long one leaves nothing
+    assert (ended.status, ended.out.split()) == (1, [b"39", b"41", b"39", b"42"])  # the long one leaves nothing
     assert "no command /what" in ended.err and "longer than the context" in ended.err
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps([{"type": "function", "function": {"name": "700", "parameters": {}}}]))
-    assert run(forks, adder, tmp_path, ["1"], "--tools", str(tools)).out == b"701\n"
+    given = run(forks, adder, tmp_path, ["1", "/what"], "--tools", str(tools))
+    assert (given.status, given.out) == (0, b"701\n")
     tools.write_text("{}")
     assert "holds no list" in run(forks, adder, tmp_path, ["1"], "--tools", str(tools)).err
+
+
+def test_a_message_whose_reply_fails_leaves_the_conversation(forks: Forks, adder: Path, tmp_path: Path) -> None:
+    damaged, nine = shutil.copytree(adder, tmp_path / "damaged"), 13
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    weights = load_file(damaged / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][nine] = math.nan
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    ended = run(forks, damaged, tmp_path, ["9", "37"])
+    assert (ended.status, ended.out) == (1, b"\n38\n") and "ended before output token 0" in ended.err
 
 
 @pytest.mark.slow
