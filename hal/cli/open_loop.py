@@ -128,5 +128,7 @@ def line(row: dict[str, Any], requests: int) -> str:
     times = [row[f"{name}_p{p}"] * 1e3 for name in ("ttft", "itl") for p in PERCENTILES]
     times += [row[f"step_{name}"] * 1e3 for name in ("host", "execute", "wait")]
     found = f"{row['rate']:6.2f} | {row['tokens_per_s']:8.1f} | " + " | ".join(f"{t:8.1f}" for t in times)
-    return found if row["ended"] == requests else (
-        f"{found}\n       | for --max-seconds: {row['ended']} of {requests} requests ended")
+    if row["ended"] == requests:
+        return found
+    few = "; the row means nothing: give a larger --max-seconds" if row["ended"] * 10 < requests else ""
+    return f"{found}\n       | for --max-seconds: {row['ended']} of {requests} requests ended{few}"

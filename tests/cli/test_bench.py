@@ -319,4 +319,6 @@ def test_the_times_of_an_open_loop_are_the_clocks(monkeypatch: pytest.MonkeyPatc
     assert served.step == pytest.approx({"host": 0.1, "execute": 0.03, "wait": 0.02})
     shown = open_loop.line(served.row(), 3).split(" | ")
     assert [float(cell) for cell in shown[-3:]] == [100.0, 30.0, 20.0]
-    assert "1 of 3 requests ended" in open_loop.line({**served.row(), "ended": 1}, 3)
+    for requests, suffix in ((3, ""), (10, ""), (11, "; the row means nothing: give a larger --max-seconds")):
+        below = open_loop.line({**served.row(), "ended": 1}, requests).splitlines()[1]
+        assert below == f"       | for --max-seconds: 1 of {requests} requests ended{suffix}"
