@@ -51,7 +51,8 @@ class Capabilities:
             EngineConfig.batch_invariant; "no": neither.
         embeddings: the backend's runner turns texts into vectors where the model has an EmbeddingConfig.
         adapters: the backend's runner has slots for adapters (ModelRunnerBase.load_adapter).
-        checkpoints: the backend computes with the checkpoint. If False, its tokens follow from arithmetic of its own.
+        checkpoints: the backend computes with the checkpoint, in topologies that `hal.models.check_topology` accepts.
+            If False, its tokens follow from arithmetic of its own.
     """
 
     contracts: str = ""

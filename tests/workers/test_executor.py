@@ -29,6 +29,7 @@ from worker_cases import MODEL, Driver, executor, ints
 from hal.config import Topology, WorkerConfig
 from hal.errors import BackendError, CapacityError, ConfigError, InputError, StateError, WorkerError
 from workers.executors.driver import DriverExecutor
+from workers.executors.processes import Ranks
 from workers.worker.base import WorkerBase
 from workers.worker.consistency import agree, facts_of
 
@@ -361,6 +362,16 @@ def test_executor_knows_the_bytes_of_a_block() -> None:
 def test_start_failure_is_named(monkeypatch: pytest.MonkeyPatch, fault: str, kind: type, text: str) -> None:
     with pytest.raises(kind, match=text):
         failing(monkeypatch, fault, tp=2)
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"tp": 3}, "tp=3 does not divide the model's num_heads"), ({"pp": 9}, "more pipeline stages than layers"),
+    ({"tp": 2, "ep": 2}, "expert parallelism needs a model with experts")])
+def test_a_topology_that_the_model_cannot_have_is_refused_before_a_rank_starts(
+        monkeypatch: pytest.MonkeyPatch, options: dict[str, int], text: str) -> None:
+    monkeypatch.setattr(Ranks, "start", lambda *args: pytest.fail("a rank starts"))
+    with pytest.raises(ConfigError, match=text):
+        executor(device="cpu", **options)
 
 
 def test_unusable_configurations_are_refused() -> None:

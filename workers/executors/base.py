@@ -96,6 +96,20 @@ class ExecutorBase(abc.ABC):
         self.tokens_per_row, self.has_row_states = worker.tokens_per_row, worker.has_row_states
         self.multi_step = worker.multi_step
 
+    def start(self, start: Callable[[], int]) -> None:
+        """Run `start`, which makes this process's rank ready and returns the number of KV blocks. When it fails, all
+        ranks are ended, and the first failure is raised."""
+        try:
+            with self._torch:
+                self.num_blocks = start()
+        except BaseException as error:
+            failure = self._blame(error)
+            self._close(0, error)
+            if failure.rank == self._worker.topology.rank and (
+                    isinstance(error, HalError) or not isinstance(error, Exception)):
+                raise
+            raise failure.at_start() from error
+
     def check(self) -> None:
         if self._closed:
             raise self._failure or StateError("the executor is shut down", hint="make a new engine")

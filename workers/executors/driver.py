@@ -7,10 +7,11 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from hal import guard
-from hal.config import DType, EngineConfig, WorkerConfig
+from hal.config import DType, EngineConfig, Topology, WorkerConfig
 from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.control_plane import ControlPlane
@@ -19,6 +20,7 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress, no_progress
 from hal.errors import HalError, WorkerError
 from hal.model_config import ModelConfig
+from hal.models import check_topology
 from hal.values import imported
 from workers.executors.base import ExecutorBase, SubmittedStep, Take, fewest
 from workers.executors.connections import connect
@@ -46,6 +48,8 @@ def make_executor(engine: EngineConfig, model: ModelConfig, backend: Backend, pr
     backends.require(backend, dtype=dtype, kv_dtype=engine.kv_dtype, tp=engine.tp, pp=engine.pp,
                      num_cpu_blocks=engine.num_cpu_blocks, embeddings=model.embedding is not None,
                      batch_invariant=engine.batch_invariant, max_adapters=engine.max_adapters)
+    if backend.capabilities.checkpoints:
+        check_topology(model, Topology(engine.tp, engine.pp, ep=engine.ep))
     if engine.speculate is not None:
         proposer_class(engine.speculate).check(engine, model)
     if engine.wire == "none" and backends.mesh(backend, engine).world_size > 1:
@@ -70,15 +74,7 @@ class DriverExecutor(ExecutorBase):
         self._finalizer = weakref.finalize(self, self._ranks.end)
         self._worker = make_worker(worker, configs[0], backend)
         self.num_cpu_blocks = engine.num_cpu_blocks
-        try:
-            with self._torch:
-                self.num_blocks = self._start(configs, worker, progress)
-        except BaseException as error:
-            failure = self._blame(error)
-            self._close(0, error)
-            if failure.rank == 0 and (isinstance(error, HalError) or not isinstance(error, Exception)):
-                raise
-            raise failure.at_start() from error
+        self.start(partial(self._start, configs, worker, progress))
 
     def _start(self, configs: list[WorkerConfig], name: str, progress: Progress) -> int:
         worker, ranks, store = self._worker, self._ranks, None

@@ -20,7 +20,7 @@ from hal.contracts import backend as backends
 from hal.contracts.backend import Backend
 from hal.contracts.request import ExecuteModelRequest
 from hal.contracts.runner import Progress
-from hal.errors import ConfigError, HalError, StateError
+from hal.errors import ConfigError, StateError
 from hal.model_config import ModelConfig
 from hal.profiling import span
 from hal.schema import Declared
@@ -57,15 +57,7 @@ class LaunchedExecutor(ExecutorBase):
         self._store = meet(topology)
         self._worker = make_worker(worker, config, backend)
         self.num_cpu_blocks = engine.num_cpu_blocks
-        try:
-            with self._torch:
-                self.num_blocks = self._start(config, progress)
-        except BaseException as error:
-            failure = self._blame(error)
-            self._close(0, error)
-            if failure.rank == topology.rank and (isinstance(error, HalError) or not isinstance(error, Exception)):
-                raise
-            raise failure.at_start() from error
+        self.start(partial(self._start, config, progress))
 
     def _start(self, config: WorkerConfig, progress: Progress) -> int:
         worker = self._worker
