@@ -88,7 +88,7 @@ class CudaOps(Ops):
             self._adapted_tiles[held.outputs] = adapters.tiles_of(held.outputs, x.device)
         if not len(x):
             return self.linear(x, layer)
-        inner, beside = adapters.inner_of(x, held.a), torch.cuda.is_current_stream_capturing()
+        inner, beside = adapters.inner_of(x, held.a), x.is_cuda and torch.cuda.is_current_stream_capturing()
         if beside:
             current, other = torch.cuda.current_stream(), _side(x.device)
             other.wait_stream(current)
