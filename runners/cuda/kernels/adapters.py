@@ -107,8 +107,8 @@ def shrink(x: torch.Tensor, a: torch.Tensor, step: Sorted, inner: torch.Tensor, 
     """Fill `inner`, of `inner_of`, with parts of the sums of each token's x A^T.
 
     Args:
-        x: [n, in], contiguous rows. a: [slots, projections * rank, in]. alone: the launch before it in the stream is
-            not what it waits for.
+        x: [n, in], contiguous rows. a: [slots, projections * rank, in]. alone: it does not start
+            before the launches ahead of it have ended, which a launch that waits for another stream needs.
     """
     (slots, columns, size), (parts, n, _) = a.shape, inner.shape
     block, each = _block(n), triton.cdiv(size, parts * 128) * 128
