@@ -165,9 +165,15 @@ class Linear(LinearWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[n, in of this rank] -> [n, out of this rank]; summed over the tp ranks where the layer is row-parallel."""
-        adapted = self.adapters is not None and self.adapters.step.begun is not None
-        y = self.ops.adapted_linear(x, self) if adapted else self.ops.linear(x, self)
+        y = self.unsummed(x)
         return self.communicator.all_reduce(y) if self.reduce else y
+
+    def unsummed(self, x: torch.Tensor) -> torch.Tensor:
+        """What this rank adds to the sum over the tp ranks."""
+        y = self.ops.linear(x, self)
+        if self.adapters is not None and self.adapters.step.begun is not None:
+            y = self.ops.adapt(y, x, self)
+        return y
 
 
 class Unmerged(nn.Module):

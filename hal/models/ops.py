@@ -72,10 +72,6 @@ class Ops:
         """
         return (slots[:, None] == torch.arange(count, dtype=slots.dtype, device=slots.device))[:, :, None, None]
 
-    def adapted_linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        """`linear` of a layer in a step of which some token has an adapter."""
-        return self.adapt(self.linear(x, layer), x, layer)
-
     def adapt(self, y: torch.Tensor, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         """y [n, out], the layer's outputs, plus (x A^T) B^T of each token's adapter, of this rank's parts. `y` may be
         changed and returned. Here all slots are multiplied, and a mask drops those that are not the token's: shapes

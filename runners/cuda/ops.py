@@ -49,6 +49,7 @@ class CudaOps(Ops):
         self.tiles: dict[Use, Tile | None] = {}
         self._weights: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._adapted_tiles: dict[tuple[int, ...], torch.Tensor] = {}  # by a layer's outputs
+        self._inner: torch.Tensor | None = None  # of the layer whose `adapt` comes next, where it has begun
 
     def pack_linear(self, layer: Linear) -> None:
         layer.packed = _packed([layer])
@@ -62,6 +63,9 @@ class CudaOps(Ops):
         self._weights.clear()
 
     def linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
+        if layer.adapters is not None and layer.adapters.step.begun is not None and (
+                x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._begin_beside(x, layer)
         if not layer.is_dense:
             return super().linear(x, layer) if layer.packed is None else self._few_bits(x, layer, layer.packed)
         return self._apply(x, layer.weight, layer.bias, Use(layer.weight.shape), None)[0]
@@ -81,25 +85,28 @@ class CudaOps(Ops):
     def begin_adapters(self, slots: torch.Tensor, count: int) -> Any:
         return adapters.by_slot(slots, count)
 
-    def adapted_linear(self, x: torch.Tensor, layer: Linear) -> torch.Tensor:
-        """In a graph x A^T is computed beside the layer's own product."""
+    def adapt(self, y: torch.Tensor, x: torch.Tensor, layer: Linear) -> torch.Tensor:
         held, step = layer.adapters, layer.adapters.step.begun
         if held.outputs not in self._adapted_tiles:  # in the warm-up, before anything is captured
             self._adapted_tiles[held.outputs] = adapters.tiles_of(held.outputs, x.device)
         if not len(x):
-            return self.linear(x, layer)
-        inner, beside = adapters.inner_of(x, held.a), x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if beside:
-            current, other = torch.cuda.current_stream(), _side(x.device)
-            other.wait_stream(current)
-            with torch.cuda.stream(other):
-                adapters.shrink(x, held.a, step, inner, alone=True)
-        y = self.linear(x, layer)
-        if beside:
-            current.wait_stream(other)
-        else:
+            return y
+        inner, self._inner = self._inner, None
+        beside = inner is not None
+        if inner is None:
+            inner = adapters.inner_of(x, held.a)
             adapters.shrink(x, held.a, step, inner)
+        else:
+            torch.cuda.current_stream().wait_stream(_side(x.device))
         return adapters.expand(y, inner, held.b, step, self._adapted_tiles[held.outputs], alone=beside)
+
+    def _begin_beside(self, x: torch.Tensor, layer: Linear) -> None:
+        """Compute x A^T on another stream while the layer's own product runs. `adapt`, which comes next, waits for it.
+        Only in a graph: elsewhere the host's work for two streams takes longer than the kernel."""
+        self._inner, other = adapters.inner_of(x, layer.adapters.a), _side(x.device)
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            adapters.shrink(x, layer.adapters.a, layer.adapters.step.begun, self._inner, alone=True)
 
     def _few_bits(self, x: torch.Tensor, layer: Linear, weight: FewBits) -> torch.Tensor:
         """Few rows are multiplied by the weight as it is stored, and are not rounded themselves. Of many rows, those of
