@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-LINEAR = re.compile(r"(?:self_attn|attn|mlp)\.\w+\.weight$")
+LINEAR = re.compile(r"(?:self_attn|attn|mlp|shared_experts)\.\w+\.weight$")
 
 
 def modules_of(checkpoint: Path) -> dict[str, tuple[int, int]]:

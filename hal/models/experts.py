@@ -193,7 +193,7 @@ class Experts(nn.Module):
             self.loads.add(self.place, chosen)
         y = ops.experts(x, weights, chosen, self)
         if self.shared is not None:
-            beside = ops.linear(ops.silu_mul(self.shared.gate_up(x)), self.shared.down)
+            beside = self.shared.down.unsummed(ops.silu_mul(self.shared.gate_up(x)))
             if self.shared_gate is not None:
                 beside = beside * F.linear(x, self.shared_gate).sigmoid()
             y = y + beside

@@ -122,7 +122,7 @@ def test_the_delta_is_added_to_a_quantised_layer(family: Callable[[str], Path], 
 def test_latent_attention_and_shared_experts(family: Callable[[str], Path], tmp_path: Path) -> None:
     """Of DeepSeek's attention all maps but the folded one take adapters."""
     path = family("deepseek-v3")
-    only = r"self_attn\.(q_a|q_b|o)_proj|self_attn\.kv_a|layers\.0\.mlp"
+    only = r"self_attn\.(q_a|q_b|o)_proj|self_attn\.kv_a|layers\.0\.mlp|shared_experts"
     written = {name: adapters_by_hand.write(tmp_path / name, path, seed, only=only) for seed, name in enumerate("abcd")}
     merged = [adapters_by_hand.merge(path, directory, tmp_path / f"merged-{name}")
               for name, directory in written.items()]

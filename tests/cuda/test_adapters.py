@@ -18,7 +18,7 @@ PROMPTS = checkpoints.prompts(5)
 
 def assert_parity(name: str, folder: Path, **options: Any) -> None:
     path = families.save(name, folder / "model")
-    only = r"self_attn\.(q_a|q_b|o)_proj|self_attn\.kv_a|layers\.0\.mlp" if name == "deepseek-v3" else ""
+    only = r"self_attn\.(q_a|q_b|o)_proj|self_attn\.kv_a|layers\.0\.mlp|shared_experts" if name == "deepseek-v3" else ""
     written = [adapters_by_hand.write(folder / str(i), path, i, r=2 + 5 * i, only=only) for i in range(4)]
     merged = [adapters_by_hand.merge(path, directory, folder / f"merged-{i}") for i, directory in enumerate(written)]
     with families.run(path, "cuda", **{"max_num_seqs": 8, "max_adapters": 4, "max_adapter_rank": 17, **options}) as llm:
