@@ -251,7 +251,10 @@ def test_a_client_that_goes_away_ends_its_requests(stream: bool) -> None:
 
 def test_a_client_that_goes_away_while_it_sends_is_no_error(null: Serving, caplog: pytest.LogCaptureFixture) -> None:
     connection = null.open("/v1/completions", '{"prompt": "1"}')
-    connection.recv(100)
+    answer = b""
+    while not answer.endswith(b"}"):  # closing with bytes unread resets the connection, and the second POST is lost
+        answer += connection.recv(4096)
+    until(lambda: is_idle(null))  # else the first POST is taken for the second below
     with caplog.at_level("INFO"):
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
                            b"Content-Length: 500\r\n\r\n{")
