@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from runners.cpu.compiled import ABI, LEVELS, choices_file, processor
+from runners.cpu.compiled import ABI, choices_file, processor
 from runners.cpu.linears import BLOCKS, BUCKETS, PACKED, WAYS, DenseWeight, Kernels, can_pack, fits
 from runners.cpu.memory import HugePages
 
@@ -36,7 +36,9 @@ def choose(weight: torch.Tensor, kernels: Kernels) -> tuple[str, ...]:
     ways = _ways(weight, kernels)
     if weight.numel() < _SMALL:
         few = "kernel" if "kernel" in ways else "torch"
-        return (few,) * (len(BUCKETS) - 1) + ("torch",)
+        # PyTorch's products in bfloat16 are slow on processors with AVX2 alone.
+        many = BLOCKS if BLOCKS in ways and kernels.name == "avx2" else "torch"
+        return (few,) * (len(BUCKETS) - 1) + (many,)
     return once(f"{str(weight.dtype)[6:]} {weight.shape[0]} x {weight.shape[1]}", kernels.name,
                 lambda known: _valid(known, ways), lambda: _measured(weight, kernels))
 
@@ -59,7 +61,7 @@ def _ways(weight: torch.Tensor, kernels: Kernels) -> list[str]:
     without = {"fp32 tiles"} if weight.dtype == torch.float32 else set()
     if not kernels or not fits(weight):
         without |= {"kernel", "one thread", BLOCKS}
-    if kernels.name != LEVELS[-1] or weight.dtype != torch.bfloat16:
+    if weight.dtype != torch.bfloat16:
         without.add(BLOCKS)
     if weight.numel() * weight.element_size() > _LITTLE:
         without.add("one thread")

@@ -1,11 +1,12 @@
 /* The CPU's kernels: products with a linear layer's weight, and attention over a paged cache.
 
    The loops for few rows and for decoding are in kernels_level.h, which is included once for each level of instructions;
-   those for prompts are in blocks.h and prompt.h. Python calls the functions through ctypes (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is
-   passed in, so that there is one pool of threads and this file needs no runtime of its own. */
+   those for prompts are in blocks.h, blocks_avx2.h and prompt.h. Python calls the functions through ctypes
+   (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is passed in, so that
+   there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
-#define ABI 8 /* of the functions and structures below; compiled.py has the same number */
+#define ABI 9 /* of the functions and structures below; compiled.py has the same number */
 
 EXPORT int hal_abi(void) { return ABI; }
 
@@ -91,6 +92,11 @@ INLINE float rounded(float v, int kind) { return kind == FP32 ? v : from_bf16(to
 #undef LEVEL
 #undef NAME
 
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#include "blocks_avx2.h"
+#pragma GCC pop_options
+
 typedef void (*Work)(void *);
 static const Work PREPARE[] = {NULL, prepare_avx2, prepare_avx512, prepare_avx512_bf16};
 static const Work MULTIPLY[] = {NULL, multiply_avx2, multiply_avx512, multiply_avx512_bf16};
@@ -138,37 +144,41 @@ static void run(Work work, void *job, unsigned threads) {
 }
 
 #define SLICE 2048 /* rows at a time, which bounds the memory that copies of them take */
+#define FP32_SLICE (1 << 20) /* values of rows in fp32 at a time, so that they stay in the cache that cores share */
 
-/* y = x W^T + bias of many rows. The weight is bfloat16 and the level 3. With `gated` the outputs are a gate and up, and
-   y is silu(gate) * up. Returns as hal_linear. */
+/* y = x W^T + bias of many rows. The weight is bfloat16. With `gated` the outputs are a gate and up, and y is
+   silu(gate) * up. Returns as hal_linear. */
 EXPORT int hal_blocks(const Weight *w, const void *x, int64_t x_stride, void *y, int64_t rows, int gated,
                       unsigned threads) {
-    for (; rows > SLICE; rows -= SLICE) {
-        if (hal_blocks(w, x, x_stride, y, SLICE, gated, threads)) return 1;
-        x = (const char *)x + 2 * SLICE * x_stride;
-        y = (char *)y + 2 * SLICE * (gated ? w->outputs / 2 : w->outputs);
+    const int avx2 = w->level < 3;
+    const int64_t panel = avx2 ? PANEL_AVX2 : PANEL, tall = avx2 ? TALL_AVX2 : TALL, size = avx2 ? 4 : 2;
+    const int64_t slice = avx2 ? MAX(FP32_SLICE / w->inputs, 64) / tall * tall : SLICE;
+    for (; rows > slice; rows -= slice) {
+        if (hal_blocks(w, x, x_stride, y, slice, gated, threads)) return 1;
+        x = (const char *)x + 2 * slice * x_stride;
+        y = (char *)y + 2 * slice * (gated ? w->outputs / 2 : w->outputs);
     }
     Blocks job = {.weight = w, .x = x, .y = y, .n = rows, .gated = gated};
     job.x_stride = job.x_bytes = 2 * x_stride;
     job.width = gated ? w->outputs / 2 : w->outputs;
-    job.columns = gated ? PANEL / 2 : PANEL;
-    job.each = (w->inputs + 31) / 32 * 32 * PANEL * 2;
-    const int64_t padded = (w->inputs * 2 + 63) / 64 * 64 + 64, panels = (job.width + job.columns - 1) / job.columns;
+    job.columns = gated ? panel / 2 : panel;
+    job.each = (w->inputs + 31) / 32 * 32 * panel * size;
+    const int64_t padded = (w->inputs * size + 63) / 64 * 64 + 64, panels = (job.width + job.columns - 1) / job.columns;
     /* Rows that are a multiple of 2 KiB apart compete for few sets of the cache. */
-    const int copied = w->inputs % 32 || job.x_stride % 2048 == 0 || rows < TALL;
-    job.panels = hal_scratch(job.each * threads + (copied ? padded * MAX(rows, TALL) : 0));
+    const int copied = avx2 || w->inputs % 32 || job.x_stride % 2048 == 0 || rows < TALL;
+    job.panels = hal_scratch(job.each * threads + (copied ? padded * MAX(rows, tall) : 0));
     if (!job.panels) return 1;
     if (copied) {
         job.rows = job.panels + job.each * threads;
         job.x_bytes = padded;
-        run(blocks_rows, &job, threads);
+        run(avx2 ? blocks_rows_avx2 : blocks_rows, &job, threads);
         job.x = job.rows;
         job.next = 0;
     }
     const int64_t groups = panels < 4 * (int64_t)threads ? 4 * (int64_t)threads / panels : 1;
-    job.group = ((rows + groups - 1) / groups + TALL - 1) / TALL * TALL;
+    job.group = ((rows + groups - 1) / groups + tall - 1) / tall * tall;
     job.items = panels * ((rows + job.group - 1) / job.group);
-    run(blocks_items, &job, threads);
+    run(avx2 ? blocks_items_avx2 : blocks_items, &job, threads);
     return 0;
 }
 

@@ -2,7 +2,7 @@
 
 A dense weight lies row by row, as the checkpoint has it, or in oneDNN's layout. Four ways read the first: PyTorch's
 F.linear, the compiled kernels, products in fp32 of tiles, for many rows where the CPU has no bfloat16 arithmetic, and
-compiled products of blocks for many rows where it has. The kernels may use one thread: to wake the others can take
+compiled products of blocks for many rows. The kernels may use one thread: to wake the others can take
 longer than a small weight.
 """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -8,7 +9,21 @@ import numpy as np
 from gguf_file import KINDS, as_gguf
 
 _STEP = 2048  # tokens of a call of llama_decode
+_FILES = {"Q4_0": cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "Q8_0": cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
 _FLASH = {"on": 1, "off": 0}  # LLAMA_FLASH_ATTN_TYPE_ENABLED, _DISABLED
+
+
+def _file(model: str, kind: str, threads: int, scratch: str) -> str:
+    """A GGUF file of the model. llama.cpp quantises it as for its users: of Q4_0 the head has 6 or 8 bits."""
+    if model.endswith(".gguf") or kind not in _FILES:
+        return as_gguf(model, kind, scratch)
+    dense, file = as_gguf(model, "BF16", scratch), os.path.join(scratch, f"{kind}.gguf")
+    params = cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = _FILES[kind], threads
+    if cpp.llama_model_quantize(dense.encode(), file.encode(), params):
+        sys.exit("llama.cpp cannot quantise the model")
+    os.remove(dense)
+    return file
 
 
 class Peer:
@@ -18,7 +33,7 @@ class Peer:
         cpp.llama_backend_init()
         self._silence = cpp.llama_log_callback(lambda *_: None)
         cpp.llama_log_set(self._silence, None)
-        self.model = cpp.llama_model_load_from_file(as_gguf(model, kind, scratch).encode(),
+        self.model = cpp.llama_model_load_from_file(_file(model, kind, threads, scratch).encode(),
                                                     cpp.llama_model_default_params())
         if not self.model:
             sys.exit("llama.cpp cannot load the model")
