@@ -12,7 +12,7 @@ import torch
 from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.paged.attention import AttentionBatch, PagedAttention, PagedStep
-from runners.cpu.compiled import LEVELS, Decode
+from runners.cpu.compiled import Decode
 from runners.cpu.linears import KINDS, Kernels
 
 
@@ -97,7 +97,7 @@ class CpuAttention(PagedAttention):
 
 class CpuStep(PagedStep):
     """A step whose decoding sequences are one batch, of which nothing is gathered or masked. Nor is that of a prompt in
-    bfloat16 where the processor multiplies it."""
+    bfloat16."""
 
     attention: CpuAttention
 
@@ -114,7 +114,7 @@ class CpuStep(PagedStep):
         return [AttentionBatch(0, len(lens), None, context, {}, m.block_tables[:len(lens)], m.seq_lens[:len(lens)])]
 
     def _prefill_batch(self, table: torch.Tensor, start: int, end: int, context: int) -> AttentionBatch:
-        if self.attention.kernels.name != LEVELS[-1] or self.attention.dtype != torch.bfloat16:
+        if self.attention.dtype != torch.bfloat16:
             return super()._prefill_batch(table, start, end, context)
         lens = torch.tensor([context], dtype=torch.int32)
         return AttentionBatch(start, end, None, context, {}, table[None], lens)

@@ -6,7 +6,7 @@
 #define UPPER _mm256_set1_epi32((int)0xffff0000)
 
 /* For each value of a row: that of each of 16 rows. 16 divides `count`, the values of a row. */
-static void blocks_fill_avx2(const char *const rows[PANEL_AVX2], int64_t count, float *to) {
+static void fill_panel_avx2(const char *const rows[PANEL_AVX2], int64_t count, float *to) {
     for (int64_t k = 0; k < count; k += 16, to += 16 * PANEL_AVX2) {
         for (int half = 0; half < PANEL_AVX2; half += 8) {
             __m256i v[8], t[8];
@@ -46,9 +46,9 @@ static void blocks_panel_avx2(const Blocks *j, int64_t column, float *panel) {
         rows[i] = w->w + at * w->row_bytes;
         if (rest) memcpy(last[i], rows[i] + whole * 2, rest);
     }
-    blocks_fill_avx2(rows, whole, panel);
+    fill_panel_avx2(rows, whole, panel);
     for (int64_t i = 0; i < PANEL_AVX2; i++) rows[i] = last[i];
-    if (rest) blocks_fill_avx2(rows, 16, panel + whole * PANEL_AVX2);
+    if (rest) fill_panel_avx2(rows, 16, panel + whole * PANEL_AVX2);
 }
 
 /* The rows in fp32, padded with zeros. Rows from `n` on are the last one. */
@@ -90,14 +90,13 @@ INLINE __m256i blocks_gated_avx2(__m256 gate, __m256 up) {
     return blocks_rounded_avx2(_mm256_mul_ps((__m256)blocks_rounded_avx2(silu), (__m256)blocks_rounded_avx2(up)));
 }
 
-static void blocks_tile_avx2(const Blocks *j, const float *panel, int64_t row, int64_t column, const float *bias) {
-    const float *from = (const float *)(j->x + row * j->x_bytes);
-    const int64_t stride = j->x_bytes / 4, inputs = j->weight->inputs, left = j->width - column;
+/* The products of 6 rows of x, `stride` values apart, with a panel of `count` inputs. */
+INLINE void multiply_panel_avx2(__m256 acc[TALL_AVX2][2], const float *panel, const float *from, int64_t stride,
+                                int64_t count) {
     const float *x[2] = {from, from + 3 * stride};
-    __m256 acc[TALL_AVX2][2];
 #pragma GCC unroll 6
     for (int i = 0; i < TALL_AVX2; i++) acc[i][0] = acc[i][1] = _mm256_setzero_ps();
-    for (int64_t k = 0; k < inputs; k++) {
+    for (int64_t k = 0; k < count; k++) {
         const __m256 a = _mm256_load_ps(panel + k * PANEL_AVX2), b = _mm256_load_ps(panel + k * PANEL_AVX2 + 8);
 #pragma GCC unroll 6
         for (int i = 0; i < TALL_AVX2; i++) {
@@ -106,6 +105,12 @@ static void blocks_tile_avx2(const Blocks *j, const float *panel, int64_t row, i
             acc[i][1] = _mm256_fmadd_ps(b, value, acc[i][1]);
         }
     }
+}
+
+static void blocks_tile_avx2(const Blocks *j, const float *panel, int64_t row, int64_t column, const float *bias) {
+    const int64_t left = j->width - column;
+    __m256 acc[TALL_AVX2][2];
+    multiply_panel_avx2(acc, panel, (const float *)(j->x + row * j->x_bytes), j->x_bytes / 4, j->weight->inputs);
 #pragma GCC unroll 6
     for (int i = 0; i < TALL_AVX2; i++) {
         const __m256 a = _mm256_add_ps(acc[i][0], _mm256_loadu_ps(bias));

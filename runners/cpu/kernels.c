@@ -1,8 +1,8 @@
 /* The CPU's kernels: products with a linear layer's weight, and attention over a paged cache.
 
    The loops for few rows and for decoding are in kernels_level.h, which is included once for each level of instructions;
-   those for prompts are in blocks.h, blocks_avx2.h and prompt.h. Python calls the functions through ctypes
-   (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is passed in, so that
+   those for prompts are in blocks.h and prompt.h, and in blocks_avx2.h and prompt_avx2.h. Python calls the functions
+   through ctypes (compiled.py). Threads are those of the OpenMP runtime that torch has loaded: its GOMP_parallel is passed in, so that
    there is one pool of threads and this file needs no runtime of its own. */
 #include "kernels.h"
 
@@ -44,6 +44,12 @@ typedef struct {
     char *ready;   /* the rows in the form that the level's loops read */
     int64_t rows, x_stride, ready_bytes, chunk, next;
 } Product;
+
+typedef void (*Work)(void *);
+static void run(Work work, void *job, unsigned threads) {
+    if (threads == 1) work(job);
+    else hal_parallel(work, job, threads, 0);
+}
 
 typedef struct { const Decode *d; char *scratch; int64_t each, next; int32_t slot; } DecodeJob;
 
@@ -95,9 +101,9 @@ INLINE float rounded(float v, int kind) { return kind == FP32 ? v : from_bf16(to
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include "blocks_avx2.h"
+#include "prompt_avx2.h"
 #pragma GCC pop_options
 
-typedef void (*Work)(void *);
 static const Work PREPARE[] = {NULL, prepare_avx2, prepare_avx512, prepare_avx512_bf16};
 static const Work MULTIPLY[] = {NULL, multiply_avx2, multiply_avx512, multiply_avx512_bf16};
 typedef void (*Range)(const Product *, int64_t, int64_t);
@@ -136,11 +142,6 @@ EXPORT int hal_linear(const Weight *w, const void *x, int64_t x_stride, void *y,
     if (p.chunk >= w->outputs) MULTIPLY[w->level](&p);
     else hal_parallel(MULTIPLY[w->level], &p, threads, 0);
     return 0;
-}
-
-static void run(Work work, void *job, unsigned threads) {
-    if (threads == 1) work(job);
-    else hal_parallel(work, job, threads, 0);
 }
 
 #define SLICE 2048 /* rows at a time, which bounds the memory that copies of them take */
@@ -221,8 +222,9 @@ EXPORT int hal_decode(const Decode *d, unsigned threads) {
 }
 
 /* d->n queries, the last tokens of one sequence of lens[0], attend to the sequence's cached keys. Values are bfloat16,
-   the level is 3, and 32 divides head_dim. Returns as hal_linear. */
+   and 32 divides head_dim. Returns as hal_linear. */
 EXPORT int hal_prompt(const Decode *d, unsigned threads) {
+    if (d->level < 3) return prompt_avx2(d, threads);
     Prompt job = {.d = d, .context = d->lens[0]};
     job.padded = (job.context + PANEL - 1) / PANEL * PANEL;
     job.each = TALL * (6 * job.padded + 2 * d->head_dim + 128); /* scores, weights and queries */

@@ -6,7 +6,7 @@
 typedef struct {
     const Decode *d;
     char *keys, *values, *scratch; /* scratch: `each` bytes of a thread */
-    int64_t context, padded, each, next, items;
+    int64_t context, padded, each, next, items, head, heads; /* prompt_avx2.h: `heads` key-value heads from `head` on */
     int32_t slot;
 } Prompt;
 
