@@ -12,6 +12,7 @@
 #define AND(a, b) _mm256_and_si256(a, b)
 #define DOT(acc, w, x) _mm256_add_epi32(acc, _mm256_madd_epi16(w, _mm256_set1_epi32(x)))
 #define HALVES(p) _mm_loadu_si128((const __m128i *)(p)) /* 16-bit numbers of a vector's lanes */
+#define IN_ORDER __asm__ volatile("" ::: "memory") /* GCC would load inputs early, into more registers than there are */
 #define BYTES(p) _mm_loadl_epi64((const __m128i *)(p))
 #else
 #define HALF 1
@@ -23,6 +24,7 @@
 #define AND(a, b) _mm512_and_si512(a, b)
 #define DOT(acc, w, x) _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x))
 #define HALVES(p) _mm256_loadu_si256((const __m256i *)(p))
+#define IN_ORDER
 #define BYTES(p) _mm_loadu_si128((const __m128i *)(p))
 #endif
 #define LANES (16 / HALF)
@@ -65,18 +67,22 @@ INLINE void NAME(block)(const FewBits *w, const char *x, int64_t x_bytes, char *
         const char *x_at = x + 2 * first;
         for (int64_t i = first; i < end; i += in_vector, at += 64, x_at += 2 * in_vector) {
             _mm_prefetch(at + AHEAD, _MM_HINT_T0);
-#pragma GCC unroll 2
-            for (int h = 0; h < HALF; h++) {
-                const VI v = LOAD(at + h * 4 * LANES);
 #pragma GCC unroll 4
-                for (int p = 0; p < in_vector / 2; p++) { /* pairs of inputs */
-                    VI pair;
-                    if (bits == 4) pair = AND(p ? V(srli_epi16)(v, 4 * p) : v, V(set1_epi16)(15));
-                    else pair = p ? V(srli_epi16)(v, 8) : AND(v, V(set1_epi16)(255));
-#pragma GCC unroll 8
-                    for (int r = 0; r < rows; r++)
-                        acc[r][h] = DOT(acc[r][h], pair, *(const int32_t *)(x_at + r * x_bytes + 4 * p));
+            for (int p = 0; p < in_vector / 2; p++) { /* pairs of inputs */
+                VI pair[HALF];
+#pragma GCC unroll 2
+                for (int h = 0; h < HALF; h++) {
+                    const VI v = LOAD(at + h * 4 * LANES);
+                    if (bits == 4) pair[h] = AND(p ? V(srli_epi16)(v, 4 * p) : v, V(set1_epi16)(15));
+                    else pair[h] = p ? V(srli_epi16)(v, 8) : AND(v, V(set1_epi16)(255));
                 }
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++) {
+                    const int32_t values = *(const int32_t *)(x_at + r * x_bytes + 4 * p);
+#pragma GCC unroll 2
+                    for (int h = 0; h < HALF; h++) acc[r][h] = DOT(acc[r][h], pair[h], values);
+                }
+                if (rows == ROWS) IN_ORDER;
             }
         }
 #pragma GCC unroll 2
@@ -189,6 +195,7 @@ static void NAME(ready)(const FewBits *w, const char *x, char *to) {
 #undef AND
 #undef DOT
 #undef HALVES
+#undef IN_ORDER
 #undef BYTES
 #undef LANES
 #undef AHEAD
