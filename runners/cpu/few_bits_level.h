@@ -11,6 +11,7 @@
 #define LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define AND(a, b) _mm256_and_si256(a, b)
 #define DOT(acc, w, x) _mm256_add_epi32(acc, _mm256_madd_epi16(w, _mm256_set1_epi32(x)))
+#define CHAINS(rows) 1
 #define HALVES(p) _mm_loadu_si128((const __m128i *)(p)) /* 16-bit numbers of a vector's lanes */
 #define IN_ORDER __asm__ volatile("" ::: "memory") /* GCC would load inputs early, into more registers than there are */
 #define BYTES(p) _mm_loadl_epi64((const __m128i *)(p))
@@ -23,6 +24,7 @@
 #define LOAD(p) _mm512_loadu_si512(p)
 #define AND(a, b) _mm512_and_si512(a, b)
 #define DOT(acc, w, x) _mm512_dpwssd_epi32(acc, w, _mm512_set1_epi32(x))
+#define CHAINS(rows) ((rows) == 1 ? 4 : (rows) < 4 ? 2 : 1) /* sums of a row side by side: DOT takes 4 or 5 cycles */
 #define HALVES(p) _mm256_loadu_si256((const __m256i *)(p))
 #define IN_ORDER
 #define BYTES(p) _mm_loadu_si128((const __m128i *)(p))
@@ -53,7 +55,13 @@ INLINE void NAME(block)(const FewBits *w, const char *x, int64_t x_bytes, char *
     for (int64_t g = 0; g < x_groups; g++) {
         const int64_t of_weight = g / per_scale, first = g * x_group, end = MIN(first + x_group, w->padded);
         const char *x_scales = x + 2 * w->padded + 4 * g, *starts = x_scales + 4 * x_groups;
-        VI acc[ROWS][HALF];
+        VI acc[ROWS][HALF], more[4][ROWS][HALF];
+#pragma GCC unroll 4
+        for (int p = 1; p < CHAINS(rows); p++)
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+                for (int h = 0; h < HALF; h++) more[p][r][h] = V(set1_epi32)(0);
 #pragma GCC unroll 2
         for (int h = 0; h < HALF; h++) {
 #pragma GCC unroll 8
@@ -79,12 +87,19 @@ INLINE void NAME(block)(const FewBits *w, const char *x, int64_t x_bytes, char *
 #pragma GCC unroll 8
                 for (int r = 0; r < rows; r++) {
                     const int32_t values = *(const int32_t *)(x_at + r * x_bytes + 4 * p);
+                    VI *const sums = p % CHAINS(rows) ? more[p % CHAINS(rows)][r] : acc[r];
 #pragma GCC unroll 2
-                    for (int h = 0; h < HALF; h++) acc[r][h] = DOT(acc[r][h], pair[h], values);
+                    for (int h = 0; h < HALF; h++) sums[h] = DOT(sums[h], pair[h], values);
                 }
                 if (rows == ROWS) IN_ORDER;
             }
         }
+#pragma GCC unroll 4
+        for (int p = 1; p < CHAINS(rows); p++)
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+                for (int h = 0; h < HALF; h++) acc[r][h] = V(add_epi32)(acc[r][h], more[p][r][h]);
 #pragma GCC unroll 2
         for (int h = 0; h < HALF; h++) {
             const VF scale = NAME(scales)(scales + (of_weight * 16 + h * LANES) * scale_bytes, w->scale_kind);
@@ -196,6 +211,7 @@ static void NAME(ready)(const FewBits *w, const char *x, char *to) {
 #undef DOT
 #undef HALVES
 #undef IN_ORDER
+#undef CHAINS
 #undef BYTES
 #undef LANES
 #undef AHEAD
