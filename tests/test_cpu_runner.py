@@ -178,6 +178,13 @@ def test_importing_the_backend_loads_neither_torch_nor_devices() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_no_start_imports_the_compiler_of_pytorch() -> None:
+    """Which takes about two seconds."""
+    code = ("import sys, hal; llm = hal.LLM(device='cpu'); llm.generate('1+1=', hal.SamplingParams(max_tokens=1));"
+            "assert 'torch._dynamo' not in sys.modules")
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 def test_the_backend_is_found_and_available() -> None:
     assert backends.load("runners.cpu:backend") is backend and backend.unavailable() is None
     assert backend.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]

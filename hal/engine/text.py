@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hal.checkpoints.gguf import is_gguf, open_gguf
+from hal.checkpoints.tokenizer import known_class, own_code
 from hal.engine.stops import Stop
 from hal.errors import ModelLoadError, RequestError
 
@@ -56,9 +57,11 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
         if file is None or open_gguf(Path(directory) / file).get("tokenizer.ggml.tokens") is None:
             return None
         found["gguf_file"] = file
+    else:
+        found = known_class(Path(directory))
     from transformers import AutoTokenizer
 
-    own = None if trust_remote_code else _own_code(Path(directory))
+    own = None if trust_remote_code else own_code(Path(directory))
     if own is not None:
         raise ModelLoadError("the tokenizer is Python code of the checkpoint, and that code is not trusted",
                              got=f"{directory}: {own}",
@@ -79,30 +82,6 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
                              got=", ".join(sorted(unusable)), expected="ByteLevel, ByteFallback, Metaspace, WordPiece",
                              hint="remove the tokenizer's files and give token ids")
     return tokenizer
-
-
-def _own_code(directory: Path) -> str | None:
-    """The name of the checkpoint's own Python class that its tokenizer needs, when transformers has no such class."""
-    settings, config = (_read_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
-    name, auto = settings.get("tokenizer_class"), settings.get("auto_map")
-    own = auto.get("AutoTokenizer") if isinstance(auto, dict) else auto
-    if name is None:
-        name, auto = config.get("tokenizer_class"), config.get("auto_map")
-        own = own or (auto.get("AutoTokenizer") if isinstance(auto, dict) else None)
-    if not own:
-        return None
-    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
-
-    known = isinstance(name, str) and any(tokenizer_class_from_name(name + end) for end in ("", "Fast"))
-    return None if known else str(own)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # transformers says what is wrong with it
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _decoder_kinds(tokenizer: Any) -> set[str]:

@@ -74,6 +74,11 @@ class Recorder(TorchDispatchMode):
         self.kept: list[Any] = []  # what the operations' addresses point to
         self.written: set[int] = set()  # the memory of noted results
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler, which takes two seconds, so that it leaves the next method alone."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
         if name == "embedding":

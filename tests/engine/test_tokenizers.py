@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import tokenizers_by_hand as by_hand
 from tokenizers import Tokenizer, decoders, models, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hal.checkpoints.tokenizer import known_class
 from hal.cli import main
 from hal.config import EngineConfig
 from hal.engine.llm import LLM
@@ -156,6 +157,29 @@ def test_the_command_line_trusts_nobody_unless_told(tmp_path: Path, capsys: pyte
 def test_only_true_means_trust(value: Any) -> None:
     with pytest.raises(ConfigError, match="trust_remote_code"):
         EngineConfig(trust_remote_code=value)
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    ("llama", "PreTrainedTokenizerFast"), ("llama", "LlamaTokenizerFast"), ("qwen2", "Qwen2Tokenizer"),
+    ("qwen3", "Qwen2TokenizerFast"), ("gemma3_text", "GemmaTokenizerFast"), ("mistral", "LlamaTokenizer"),
+    ("phi3", "LlamaTokenizerFast"), ("deepseek_v3", "LlamaTokenizerFast"), ("gpt_oss", "PreTrainedTokenizerFast"),
+    ("olmo2", "GPT2Tokenizer"), ("bert", "BertTokenizer"), ("llama", "NobodysTokenizer"), ("nobodys", "GPT2Tokenizer")])
+def test_a_named_class_is_what_transformers_takes(tmp_path: Path, kind: str, name: str) -> None:
+    """Without its reading of the model's configuration."""
+    def change(settings: dict[str, Any], config: dict[str, Any]) -> None:
+        settings["tokenizer_class"], config["model_type"] = name, kind
+
+    def loaded(**options: Any) -> tuple[Any, ...]:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False,
+                                                      **options)
+            return type(tokenizer), tokenizer("12+30=42").input_ids, tokenizer.bos_token, tokenizer.eos_token
+        except Exception as error:
+            return type(error), str(error)
+
+    directory = checkpoint(tmp_path, change)
+    assert known_class(tmp_path)
+    assert loaded(**known_class(tmp_path)) == loaded()
 
 
 @pytest.mark.slow
