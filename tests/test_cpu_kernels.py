@@ -289,6 +289,16 @@ def test_every_way_gives_the_same(way: str) -> None:
         torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
 
 
+def test_a_profile_names_the_kernels() -> None:
+    if not LEVELS:
+        pytest.skip("no kernels here")
+    x, weight = torch.randn(40, 32).bfloat16(), torch.randn(8, 32).bfloat16()
+    with torch.profiler.profile() as profile:
+        for way, rows in (("kernel", 2), (BLOCKS, 40)):
+            DenseWeight(weight, None, Kernels(), (way,) * len(BUCKETS))(x[:rows])
+    assert {"hal_linear", "hal_blocks"} <= {event.key for event in profile.key_averages()}
+
+
 def test_the_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a" / "choices.json"
     monkeypatch.setenv("HAL_CPU_CHOICES", str(file))

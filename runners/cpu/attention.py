@@ -13,7 +13,7 @@ from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.paged.attention import AttentionBatch, PagedAttention, PagedStep
 from runners.cpu.compiled import Decode
-from runners.cpu.linears import KINDS, Kernels
+from runners.cpu.linears import KINDS, Kernels, call_kernel
 
 
 class CpuAttention(PagedAttention):
@@ -81,7 +81,7 @@ class CpuAttention(PagedAttention):
         step.tables, step.lens, step.n, step.table_stride = tables.data_ptr(), lens.data_ptr(), n, tables.stride(0)
         step.slots = None if slots is None else slots.data_ptr()
         call = self.kernels.functions.hal_decode if len(tables) == n else self.kernels.functions.hal_prompt
-        if call(ctypes.addressof(step), torch.get_num_threads()):
+        if call_kernel(call, ctypes.addressof(step), torch.get_num_threads()):
             raise MemoryError("attention found no memory for its scores")
         return out
 

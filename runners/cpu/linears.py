@@ -108,10 +108,18 @@ def multiply(call: Any, address: int, x: torch.Tensor, outputs: int, threads: in
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty(x.shape[0], outputs)
-    if call(address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], *further,
-            threads or torch.get_num_threads()):
+    if call_kernel(call, address, x.data_ptr(), x.stride(0), y.data_ptr(), x.shape[0], *further,
+                   threads or torch.get_num_threads()):
         raise MemoryError("a linear layer's kernel found no memory for its input")
     return y
+
+
+def call_kernel(call: Any, *arguments: Any) -> Any:
+    """`call(*arguments)` of a function of the kernels, which has its name in the trace of a profiler that runs."""
+    if not torch.autograd._profiler_enabled():
+        return call(*arguments)
+    with torch.profiler.record_function(call.__name__):
+        return call(*arguments)
 
 
 def fits(weight: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ from hal.errors import StateError
 from hal.weights.grid import GridScheme
 from runners.cpu.compiled import Operation, Step
 from runners.cpu.grids import GridWeight
-from runners.cpu.linears import DenseWeight, Kernels
+from runners.cpu.linears import DenseWeight, Kernels, call_kernel
 
 if TYPE_CHECKING:
     from hal.models.layers import Linear
@@ -269,7 +269,7 @@ class Tape:
                     tables.data_ptr(), n, tables.stride(0))
         threads = torch.get_num_threads()
         for handle, then in self.segments:
-            failed = handle and self.functions.hal_tape_run(handle, ctypes.addressof(step), threads)
+            failed = handle and call_kernel(self.functions.hal_tape_run, handle, ctypes.addressof(step), threads)
             if failed == 1:
                 raise MemoryError("attention found no memory for its scores")
             if failed:
