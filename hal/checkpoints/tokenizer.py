@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 
-def known_class(directory: Path) -> dict[str, Any]:
+def settings_of(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of tokenizer_config.json and of config.json; empty where one is not there or damaged."""
+    return _read_object(directory / "tokenizer_config.json"), _read_object(directory / "config.json")
+
+
+def known_class(directory: Path, settings: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Options of AutoTokenizer.from_pretrained for a tokenizer whose settings name its class; none for another.
 
     It would read the model's configuration only to look up the class, and a module of a model's configuration imports
     activations, attention, and with them PyTorch's compiler: 2 to 3 seconds.
     """
-    settings, config = _settings(directory)
     named = isinstance(settings.get("tokenizer_class"), str) and isinstance(config.get("model_type"), str)
     if not named or "auto_map" in settings:
         return {}
@@ -26,9 +30,8 @@ def known_class(directory: Path) -> dict[str, Any]:
     return {"config": found}
 
 
-def own_code(directory: Path) -> str | None:
+def own_code(settings: dict[str, Any], config: dict[str, Any]) -> str | None:
     """The name of the checkpoint's own Python class that its tokenizer needs, when transformers has no such class."""
-    settings, config = _settings(directory)
     name, auto = settings.get("tokenizer_class"), settings.get("auto_map")
     own = auto.get("AutoTokenizer") if isinstance(auto, dict) else auto
     if name is None:
@@ -40,11 +43,6 @@ def own_code(directory: Path) -> str | None:
 
     known = isinstance(name, str) and any(tokenizer_class_from_name(name + end) for end in ("", "Fast"))
     return None if known else str(own)
-
-
-def _settings(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the tokenizer and of the model."""
-    return _read_object(directory / "tokenizer_config.json"), _read_object(directory / "config.json")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hal.checkpoints.gguf import is_gguf, open_gguf
-from hal.checkpoints.tokenizer import known_class, own_code
+from hal.checkpoints.tokenizer import known_class, own_code, settings_of
 from hal.engine.stops import Stop
 from hal.errors import ModelLoadError, RequestError
 
@@ -53,15 +53,16 @@ def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> Any:
     file = Path(directory).name if is_gguf(directory) else None
     directory = directory if file is None else str(Path(directory).parent)
     found: dict[str, Any] = {}
+    settings = settings_of(Path(directory))
     if not any((Path(directory) / name).is_file() for name in _FILES):
         if file is None or open_gguf(Path(directory) / file).get("tokenizer.ggml.tokens") is None:
             return None
         found["gguf_file"] = file
     else:
-        found = known_class(Path(directory))
+        found = known_class(Path(directory), *settings)
     from transformers import AutoTokenizer
 
-    own = None if trust_remote_code else own_code(Path(directory))
+    own = None if trust_remote_code else own_code(*settings)
     if own is not None:
         raise ModelLoadError("the tokenizer is Python code of the checkpoint, and that code is not trusted",
                              got=f"{directory}: {own}",

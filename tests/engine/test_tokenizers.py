@@ -15,7 +15,7 @@ import tokenizers_by_hand as by_hand
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hal.checkpoints.tokenizer import known_class
+from hal.checkpoints.tokenizer import known_class, settings_of
 from hal.cli import main
 from hal.config import EngineConfig
 from hal.engine.llm import LLM
@@ -178,8 +178,8 @@ def test_a_named_class_is_what_transformers_takes(tmp_path: Path, kind: str, nam
             return type(error), str(error)
 
     directory = checkpoint(tmp_path, change)
-    assert known_class(tmp_path)
-    assert loaded(**known_class(tmp_path)) == loaded()
+    options = known_class(tmp_path, *settings_of(tmp_path))
+    assert options and loaded(**options) == loaded()
 
 
 @pytest.mark.slow
