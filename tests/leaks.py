@@ -62,11 +62,13 @@ def new_children(before: dict[str, str]) -> dict[str, str]:
 
 
 def children() -> dict[str, str]:
-    """By process id, the command of each child process; "" of one that has ended or only just begins. Empty where the
-    kernel does not tell."""
+    """By process id, the command of each child process; "" of one that has ended. Empty where the kernel does not
+    tell."""
     found = {}
     for path in Path("/proc/self/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread or a process that has ended
             for pid in path.read_text().split():
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
+                words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
+                ended = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "ZX"
+                found[pid] = words or ("" if ended else "that only just begins")
     return found

@@ -33,3 +33,14 @@ def test_each_kind_of_leak_is_named_and_undone(monkeypatch: pytest.MonkeyPatch) 
              "torch's grad mode", f"process {process.pid}"]
     assert [line.partition(":")[0] for line in found] == named
     assert leaks.changes(before, children) == [] and os.environ["HAL_KEPT"] == "1"
+
+
+def test_a_process_that_only_just_begins_is_a_leak_and_one_that_has_ended_is_none() -> None:
+    """The command of a process is empty while it begins, for longer on a loaded machine, and after its end."""
+    for _ in range(100):
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+            pid = str(process.pid)
+            assert leaks.children()[pid]
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays, to be waited for
+            assert not leaks.children()[pid]
