@@ -117,6 +117,10 @@ class CudaStep:
         self.queries = attention.queries if 1 < m.max_query_len <= attention.queries else 0
         if self.queries:
             self.decodes = seqs
+        self.lens, self.searched = m.seq_lens, m.max_query_len == 0 < seqs
+        if self.searched:  # leading sequences of one query decode; the device finds out how many these are
+            ends = torch.arange(1, seqs + 1, dtype=torch.int32, device=m.seq_lens.device)
+            self.decodes, self.lens = min(seqs, tokens), torch.where(m.query_start_loc[1:] == ends, m.seq_lens, 0)
         context = m.block_tables.shape[1] * m.block_size
         self.splits = {n: attention.splits(self.decodes, context, n) for n in attention.kv_heads}
         self.few = {n: self.decodes * n * splits < attention.units for n, splits in self.splits.items()}
@@ -146,7 +150,7 @@ class CudaStep:
 
     def _attend(self, layer: int, q: torch.Tensor, new: kernels.New) -> torch.Tensor:
         m, spec, cache, n = self.m, self.specs[layer], self.caches[layer], self.decodes
-        alone = n == len(q) or self.queries > 0  # then one launch does it all
+        alone = self.queries > 0 or (n == len(q) and not self.searched)  # then one launch does it all
         if not alone:
             q = kernels.write_kv(q, new, cache)
         splits = self.splits[spec.num_kv_heads]
@@ -158,9 +162,10 @@ class CudaStep:
                            splits=splits, **self.asked[layer])
             return out.flatten(1)
         if n:
-            kernels.decode(q[:n], cache, m.block_tables[:n], m.seq_lens[:n], out, new=new if alone else None,
+            kernels.decode(q[:n], cache, m.block_tables[:n], self.lens[:n], out, new=new if alone else None,
                            splits=splits, few=self.few[spec.num_kv_heads], **self.asked[layer])
-        if m.max_query_len != 1 and len(m.seq_lens) > n:
-            kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out, first_seq=n,
+        if m.max_query_len != 1 and (len(m.seq_lens) > n or self.searched):
+            kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out,
+                            first_seq=-1 if self.searched else n,
                             max_queries=self.max_queries, **self.asked[layer])
         return out.flatten(1)

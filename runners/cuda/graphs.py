@@ -1,5 +1,5 @@
-"""Steps as CUDA graphs, all in one memory pool: decode steps, one for each prepared batch size, and in an engine that
-speculates the steps of a few tokens a sequence."""
+"""Steps as CUDA graphs, all in one memory pool: decode steps, one for each prepared batch size, in an engine that
+speculates the steps of a few tokens a sequence, and steps with prompts, by numbers of tokens and sequences."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from hal.contracts.inputs import IntermediateTensors, PagedModelInput
-from hal.paged.shape_plan import ShapePlan
+from hal.paged.shape_plan import ShapePlan, ladder
 from hal.schema.packed import Packed
 from runners.cuda.staging import end_of
 
 _SEGMENT = 24 << 20  # bytes that the allocator may take beyond a request
 _TOKENS = 512  # of the largest graph with several tokens a sequence; above it launching hardly counts
-PENDING = ("pending_rows", "sampled_rows")  # optional fields that the input of a decode step's graph has
+_LEAST_TOKENS = 128  # of a graph of prompts: so many take about the time of one
+_FEW_SEQS = 32  # of every other graph of prompts: with more, fewer programs share a decoding sequence's context
+PENDING = ("pending_rows", "sampled_rows")  # optional fields that the input of a graph has, but for several tokens
 
 Results = IntermediateTensors | tuple[torch.Tensor, torch.Tensor]
 Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
@@ -26,8 +28,8 @@ Run = Callable[[PagedModelInput, IntermediateTensors | None], Results]
 @dataclass(frozen=True, slots=True)
 class StepGraph:
     """Attributes:
-        num_seqs, queries: the sequences, and the most tokens of one. A step may have fewer of both: its tokens lie side
-            by side, and padding lies behind them.
+        num_seqs, queries: the sequences, and the most tokens of one; 0: as many as the step has. A step may have fewer
+            of both: its tokens lie side by side, and padding lies behind them.
         dims: the sizes of a step that it runs, by symbol.
         input: the input that it reads, as views of `staged`.
         staged: uint8 on the device. The graph reads its first `size` bytes, a packed input. Behind them is room for the
@@ -50,6 +52,11 @@ class StepGraph:
     seconds: float
     bytes: int
 
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """The optional fields that a step needs to run as this graph."""
+        return () if self.input.pending_rows is None else PENDING
+
 
 def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     """1, 2, 4, then every 8 up to 64, every 16 up to 256 and every 32 from there; and the limit."""
@@ -57,13 +64,16 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < max_num_seqs), max_num_seqs)
 
 
-def graph_plan(max_num_seqs: int, queries: tuple[int, ...] = ()) -> ShapePlan:
-    """A graph for each batch size of decode steps, and for each of these `queries` a sequence; see
-    PagedModelRunner.queries."""
+def graph_plan(max_num_seqs: int, queries: tuple[int, ...] = (), prompts: int = 0) -> ShapePlan:
+    """A graph for each batch size of decode steps, for each of these `queries` a sequence (PagedModelRunner.queries),
+    and for steps with prompts of up to `prompts` tokens."""
     kinds = {"decode": {"num_seqs": batch_sizes(max_num_seqs)}}
     if queries:
         kinds["several"] = {"num_seqs": batch_sizes(max(min(max_num_seqs, _TOKENS // queries[-1]), 1)),
                             "queries": queries}
+    if prompts:
+        kinds["prompts"] = {"num_tokens": ladder(prompts, 2, _LEAST_TOKENS),
+                            "num_seqs": tuple(sorted({min(_FEW_SEQS, max_num_seqs), max_num_seqs}))}
     return ShapePlan(kinds)
 
 

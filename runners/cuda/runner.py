@@ -50,6 +50,7 @@ class CudaModelRunner(PagedModelRunner):
         plan: the sizes that have a graph; none when every step is eager.
         graphs: of decode steps, by batch size.
         several: of steps with several tokens a sequence, by batch size and tokens of a sequence (see `queries`).
+        prompts: of steps with prompts, by tokens and batch size.
         adapted: of decode steps in which a token has an adapter, by batch size. Such steps of several tokens a sequence
             run eagerly.
     """
@@ -69,12 +70,14 @@ class CudaModelRunner(PagedModelRunner):
         self.graphs: dict[int, StepGraph] = {}
         self.several: dict[tuple[int, int], StepGraph] = {}
         self.adapted: dict[int, StepGraph] = {}
-        self._logits = torch.empty(0, device=device)  # that all of `several` write, since one is replayed at a time
+        self.prompts: dict[tuple[int, int], StepGraph] = {}
+        # The results of `several` and of `prompts`, since one graph is replayed at a time.
+        self._logits = torch.empty(0, device=device)
         self._graph_at: list[StepGraph] = []  # for each number of sequences the graph that holds them
         self.width = -(-config.max_model_len // engine.block_size)
         self.pinned = PinnedRing(1 << 20)
         self._fetch = Fetcher()
-        self._views: dict[tuple[int, int, bool], tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input
+        self._views: dict[tuple[int, int, int, bool], tuple[Any, dict[str, torch.Tensor]]] = {}  # of a graph's input
 
     def load_model(self, progress: Progress = no_progress) -> None:
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
@@ -82,7 +85,10 @@ class CudaModelRunner(PagedModelRunner):
         self.attention.expect(max(self.queries, default=0))
         # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
         if self.communicator.capturable and self.config.engine.graphs and not (self.has_row_states or self.taps):
-            self.plan = graph_plan(self.config.engine.max_num_seqs, self.queries)
+            engine = self.config.engine
+            alone = engine.speculate or engine.batch_invariant  # with drafts to sample, or kernels of its own
+            self.plan = graph_plan(engine.max_num_seqs, self.queries,
+                                   0 if alone else min(engine.graph_tokens, engine.max_num_batched_tokens))
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -126,23 +132,27 @@ class CudaModelRunner(PagedModelRunner):
         pool = torch.cuda.graph_pool_handle() if self.plan.kinds else None
         # No closure here: after an out-of-memory error the traceback would keep the closure alive, and with it the
         # device memory.
-        decode, several = (functools.partial(run, kv_caches) for run in (self._decode, self._several))
+        run = functools.partial(self._captured, kv_caches)
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
             for done, bucket in enumerate(self.plan.buckets()):  # the largest first: the others fit into its memory
                 progress("capturing graphs", done, len(self.plan))
                 num_seqs, queries = bucket.dims["num_seqs"], bucket.dims.get("queries", 1)
-                if queries == 1:
-                    dims = graph_dims(num_seqs, self.width)
+                dims = graph_dims(num_seqs, self.width)
+                if bucket.kind == "decode":
                     for graphs in (self.graphs, self.adapted) if self.adapters is not None else (self.graphs,):
                         empty = self._empty(dims, adapted=graphs is self.adapted)
-                        graphs[num_seqs] = capture(empty, dims, self.dummy_intermediate(num_seqs), decode, pool, _ROOM,
+                        graphs[num_seqs] = capture(empty, dims, self.dummy_intermediate(num_seqs), run, pool, _ROOM,
                                                    self.device)
+                elif bucket.kind == "prompts":
+                    dims["num_tokens"] = tokens = bucket.dims["num_tokens"]
+                    self.prompts[tokens, num_seqs] = capture(
+                        self._empty(dims, 0), dims, self.dummy_intermediate(tokens), run, pool, _ROOM, self.device)
                 else:
                     # A draft needs logits behind one token of each sequence alone.
                     dims = graph_dims(num_seqs, self.width, queries, queries if self.config.engine.speculate else 1)
                     self.several[num_seqs, queries] = capture(
-                        self._empty(dims, queries), dims, self.dummy_intermediate(num_seqs * queries), several, pool,
-                        _ROOM, self.device)
+                        self._empty(dims, queries), dims, self.dummy_intermediate(num_seqs * queries), run, pool, _ROOM,
+                        self.device)
                 self.compiled += 1
         if self.graphs:
             progress("capturing graphs", len(self.plan), len(self.plan))
@@ -152,30 +162,25 @@ class CudaModelRunner(PagedModelRunner):
         self.rounds = [(n, drafts) for n in sorted({n for n, _ in self.several} & _MEASURED)
                        for drafts in (0, *(q - 1 for q in self.queries))] if self.config.engine.speculate else ()
 
-    def _decode(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
-                ) -> Results:
-        """What a graph does."""
-        assert m.pending_rows is not None
-        last = self.pending.last
-        input_ids = elementwise.resolve(m.input_ids, m.pending_rows, last)
+    def _captured(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
+                  ) -> Results:
+        """What a graph does. Steps of several tokens a sequence have no pending ones, since an engine that speculates
+        waits for each step."""
+        last, input_ids = None, m.input_ids
+        if m.pending_rows is not None:
+            last = self.pending.last
+            input_ids = elementwise.resolve(input_ids, m.pending_rows, last)
         hidden = self.model(input_ids, m.positions, self.forward_context(m, kv_caches), received)
         if not isinstance(hidden, torch.Tensor):
             return cast(IntermediateTensors, hidden)
-        logits = self.model.compute_logits(hidden)
+        if m.max_query_len == 1:
+            logits = self.model.compute_logits(hidden)
+        else:
+            logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices))
+            if len(self._logits) < len(logits):  # the graphs' pool keeps results apart otherwise
+                self._logits = torch.empty_like(logits)
+            logits = self._logits[:len(logits)].copy_(logits)
         return logits, greedy(logits, m.sampled_rows, last)  # on every rank, since all have the same logits
-
-    def _several(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
-                 ) -> Results:
-        """What a graph of several tokens a sequence does. None of them is pending, since an engine that speculates
-        waits for each step."""
-        hidden = self.model(m.input_ids, m.positions, self.forward_context(m, kv_caches), received)
-        if not isinstance(hidden, torch.Tensor):
-            return cast(IntermediateTensors, hidden)
-        logits = self.model.compute_logits(hidden.index_select(0, m.logits_indices))
-        if not len(self._logits):  # of the largest, which comes first; the graphs' pool keeps results apart otherwise
-            self._logits = torch.empty_like(logits)
-        logits = self._logits[:len(logits)].copy_(logits)
-        return logits, greedy(logits)
 
     def _warm_advance(self) -> None:
         """Compile what advances a graph's input."""
@@ -197,8 +202,8 @@ class CudaModelRunner(PagedModelRunner):
                 self.sampler(logits, m)
 
     def _empty(self, dims: Mapping[str, int], queries: int = 1, adapted: bool = False) -> Packed[Any]:
-        """A graph's input in which every sequence is padding: it writes the null block."""
-        also = (*(PENDING if queries == 1 else ()), *(("adapter_slots",) if adapted else ()))
+        """A graph's input in which every sequence is padding: it writes the null block. `queries`: see StepGraph."""
+        also = (*(PENDING if queries <= 1 else ()), *(("adapter_slots",) if adapted else ()))
         packed = self.input_type.schema.allocate(
             dims, also, block_size=self.config.engine.block_size, max_query_len=queries,
             num_samples=dims["num_logits"], adapted=int(adapted))
@@ -215,7 +220,7 @@ class CudaModelRunner(PagedModelRunner):
         self.pinned.copy(packed.buffer, staged)
         if graph is None or staged is not graph.staged:
             return packed.over(staged)
-        key = graph.num_seqs, graph.queries, packed.values["adapted"] > 0
+        key = graph.num_seqs, graph.queries, graph.dims["num_tokens"], packed.values["adapted"] > 0
         kept = self._views.get(key)
         if kept is None or kept[0] is not packed.layout:  # otherwise it is as in the step before
             kept = self._views[key] = packed.layout, packed.views(staged)
@@ -242,8 +247,14 @@ class CudaModelRunner(PagedModelRunner):
             if dims["num_logits"] != n or n >= len(at) or dims["num_targets"]:
                 return None
             return self.adapted[at[n].num_seqs] if adapted else at[n]
-        if not self.several or dims["num_targets"] or adapted:
+        if dims["num_targets"] or adapted or not (self.several or self.prompts):
             return None
+        if self.prompts:
+            most = self.plan.kinds["prompts"]
+            if not all(0 < dims[name] <= sizes[-1] for name, sizes in most.items()):
+                return None
+            sizes = self.plan.bucket_for("prompts", dims).dims
+            return self.prompts[sizes["num_tokens"], sizes["num_seqs"]]
         most = self.plan.kinds["several"]
         if not (n <= most["num_seqs"][-1] and 1 < max_query_len <= most["queries"][-1]):
             return None
@@ -254,7 +265,7 @@ class CudaModelRunner(PagedModelRunner):
     def padding(self, dims: Mapping[str, int], values: Mapping[str, Any]) -> tuple[Mapping[str, int], Sequence[str]]:
         """The sizes, and the optional fields, of the graph that a step runs as."""
         graph = self._graph_for(values, dims)
-        return ({}, ()) if graph is None else (graph.dims, PENDING if graph.queries == 1 else ())
+        return ({}, ()) if graph is None else (graph.dims, graph.pending)
 
     def _runs_as(self, m: PagedModelInput) -> StepGraph | None:
         """The graph that this input runs as; None where it runs eagerly."""
@@ -262,8 +273,8 @@ class CudaModelRunner(PagedModelRunner):
         graph = None if packed is None else self._graph_for(packed.values, packed.dims)
         if packed is None or packed.moved is None or graph is None or not graph.dims.items() <= packed.dims.items():
             return None
-        # Pending tokens, or room for them, are in the layout that a graph of decode steps reads, and in no other.
-        return graph if (m.pending_rows is not None) == (graph.queries == 1) else None
+        # Pending tokens, or room for them, are in the layout that a graph reads, or are not.
+        return graph if (m.pending_rows is not None) == bool(graph.pending) else None
 
     def _stage(self, m: PagedModelInput, graph: StepGraph) -> None:
         """Bring the input to where its graph reads it."""
@@ -353,7 +364,7 @@ class CudaModelRunner(PagedModelRunner):
     def capture_report(self) -> str:
         """The cost of the graphs, as a table."""
         rows, graphs = [f"{'batch':>6} {'tokens':>6} {'seconds':>8} {'MiB':>7}"], [
-            *self.graphs.values(), *self.several.values(), *self.adapted.values()]
+            *self.graphs.values(), *self.several.values(), *self.adapted.values(), *self.prompts.values()]
         rows += [f"{g.num_seqs:>6} {g.queries:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}"
                  for g in sorted(graphs, key=lambda g: (g.queries, g.num_seqs))]
         total = sum(g.seconds for g in graphs), sum(g.bytes for g in graphs) / 2**20

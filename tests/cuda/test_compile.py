@@ -71,7 +71,9 @@ def test_attention(dtype: torch.dtype, dim: int, fp8: bool) -> None:
         attention.write_kv(q, new, cache)
         for given in (None, new):
             attention.decode(q, cache, tables, ints, out, scale=0.1, window=window, splits=splits, new=given, few=True)
-        attention.prefill(q, cache, tables, ints, ints, out, first_seq=0, max_queries=99, scale=0.1, window=window)
+        for first in (0, -1):
+            attention.prefill(q, cache, tables, ints, ints, out, first_seq=first, max_queries=99, scale=0.1,
+                              window=window)
     if not fp8 and dim == 128:
         how: dict[str, Any] = {"scale": 0.1, "window": None, "softcap": 50.0, "sinks": q[0, :, 0].contiguous()}
         attention.decode(q, cache, tables, ints, out, splits=4, new=attention.New(k, v, ints), few=True, **how)

@@ -85,7 +85,7 @@ def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
     with LLM(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24, max_model_len=24) as llm:
         runner = llm.executor._worker.runner
         assert [o.text for o in llm.generate(PROMPTS[:3])] == ANSWERS[:3]
-        assert (4, 1, False) in runner._views and 3 not in runner.graphs
+        assert (4, 1, 4, False) in runner._views and 3 not in runner.graphs
 
 
 def replays_of(graphs: Any) -> list[Any]:
@@ -130,14 +130,14 @@ def test_a_graph_that_cannot_be_captured_leaves_nothing_of_the_engine(monkeypatc
     from runners.cuda import graphs, runner
 
     made = []
-    decode = runner.CudaModelRunner._decode
+    captured = runner.CudaModelRunner._captured
 
     def fails(self: Any, *step: Any) -> Any:
         made.append(weakref.ref(self))
-        decode(self, *step)
+        captured(self, *step)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(runner.CudaModelRunner, "_decode", fails)
+    monkeypatch.setattr(runner.CudaModelRunner, "_captured", fails)
     monkeypatch.setattr(runner, "capture", graphs.capture)
     try:
         LLM(device="cuda", dtype="float32", num_blocks=8, max_num_seqs=2, block_size=24, max_model_len=24)
@@ -158,14 +158,38 @@ def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph() -> None:
     assert found[0] is not None and found[1] is not None and len(found[0]) == len(found[1]) > 2
 
 
+@pytest.mark.slow
+def test_steps_with_prompts_are_replays_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks beside sequences whose tokens the host does not know when the step is made, greedy and drawn; and a step
+    of more tokens than a graph holds. The tokens are those of the CPU."""
+    from runners.cuda import graphs
+
+    for name, value in (("_LEAST_TOKENS", 4), ("_FEW_SEQS", 2)):
+        monkeypatch.setattr(graphs, name, value)
+    sizes = {"num_blocks": 24, "max_num_seqs": 3, "max_num_batched_tokens": 9, "block_size": 4, "max_model_len": 24,
+             "dtype": "float32"}
+    params = [SamplingParams(temperature=0.5 * (i == 1), seed=3, max_tokens=3) for i in range(4)]
+    with LLM(device="cpu", **sizes) as llm:
+        expected = [o.token_ids for o in llm.generate(PROMPTS[:4], params)]
+    with LLM(device="cuda", graph_tokens=8, **sizes) as llm:
+        runner, eager, forward = llm.executor._worker.runner, list[int](), PagedModelRunner.forward
+        assert {*runner.prompts} == {(4, 2), (4, 3), (8, 2), (8, 3)}
+        seen = replays_of(runner.prompts)
+        monkeypatch.setattr(PagedModelRunner, "forward", lambda self, m, *more: (
+            eager.append(len(m.input_ids)), forward(self, m, *more))[1])
+        assert [o.token_ids for o in llm.generate(PROMPTS[:4], params)] == expected
+    assert {(8, 2), (8, 3)} <= {*seen} and {*eager} == {9}
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16", "max_num_seqs": 2},
-                                     {"kv_dtype": "fp8", "async_scheduling": False}], ids=str)
+                                     {"kv_dtype": "fp8", "async_scheduling": False, "graph_tokens": 8}], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
     """Chunked, in batches that fill graphs and that do not; drawn and greedy; twice, from cached prefixes."""
     sizes = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 14, "block_size": 4, "max_model_len": 24}
     with LLM(device="cuda", **{"dtype": "float32", **sizes, **options}) as llm:
         runner = llm.executor._worker.runner
         assert runner.graphs and bool(runner.ops.tiles) == (options.get("dtype") == "float16")
+        assert bool(runner.prompts) == ("graph_tokens" in options)
         greedy = [o.text for o in llm.generate(PROMPTS)]
         drawn = llm.generate(PROMPTS, SamplingParams(temperature=0.3, top_k=20, top_p=0.95, repetition_penalty=1.05,
                                                      seed=3, max_tokens=8, logprobs=2))

@@ -40,24 +40,32 @@ def moved(m: PagedModelInput) -> PagedModelInput:
     return PagedModelInput.from_buffer(m.to_buffer(), DEVICE)
 
 
+def unknown(m: PagedModelInput) -> PagedModelInput:
+    """As the input that a graph of prompts is captured with."""
+    m = copy.copy(m)
+    m.max_query_len = m.num_decode_seqs = 0
+    return m
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((8, 64, 80, 128)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1), (1, 1))), windows=st.sampled_from(((None,), (3,), (17, None))),
-       splits=st.sampled_from((1, 2, 9)), few=st.booleans())
+       splits=st.sampled_from((1, 2, 9)), how=st.sampled_from(("", "few", "searched")))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
-                   windows: tuple[int | None, ...], splits: int, few: bool) -> None:
-    """`few`: in the kernel that verifies drafts, where a sequence has not too many queries for it."""
+                   windows: tuple[int | None, ...], splits: int, how: str) -> None:
+    """`few`: in the kernel that verifies drafts, where a sequence has not too many queries for it. `searched`: where
+    the host does not know which sequences decode, as in a graph."""
     from runners.cuda.attention import CudaAttention
 
     specs = specs_of(*heads, dim, windows)
     attention = CudaAttention(specs, device=DEVICE, dtype=dtype)
     attention.dtype = dtype
-    attention.expect(m.max_query_len if few else 0)
+    attention.expect(m.max_query_len if how == "few" else 0)
     attention.splits = lambda *_: splits
     caches = [make_cache(attention, spec, m, seed + i) for i, spec in enumerate(specs)]
     on_device = [cache.to(DEVICE) for cache in caches]
-    step = attention.begin(moved(m), on_device)
+    step = attention.begin(unknown(moved(m)) if how == "searched" else moved(m), on_device)
     for layer, spec in enumerate(specs):
         q, k, v = draw_tensors(m, spec, seed - layer, dtype)
         got = step(layer, *(x.to(DEVICE) for x in (q, k, v)))
@@ -178,15 +186,16 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
 
 
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), seqs=st.integers(0, 3),
-       tokens=st.integers(0, 5), blocks=st.integers(0, 3), few=st.booleans(), splits=st.sampled_from((1, 2)))
+       tokens=st.integers(0, 5), blocks=st.integers(0, 3), how=st.sampled_from(("", "few", "searched")),
+       splits=st.sampled_from((1, 2)))
 @settings(max_examples=EXAMPLES, deadline=None)
-def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: int, few: bool, splits: int) -> None:
+def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: int, how: str, splits: int) -> None:
     from runners.cuda.attention import CudaAttention
 
     spec, dims = specs_of(4, 2, 64, (None,))[0], m.dims
     attention = CudaAttention([spec], device=DEVICE, dtype=torch.float32)
     attention.dtype, attention.splits = torch.float32, lambda *_: splits
-    attention.expect(m.max_query_len if few else 0)
+    attention.expect(m.max_query_len if how == "few" else 0)
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
                     max_blocks=dims["max_blocks"] + blocks)
     cache = make_cache(attention, spec, m, seed).to(DEVICE)
@@ -194,7 +203,7 @@ def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: 
     q, k, v = (x.to(DEVICE) for x in draw_tensors(m, spec, seed, torch.float32))
     more = [torch.cat([x, torch.full_like(x[:1], 7.0).expand(tokens, -1, -1)]) for x in (q, k, v)]
     real = attention.begin(moved(m), [cache])(0, q, k, v)
-    got = attention.begin(moved(wide), [padded])(0, *more)
+    got = attention.begin(unknown(moved(wide)) if how == "searched" else moved(wide), [padded])(0, *more)
     close(got[:len(q)], real, torch.float32)
     held = ~free(m, cache)
     kept, expected = (c.cpu().permute(1, 3, 0, 2, 4)[held] for c in (padded, cache))

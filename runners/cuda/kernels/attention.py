@@ -280,17 +280,32 @@ def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, tabl
                 tl.store(part_out + part[:, None] * BLOCK_D + dim[None], acc, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["first_seq", "table_stride"])
-def _prefill(q, cache, tables, lens, starts, sinks, out, first_seq, q_stride, table_stride, kv_offset, block_stride,
-             head_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
-             WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
+@triton.jit
+def _tile_of(starts, nth, seqs, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The sequence and the tile of its queries that is the nth of all; a tile behind every query if there are fewer.
+    Leading sequences of one query have none."""
+    s = tl.arange(0, BLOCK_S)
+    there = s < seqs
+    begin, end = tl.load(starts + s, mask=there, other=0), tl.load(starts + s + 1, mask=there, other=0)
+    tiles = tl.where(there & (end != s + 1), (end - begin + BLOCK_M - 1) // BLOCK_M, 0)
+    before = tl.cumsum(tiles, 0) <= nth
+    seq = tl.minimum(tl.sum(before.to(tl.int32), 0), seqs - 1)
+    return seq, nth - tl.sum(tl.where(before & (s < seq), tiles, 0), 0)
+
+
+@triton.jit(do_not_specialize=["first_seq", "seqs", "table_stride"])
+def _prefill(q, cache, tables, lens, starts, sinks, out, first_seq, seqs, q_stride, table_stride, kv_offset,
+             block_stride, head_stride, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+             SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+             PDL: tl.constexpr):
     wait_for_inputs(PDL)
-    seq, head = tl.program_id(2) + first_seq, tl.program_id(1)
+    # The last tiles see the longest context: they go first.
+    seq, head, tile = tl.program_id(2) + first_seq, tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
+    if BLOCK_S:
+        seq, tile = _tile_of(starts, tile, seqs, BLOCK_M, BLOCK_S)
     start = tl.load(starts + seq)
     queries = tl.load(starts + seq + 1) - start
-    # The last tiles see the longest context: they go first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     if tile * BLOCK_M < queries:
         length = tl.load(lens + seq)
         m, dim, at = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
@@ -451,17 +466,20 @@ def prefill(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: to
 
     Args:
         q: [n, heads, head_dim] of the whole step, tokens may have gaps. starts: [seqs + 1] int32.
-        first_seq: sequences before it are left alone. max_queries: of one sequence.
+        first_seq: sequences before it are left alone; -1: leading sequences of one query are, however many there are.
+        max_queries: of one sequence; not needed where first_seq is -1.
         out: [n, heads, head_dim], contiguous.
     """
-    heads, dim = q.shape[1:]
+    (n, heads, dim), seqs, searched = q.shape, lens.shape[0], first_seq < 0
     kv_heads, size = cache.shape[2], cache.shape[3]
     wide, block_d = q.dtype == torch.float32, max(triton.next_power_of_2(dim), 16)
-    block_m, block_n = (32, 32) if wide or block_d > 128 else (128 if max_queries > 64 else 64, 64)
-    grid = (triton.cdiv(max_queries, block_m), heads, lens.shape[0] - first_seq)
+    block_m, block_n = (32, 32) if wide or block_d > 128 else (128 if searched or max_queries > 64 else 64, 64)
+    tiles = n // block_m + min(seqs, n) if searched else triton.cdiv(max_queries, block_m)
+    grid = (tiles, heads, 1 if searched else seqs - first_seq)
     _prefill[grid](
-        q, cache, tables, lens, starts, lens if sinks is None else sinks, out, first_seq, q.stride(0), tables.stride(0),
-        cache.stride(0), cache.stride(1), cache.stride(2), scale, HEADS=heads, GROUP=heads // kv_heads, DIM=dim,
-        SIZE=size, WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, BLOCK_M=block_m, BLOCK_D=block_d,
-        BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m == 128 else 4,
+        q, cache, tables, lens, starts, lens if sinks is None else sinks, out, max(first_seq, 0), seqs, q.stride(0),
+        tables.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), scale, HEADS=heads,
+        GROUP=heads // kv_heads, DIM=dim, SIZE=size, WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None,
+        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_N=block_n, BLOCK_S=triton.next_power_of_2(seqs) if searched else 0,
+        PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m == 128 else 4,
         num_stages=2 if wide or block_d > 128 else 3, **launch_options(q))
