@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # `import checkpoints`, in every import mode of pytest
+# On a loaded machine any example may take a second, and so may the drawing of any.
+settings.register_profile("hal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("hal")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
