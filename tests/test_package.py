@@ -24,7 +24,8 @@ def test_import_loads_no_torch(module: str) -> None:
 
 
 def test_import_takes_under_50_ms() -> None:
-    code = "import time; t = time.perf_counter(); import hal; print(time.perf_counter() - t)"
+    """Of a processor's time: other processes may have the processor meanwhile."""
+    code = "import time; t = time.process_time(); import hal; print(time.process_time() - t)"
     times = [float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
              for _ in range(3)]
     assert min(times) < 0.050, times
