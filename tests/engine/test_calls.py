@@ -250,7 +250,7 @@ def test_a_failed_rank_is_named_until_restart() -> None:
         llm.step()
         assert llm.health() is None
         os.kill(llm.executor._ranks.processes[0].process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 60
         while llm.health() is None and time.monotonic() < deadline:
             time.sleep(0.01)  # no step runs
         assert "rank 1 died" in str(llm.health())
