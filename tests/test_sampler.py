@@ -42,23 +42,31 @@ def spread(n: int, vocab: int, seed: int = SEED) -> torch.Tensor:
 @given(seed=st.integers(0, 2**31), top_k=st.integers(0, 40), top_p=st.sampled_from((0.05, 0.5, 0.9, 1.0)),
        min_p=st.sampled_from((0.0, 0.02, 0.4, 1.0)), temperature=st.sampled_from((0.3, 1.0, 2.5)))
 @settings(max_examples=200, deadline=None)
+@example(seed=65002, top_k=0, top_p=0.9, min_p=0.0, temperature=1.0)  # a sum that fp32 cannot tell from top_p
+@example(seed=54235, top_k=20, top_p=0.9, min_p=0.0, temperature=2.5)
 def test_filters_keep_what_transformers_keeps(seed: int, top_k: int, top_p: float, min_p: float,
                                               temperature: float) -> None:
     from transformers.generation import logits_process as hf
 
+    def kept(slack: float) -> torch.Tensor:
+        """By transformers, with shares that are larger or smaller by `slack`: a sum in fp32 is not exact, and the last
+        token's may be top_p to seven digits."""
+        chain: list[Any] = [hf.TemperatureLogitsWarper(temperature)]
+        chain += [hf.TopKLogitsWarper(top_k)] if top_k else []
+        chain += [hf.TopPLogitsWarper(top_p * (1 + slack))] if top_p < 1 else []
+        chain += [hf.MinPLogitsWarper(min(min_p * (1 - slack), 1.0))] if min_p > 0 else []
+        found = scores
+        for processor in chain:
+            found = processor(torch.zeros(3, 1, dtype=torch.long), found)
+        return found > -math.inf
+
     scores = spread(3, 33, seed)
-    chain: list[Any] = [hf.TemperatureLogitsWarper(temperature)]
-    chain += [hf.TopKLogitsWarper(top_k)] if top_k else []
-    chain += [hf.TopPLogitsWarper(top_p)] if top_p < 1 else []
-    chain += [hf.MinPLogitsWarper(min_p)] if min_p > 0 else []
-    expected = scores
-    for processor in chain:
-        expected = processor(torch.zeros(3, 1, dtype=torch.long), expected)
     scaled = scores / temperature
     ordered = scaled.sort(-1, descending=True).values
     lowest = threshold(ordered, column(3, top_k, torch.int32)[:, None], column(3, top_p)[:, None],
                        column(3, min_p)[:, None], scaled.logsumexp(-1, keepdim=True))
-    assert torch.equal(scaled >= lowest, expected > -math.inf)
+    got = scaled >= lowest
+    assert (kept(-2e-6) <= got).all() and (got <= kept(2e-6)).all()
 
 
 @given(seed=st.integers(0, 2**31), repetition=st.sampled_from((0.5, 1.0, 1.3)), presence=st.sampled_from((0.0, 0.7)),
