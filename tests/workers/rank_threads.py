@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 R = TypeVar("R")
+_HANGS = 120.0  # seconds; ranks that join a Ray, or are many on few cores, take a while
 
 
 def on_ranks(world: int, call: Callable[[int, Any], R], store: Any = None) -> list[R]:
@@ -26,8 +28,9 @@ def on_ranks(world: int, call: Callable[[int, Any], R], store: Any = None) -> li
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + _HANGS
     for thread in threads:
-        thread.join(10)
+        thread.join(max(end - time.monotonic(), 0))
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads), "a rank hangs"

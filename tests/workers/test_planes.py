@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drill import shared_memory
+from drill import left_in_shared_memory, shared_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nccl_stand_in import StandInBackend
@@ -30,6 +30,7 @@ from hal.testing.null import backend as null
 from workers.control.collectives import CPU, GlooPlane
 from workers.control.planes import LocalPlane, make_plane
 from workers.control.shared_memory import ShmPlane
+from workers.links import liveness
 from workers.links import memory as shm
 from workers.links.groups import dist
 from workers.links.memory import Segment
@@ -37,6 +38,7 @@ from workers.links.ring import Ring
 
 PLANES = ("gloo", "shm", "collectives", "nccl", pytest.param("ray", marks=pytest.mark.slow))
 DYING = Path(__file__).with_name("dying_rank.py")
+SOON = 20.0  # seconds; a rank that is not killed lives for 60
 
 
 def data(*sizes: int, seed: int = 0) -> list[np.ndarray]:
@@ -90,7 +92,7 @@ def _what_a_plane_needs(request: pytest.FixtureRequest) -> None:
 def _nothing_in_shared_memory() -> Iterator[None]:
     before = shared_memory()
     yield
-    assert shared_memory() == before
+    assert not left_in_shared_memory(before)
 
 
 @pytest.mark.parametrize("name", PLANES)
@@ -169,15 +171,15 @@ class TestEveryPlane:
             plane = make(name, topology, store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"
             killed: list[float] = []
-            threading.Timer(0.3, lambda: (other.kill(), killed.append(time.monotonic()))).start()
+            threading.Timer(0.3, lambda: (killed.append(time.monotonic()), other.kill())).start()
             if name != "nccl":
                 with pytest.raises(WorkerError) as error:
                     plane.receive_output()
-                assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < 2
+                assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < SOON
             with pytest.raises(WorkerError) as error:
                 for _ in range(100):
                     plane.broadcast(data(10_000))
-            assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < 2
+            assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < SOON
             plane.close()
 
     def test_phases_that_forbid_communication_refuse_it(self, name: str, guarded: None) -> None:
@@ -231,8 +233,9 @@ def test_auto_is_shared_memory_or_else_gloo_on_every_rank(monkeypatch: pytest.Mo
         assert [type(plane) for plane in made] == [GlooPlane] * 2
 
 
-def test_the_driver_of_nccl_ends_after_the_others() -> None:
+def test_the_driver_of_nccl_ends_after_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory may hold what they are receiving."""
+    monkeypatch.setattr(liveness, "LINGER", 60.0)
     with joined("nccl", Topology(tp=3)) as made:
         ended: list[int] = []
 
@@ -245,10 +248,11 @@ def test_the_driver_of_nccl_ends_after_the_others() -> None:
                 ended.append(rank)
 
         together(*(lambda rank=rank: close(rank) for rank in range(3)))
-    assert ended == [1, 2, 0]
+    assert len(ended) == 3 and ended[-1] == 0
 
 
-def test_kernels_that_wait_are_aborted() -> None:
+def test_kernels_that_wait_are_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "LINGER", 60.0)
     with joined("nccl", Topology(pp=2)) as made:
         groups = [group for plane in made for group in (plane._all, plane._pair)]
     assert [group.aborted for group in groups] == [True] * 4
@@ -283,7 +287,7 @@ def test_waiting_has_a_limit() -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 1 was waited for 0 s") as error:
         made[0].wait(counter, shm.START + 1, 1, limit=0.3)
-    assert error.value.rank == -1 and 0.3 <= time.monotonic() - start < 1
+    assert error.value.rank == -1 and 0.3 <= time.monotonic() - start < shm.LIMIT / 10
 
 
 def rings(slots: int, slot_bytes: int) -> tuple[Ring, Ring]:
@@ -351,19 +355,23 @@ def test_too_many_parts_are_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("cores", [1, 2])
 def test_waiting_costs_no_cpu(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
-    """With a core for each rank or fewer: 50 messages a second, and what a rank burns that waits for them."""
+    """With a core for each rank or fewer: 50 messages a second, and what a rank burns that waits for them. The best of
+    some rounds counts, since a virtual machine that is stopped takes that time for its own."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    writer, reader = rings(4, 1024)
+    writer, reader, rounds = *rings(4, 1024), 3
 
     def read() -> float:
         reader.receive()
-        start = time.thread_time()
-        for _ in range(20):
-            reader.receive()
-        return time.thread_time() - start
+        used = []
+        for _ in range(rounds):
+            start = time.thread_time()
+            for _ in range(20):
+                reader.receive()
+            used.append(time.thread_time() - start)
+        return min(used)
 
     def write() -> None:
-        for i in range(21):
+        for i in range(1 + 20 * rounds):
             writer.send(data(100, seed=i))
             time.sleep(0.02)
 
