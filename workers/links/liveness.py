@@ -119,13 +119,14 @@ class PeerWatch:
         """Return when `close` wakes this thread, or with `lost` set: a connection ended without a word, a rank left
         while this one goes on, or a group reports an error."""
         poll, there = select.poll(), {c.fileno(): c for c in self._sockets}
-        for fd in (*there, self._woken.fileno()):
+        woken = self._woken.fileno()  # `close` does not wait for ever, and may have closed it when this thread looks
+        for fd in (*there, woken):
             poll.register(fd, select.POLLIN)
         left_at: float | None = None  # when the last of those that left in order did so
         closing = False
         while not closing and not self.lost:
             for fd, _ in poll.poll(1000 * (_LOOK if left_at is None else _LEFT / 5)):
-                if fd == self._woken.fileno():
+                if fd == woken:
                     closing = True
                     continue
                 poll.unregister(fd)
