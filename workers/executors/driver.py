@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import weakref
@@ -147,11 +148,9 @@ class DriverExecutor(ExecutorBase):
 
     def shutdown(self) -> None:
         if not self._closed:
-            try:
-                with self._torch:
-                    self._plane.broadcast([])
-            except WorkerError:
-                pass  # a rank is gone or hangs, and end() ends it
+            self._ranks.ending = True
+            with contextlib.suppress(WorkerError), self._torch:  # a rank is gone or hangs, and end() ends it
+                self._plane.broadcast([])
             self._close(PATIENCE)
 
     def _blame(self, error: BaseException) -> Failure:

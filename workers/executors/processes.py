@@ -52,11 +52,10 @@ class RankProcess:
 
     def send(self, **content: Any) -> None:
         assert self.process.stdin is not None
-        try:
+        # It may have ended, and its reports say why; or another thread has closed the pipe.
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self.process.stdin.write(json.dumps(content).encode() + b"\n")
             self.process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # it has ended, and its reports say why; or another thread has closed the pipe
 
     def read(self) -> list[dict[str, Any]] | None:
         """Reports that have arrived, or None when there will be no more."""
@@ -79,10 +78,8 @@ class RankProcess:
         """Tell the process that the driver has no more messages, which ends it."""
         assert self.process.stdin is not None
         self.send(end=True)  # a forked child of this process may keep the pipe open
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def wait(self, seconds: float) -> None:
         """Wait until it has ended, and kill it after `seconds`."""
@@ -95,7 +92,11 @@ class RankProcess:
 
 class Ranks:
     """All ranks but the driver. A thread listens to them. When a rank fails, the thread ends all others. This closes
-    their connections, so a driver that waits in a collective gets an error. Then it tells the `listeners`."""
+    their connections, so a driver that waits in a collective gets an error. Then it tells the `listeners`.
+
+    Attributes:
+        ending: the ranks are told to end, so that their end is no failure. Set it before they are told.
+    """
 
     def __init__(self, listeners: FailureListeners) -> None:
         self.listeners = listeners
@@ -103,7 +104,7 @@ class Ranks:
         self._changed = threading.Condition()
         self._reported: dict[str, dict[int, dict[str, Any]]] = {}
         self._failure: Failure | None = None
-        self._ending = False
+        self.ending = False
         self._listener: threading.Thread | None = None
 
     def host(self) -> str:
@@ -145,7 +146,7 @@ class Ranks:
 
     def end(self, patience: float = PATIENCE) -> None:
         """End all processes. A process that has not ended by itself within `patience` seconds is killed. Idempotent."""
-        self._ending = True
+        self.ending = True
         deadline = time.monotonic() + patience
         for process in self.processes:
             if patience == 0:
@@ -173,7 +174,7 @@ class Ranks:
                     reports = key.data.read()
                     if reports is None:
                         selector.unregister(key.fileobj)
-                        if not self._ending and all(f.rank != key.data.rank for f in failures):
+                        if not self.ending and all(f.rank != key.data.rank for f in failures):
                             failures.append(Failure.death(key.data.rank, key.data.status()))
                     for report in reports or ():
                         event = report.pop("event")
@@ -191,7 +192,7 @@ class Ranks:
                     due = time.monotonic() + tick
                     for key in selector.get_map().values():
                         key.data.missed += 1
-                        if key.data.missed > _BEATS and not self._ending and not failures:
+                        if key.data.missed > _BEATS and not self.ending and not failures:
                             failures.append(Failure.silence(key.data.rank, key.data.heartbeat))
                 found = None
                 with self._changed:
