@@ -64,7 +64,7 @@ def test_nothing_listens_where_ranks_share_memory() -> None:
     made = executor(tp=2, pp=2)
     pids = [process.process.pid for process in made._ranks.processes]
     Driver(made, [[1, 2, 3]]).run(2)
-    assert listening(os.getpid()) == before and not any(map(listening, pids))
+    assert listening(os.getpid()) <= before and not any(map(listening, pids))
     made.shutdown()
 
 
@@ -246,6 +246,19 @@ def test_a_process_that_takes_a_ranks_place_in_gloo_is_refused(monkeypatch: pyte
     assert results == ["sum 2.0"] * 2 or not any(result.startswith("sum") for result in results), results
 
 
+def test_the_standard_output_is_put_back_when_several_threads_make_groups() -> None:
+    """They begin and end in any order."""
+    before = os.fstat(1)
+    for order in ((0, 1), (1, 0)):
+        made = [groups._stdout_to_stderr() for _ in order]
+        for each in made:
+            each.__enter__()
+        made[order[0]].__exit__(None, None, None)
+        assert os.path.samestat(os.fstat(1), os.fstat(2))
+        made[order[1]].__exit__(None, None, None)
+        assert os.path.samestat(os.fstat(1), before)
+
+
 def test_another_secret_than_the_ranks_is_refused() -> None:
     stores = met(2)
     passed_on = stores[1].set
@@ -288,7 +301,7 @@ def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str
         child, *ranks = map(int, driver.stdout.readline().split())
         driver.kill()
         try:
-            end = time.monotonic() + 2
+            end = time.monotonic() + 20  # or else they would live as long as the child
             while any(map(lives, ranks)):
                 assert time.monotonic() < end, "ranks outlive their driver"
                 time.sleep(0.01)

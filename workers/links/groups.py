@@ -7,6 +7,7 @@ import hmac
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,7 @@ _ANY_PORT = 9
 _SECRET = 16  # bytes
 # No limit: an engine may be idle for days. The closed connection shows that a rank has died.
 _FOREVER = timedelta(days=3650)
+_redirecting, _saved = threading.Lock(), list[int]()
 
 
 class RendezvousStore(dist.Store):  # type: ignore[misc]
@@ -125,12 +127,15 @@ def lost(what: str, error: Exception) -> WorkerError:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Gloo of some releases reports connections on the standard output, where a program's results belong."""
+    """Gloo of some releases reports connections on the standard output, where a program's results belong. Several
+    threads may be in here: the last one to leave puts back what the first one found, in whatever order they leave."""
     sys.stdout.flush()
-    saved = os.dup(1)
-    try:
+    with _redirecting:
+        _saved.append(os.dup(1))
         os.dup2(2, 1)
+    try:
         yield
     finally:
-        os.dup2(saved, 1)
-        os.close(saved)
+        with _redirecting:
+            os.dup2(_saved[-1], 1)
+            os.close(_saved.pop())
