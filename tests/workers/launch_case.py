@@ -42,7 +42,7 @@ def alone() -> dict[str, Any]:
 
 def launch(world: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(script), *arguments]
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
 
 
 def generated_by_launched(folder: Path, *planes: str, tp: int, pp: int) -> list[dict[str, dict[str, Any]]]:
