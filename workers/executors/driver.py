@@ -34,7 +34,7 @@ from workers.worker.consistency import agree, facts_of
 
 GENERIC_WORKER = "workers.worker.generic:Worker"
 R = TypeVar("R")
-_BLAME = 2.0  # seconds that the cause may take to arrive after a connection broke
+_BLAME = 10.0  # seconds that the cause may take to arrive after a connection broke, on a busy machine or through Ray
 # By EngineConfig.executor, the class that starts all ranks but the driver; see workers.executors.processes.Ranks.
 EXECUTORS = {"multiprocess": "workers.executors.processes:Ranks", "ray": "workers.executors.ray_actors:RayRanks"}
 
