@@ -22,6 +22,7 @@ from workers.links.reports import Failure, FailureListeners
 
 LOOPBACK = "127.0.0.1"
 _SCRIPT = Path(__file__).with_name("rank_process.py")
+_EXIT = 5.0  # seconds that a process may take to end on a busy machine, once its reports are closed
 _GRACE = 0.5  # a rank's own report may come so many seconds after the report of a rank that lost it
 _BEATS = 4  # signs of life within EngineConfig.heartbeat
 PATIENCE = 3.0  # seconds that a process is given to end by itself
@@ -67,7 +68,7 @@ class RankProcess:
     def status(self) -> int | str | None:
         """The exit status of a process that has closed its reports, or None if it does not end."""
         try:
-            return self.process.wait(_GRACE)
+            return self.process.wait(_EXIT)
         except subprocess.TimeoutExpired:
             return None
 
