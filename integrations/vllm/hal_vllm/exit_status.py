@@ -46,10 +46,16 @@ def watch_for_failure() -> None:
 
 
 def report_failure(error: BaseException) -> None:
-    """Leave the reason for the server's process, which exits with status 1 then. May be called from any thread."""
+    """Leave the reason for the server's process, which exits with status 1 then. May be called from any thread.
+
+    The first reason stays: to write another in its place would leave none for a moment, in which this process may be
+    ended.
+    """
     if path := os.environ.get(_PATH):
         try:
-            Path(path).write_text(f"{type(error).__name__}: {error}"[:1 << 14])
+            with open(path, "a", encoding="utf-8") as file:
+                if not file.tell():
+                    file.write(f"{type(error).__name__}: {error}"[:1 << 14])
         except OSError:
             pass  # the server's process has ended before
 

@@ -15,7 +15,11 @@ atexit.register(print, "an earlier handler")
 from hal_vllm.exit_status import watch_for_failure
 watch_for_failure()
 watch_for_failure()  # vLLM copies its configuration, and checks the copy
-REPORT = "from hal_vllm.exit_status import report_failure; report_failure(ValueError('it broke'))"
+REPORT = '''
+from hal_vllm.exit_status import report_failure
+report_failure(ValueError("it broke"))
+report_failure(OSError("which broke this"))
+'''
 if "fails" in sys.argv:
     subprocess.run([sys.executable, "-c", REPORT], check=True)
 """
