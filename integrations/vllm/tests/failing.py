@@ -1,5 +1,5 @@
 """The null backend with ranks that fail when they are told to, on rank 1: a prompt of three equal tokens is the signal
-for a step, and the variable FAILING for the start. Every step takes 20 ms, so that requests are in flight for a while.
+for a step, and the variable FAILING for the start. Every step takes 50 ms, so that requests are in flight for a while.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FailingRunner(NullRunner):
 
     def execute_forward(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor],
                         intermediate: IntermediateTensors | None = None) -> Any:
-        time.sleep(0.02)
+        time.sleep(0.05)
         for how, tokens in SIGNALS.items():
             if self.config.topology.rank == 1 and model_input.input_ids.tolist()[-3:] == tokens:
                 fail(how)

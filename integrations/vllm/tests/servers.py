@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,7 +45,7 @@ class Server:
     def log(self) -> str:
         return (self.directory / "log").read_text()
 
-    def wait_until_ready(self, seconds: float = 120) -> None:
+    def wait_until_ready(self, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with contextlib.suppress(OSError):  # also HTTP errors
@@ -55,7 +56,7 @@ class Server:
             time.sleep(0.05)
         raise AssertionError(f"the server is not ready after {seconds} s: {self.log()[-3000:]}")
 
-    def exit_status(self, seconds: float = 60) -> int | None:
+    def exit_status(self, seconds: float = 120) -> int | None:
         """The exit status, or None if the server has not ended after so many seconds."""
         answer = self.servers.order(wait=self.pid, seconds=seconds)["status"]
         return None if answer is None else int(answer)
@@ -73,12 +74,21 @@ class Server:
     def ranks(self) -> list[int]:
         return [pid for pid, command in self.processes().items() if "rank_process" in command]
 
-    def left_behind(self, seconds: float = 5) -> list[str]:
+    def shared_memory(self) -> list[str]:
+        """That was not there before the servers, without what other programs of this machine use."""
+        found = set(os.listdir("/dev/shm")) - self.servers.shared_memory
+        for directory in Path("/proc").glob("[0-9]*") if found else ():
+            with contextlib.suppress(OSError):
+                if int((directory / "stat").read_text().rpartition(") ")[2].split()[3]) != self.pid:
+                    maps = (directory / "maps").read_text(errors="replace")
+                    found -= set(re.findall("/dev/shm/([^\n/]+)$", maps, re.MULTILINE))
+        return sorted(found)
+
+    def left_behind(self, seconds: float = 30) -> list[str]:
         """What of the server is still there after so many seconds: processes, shared memory, files and sockets."""
         end = time.monotonic() + seconds
         while True:
-            found = [*self.processes().values(), *map(str, (self.directory / "tmp").iterdir()),
-                     *sorted(set(os.listdir("/dev/shm")) - self.servers.shared_memory)]
+            found = [*self.processes().values(), *map(str, (self.directory / "tmp").iterdir()), *self.shared_memory()]
             if not found or time.monotonic() > end:
                 return found
             time.sleep(0.05)
@@ -98,7 +108,9 @@ class Servers:
         self.process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-                 "VLLM_WORKER_MULTIPROC_METHOD": "fork", "VLLM_LOGGING_LEVEL": "INFO", "HAL_DEVICE": "null"})
+                 "VLLM_WORKER_MULTIPROC_METHOD": "fork", "VLLM_LOGGING_LEVEL": "INFO", "HAL_DEVICE": "null",
+                 # The client keeps a connection for 5 seconds. So does vLLM, which might close one that is in use.
+                 "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600"})
         self._started = 0
 
     def order(self, **what: Any) -> dict[str, Any]:
@@ -117,9 +129,12 @@ class Servers:
         (directory / "tmp").mkdir(parents=True)
         template = directory / "chat.jinja"
         template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # The port stays taken, so that nothing else of this machine gets it before the server is there. The server may
+        # have it all the same, since it sets SO_REUSEADDR too and nobody listens.
+        taken = socket.socket()
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
         arguments = ["vllm", "--model", str(BUNDLED_MODEL), "--served-model-name", "add", "--host", "127.0.0.1",
                      "--port", str(port), "--max-model-len", "96", "--max-num-seqs", "8", "--dtype", "float32",
                      "--num-gpu-blocks-override", "64", "--chat-template", str(template), "--additional-config",
@@ -131,7 +146,8 @@ class Servers:
             yield server
         finally:
             server.kill()
-            server.exit_status(5)
+            server.exit_status(60)
+            taken.close()
 
     def close(self) -> None:
         self.process.kill()
