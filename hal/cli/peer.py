@@ -7,6 +7,7 @@ import math
 import select
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -79,10 +80,8 @@ class Peer:
 
     def run(self, prompts: list[list[int]], new_tokens: int) -> Run:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # _answer says why
             print(json.dumps([prompts, new_tokens]), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # _answer says why
         return Run.of(self._answer())
 
     def _answer(self) -> Any:
@@ -101,7 +100,8 @@ class Peer:
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
-            stream.close()
+            with suppress(BrokenPipeError):  # prompts that it did not live to read
+                stream.close()
 
     def __enter__(self) -> Peer:
         return self

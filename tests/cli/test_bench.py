@@ -19,6 +19,7 @@ from hal.checkpoints.hf_config import parse_config
 from hal.cli import bench, bench_table, main, measure, open_loop, peer
 from hal.cli.shapes import SHAPES
 from hal.contracts.backend import select
+from hal.errors import BackendError
 from hal.models import floors
 from hal.testing.null import NullRunner
 
@@ -139,6 +140,16 @@ def test_a_peer_that_cannot_run_is_named(options: list[str], words: tuple[str, .
     assert main(["bench", *SMALL, *options]) == 1
     err = capsys.readouterr().err
     assert "\nhal: error: " in err and all(word in err for word in words)
+
+
+def test_a_peer_that_ends_between_two_turns_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer, "_SCRIPT", Path(__file__).with_name("foreign_peer.py"))
+    with pytest.raises(BackendError, match="vllm ended with status -9"), peer.Peer(
+            "vllm", sys.executable, ".", dtype="float32", threads=1, length=9, batch=1, quantize=None,
+            scratch=".") as other:
+        other._process.kill()
+        other._process.wait()
+        other.run([[1, 2, 3]], 4)
 
 
 def test_no_two_weights_that_are_saved_for_a_peer_are_alike(tmp_path: Path) -> None:
