@@ -106,8 +106,11 @@ async def _serve(server: Server, listener: socket.socket, drain_seconds: float) 
         def capture_signals(self) -> nullcontext[None]:  # type: ignore[override]  # the signals are ours
             return nullcontext()
 
+    # OpenAI's client keeps an idle connection for 5 seconds, as uvicorn does by default: the server might close one at
+    # the moment when a request comes on it, which then fails. So the server is not the first to close it.
     http = Uvicorn(uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off", ws="none",
-                                  server_header=False, timeout_graceful_shutdown=int(drain_seconds) + 5))
+                                  server_header=False, timeout_keep_alive=75,
+                                  timeout_graceful_shutdown=int(drain_seconds) + 5))
     received, stop, loop = list[signal.Signals](), asyncio.Event(), asyncio.get_running_loop()
 
     def end(number: signal.Signals) -> None:
@@ -118,8 +121,7 @@ async def _serve(server: Server, listener: socket.socket, drain_seconds: float) 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
     listener.listen(2048)  # a client that connects now waits until the server runs, and is not refused
-    running = asyncio.create_task(http.serve(sockets=[listener]))
-    host, port = listener.getsockname()[:2]
+    running, (host, port) = asyncio.create_task(http.serve(sockets=[listener])), listener.getsockname()[:2]
     streams.say(f"hal: {server.name} is served at http://{f'[{host}]' if ':' in host else host}:{port}")
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
