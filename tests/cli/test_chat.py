@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +148,8 @@ def test_a_conversation_with_an_adapter(forks: Forks, adder: Path, tmp_path: Pat
 
 
 def test_ctrl_c_ends_a_reply_and_not_the_program(forks: Forks, adder: Path, tmp_path: Path) -> None:
-    ended = run(forks, adder, tmp_path, ["37", "38"], "--ignore-eos", "--no-skip-special-tokens", kill=signal.SIGINT)
+    ended = run(forks, adder, tmp_path, ["37", "38"], "--ignore-eos", "--no-skip-special-tokens", "--device",
+                "interrupting:backend", cwd=Path(__file__).parent)
     first, second = ended.out.decode().splitlines()
     assert ended.status == 0 and ended.err == ""
     assert first.endswith(" [stopped]") and len(first) < 400 < len(second) and "stopped" not in second
