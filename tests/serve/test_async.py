@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,24 @@ def facts(output: RequestOutput) -> tuple[Any, ...]:
 
 
 async def until(true: Callable[[], Any]) -> None:
-    for _ in range(2000):
+    for _ in range(20_000):
         if true():
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it never becomes true")
+
+
+def paced(engine: AsyncLLM, seconds: float = 0.002) -> None:
+    """From now on the engine makes a step only when this loop has run for so long since the last one. Otherwise all
+    requests may have ended when a loop that was not scheduled for a while looks at them."""
+    loop, step, turns = asyncio.get_running_loop(), engine.llm.step, threading.Semaphore(0)
+
+    def in_turn(**options: Any) -> list[RequestOutput]:
+        loop.call_soon_threadsafe(loop.call_later, seconds, turns.release)
+        assert turns.acquire(timeout=60)
+        return step(**options)
+
+    engine.llm.step = in_turn  # type: ignore[method-assign]
 
 
 async def clean(engine: AsyncLLM) -> None:
@@ -92,6 +104,7 @@ def test_tasks_get_what_generate_gives_in_growing_snapshots() -> None:
 @pytest.mark.parametrize("how", ["closed", "cancelled", "dropped", "cancelled before the first output"])
 def test_a_reader_that_goes_away_aborts_its_request_alone(how: str) -> None:
     async def body(engine: AsyncLLM) -> None:
+        paced(engine)
         kept = asyncio.create_task(last(engine.generate([9] * 6, LONG)))
         if how.startswith("cancelled"):
             tasks = [asyncio.create_task(last(engine.generate([i, 5], LONG))) for i in range(1, 9)]
@@ -120,6 +133,7 @@ def test_a_reader_that_goes_away_aborts_its_request_alone(how: str) -> None:
 
 def test_a_slow_reader_delays_nobody_and_gets_merged_outputs() -> None:
     async def body(engine: AsyncLLM) -> None:
+        paced(engine)
         slow = engine.generate([9] * 6, LONG)
         first = await anext(slow)
         others = await asyncio.gather(*[last(engine.generate([i, 5], LONG)) for i in range(1, 9)])
@@ -163,6 +177,7 @@ def test_requests_go_on_or_fail_when_a_rank_dies() -> None:
         return [output if isinstance(output, BaseException) else facts(output) for output in found]
 
     async def body(engine: AsyncLLM) -> None:
+        paced(engine, 0.005)
         assert await load(engine, 3) == expected and engine.failures == 1 and engine.health() is None
         kill(engine)  # while nothing runs
         await until(lambda: engine.failures == 2 and engine.health() is None)
@@ -210,6 +225,7 @@ def test_a_request_that_ends_the_engine_each_time_is_given_up(monkeypatch: pytes
 
 def test_drain_waits_then_aborts_and_refuses_new_requests() -> None:
     async def body(engine: AsyncLLM) -> None:
+        paced(engine)
         started = [asyncio.create_task(last(engine.generate([i, 5], LONG))) for i in range(1, 6)]
         await until(lambda: engine.stats().running)
         assert await engine.drain() == 0 and engine.draining
@@ -218,8 +234,7 @@ def test_drain_waits_then_aborts_and_refuses_new_requests() -> None:
             await anext(engine.generate([5]))
 
     async def deadline(engine: AsyncLLM) -> None:
-        steps = engine.llm.scheduler.schedule
-        engine.llm.scheduler.schedule = lambda: (time.sleep(0.02), steps())[1]  # type: ignore[method-assign]
+        paced(engine, 0.02)
         started = [asyncio.create_task(last(engine.generate([i, 5], LONG))) for i in range(1, 4)]
         await until(lambda: engine.stats().decode_tokens)
         assert await engine.drain(0.05) == 3
@@ -233,6 +248,7 @@ def test_drain_waits_then_aborts_and_refuses_new_requests() -> None:
 
 def test_shutdown_tells_those_who_wait() -> None:
     async def body(engine: AsyncLLM) -> None:
+        paced(engine)
         started = [asyncio.create_task(last(engine.generate([i, 5], LONG))) for i in range(1, 6)]
         await until(lambda: engine.stats().running)
         await engine.shutdown()
@@ -252,6 +268,14 @@ def test_ranks_of_a_launcher_are_refused() -> None:
 
 def test_one_loop_at_a_time_and_requests_of_a_closed_loop_end() -> None:
     engine = AsyncLLM(**SMALL)
+    step, made, refused = engine.llm.step, list[RequestOutput](), threading.Event()
+
+    def held_back(**options: Any) -> list[RequestOutput]:  # so that the request is there when the other loop comes
+        assert not made or refused.wait(60)
+        made.extend(outputs := step(**options))
+        return outputs
+
+    engine.llm.step = held_back  # type: ignore[method-assign]
 
     async def other() -> None:
         with pytest.raises(StateError, match="another event loop"):
@@ -260,9 +284,8 @@ def test_one_loop_at_a_time_and_requests_of_a_closed_loop_end() -> None:
     async def leave() -> Awaitable[Any]:
         stream = engine.generate([9] * 6, LONG)
         await anext(stream)
-        thread = threading.Thread(target=asyncio.run, args=(other(),))
-        thread.start()
-        await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(asyncio.run, other())  # which raises what it raises
+        refused.set()
         return stream  # type: ignore[return-value]
 
     loop = asyncio.new_event_loop()
