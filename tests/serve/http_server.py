@@ -42,7 +42,9 @@ def serving(model: str | None = None, *, api_key: str | None = None, limits: Lim
     server = Server(engine, "the-model", api_key=api_key, limits=limits, adapter_loading=adapter_loading)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections too
-        http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off", ws="none"))
+        # The client keeps a connection for 5 seconds. As uvicorn does by default, so it may close one that is in use.
+        http = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off", ws="none",
+                                             timeout_keep_alive=600))
         thread = threading.Thread(target=asyncio.run, args=(http.serve(sockets=[listener]),))
         thread.start()
         made = Serving(server, listener.getsockname()[1])

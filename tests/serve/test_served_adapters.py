@@ -23,8 +23,8 @@ from hal.serve.async_llm import AsyncLLM
 sys.path.insert(0, str(Path(__file__).parent))
 openai = pytest.importorskip("openai", reason="needs the extra `serve` and the package openai")
 from http_server import Serving, serving  # noqa: E402 (it needs them as well)
-from test_async import last, until  # noqa: E402
-from test_http import ask, slow_steps  # noqa: E402
+from test_async import last, paced, until  # noqa: E402
+from test_http import ask, held_back, slow_steps  # noqa: E402
 
 CPU: dict[str, Any] = {"device": "cpu", "num_blocks": 200, "max_adapters": 2, "max_adapter_rank": 4}
 PROMPT = "37+85="
@@ -96,7 +96,7 @@ def test_the_model_field_chooses_an_adapter(here: Serving, texts: list[str]) -> 
 @pytest.mark.slow
 def test_adapters_come_and_go_while_a_stream_runs(here: Serving, written: list[Path], texts: list[str]) -> None:
     undisturbed = complete(here, "0", 120).choices[0].text
-    step = slow_steps(here, 0.01)
+    step = held_back(here)
     stream = here.client.completions.create(model="0", prompt=PROMPT, temperature=0, max_tokens=120, stream=True,
                                             extra_body={"ignore_eos": True})
     found = next(stream).choices[0].text
@@ -105,6 +105,8 @@ def test_adapters_come_and_go_while_a_stream_runs(here: Serving, written: list[P
     assert status == 400 and "requests use the adapter" in answer["error"]["message"]
     assert unload(here, "1")[0] == 200 and load(here, "2", written[2])[0] == 200
     assert complete(here, "2").choices[0].text == texts[2]
+    here.engine.llm.step = step  # type: ignore[method-assign]
+    slow_steps(here, 0.01)
     assert unload(here, "0", wait=True)[0] == 200 and [model.id for model in here.client.models.list()][1:] == ["2"]
     here.engine.llm.step = step  # type: ignore[method-assign]
     assert found + "".join(chunk.choices[0].text for chunk in stream) == undisturbed
@@ -162,6 +164,7 @@ def test_tasks_load_and_unload_adapters(written: list[Path], texts: list[str]) -
                                (RequestError, engine.unload_adapter("other"))):
                 with pytest.raises(kind):
                     await call
+            paced(engine)
             running = engine.generate(PROMPT, of("0", 200))
             await anext(running)
             with pytest.raises(RequestError, match="requests use the adapter"):
