@@ -121,7 +121,8 @@ async def _serve(server: Server, listener: socket.socket, drain_seconds: float) 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
     listener.listen(2048)  # a client that connects now waits until the server runs, and is not refused
-    running, (host, port) = asyncio.create_task(http.serve(sockets=[listener])), listener.getsockname()[:2]
+    running = asyncio.create_task(http.serve(sockets=[listener]))
+    host, port = listener.getsockname()[:2]
     streams.say(f"hal: {server.name} is served at http://{f'[{host}]' if ':' in host else host}:{port}")
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((running, stopped), return_when=asyncio.FIRST_COMPLETED)
