@@ -357,16 +357,23 @@ class _Front:
         started, status, headers = monotonic(), _GONE, Headers(scope=scope)
         given, api, server = headers.get("x-request-id", ""), scope["path"].startswith("/v1/"), self.server
         number = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        state: dict[str, Any] = {"id": number, "usage": None, "send": send}
-        scope["state"] = state
+        counted = api
+
+        async def last(message: Message) -> None:
+            nonlocal counted
+            if counted and message["type"] == "http.response.body" and not message.get("more_body"):
+                server.active, counted = server.active - 1, False  # before the client can send its next request
+            await send(message)
 
         async def named(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
-            await send(message)
+            await last(message)
 
+        state: dict[str, Any] = {"id": number, "usage": None, "send": last}
+        scope["state"] = state
         server.active += api
         try:
             problem = self._problem(headers) if api else None
@@ -375,7 +382,7 @@ class _Front:
             else:
                 await (await _refused(Request(scope), problem))(scope, receive, named)
         finally:
-            server.active -= api
+            server.active -= counted
             if status >= 400:
                 server.metrics.refused[status] += 1
             tokens = "" if state["usage"] is None else (
