@@ -89,7 +89,7 @@ def cells(sides: Sequence[Side], vocab_size: int, batch_sizes: Sequence[int], pr
         ends = now + max((until - now) * (8 + batch) / sum(8 + b for b in batch_sizes[i:]), _LEAST)
         token, step, new = 0.0, 0.0, min(new_tokens, _WARM_TOKENS)
         for probed in _PROBED:
-            if token * probed > (ends - time.perf_counter()) / 4:  # as if more tokens took no less time each
+            if token * probed > max(ends - time.perf_counter(), 0.0) / 4:  # as if more tokens took no less time each
                 break
             length = min(prompt_len, max(probed // batch, 1))
             probes = [side(random_prompts(vocab_size, batch, length), new) for side in sides]
