@@ -80,8 +80,8 @@ class EngineConfig:
         expert_loads: count how many tokens each expert computes (Stats.expert_loads). It costs one small operation in
             each layer with experts. Only with pp=1, for native models, and where the device can.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
-        graph_tokens: on CUDA, steps with prompts of up to so many tokens are captured as well, which takes time and
-            memory at the start; 0: they run eagerly, and small models then wait for the host.
+        graph_tokens: where the backend captures graphs, those of steps with prompts of up to so many tokens, too, which
+            takes time and memory at the start; 0: they run eagerly, and small models then wait for the host.
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
             definition where there is one.
