@@ -280,8 +280,8 @@ class Server:
 class _Events(Response):
     """A stream of server-sent events, which ends when its client goes away.
 
-    The layers of the application see the start of the response. The events go to the HTTP server directly, since
-    passing each of them through all layers costs more than making it.
+    The layers of the application see the start and the end of the response. The events go to the HTTP server directly,
+    since passing each of them through all layers costs more than making it.
 
     Args:
         events: writes the events through the function that it is given.
@@ -299,7 +299,7 @@ class _Events(Response):
 
         async def everything() -> None:
             await self._events(lambda data: direct({"type": "http.response.body", "body": data, "more_body": True}))
-            await direct({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with suppress(Gone):
@@ -357,30 +357,25 @@ class _Front:
         started, status, headers = monotonic(), _GONE, Headers(scope=scope)
         given, api, server = headers.get("x-request-id", ""), scope["path"].startswith("/v1/"), self.server
         number = given if _ID.fullmatch(given) else uuid.uuid4().hex
-        counted = api
+        state: dict[str, Any] = {"id": number, "usage": None, "send": send}
+        scope["state"], counted = state, api
 
-        async def last(message: Message) -> None:
-            nonlocal counted
-            if counted and message["type"] == "http.response.body" and not message.get("more_body"):
-                server.active, counted = server.active - 1, False  # before the client can send its next request
-            await send(message)
-
-        async def named(message: Message) -> None:
-            nonlocal status
+        async def noted(message: Message) -> None:
+            nonlocal status, counted
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
-            await last(message)
+            elif counted and not message.get("more_body"):
+                server.active, counted = server.active - 1, False  # before the client can send its next request
+            await send(message)
 
-        state: dict[str, Any] = {"id": number, "usage": None, "send": last}
-        scope["state"] = state
         server.active += api
         try:
             problem = self._problem(headers) if api else None
             if problem is None:
-                await self.routes(scope, receive, named)
+                await self.routes(scope, receive, noted)
             else:
-                await (await _refused(Request(scope), problem))(scope, receive, named)
+                await (await _refused(Request(scope), problem))(scope, receive, noted)
         finally:
             server.active -= counted
             if status >= 400:

@@ -166,6 +166,5 @@ class CudaStep:
                            splits=splits, few=self.few[spec.num_kv_heads], **self.asked[layer])
         if m.max_query_len != 1 and (len(m.seq_lens) > n or self.searched):
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out,
-                            first_seq=-1 if self.searched else n,
-                            max_queries=self.max_queries, **self.asked[layer])
+                            first_seq=-1 if self.searched else n, max_queries=self.max_queries, **self.asked[layer])
         return out.flatten(1)

@@ -27,7 +27,7 @@ from hal.paged.steps import joined
 from hal.schema import stays
 from hal.schema.packed import Packed, packed_source
 from runners.cuda.attention import CudaAttention
-from runners.cuda.graphs import PENDING, Results, StepGraph, capture, graph_dims, graph_plan
+from runners.cuda.graphs import PENDING, Results, Run, StepGraph, capture, graph_dims, graph_plan
 from runners.cuda.invariant import InvariantAttention, InvariantOps
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.sampling import greedy
@@ -83,12 +83,12 @@ class CudaModelRunner(PagedModelRunner):
         with _memory("the model's weights", "a smaller model or dtype, or more ranks (tp, pp)"):
             super().load_model(progress)
         self.attention.expect(max(self.queries, default=0))
+        engine = self.config.engine
         # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
-        if self.communicator.capturable and self.config.engine.graphs and not (self.has_row_states or self.taps):
-            engine = self.config.engine
-            alone = engine.speculate or engine.batch_invariant  # with drafts to sample, or kernels of its own
-            self.plan = graph_plan(engine.max_num_seqs, self.queries,
-                                   0 if alone else min(engine.graph_tokens, engine.max_num_batched_tokens))
+        if self.communicator.capturable and engine.graphs and not (self.has_row_states or self.taps):
+            # Graphs of prompts sample no drafts, and do not have the kernels of batch_invariant.
+            prompts = 0 if engine.speculate or engine.batch_invariant else engine.graph_tokens
+            self.plan = graph_plan(engine.max_num_seqs, self.queries, min(prompts, engine.max_num_batched_tokens))
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -136,23 +136,18 @@ class CudaModelRunner(PagedModelRunner):
         with _memory("CUDA graphs", "a smaller max_num_seqs or memory_fraction, or graphs=False"):
             for done, bucket in enumerate(self.plan.buckets()):  # the largest first: the others fit into its memory
                 progress("capturing graphs", done, len(self.plan))
-                num_seqs, queries = bucket.dims["num_seqs"], bucket.dims.get("queries", 1)
-                dims = graph_dims(num_seqs, self.width)
+                sizes = bucket.dims
+                n, queries, dims = sizes["num_seqs"], sizes.get("queries", 1), graph_dims(sizes["num_seqs"], self.width)
                 if bucket.kind == "decode":
-                    for graphs in (self.graphs, self.adapted) if self.adapters is not None else (self.graphs,):
-                        empty = self._empty(dims, adapted=graphs is self.adapted)
-                        graphs[num_seqs] = capture(empty, dims, self.dummy_intermediate(num_seqs), run, pool, _ROOM,
-                                                   self.device)
-                elif bucket.kind == "prompts":
-                    dims["num_tokens"] = tokens = bucket.dims["num_tokens"]
-                    self.prompts[tokens, num_seqs] = capture(
-                        self._empty(dims, 0), dims, self.dummy_intermediate(tokens), run, pool, _ROOM, self.device)
-                else:
+                    self.graphs[n] = self._capture(run, dims, pool)
+                    if self.adapters is not None:
+                        self.adapted[n] = self._capture(run, dims, pool, adapted=True)
+                elif bucket.kind == "several":
                     # A draft needs logits behind one token of each sequence alone.
-                    dims = graph_dims(num_seqs, self.width, queries, queries if self.config.engine.speculate else 1)
-                    self.several[num_seqs, queries] = capture(
-                        self._empty(dims, queries), dims, self.dummy_intermediate(num_seqs * queries), run, pool, _ROOM,
-                        self.device)
+                    dims = graph_dims(n, self.width, queries, queries if self.config.engine.speculate else 1)
+                    self.several[n, queries] = self._capture(run, dims, pool, queries)
+                else:
+                    self.prompts[sizes["num_tokens"], n] = self._capture(run, {**dims, **sizes}, pool, 0)
                 self.compiled += 1
         if self.graphs:
             progress("capturing graphs", len(self.plan), len(self.plan))
@@ -161,6 +156,11 @@ class CudaModelRunner(PagedModelRunner):
 
         self.rounds = [(n, drafts) for n in sorted({n for n, _ in self.several} & _MEASURED)
                        for drafts in (0, *(q - 1 for q in self.queries))] if self.config.engine.speculate else ()
+
+    def _capture(self, run: Run, dims: Mapping[str, int], pool: Any, queries: int = 1, adapted: bool = False,
+                 ) -> StepGraph:
+        empty, received = self._empty(dims, queries, adapted), self.dummy_intermediate(dims["num_tokens"])
+        return capture(empty, dims, received, run, pool, _ROOM, self.device)
 
     def _captured(self, kv_caches: Sequence[torch.Tensor], m: PagedModelInput, received: IntermediateTensors | None,
                   ) -> Results:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("starlette", reason="needs the extra `serve`")
@@ -22,7 +22,6 @@ from hal.serve.protocol import Call, as_api_error
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=8)
 
 
-@settings(deadline=None)
 @given(parts=st.lists(st.tuples(TEXTS, st.integers(0, 2)), min_size=1), chat=st.booleans(), index=st.integers(0, 3),
        top=st.sampled_from([None, 0]), tokenizer=st.booleans())
 def test_every_event_parses_to_the_chunk_that_it_stands_for(parts: list[tuple[str, int]], chat: bool, index: int,

@@ -16,6 +16,7 @@ import torch
 from drill import left_in_shared_memory, shared_memory
 from nccl_stand_in import StandInBackend
 from rank_threads import on_ranks
+from soon import SOON
 from worker_cases import MODEL, engine
 
 from hal.config import Topology, WorkerConfig
@@ -271,5 +272,5 @@ def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> No
         threading.Timer(0.3, lambda: (killed.append(time.monotonic()), other.kill())).start()
         with pytest.raises(WorkerError, match="rank 1 is gone") as error:
             communicator.all_reduce(torch.ones(3))
-        assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < 20  # it would have lived for 60
+        assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < SOON
         communicator.close()

@@ -24,6 +24,7 @@ import torch
 import worker_cases
 from drill import left_in_shared_memory, lives, shared_memory
 from own_worker import refuse
+from soon import SOON, soon
 from worker_cases import MODEL, Driver, executor, ints
 
 from hal.config import Topology, WorkerConfig
@@ -35,7 +36,6 @@ from workers.worker.consistency import agree, facts_of
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3], [42] * 13]
 STEPS = 9
-SOON = 20.0  # seconds; less than a heartbeat, after which a rank counts as silent
 on_each_torch = pytest.mark.torch_release
 
 
@@ -79,7 +79,7 @@ def _nothing_left(opened_once: None, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     before, shared, others = descriptors(), shared_memory(), descendants()  # other tests' compilers, say
     yield
     # Raised errors keep frames alive, and those the groups: until the collector sees them.
-    assert wait(lambda: gc.collect() >= 0 and descriptors().items() <= before.items(), SOON), descriptors()
+    assert soon(lambda: gc.collect() >= 0 and descriptors().items() <= before.items()), descriptors()
     assert not list(tmp_path.iterdir()) and not left_in_shared_memory(shared)
     assert descendants() <= others
 
@@ -205,14 +205,7 @@ def test_killing_the_driver_ends_the_others() -> None:
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 1 and not gone(pids)
         process.kill()
-        assert wait(lambda: not any(map(lives, pids)), SOON)
-
-
-def wait(condition: Any, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return bool(condition())
+        assert soon(lambda: not any(map(lives, pids)))
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fault: str, **options: Any) -> DriverExecutor:

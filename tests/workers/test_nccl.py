@@ -20,6 +20,7 @@ import pytest
 import torch
 from nccl_stand_in import Group, StandInBackend
 from rank_threads import on_ranks
+from soon import SOON, soon
 from torch._C._distributed_c10d import ErrorType
 from worker_cases import MODEL, engine
 
@@ -38,7 +39,6 @@ from workers.worker.generic import Worker
 
 CPU = torch.device("cpu")
 DYING = Path(__file__).with_name("dying_rank.py")
-SOON = 20.0  # seconds; a rank that is not killed lives for 60
 
 
 @pytest.fixture
@@ -59,13 +59,6 @@ def joined(backend: StandInBackend, tp: int, pp: int) -> list[Any]:
 
 def close(*calls: Any) -> None:
     on_ranks(len(calls), lambda rank, _: calls[rank].close())
-
-
-def soon(condition: Callable[[], object]) -> bool:
-    end = time.monotonic() + SOON
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return bool(condition())
 
 
 def ended(thread: str = "hal-peer-watch") -> bool:

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nccl_stand_in import StandInBackend
 from rank_threads import on_ranks
+from soon import SOON
 
 from hal.config import Topology
 from hal.contracts.control_plane import ControlPlane
@@ -38,7 +39,6 @@ from workers.links.ring import Ring
 
 PLANES = ("gloo", "shm", "collectives", "nccl", pytest.param("ray", marks=pytest.mark.slow))
 DYING = Path(__file__).with_name("dying_rank.py")
-SOON = 20.0  # seconds; a rank that is not killed lives for 60
 
 
 def data(*sizes: int, seed: int = 0) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ import pytest
 from launch_case import alone, generate, generated_by_launched
 from messages_case import counted
 from rank_threads import on_ranks
+from soon import SOON
 from test_messages import check as check_rounds
 from worker_cases import MODEL, Driver, executor
 
@@ -29,7 +30,6 @@ from workers.executors.ray_actors import RayRanks
 from workers.links.reports import FailureListeners
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1, 2, 3]]
-SOON = 20.0  # seconds; less than a heartbeat
 LONG = dataclasses.replace(MODEL, max_position=1 << 14)  # for steps until a failure is noticed
 
 

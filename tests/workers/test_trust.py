@@ -23,6 +23,7 @@ from foreign import listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_threads import on_ranks
+from soon import soon
 from worker_cases import Driver, executor
 
 from hal.config import Topology
@@ -301,10 +302,7 @@ def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str
         child, *ranks = map(int, driver.stdout.readline().split())
         driver.kill()
         try:
-            end = time.monotonic() + 20  # or else they would live as long as the child
-            while any(map(lives, ranks)):
-                assert time.monotonic() < end, "ranks outlive their driver"
-                time.sleep(0.01)
+            assert soon(lambda: not any(map(lives, ranks))), "ranks outlive their driver"
             assert lives(child)
         finally:
             os.kill(child, 9)
