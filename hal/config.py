@@ -27,7 +27,7 @@ MOST_STEPS = 64  # decode steps of one message
 AUTO_STEPS = 8  # steps_per_message="auto"
 _LARGEST = 2**31 - 1
 _INTEGERS = {"tp": 1, "pp": 1, "ep": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1, "block_size": 1,
-             "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1, "graph_tokens": 0,
+             "max_model_len": 1, "num_blocks": 1, "num_cpu_blocks": 0, "speculative_tokens": 1,
              "draft_tp": 1, "max_adapters": 0, "max_adapter_rank": 1}  # and the smallest value of each
 _OPTIONAL = ("max_model_len", "num_blocks", "kv_cache_bytes", "async_scheduling", "speculate",
              "draft_model", "chat_template", "itl_target_ms")  # may be None
@@ -80,8 +80,6 @@ class EngineConfig:
         expert_loads: count how many tokens each expert computes (Stats.expert_loads). It costs one small operation in
             each layer with experts. Only with pp=1, for native models, and where the device can.
         graphs: capture or compile the shapes of steps where the backend can; False runs every step eagerly.
-        graph_tokens: where the backend captures graphs, those of steps with prompts of up to so many tokens, too, which
-            takes time and memory at the start; 0: they run eagerly, and small models then wait for the host.
         model_impl: what runs the model: "native" is a definition of hal.models, "transformers" is transformers' own
             modelling code on this engine's attention, linear layers and communication, and "auto" takes a native
             definition where there is one.
@@ -131,7 +129,6 @@ class EngineConfig:
     batch_invariant: bool = False
     expert_loads: bool = False
     graphs: bool = True
-    graph_tokens: int = 0
     model_impl: ModelImpl = "auto"
     generation_config: GenerationConfig = "auto"
     pooling: Pooling = "auto"

@@ -25,7 +25,7 @@ text that cannot be embedded is reported with its line; the others run, and the 
 _AT_ONCE = 1024  # texts, whose vectors are written together
 _NOT_OURS = ("kv_dtype", "block_size", "num_blocks", "num_cpu_blocks", "prefix_caching", "async_scheduling",
              "speculate", "speculative_tokens", "draft_model", "draft_tp", "steps_per_message", "graphs",
-             "graph_tokens", "generation_config", "chat_template", "max_adapters", "max_adapter_rank", "itl_target_ms")
+             "generation_config", "chat_template", "max_adapters", "max_adapter_rank", "itl_target_ms")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

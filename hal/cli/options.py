@@ -38,7 +38,6 @@ ENGINE_HELP = {
     "batch_invariant": "the same bits for a request in any batch, where the device offers it, at some cost",
     "expert_loads": "count the tokens that each expert computes",
     "graphs": "run every step eagerly",
-    "graph_tokens": "capture steps with prompts, too, of up to so many tokens, on a GPU; 0 runs them eagerly",
     "prefix_caching": "do not reuse the KV blocks of equal prefixes",
     "speculate": "what proposes tokens for the model to verify: ngram, draft, eagle or module:attribute of a Proposer",
     "speculative_tokens": "the most tokens that are proposed at a time",

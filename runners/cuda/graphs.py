@@ -11,13 +11,15 @@ from typing import Any
 import torch
 
 from hal.contracts.inputs import IntermediateTensors, PagedModelInput
-from hal.paged.shape_plan import ShapePlan, ladder
+from hal.paged.shape_plan import ShapePlan
 from hal.schema.packed import Packed
 from runners.cuda.staging import end_of
 
 _SEGMENT = 24 << 20  # bytes that the allocator may take beyond a request
 _TOKENS = 512  # of the largest graph with several tokens a sequence; above it launching hardly counts
-_LEAST_TOKENS = 128  # of a graph of prompts: so many take about the time of one
+# Tokens of graphs of prompts: 128 take about the time of one, and above that padding is at most half of a step.
+_PROMPTS = 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192
+_LAUNCH = 6e11  # operations of a layer that take as long as launching it: about 1 ms, on an H200
 _FEW_SEQS = 32  # of every other graph of prompts: with more, fewer programs share a decoding sequence's context
 PENDING = ("pending_rows", "sampled_rows")  # optional fields that the input of a graph has, but for several tokens
 
@@ -64,15 +66,23 @@ def batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(n for n in steps if n < max_num_seqs), max_num_seqs)
 
 
-def graph_plan(max_num_seqs: int, queries: tuple[int, ...] = (), prompts: int = 0) -> ShapePlan:
+def prompt_sizes(layer_params: float, most: int) -> tuple[int, ...]:
+    """Tokens of the graphs of steps with prompts, of up to `most` tokens: as long as launching takes longer than the
+    products of a layer, of which this rank computes so many parameters for a token. It follows from what all ranks
+    know, since their steps must have the same sizes."""
+    fits = int(min(_LAUNCH / (2 * layer_params), _PROMPTS[-1]))
+    return (*(n for n in _PROMPTS if n < most and n <= fits), *((most,) if most <= fits else ()))
+
+
+def graph_plan(max_num_seqs: int, queries: tuple[int, ...] = (), prompts: tuple[int, ...] = ()) -> ShapePlan:
     """A graph for each batch size of decode steps, for each of these `queries` a sequence (PagedModelRunner.queries),
-    and for steps with prompts of up to `prompts` tokens."""
+    and for steps with prompts of these numbers of tokens."""
     kinds = {"decode": {"num_seqs": batch_sizes(max_num_seqs)}}
     if queries:
         kinds["several"] = {"num_seqs": batch_sizes(max(min(max_num_seqs, _TOKENS // queries[-1]), 1)),
                             "queries": queries}
     if prompts:
-        kinds["prompts"] = {"num_tokens": ladder(prompts, 2, _LEAST_TOKENS),
+        kinds["prompts"] = {"num_tokens": prompts,
                             "num_seqs": tuple(sorted({min(_FEW_SEQS, max_num_seqs), max_num_seqs}))}
     return ShapePlan(kinds)
 

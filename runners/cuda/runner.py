@@ -27,7 +27,7 @@ from hal.paged.steps import joined
 from hal.schema import stays
 from hal.schema.packed import Packed, packed_source
 from runners.cuda.attention import CudaAttention
-from runners.cuda.graphs import PENDING, Results, Run, StepGraph, capture, graph_dims, graph_plan
+from runners.cuda.graphs import PENDING, Results, Run, StepGraph, capture, graph_dims, graph_plan, prompt_sizes
 from runners.cuda.invariant import InvariantAttention, InvariantOps
 from runners.cuda.kernels import elementwise
 from runners.cuda.kernels.sampling import greedy
@@ -87,8 +87,10 @@ class CudaModelRunner(PagedModelRunner):
         # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
         if self.communicator.capturable and engine.graphs and not (self.has_row_states or self.taps):
             # Graphs of prompts sample no drafts, and do not have the kernels of batch_invariant.
-            prompts = 0 if engine.speculate or engine.batch_invariant else engine.graph_tokens
-            self.plan = graph_plan(engine.max_num_seqs, self.queries, min(prompts, engine.max_num_batched_tokens))
+            prompts = () if engine.speculate or engine.batch_invariant else prompt_sizes(
+                self.config.model.num_active_params / (self.config.model.num_layers * self.config.topology.tp),
+                engine.max_num_batched_tokens)
+            self.plan = graph_plan(engine.max_num_seqs, self.queries, prompts)
 
     @torch.inference_mode()
     def reserve_bytes(self) -> int:
@@ -110,7 +112,9 @@ class CudaModelRunner(PagedModelRunner):
         torch.cuda.empty_cache()
         samples = min(engine.max_num_seqs * engine.max_samples, engine.max_num_batched_tokens)
         logits = samples * self.config.model.vocab_size * 16  # sampling in fp32, several copies
-        return steps + logits + (_GRAPH_BYTES if self.plan.kinds else 0)
+        largest = self.plan.kinds.get("prompts", {"num_tokens": (0,)})["num_tokens"][-1]
+        graphs = _GRAPH_BYTES + steps * largest // tokens if self.plan.kinds else 0
+        return steps + logits + graphs
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
         with _memory("the KV cache", "a smaller num_blocks or memory_fraction"):

@@ -50,6 +50,14 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.slow
+def test_graphs_of_prompts_hold_as_many_tokens_as_are_computed_faster_than_launched() -> None:
+    from runners.cuda.graphs import prompt_sizes
+
+    assert prompt_sizes(8e9 / 32, 2048) == (128, 256, 384, 512, 768, 1024)
+    assert prompt_sizes(5e8 / 24, 2048)[-2:] == (1536, 2048) and prompt_sizes(5e8 / 24, 1 << 20)[-1] == 8192
+    assert prompt_sizes(8e9 / 32, 16) == (16,) and prompt_sizes(4e11 / 100, 2048) == ()
+
+
 @pytest.mark.parametrize("command", [["generate", "1+1="], ["bench"], ["conformance", "--level", "0"]], ids=str)
 def test_a_command_without_a_gpu_ends_with_one_error(command: list[str]) -> None:
     """This very torch, which has no CUDA or, its GPUs hidden, finds none."""

@@ -40,11 +40,10 @@ def test_native_families(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"graphs": False}, {"async_scheduling": False}, {"passes": 2}, {"graph_tokens": 512, "passes": 2},
-    {"graph_tokens": 256, "max_num_batched_tokens": 24}], ids=str)
+    {"graphs": False}, {"async_scheduling": False}, {"passes": 2}, {"max_num_batched_tokens": 24}], ids=str)
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "mistral-window"])
 def test_modes_agree(checkpoint: Checkpoint, name: str, options: dict[str, Any]) -> None:
-    """Eager, step by step, from cached prefixes, and with prompts in graphs."""
+    """Eager, step by step, from cached prefixes, and with prompts in chunks."""
     outputs, _ = parity.run(checkpoint(name), "cuda", max_num_seqs=8, **options)
     parity.assert_parity(checkpoint(name), outputs, atol=5e-4)
 
@@ -88,9 +87,8 @@ def test_processes_that_share_the_gpu(checkpoint: Checkpoint, layout: dict[str, 
 
 
 @pytest.mark.parametrize("options", [{}, {"graphs": False}, {"dtype": "bfloat16"}, {"dtype": "float32"},
-                                     {"device": SHARED, "tp": 2, "num_blocks": 2100}, {"graph_tokens": 1024},
-                                     {"device": SHARED, "tp": 2, "num_blocks": 2100, "graph_tokens": 256},
-                                     {"device": SHARED, "pp": 2, "num_blocks": 2100, "graph_tokens": 256}], ids=str)
+                                     {"device": SHARED, "tp": 2, "num_blocks": 2100},
+                                     {"device": SHARED, "pp": 2, "num_blocks": 2100}], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
     with LLM(**{"device": "cuda", **options}) as llm:
         outputs = llm.generate([p["prompt"] for p in PROBLEMS])

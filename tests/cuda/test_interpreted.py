@@ -63,6 +63,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaBackend, "unavailable", lambda self: None)
     monkeypatch.setattr(CudaBackend, "device", lambda self, rank: torch.device("cpu"))
     monkeypatch.setattr(runner.CudaModelRunner, "reserve_bytes", lambda self: 0)
+    monkeypatch.setattr(runner, "prompt_sizes", lambda *args: ())  # they would take minutes to run once
     # The last is the best: each use of the matrix-vector kernel gets the tile, a large one that makes few programs.
     monkeypatch.setattr(ops, "TILES", (gemv.Tile(64, 256, 4),))
     monkeypatch.setattr(ops, "_milliseconds", lambda graph: -next(choice))
@@ -162,19 +163,19 @@ def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph() -> None:
 def test_steps_with_prompts_are_replays_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks beside sequences whose tokens the host does not know when the step is made, greedy and drawn; and a step
     of more tokens than a graph holds. The tokens are those of the CPU."""
-    from runners.cuda import graphs
+    from runners.cuda import graphs, runner
 
-    for name, value in (("_LEAST_TOKENS", 4), ("_FEW_SEQS", 2)):
-        monkeypatch.setattr(graphs, name, value)
+    monkeypatch.setattr(graphs, "_FEW_SEQS", 2)
+    monkeypatch.setattr(runner, "prompt_sizes", lambda *args: (4, 8))
     sizes = {"num_blocks": 24, "max_num_seqs": 3, "max_num_batched_tokens": 9, "block_size": 4, "max_model_len": 24,
              "dtype": "float32"}
     params = [SamplingParams(temperature=0.5 * (i == 1), seed=3, max_tokens=3) for i in range(4)]
     with LLM(device="cpu", **sizes) as llm:
         expected = [o.token_ids for o in llm.generate(PROMPTS[:4], params)]
-    with LLM(device="cuda", graph_tokens=8, **sizes) as llm:
-        runner, eager, forward = llm.executor._worker.runner, list[int](), PagedModelRunner.forward
-        assert {*runner.prompts} == {(4, 2), (4, 3), (8, 2), (8, 3)}
-        seen = replays_of(runner.prompts)
+    with LLM(device="cuda", **sizes) as llm:
+        prompts = llm.executor._worker.runner.prompts
+        eager, forward, seen = list[int](), PagedModelRunner.forward, replays_of(prompts)
+        assert {*prompts} == {(4, 2), (4, 3), (8, 2), (8, 3)}
         monkeypatch.setattr(PagedModelRunner, "forward", lambda self, m, *more: (
             eager.append(len(m.input_ids)), forward(self, m, *more))[1])
         assert [o.token_ids for o in llm.generate(PROMPTS[:4], params)] == expected
@@ -182,14 +183,18 @@ def test_steps_with_prompts_are_replays_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float16", "max_num_seqs": 2},
-                                     {"kv_dtype": "fp8", "async_scheduling": False, "graph_tokens": 8}], ids=str)
-def test_the_bundled_model_adds(options: dict[str, Any]) -> None:
+                                     {"kv_dtype": "fp8", "async_scheduling": False}], ids=str)
+def test_the_bundled_model_adds(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunked, in batches that fill graphs and that do not; drawn and greedy; twice, from cached prefixes."""
     sizes = {"num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 14, "block_size": 4, "max_model_len": 24}
+    if "kv_dtype" in options:
+        from runners.cuda import runner as module
+
+        monkeypatch.setattr(module, "prompt_sizes", lambda *args: (8,))
     with LLM(device="cuda", **{"dtype": "float32", **sizes, **options}) as llm:
         runner = llm.executor._worker.runner
         assert runner.graphs and bool(runner.ops.tiles) == (options.get("dtype") == "float16")
-        assert bool(runner.prompts) == ("graph_tokens" in options)
+        assert bool(runner.prompts) == ("kv_dtype" in options)
         greedy = [o.text for o in llm.generate(PROMPTS)]
         drawn = llm.generate(PROMPTS, SamplingParams(temperature=0.3, top_k=20, top_p=0.95, repetition_penalty=1.05,
                                                      seed=3, max_tokens=8, logprobs=2))
