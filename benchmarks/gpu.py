@@ -192,7 +192,7 @@ def engine(shape: str, cells: list[tuple[int, int]], bandwidth: float, new_token
                 time_batch(llm, model.vocab_size, batch, prompt, 8)
                 steps: int = options.get("steps_per_message", 1)
                 runs = [time_batch(llm, model.vocab_size, batch, prompt, new_tokens) for _ in range(3)]
-                step = statistics.median(run.decode_step for run in runs) / steps
+                step = statistics.median(run.decode_step for run in runs)
                 graph = next(g for n, g in sorted(runner.graphs.items()) if n >= batch)
                 alone = "tp" not in options  # else the other ranks would have to replay theirs
                 bare = milliseconds(graph.graph.replay) if alone else math.nan
