@@ -121,8 +121,7 @@ class SelfAttention(nn.Module):
         qkv = qkv.view(-1, heads + 2 * kv, self.head_dim)
         if self.kind == "head":
             assert self.q_norm is not None and self.k_norm is not None
-            qkv = torch.cat((self.ops.rms_norm(qkv[:, :heads], self.q_norm, self.eps),
-                             self.ops.rms_norm(qkv[:, heads:-kv], self.k_norm, self.eps), qkv[:, -kv:]), 1)
+            qkv = self.ops.norm_heads(qkv, self.q_norm, self.k_norm, kv, self.eps)
         if self.order is not None and not self.arranged:
             qkv = torch.cat((qkv[:, :-kv].index_select(-1, self.order), qkv[:, -kv:]), 1)
         if self.kv_factors is not None:

@@ -96,6 +96,14 @@ class Ops:
         residual = x + residual
         return self.rms_norm(residual, weight, eps), residual
 
+    def norm_heads(self, qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, num_kv_heads: int,
+                   eps: float) -> torch.Tensor:
+        """The RMS norm of each head of q and of k in qkv [num_tokens, num_heads + 2 * num_kv_heads, head_dim], beside v
+        as it is. The weights are [head_dim]. A device overrides this method where one kernel does all of it."""
+        kv = num_kv_heads
+        return torch.cat((self.rms_norm(qkv[:, :-2 * kv], q_weight, eps),
+                          self.rms_norm(qkv[:, -2 * kv:-kv], k_weight, eps), qkv[:, -kv:]), 1)
+
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
         """(x - mean(x)) / deviation(x) over the last dimension, times weight, plus bias (arXiv 1607.06450)."""
         return F.layer_norm(x, weight.shape, weight, bias, eps)

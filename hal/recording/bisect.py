@@ -166,6 +166,7 @@ class _Traced:
 
     # Their results are inside the operations that they stand for.
     norm_linear: Any = Ops.norm_linear
+    norm_heads: Any = Ops.norm_heads
     rotary_attention: Any = Ops.rotary_attention
 
     def __getattr__(self, name: str) -> Any:

@@ -211,6 +211,10 @@ class CudaOps(Ops):
                      ) -> tuple[torch.Tensor, torch.Tensor]:
         return elementwise.add_rms_norm(x, residual, weight, eps)
 
+    def norm_heads(self, qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, num_kv_heads: int,
+                   eps: float) -> torch.Tensor:
+        return elementwise.norm_heads(qkv, q_weight, k_weight, num_kv_heads, eps)
+
     def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
         return positions, table
 

@@ -54,7 +54,8 @@ def test_gemv(size: int, gated: bool) -> None:
     from runners.cuda.kernels.gemv import Norm, Tile, gemv
 
     weight, x = torch.ones(64, size, dtype=torch.bfloat16), torch.ones(1, size, dtype=torch.bfloat16)
-    for norm, bias in ((None, None), (Norm(x[0], 1e-5), None), (Norm(x[0], 1e-5, x), weight[:, 0].contiguous())):
+    for norm, bias in ((None, None), (Norm(x[0], 1e-5), None), (Norm(x[0].float(), 1e-5), None),
+                       (Norm(x[0], 1e-5, x), weight[:, 0].contiguous())):
         gemv(x, weight, bias, Tile(4, 1024, 4), gated=gated, norm=norm)
 
 
@@ -139,8 +140,10 @@ def test_the_rest(dtype: torch.dtype) -> None:
         sampling.greedy(x, draw=(floats, *limits, ints.long(), ints, ints))
     sampling.thresholds(x, floats, ints, floats, floats)
     elementwise.resolve(ints, ints, ints)
-    elementwise.rms_norm(x, x[0], 1e-5)
-    elementwise.add_rms_norm(x, x, x[0], 1e-5)
+    for gains in (x[0], x[0].float()):
+        elementwise.rms_norm(x, gains, 1e-5)
+        elementwise.add_rms_norm(x, x, gains, 1e-5)
+        elementwise.norm_heads(x.view(3, 10, 100), gains, gains, 2, 1e-5)
     elementwise.silu_mul(x)
     elementwise.rotary(x.view(3, 10, 100), ints, torch.zeros(9, 100))
 

@@ -223,18 +223,23 @@ def test_warming_up_leaves_the_cache_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [64, 96, 896, 4096])
-def test_norms(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize(("size", "gains"), [(64, None), (96, torch.float32), (896, torch.float32), (4096, None)])
+def test_norms(dtype: torch.dtype, size: int, gains: torch.dtype | None) -> None:
+    """Gains in fp32 are multiplied before the result is rounded."""
     from runners.cuda.ops import CudaOps
 
     ours, plain, generator = CudaOps(), Ops(), torch.Generator().manual_seed(size)
     x, r = (torch.randn(5, size, generator=generator).to(DEVICE, dtype) for _ in range(2))
-    weight = torch.rand(size, generator=generator).to(DEVICE, dtype)
+    weight = torch.rand(size, generator=generator).to(DEVICE, gains or dtype)
     close(ours.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5), dtype)
     for a, b in zip(ours.add_rms_norm(x, r, weight, 1e-5), plain.add_rms_norm(x, r, weight, 1e-5), strict=True):
         close(a, b, dtype)
     heads = torch.randn(5, 6, 32, generator=generator).to(DEVICE, dtype)
     close(ours.rms_norm(heads[:, :4], weight[:32], 1e-5), plain.rms_norm(heads[:, :4], weight[:32], 1e-5), dtype)
+    for kv, some in ((1, heads), (2, heads), (1, heads[:, :3])):
+        got, expected = (ops.norm_heads(some, weight[:32], weight[32:64], kv, 1e-5) for ops in (ours, plain))
+        close(got, expected, dtype)
+        assert torch.equal(got[:, -kv:], some[:, -kv:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -103,8 +103,14 @@ def of_another_weight_scheme(ctx: Context) -> None:
 
 @case(2, "norm", "checkpoints")
 def rms_norm(ctx: Context) -> None:
-    """The norm alone, over heads, and after a residual is added; small and large values."""
+    """The norm alone, over heads, of q and k beside v, and after a residual is added; small and large values."""
     ops, device = _ops(ctx)
+    for kv in (1, 2):
+        qkv, weights = ctx.normal(5, 3 + 2 * kv, 32), [ctx.normal(32), ctx.normal(32)]
+        got = _pure(ctx, "norm_heads", ops.norm_heads, qkv.to(device), *(w.to(device) for w in weights), kv, 1e-6)
+        normed = [reference.rms_norm(x.double(), w.double(), 1e-6) for x, w in zip(
+            (qkv[:, :3], qkv[:, 3:-kv]), weights, strict=True)]
+        ctx.close("norm", got, torch.cat((*normed, qkv[:, -kv:].double()), 1), f"norm_heads with {kv} heads of k")
     for shape in ((1, 64), (7, 64), (33, 256), (5, 4, 32)):
         for scale in (1e-3, 1.0, 30.0):
             x, r, w = ctx.normal(*shape, scale=scale), ctx.normal(*shape, scale=scale), ctx.normal(shape[-1])

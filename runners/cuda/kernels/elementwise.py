@@ -11,6 +11,15 @@ from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
 @triton.jit
+def _normed(value, size, eps, gains, KIND: tl.constexpr):
+    """fp32 values over their root mean square, times the gains, which are not of fp32 unless the model's norms are."""
+    normed = value * (1.0 / tl.sqrt(tl.sum(value * value) / size + eps))
+    if gains.dtype == KIND:  # rounded here, as transformers does
+        normed = normed.to(KIND)
+    return normed * gains
+
+
+@triton.jit
 def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     row = tl.program_id(0)
@@ -18,9 +27,23 @@ def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.
     here = at < size
     start = (row // inner).to(tl.int64) * stride + (row % inner) * inner_stride
     value = tl.load(x + start + at, mask=here, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
-    normed = (value * scale).to(out.dtype.element_ty)  # rounded here, as transformers does
-    tl.store(out + row.to(tl.int64) * size + at, normed * tl.load(weight + at, mask=here, other=0.0), mask=here)
+    gains = tl.load(weight + at, mask=here, other=0.0)
+    tl.store(out + row.to(tl.int64) * size + at, _normed(value, size, eps, gains, out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _norm_heads(x, q_weight, k_weight, out, stride, q_heads, qk_heads, size, eps, BLOCK: tl.constexpr,
+                PDL: tl.constexpr):
+    head, at = tl.program_id(1), tl.arange(0, BLOCK)
+    here = at < size
+    gains = tl.load(q_weight + at, mask=here & (head < q_heads), other=0.0)
+    gains += tl.load(k_weight + at, mask=here & (head >= q_heads), other=0.0)
+    wait_for_inputs(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    value = tl.load(x + token * stride + head * size + at, mask=here, other=0.0)
+    kind = out.dtype.element_ty
+    normed = _normed(value.to(tl.float32), size, eps, gains, kind).to(kind)
+    tl.store(out + (token * tl.num_programs(1) + head) * size + at, tl.where(head < qk_heads, normed, value), mask=here)
 
 
 @triton.jit
@@ -33,10 +56,8 @@ def _add_rms_norm(x, residual, weight, out, total, size, eps, BLOCK: tl.constexp
     value += tl.load(residual + start + at, mask=here, other=0.0).to(tl.float32)
     rounded = value.to(out.dtype.element_ty)
     tl.store(total + start + at, rounded, mask=here)
-    value = rounded.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value) / size + eps)
-    normed = (value * scale).to(out.dtype.element_ty)
-    tl.store(out + start + at, normed * tl.load(weight + at, mask=here, other=0.0), mask=here)
+    gains = tl.load(weight + at, mask=here, other=0.0)
+    tl.store(out + start + at, _normed(rounded.to(tl.float32), size, eps, gains, out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -116,6 +137,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     block = triton.next_power_of_2(size)
     _rms_norm[(x.shape[0] * inner,)](x, weight, out, x.stride(0), x.stride(1) if x.ndim == 3 else 0, inner, size, eps,
                                      BLOCK=block, num_warps=_warps(block), **launch_options(x))
+    return out
+
+
+def norm_heads(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, num_kv_heads: int, eps: float,
+               ) -> torch.Tensor:
+    """As Ops.norm_heads has it; tokens of qkv may have gaps between them, and the result is contiguous."""
+    n, heads, size = qkv.shape
+    out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    block = triton.next_power_of_2(size)
+    _norm_heads[(n, heads)](qkv, q_weight, k_weight, out, qkv.stride(0), heads - 2 * num_kv_heads, heads - num_kv_heads,
+                            size, eps, BLOCK=block, num_warps=_warps(block), **launch_options(qkv))
     return out
 
 
