@@ -10,7 +10,7 @@ from hal.checkpoints.hf_config import read_config
 from hal.config import EngineConfig, Topology, WorkerConfig
 from hal.errors import CapacityError
 from hal.paged.shape_plan import ShapePlan
-from runners.cuda.graphs import graph_plan
+from runners.cuda.graphs import graph_plan, prompt_sizes
 from runners.tpu.plan import budget, make_plan, seconds_each
 
 MODEL = read_config(EngineConfig().model)
@@ -21,7 +21,7 @@ def plans(draw: st.DrawFn) -> tuple[EngineConfig, ShapePlan]:
     engine = EngineConfig(max_num_seqs=draw(st.integers(1, 300)), block_size=draw(st.sampled_from((1, 16))),
                           max_num_batched_tokens=draw(st.integers(1, 5000)), max_model_len=draw(st.integers(1, 512)))
     if draw(st.booleans(), label="CUDA graphs"):
-        return engine, graph_plan(engine.max_num_seqs)
+        return engine, graph_plan(engine.max_num_seqs, (), prompt_sizes(1e6, engine.max_num_batched_tokens))
     plan = make_plan(WorkerConfig(engine, MODEL, Topology()))
     assert plan.seconds(seconds_each(MODEL.num_layers)) <= budget() or len(plan) == 2
     return engine, plan

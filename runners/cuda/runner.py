@@ -86,8 +86,8 @@ class CudaModelRunner(PagedModelRunner):
         engine = self.config.engine
         # Graph inputs have no state_rows, layers with states need not be capturable, and graphs give no taps.
         if self.communicator.capturable and engine.graphs and not (self.has_row_states or self.taps):
-            # Graphs of prompts sample no drafts, and do not have the kernels of batch_invariant.
-            prompts = () if engine.speculate or engine.batch_invariant else prompt_sizes(
+            # A round of drafts has graphs of its own, and graphs of prompts have not the kernels of batch_invariant.
+            prompts = () if self.queries or engine.batch_invariant else prompt_sizes(
                 self.config.model.num_active_params / (self.config.model.num_layers * self.config.topology.tp),
                 engine.max_num_batched_tokens)
             self.plan = graph_plan(engine.max_num_seqs, self.queries, prompts)
@@ -113,7 +113,7 @@ class CudaModelRunner(PagedModelRunner):
         samples = min(engine.max_num_seqs * engine.max_samples, engine.max_num_batched_tokens)
         logits = samples * self.config.model.vocab_size * 16  # sampling in fp32, several copies
         largest = self.plan.kinds.get("prompts", {"num_tokens": (0,)})["num_tokens"][-1]
-        graphs = _GRAPH_BYTES + steps * largest // tokens if self.plan.kinds else 0
+        graphs = _GRAPH_BYTES + steps * largest // (seqs * queries) if self.plan.kinds else 0
         return steps + logits + graphs
 
     def make_kv_caches(self, num_blocks: int) -> Sequence[torch.Tensor]:
@@ -247,15 +247,13 @@ class CudaModelRunner(PagedModelRunner):
         wanted."""
         n, at = dims["num_seqs"], self._graph_at
         max_query_len, adapted = values["max_query_len"], values.get("adapted")
-        if max_query_len == 1:
-            if dims["num_logits"] != n or n >= len(at) or dims["num_targets"]:
-                return None
+        if max_query_len == 1 and dims["num_logits"] == n < len(at) and not dims["num_targets"]:
             return self.adapted[at[n].num_seqs] if adapted else at[n]
         if dims["num_targets"] or adapted or not (self.several or self.prompts):
             return None
         if self.prompts:
             most = self.plan.kinds["prompts"]
-            if not all(0 < dims[name] <= sizes[-1] for name, sizes in most.items()):
+            if not all(0 < dims[name] <= sizes[-1] for name, sizes in most.items()) or dims["num_logits"] > n:
                 return None
             sizes = self.plan.bucket_for("prompts", dims).dims
             return self.prompts[sizes["num_tokens"], sizes["num_seqs"]]
@@ -369,8 +367,8 @@ class CudaModelRunner(PagedModelRunner):
         """The cost of the graphs, as a table."""
         rows, graphs = [f"{'batch':>6} {'tokens':>6} {'seconds':>8} {'MiB':>7}"], [
             *self.graphs.values(), *self.several.values(), *self.adapted.values(), *self.prompts.values()]
-        rows += [f"{g.num_seqs:>6} {g.queries:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}"
-                 for g in sorted(graphs, key=lambda g: (g.queries, g.num_seqs))]
+        rows += [f"{g.num_seqs:>6} {g.dims['num_tokens']:>6} {g.seconds:8.2f} {g.bytes / 2**20:7.1f}"
+                 for g in sorted(graphs, key=lambda g: (g.dims["num_tokens"], g.num_seqs))]
         total = sum(g.seconds for g in graphs), sum(g.bytes for g in graphs) / 2**20
         return "\n".join([*rows, f"{'all':>13} {total[0]:8.2f} {total[1]:7.1f}"])
 

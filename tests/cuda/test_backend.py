@@ -49,7 +49,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         runners.cuda.backend.device(1)
 
 
-@pytest.mark.slow
 def test_graphs_of_prompts_hold_as_many_tokens_as_are_computed_faster_than_launched() -> None:
     from runners.cuda.graphs import prompt_sizes
 
@@ -58,6 +57,7 @@ def test_graphs_of_prompts_hold_as_many_tokens_as_are_computed_faster_than_launc
     assert prompt_sizes(8e9 / 32, 16) == (16,) and prompt_sizes(4e11 / 100, 2048) == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["generate", "1+1="], ["bench"], ["conformance", "--level", "0"]], ids=str)
 def test_a_command_without_a_gpu_ends_with_one_error(command: list[str]) -> None:
     """This very torch, which has no CUDA or, its GPUs hidden, finds none."""

@@ -54,7 +54,7 @@ def test_gemv(size: int, gated: bool) -> None:
     from runners.cuda.kernels.gemv import Norm, Tile, gemv
 
     weight, x = torch.ones(64, size, dtype=torch.bfloat16), torch.ones(1, size, dtype=torch.bfloat16)
-    for norm, bias in ((None, None), (Norm(x[0], 1e-5), None), (Norm(x[0].float(), 1e-5), None),
+    for norm, bias in ((None, None), (Norm(x[0], 1e-5), None), (Norm(x[0].float(), 1e-5, x), None),
                        (Norm(x[0], 1e-5, x), weight[:, 0].contiguous())):
         gemv(x, weight, bias, Tile(4, 1024, 4), gated=gated, norm=norm)
 

@@ -111,9 +111,13 @@ def test_a_round_of_a_draft_model_is_replays_of_graphs(monkeypatch: pytest.Monke
     batches = [PROMPTS[:1], params[:1]], [PROMPTS[1:3], params[1:]]
     with LLM(device="cuda", **sizes) as llm:
         plain = [[o.token_ids for o in llm.generate(*batch)] for batch in batches]
+    from runners.cuda import runner
+
+    monkeypatch.setattr(runner, "prompt_sizes", lambda *args: (8,))
     with LLM(device="cuda", speculate="draft", draft_model=str(BUNDLED_MODEL), speculative_tokens=2, **sizes) as llm:
         composed = llm.executor._worker.runner
         target, draft = composed.target, composed.proposer.runner
+        assert not (target.prompts or draft.prompts)
         captured, seen = composed.compiled, [replays_of(r.several) for r in (target, draft)]
         eager = list[int]()
         forward = PagedModelRunner.forward

@@ -231,13 +231,15 @@ def test_norms(dtype: torch.dtype, size: int, gains: torch.dtype | None) -> None
     ours, plain, generator = CudaOps(), Ops(), torch.Generator().manual_seed(size)
     x, r = (torch.randn(5, size, generator=generator).to(DEVICE, dtype) for _ in range(2))
     weight = torch.rand(size, generator=generator).to(DEVICE, gains or dtype)
-    close(ours.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5), dtype)
+    got, expected = ours.rms_norm(x, weight, 1e-5), plain.rms_norm(x, weight, 1e-5)
+    close(got, expected, dtype)
+    assert dtype == torch.float32 or (got == expected).float().mean() > 0.97  # rounded twice, a quarter is another
     for a, b in zip(ours.add_rms_norm(x, r, weight, 1e-5), plain.add_rms_norm(x, r, weight, 1e-5), strict=True):
         close(a, b, dtype)
-    heads = torch.randn(5, 6, 32, generator=generator).to(DEVICE, dtype)
-    close(ours.rms_norm(heads[:, :4], weight[:32], 1e-5), plain.rms_norm(heads[:, :4], weight[:32], 1e-5), dtype)
+    heads = torch.randn(5, 6, 24, generator=generator).to(DEVICE, dtype)
+    close(ours.rms_norm(heads[:, :4], weight[:24], 1e-5), plain.rms_norm(heads[:, :4], weight[:24], 1e-5), dtype)
     for kv, some in ((1, heads), (2, heads), (1, heads[:, :3])):
-        got, expected = (ops.norm_heads(some, weight[:32], weight[32:64], kv, 1e-5) for ops in (ours, plain))
+        got, expected = (ops.norm_heads(some, weight[:24], weight[24:48], kv, 1e-5) for ops in (ours, plain))
         close(got, expected, dtype)
         assert torch.equal(got[:, -kv:], some[:, -kv:])
 
@@ -275,15 +277,16 @@ def test_gemv(dtype: torch.dtype, rows: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("added", "gains"), [(False, None), (True, None), (True, torch.float32)])
 @pytest.mark.parametrize(("rows", "size"), [(6, 64), (130, 1000), MATRIX])
-def test_norm_and_gemv(dtype: torch.dtype, added: bool, rows: int, size: int) -> None:
+def test_norm_and_gemv(dtype: torch.dtype, added: bool, gains: torch.dtype | None, rows: int, size: int) -> None:
     """In one kernel as one by one."""
     from runners.cuda.kernels.gemv import TILES, Norm, gemv
 
     generator, plain = torch.Generator().manual_seed(rows), Ops()
     weight, x, residual, norm, bias = (torch.randn(*shape, generator=generator).div(8).to(DEVICE, dtype)
                                        for shape in ((rows, size), (1, size), (1, size), (size,), (rows,)))
+    norm = norm.to(gains or dtype)
     normed, total = plain.add_rms_norm(x, residual, norm, 1e-5) if added else (plain.rms_norm(x, norm, 1e-5), x)
     expected = normed.double() @ weight.double().t() + bias.double()
     gate, up = expected.chunk(2, -1)
