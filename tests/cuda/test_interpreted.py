@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import sentences
 import torch
+from safetensors.torch import load_file, save_file
 
 from hal.checkpoints.hf_config import read_config
 from hal.config import BUNDLED_MODEL, EngineConfig
@@ -82,6 +85,19 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "capture", captured)
 
 
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The bundled model's first layer, in a quarter of the time: its texts are nonsense."""
+    folder = tmp_path_factory.mktemp("thin") / "model"
+    shutil.copytree(BUNDLED_MODEL, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if ".layers." not in name or ".layers.0." in name},
+              folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
 def test_a_padded_step_is_staged_where_its_graph_reads() -> None:
     with LLM(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24, max_model_len=24) as llm:
         runner = llm.executor._worker.runner
@@ -102,19 +118,19 @@ def replays_of(graphs: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_a_round_of_a_draft_model_is_replays_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_of_a_draft_model_is_replays_of_graphs(thin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy, and drawn with penalties and logprobs; alone, and as two sequences of unequal drafts. The tokens are
     those of plain decoding, and nothing but prompts is computed without a graph."""
     sizes = {"num_blocks": 24, "max_num_seqs": 2, "block_size": 8, "max_model_len": 24, "dtype": "float32"}
-    params = [SamplingParams(max_tokens=6), SamplingParams(max_tokens=6),
-              SamplingParams(max_tokens=6, temperature=0.5, seed=3, repetition_penalty=1.2, logprobs=2)]
+    drawn = {"temperature": 0.5, "seed": 3, "repetition_penalty": 1.2, "logprobs": 2}
+    params = [SamplingParams(max_tokens=6, ignore_eos=True, **more) for more in ({}, {}, drawn)]
     batches = [PROMPTS[:1], params[:1]], [PROMPTS[1:3], params[1:]]
-    with LLM(device="cuda", **sizes) as llm:
+    with LLM(thin, device="cuda", **sizes) as llm:
         plain = [[o.token_ids for o in llm.generate(*batch)] for batch in batches]
     from runners.cuda import runner
 
     monkeypatch.setattr(runner, "prompt_sizes", lambda *args: (8,))
-    with LLM(device="cuda", speculate="draft", draft_model=str(BUNDLED_MODEL), speculative_tokens=2, **sizes) as llm:
+    with LLM(thin, device="cuda", speculate="draft", draft_model=thin, speculative_tokens=2, **sizes) as llm:
         composed = llm.executor._worker.runner
         target, draft = composed.target, composed.proposer.runner
         assert not (target.prompts or draft.prompts)
@@ -152,19 +168,19 @@ def test_a_graph_that_cannot_be_captured_leaves_nothing_of_the_engine(monkeypatc
         pytest.fail("it fits")
 
 
-def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph() -> None:
+def test_a_prompt_whose_logprobs_are_wanted_joins_no_graph(thin: str) -> None:
     """Though the step has as many logits as sequences, and blocks as a graph."""
     found = []
     for graphs in (False, True):
-        with LLM(device="cuda", dtype="float32", num_blocks=8, max_num_seqs=2, max_num_batched_tokens=2, block_size=24,
-                 max_model_len=24, graphs=graphs) as llm:
+        with LLM(thin, device="cuda", dtype="float32", num_blocks=8, max_num_seqs=2, max_num_batched_tokens=2,
+                 block_size=24, max_model_len=24, graphs=graphs) as llm:
             plain, asked = SamplingParams(max_tokens=16, ignore_eos=True), SamplingParams(prompt_logprobs=0)
             found.append(llm.generate(["7", "123+456="], [plain, asked])[1].prompt_logprobs)
     assert found[0] is not None and found[1] is not None and len(found[0]) == len(found[1]) > 2
 
 
 @pytest.mark.slow
-def test_steps_with_prompts_are_replays_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_with_prompts_are_replays_too(thin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks beside sequences whose tokens the host does not know when the step is made, greedy and drawn; and a step
     of more tokens than a graph holds. The tokens are those of the CPU."""
     from runners.cuda import graphs, runner
@@ -173,10 +189,10 @@ def test_steps_with_prompts_are_replays_too(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(runner, "prompt_sizes", lambda *args: (4, 8))
     sizes = {"num_blocks": 24, "max_num_seqs": 3, "max_num_batched_tokens": 9, "block_size": 4, "max_model_len": 24,
              "dtype": "float32"}
-    params = [SamplingParams(temperature=0.5 * (i == 1), seed=3, max_tokens=3) for i in range(4)]
-    with LLM(device="cpu", **sizes) as llm:
+    params = [SamplingParams(temperature=0.5 * (i == 1), seed=3, max_tokens=3, ignore_eos=True) for i in range(4)]
+    with LLM(thin, device="cpu", **sizes) as llm:
         expected = [o.token_ids for o in llm.generate(PROMPTS[:4], params)]
-    with LLM(device="cuda", **sizes) as llm:
+    with LLM(thin, device="cuda", **sizes) as llm:
         prompts = llm.executor._worker.runner.prompts
         eager, forward, seen = list[int](), PagedModelRunner.forward, replays_of(prompts)
         assert {*prompts} == {(4, 2), (4, 3), (8, 2), (8, 3)}
@@ -186,7 +202,7 @@ def test_steps_with_prompts_are_replays_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert {(8, 2), (8, 3)} <= {*seen} and {*eager} == {9}
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "float16", "max_num_seqs": 2},
+@pytest.mark.parametrize("options", [{"dtype": "float16", "max_num_seqs": 2},
                                      {"kv_dtype": "fp8", "async_scheduling": False}], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunked, in batches that fill graphs and that do not; drawn and greedy; twice, from cached prefixes."""
@@ -207,11 +223,11 @@ def test_the_bundled_model_adds(options: dict[str, Any], monkeypatch: pytest.Mon
     assert "kv_dtype" in options or [o.text for o in drawn] == ANSWERS
 
 
-def test_masks_that_arrive_after_a_replay_hold_for_its_tokens() -> None:
+def test_masks_that_arrive_after_a_replay_hold_for_its_tokens(thin: str) -> None:
     """Greedy and drawn rows, of which one is restricted; then none is, and the graph's own tokens count."""
     found = []
     for late in (False, True):
-        config = EngineConfig(device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24,
+        config = EngineConfig(model=thin, device="cuda", dtype="float32", num_blocks=16, max_num_seqs=4, block_size=24,
                               max_model_len=24, async_scheduling=late)
         model, backend = read_config(config.model), select("cuda")
         executor = make_executor(config, model, backend)
@@ -247,14 +263,14 @@ def test_families(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_several_decode_steps_are_replays_without_the_host_between() -> None:
+def test_several_decode_steps_are_replays_without_the_host_between(thin: str) -> None:
     """Greedy, and drawn with penalties and logprobs: the tokens are those of one step a message."""
     sizes = {"num_blocks": 40, "max_num_seqs": 3, "block_size": 4, "max_model_len": 24, "dtype": "float32"}
     params = [SamplingParams(max_tokens=5, ignore_eos=True), SamplingParams(max_tokens=8, logprobs=1),
               SamplingParams(max_tokens=5, temperature=0.5, seed=3, repetition_penalty=1.2, logprobs=2)]
     found = []
     for steps in (1, 4):
-        with LLM(device="cuda", steps_per_message=steps, **sizes) as llm:
+        with LLM(thin, device="cuda", steps_per_message=steps, **sizes) as llm:
             runner = llm.executor._worker.runner
             replays = replays_of(runner.graphs)
             outputs = [o for p in (params[:1], params[1:]) for o in llm.generate(PROMPTS[:len(p)], p)]
@@ -266,17 +282,17 @@ def test_several_decode_steps_are_replays_without_the_host_between() -> None:
 
 
 @pytest.mark.slow
-def test_decode_steps_with_adapters_are_replays_of_graphs_of_their_own(tmp_path: Path) -> None:
+def test_decode_steps_with_adapters_are_replays_of_graphs_of_their_own(thin: str, tmp_path: Path) -> None:
     """An adapter and none in one batch give the tokens of the CPU; a batch without adapters replays the others. One row
     has a penalty, whose fields lie behind those that a graph reads."""
     sizes = {"num_blocks": 12, "max_num_seqs": 2, "block_size": 24, "max_model_len": 24, "dtype": "float32",
              "max_adapters": 2}
-    path = adapters_by_hand.write(tmp_path / "one", BUNDLED_MODEL, 1, r=3, strength=0.3)
+    path = adapters_by_hand.write(tmp_path / "one", Path(thin), 1, r=3, strength=0.3)
     params = [SamplingParams(max_tokens=3, ignore_eos=True, adapter=name, repetition_penalty=penalty)
               for name, penalty in (("one", 1.0), (None, 1.2))]
     found = []
     for device in ("cpu", "cuda"):
-        with LLM(device=device, **sizes) as llm:
+        with LLM(thin, device=device, **sizes) as llm:
             llm.load_adapter("one", path)
             runner = llm.executor._worker.runner
             plain, adapted = [replays_of(g) for g in (runner.graphs, runner.adapted)] if device == "cuda" else ([], [])
@@ -296,15 +312,14 @@ def test_embeddings_of_a_decoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits_in_any_batch(thin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, and beside another one, which cuts the second prompt into chunks."""
     from runners.cuda import invariant
 
     monkeypatch.setattr(invariant, "_SPLITS", 2)
-    params = SamplingParams(max_tokens=3, logprobs=1)
-    with LLM(device="cuda", dtype="float32", num_blocks=12, max_num_seqs=2, block_size=8, max_model_len=16,
+    params = SamplingParams(max_tokens=3, logprobs=1, ignore_eos=True)
+    with LLM(thin, device="cuda", dtype="float32", num_blocks=12, max_num_seqs=2, block_size=8, max_model_len=16,
              max_num_batched_tokens=9, batch_invariant=True) as llm:
         alone = llm.generate(PROMPTS[1:2], params)
         together = llm.generate(PROMPTS[:2], params)
-    assert [o.text for o in together] == [answer[:3] for answer in ANSWERS[:2]]
     assert [(o.token_ids, o.logprobs) for o in together[1:]] == [(o.token_ids, o.logprobs) for o in alone]
