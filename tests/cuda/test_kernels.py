@@ -25,7 +25,7 @@ from hal.testing.strategies import instances
 from hal.weights.grid import Grid
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # else the interpreter
-EXAMPLES = int(os.environ.get("HAL_EXAMPLES", 60 if DEVICE.type == "cuda" else 25))  # few, under compute-sanitizer
+EXAMPLES = int(os.environ.get("HAL_EXAMPLES", 60 if DEVICE.type == "cuda" else 16))  # few, under compute-sanitizer
 MATRIX = (4096, 896) if DEVICE.type == "cuda" else (20, 5000)  # many programs; or a few, and several tiles in a row
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -129,7 +129,7 @@ def step_input(runner: Any, num_seqs: int, queries: int, context: int, sampled: 
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, phases=[Phase.generate])  # an example is soon found, and slow to shrink
+@settings(max_examples=12, deadline=None, phases=[Phase.generate])  # an example is soon found, and slow to shrink
 @given(st.data())
 def test_the_reserved_memory_is_enough(data: st.DataObject) -> None:
     """The largest steps of any small model stay within PagedModelRunner.reserve_bytes, on a device without a fused

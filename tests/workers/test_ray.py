@@ -66,11 +66,10 @@ def pids(made: Any, ray: Any) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plane", ["auto", "gloo"])
-def test_bundled_model_is_right_on_two_nodes(ray: Any, plane: str) -> None:
+def test_bundled_model_is_right_on_two_nodes(ray: Any) -> None:
     from hal import LLM, SamplingParams
 
-    llm = LLM(executor="ray", tp=2, device="cpu", control_plane=plane)
+    llm = LLM(executor="ray", tp=2, device="cpu", control_plane="gloo")
     try:
         found = pids(llm.executor, ray)
         outputs = llm.generate(["37+85=", "123+456=", "999+1="], SamplingParams(max_tokens=8))
@@ -81,9 +80,8 @@ def test_bundled_model_is_right_on_two_nodes(ray: Any, plane: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "pp", "wire"), [(2, 1, "model-input"), (2, 2, "request")])
-def test_steps_through_ray_give_the_tokens_of_one_process(ray: Any, tp: int, pp: int, wire: str) -> None:
-    assert generate(tp=tp, pp=pp, wire=wire, executor="ray", control_plane="ray") == alone()
+def test_steps_through_ray_give_the_tokens_of_one_process(ray: Any) -> None:
+    assert generate(tp=2, pp=2, wire="request", executor="ray") == alone()
 
 
 @pytest.mark.slow
