@@ -13,10 +13,10 @@ import heads
 import parity
 import pytest
 import torch
+from eager import eager_steps
 
 from hal.config import BUNDLED_MODEL
 from hal.engine.llm import LLM
-from hal.paged.runner import PagedModelRunner
 from hal.sampling.params import SamplingParams
 
 Checkpoint = Callable[[str], Path]
@@ -92,10 +92,8 @@ def test_processes_that_share_the_gpu(checkpoint: Checkpoint, layout: dict[str, 
                                      {"device": SHARED, "pp": 2, "num_blocks": 2100}], ids=str)
 def test_the_bundled_model_adds(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """No step is computed without a graph."""
-    eager, forward = list[int](), PagedModelRunner.forward
     with LLM(**{"device": "cuda", **options}) as llm:
-        monkeypatch.setattr(PagedModelRunner, "forward", lambda self, m, *more: (
-            eager.append(len(m.input_ids)), forward(self, m, *more))[1])
+        eager = eager_steps(monkeypatch)
         outputs = llm.generate([p["prompt"] for p in PROBLEMS])
     assert bool(eager) == (options.get("graphs") is False)
     assert sum(o.text == p["answer"] for o, p in zip(outputs, PROBLEMS, strict=True)) >= 990

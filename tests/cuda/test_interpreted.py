@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import sentences
 import torch
+from eager import eager_steps
 from safetensors.torch import load_file, save_file
 
 from hal.checkpoints.hf_config import read_config
@@ -28,7 +29,6 @@ from hal.engine.llm import LLM
 from hal.engine.scheduler import Scheduler
 from hal.engine.sequence import Sequence
 from hal.errors import CapacityError
-from hal.paged.runner import PagedModelRunner
 from hal.sampling.params import SamplingParams
 
 PROMPTS, ANSWERS = ["37+85=", "123+456=", "999+1=", "7+8=", "250+250="], ["122", "579", "1000", "15", "500"]
@@ -135,15 +135,12 @@ def test_a_round_of_a_draft_model_is_replays_of_graphs(thin: str, monkeypatch: p
         target, draft = composed.target, composed.proposer.runner
         assert not (target.prompts or draft.prompts)
         captured, seen = composed.compiled, [replays_of(r.several) for r in (target, draft)]
-        eager = list[int]()
-        forward = PagedModelRunner.forward
-        monkeypatch.setattr(PagedModelRunner, "forward", lambda self, m, *more: (
-            eager.append(m.max_query_len), forward(self, m, *more))[1])
+        eager = eager_steps(monkeypatch)
         assert [[o.token_ids for o in llm.generate(*batch)] for batch in batches] == plain
         stats = llm.stats()
         assert stats.accepted_tokens == stats.drafted_tokens > 0 and composed.compiled == captured
         assert {n for n, _ in seen[0]} == {1, 2} and {(1, 4), (2, 4)} <= {*seen[1]}
-        assert min(eager) > 4 and draft.graphs[1].input.seq_lens[0] > 0
+        assert min(m.max_query_len for m in eager) > 4 and draft.graphs[1].input.seq_lens[0] > 0
 
 
 def test_a_graph_that_cannot_be_captured_leaves_nothing_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,12 +191,10 @@ def test_steps_with_prompts_are_replays_too(thin: str, monkeypatch: pytest.Monke
         expected = [o.token_ids for o in llm.generate(PROMPTS[:4], params)]
     with LLM(thin, device="cuda", **sizes) as llm:
         prompts = llm.executor._worker.runner.prompts
-        eager, forward, seen = list[int](), PagedModelRunner.forward, replays_of(prompts)
+        eager, seen = eager_steps(monkeypatch), replays_of(prompts)
         assert {*prompts} == {(4, 2), (4, 3), (8, 2), (8, 3)}
-        monkeypatch.setattr(PagedModelRunner, "forward", lambda self, m, *more: (
-            eager.append(len(m.input_ids)), forward(self, m, *more))[1])
         assert [o.token_ids for o in llm.generate(PROMPTS[:4], params)] == expected
-    assert {(8, 2), (8, 3)} <= {*seen} and {*eager} == {9}
+    assert {(8, 2), (8, 3)} <= {*seen} and {len(m.input_ids) for m in eager} == {9}
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float16", "max_num_seqs": 2},
@@ -312,14 +307,15 @@ def test_embeddings_of_a_decoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_bits_in_any_batch(thin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, and beside another one, which cuts the second prompt into chunks."""
     from runners.cuda import invariant
 
     monkeypatch.setattr(invariant, "_SPLITS", 2)
-    params = SamplingParams(max_tokens=3, logprobs=1, ignore_eos=True)
-    with LLM(thin, device="cuda", dtype="float32", num_blocks=12, max_num_seqs=2, block_size=8, max_model_len=16,
+    params = SamplingParams(max_tokens=3, logprobs=1)
+    with LLM(device="cuda", dtype="float32", num_blocks=12, max_num_seqs=2, block_size=8, max_model_len=16,
              max_num_batched_tokens=9, batch_invariant=True) as llm:
         alone = llm.generate(PROMPTS[1:2], params)
         together = llm.generate(PROMPTS[:2], params)
+    assert [o.text for o in together] == [answer[:3] for answer in ANSWERS[:2]]
     assert [(o.token_ids, o.logprobs) for o in together[1:]] == [(o.token_ids, o.logprobs) for o in alone]

@@ -66,10 +66,11 @@ def pids(made: Any, ray: Any) -> list[int]:
 
 
 @pytest.mark.slow
-def test_bundled_model_is_right_on_two_nodes(ray: Any) -> None:
+@pytest.mark.parametrize("plane", ["auto", "gloo"])
+def test_bundled_model_is_right_on_two_nodes(ray: Any, plane: str) -> None:
     from hal import LLM, SamplingParams
 
-    llm = LLM(executor="ray", tp=2, device="cpu", control_plane="gloo")
+    llm = LLM(executor="ray", tp=2, device="cpu", control_plane=plane)
     try:
         found = pids(llm.executor, ray)
         outputs = llm.generate(["37+85=", "123+456=", "999+1="], SamplingParams(max_tokens=8))
@@ -81,7 +82,7 @@ def test_bundled_model_is_right_on_two_nodes(ray: Any) -> None:
 
 @pytest.mark.slow
 def test_steps_through_ray_give_the_tokens_of_one_process(ray: Any) -> None:
-    assert generate(tp=2, pp=2, wire="request", executor="ray") == alone()
+    assert generate(tp=2, pp=2, wire="request", executor="ray", control_plane="ray") == alone()
 
 
 @pytest.mark.slow

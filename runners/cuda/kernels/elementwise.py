@@ -11,12 +11,17 @@ from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
 @triton.jit
-def _normed(value, size, eps, gains, KIND: tl.constexpr):
-    """fp32 values over their root mean square, times the gains, which are not of fp32 unless the model's norms are."""
-    normed = value * (1.0 / tl.sqrt(tl.sum(value * value) / size + eps))
+def scaled(value, scale, gains, KIND: tl.constexpr):
+    """fp32 values times a norm's factor, times the gains, which are not of fp32 unless the model's norms are."""
+    value = value * scale
     if gains.dtype == KIND:  # rounded here, as transformers does
-        normed = normed.to(KIND)
-    return normed * gains
+        value = value.to(KIND)
+    return value * gains
+
+
+@triton.jit
+def _normed(value, size, eps, gains, KIND: tl.constexpr):
+    return scaled(value, 1.0 / tl.sqrt(tl.sum(value * value) / size + eps), gains, KIND)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.cuda.kernels.elementwise import scaled
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
@@ -42,17 +43,9 @@ def _sum(x, residual, at, size, ADD: tl.constexpr):
 def _value(x, residual, norm, at, size, scale, NORM: tl.constexpr, ADD: tl.constexpr):
     value = _sum(x, residual, at, size, ADD)
     if NORM:
-        value = _normed(value, scale, tl.load(norm + at, mask=at < size, other=0.0))
+        gains = tl.load(norm + at, mask=at < size, other=0.0)
+        value = scaled(value.to(tl.float32), scale, gains, value.dtype).to(value.dtype)
     return value.to(tl.float32)
-
-
-@triton.jit
-def _normed(value, scale, gains):
-    """Rounding where the unfused operations round."""
-    normed = value.to(tl.float32) * scale
-    if gains.dtype == value.dtype:
-        normed = normed.to(value.dtype)
-    return (normed * gains).to(value.dtype)
 
 
 @triton.jit
@@ -106,8 +99,9 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
     wait_for_inputs(PDL)
     if WHOLE:
         value = _sum(x, residual, at, size, ADD)
-        if NORM:  # every program for itself
-            value = _normed(value, _scale(value, total, at, size, eps, ADD), gains)
+        if NORM:  # every program for itself, rounding where the unfused operations round
+            scale = _scale(value, total, at, size, eps, ADD)
+            value = scaled(value.to(tl.float32), scale, gains, value.dtype).to(value.dtype)
         value = value.to(tl.float32)
         step = tl.num_programs(0) * ROWS
         for first in range(tl.program_id(0) * ROWS, rows, step):  # goes on to other rows, reading ahead
