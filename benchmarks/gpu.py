@@ -80,12 +80,12 @@ def attention(bandwidth: float) -> None:
         lens = torch.full((seqs,), context, dtype=torch.int32, device=device)
         q = torch.randn(seqs, 32, 128, device=device).to(dtype)
         out = torch.empty_like(q)
-        splits = maker.splits(seqs, context, spec.num_kv_heads)
+        how = maker.divided(seqs, context, spec.num_kv_heads)
         ms = graphed(lambda: kernels.decode(q, cache, tables, lens, out, scale=spec.scale, window=None,  # noqa: B023
-                                            splits=splits))  # noqa: B023
+                                            how=how))  # noqa: B023
         rate = seqs * context * 2 * 8 * 128 * 2 / ms * 1e3
         print(f"decode attention {seqs:>4} x {context}: {ms * 1e3:8.1f} us, {rate / 1e12:.2f} TB/s, "
-              f"{rate / bandwidth:.2f} of copy (splits {splits})", flush=True)
+              f"{rate / bandwidth:.2f} of copy ({how})", flush=True)
         RESULTS[f"attention_decode_{seqs}x{context}"] = rate / bandwidth
     seqs, length, size = 8, 2048, 16
     cache = torch.randn(maker.cache_shape(spec, seqs * length // size + 1, size), device=device).to(dtype)

@@ -45,10 +45,9 @@ def kernels() -> None:
     qkv, table = torch.randn(1, heads + 2 * kv, dim, **KIND), torch.randn(300, dim, device="cuda")
     out = torch.empty(1, heads, dim, **KIND)
     new = attention.New(qkv[:, -2 * kv:-kv], qkv[:, -kv:], slots, (lens - 1, table))
-    for few, splits in itertools.product((False, True), (1, 2, 4)):
-        chained(f"decode few={few} splits {splits}",
-                lambda i: attention.decode(qkv[:, :heads], caches[i], tables, lens, out, scale=0.1, window=None,
-                                           splits=splits, new=new, few=few))  # noqa: B023
+    for how in itertools.starmap(attention.Division, itertools.product((1, 2, 4, 7), (32, 64, 128), (False, True))):
+        chained(f"decode {how}", lambda i: attention.decode(qkv[:, :heads], caches[i], tables, lens, out, scale=0.1,
+                                                            window=None, how=how, new=new))  # noqa: B023
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hal.contracts.attention import ForwardContext
 from hal.errors import ModelLoadError
 from hal.model_config import ModelConfig, RopeConfig
 from hal.models.layers import Build, Linear, column, row
+from hal.models.ops import HeadNorms
 from hal.models.rope import head_order
 from hal.weights import Projection
 from hal.weights.sharding import ParameterSpec, StoredSlice
@@ -119,17 +120,20 @@ class SelfAttention(nn.Module):
         if self.kind == "projection":
             qkv = self._norm_projections(qkv)
         qkv = qkv.view(-1, heads + 2 * kv, self.head_dim)
+        norms, late = None, None if self.arranged else self.order
         if self.kind == "head":
             assert self.q_norm is not None and self.k_norm is not None
-            qkv = self.ops.norm_heads(qkv, self.q_norm, self.k_norm, kv, self.eps)
-        if self.order is not None and not self.arranged:
-            qkv = torch.cat((qkv[:, :-kv].index_select(-1, self.order), qkv[:, -kv:]), 1)
+            norms = HeadNorms(self.q_norm, self.k_norm, self.eps)
+        if norms is not None and (self.rotary is None or late is not None or self.kv_factors is not None):
+            qkv, norms = self.ops.norm_heads(qkv, norms, kv), None
+        if late is not None:
+            qkv = torch.cat((qkv[:, :-kv].index_select(-1, late), qkv[:, -kv:]), 1)
         if self.kv_factors is not None:
             qkv = qkv * self.kv_factors
         if self.rotary is None:
             x = context.attention(index, qkv[:, :heads], qkv[:, heads:-kv], qkv[:, -kv:])
         else:
-            x = self.ops.rotary_attention(context.attention, index, qkv, kv, rotaries[self.rotary])
+            x = self.ops.rotary_attention(context.attention, index, qkv, kv, rotaries[self.rotary], norms)
         if gate is not None:
             x = x * gate.sigmoid()
         y: torch.Tensor = self.out(x if self.kv_factors is None else x * self.v_scale)

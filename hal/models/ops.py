@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from hal.contracts.inputs import ModelInput
     from hal.models.experts import Experts
     from hal.models.layers import Linear, Unmerged
+
+
+class HeadNorms(NamedTuple):
+    """Gains of the RMS norms of each head of q and of k, [head_dim]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
 
 
 _EXPERT_VALUES = 1 << 25  # values of experts' inner and outer layers that exist at once
@@ -96,13 +104,11 @@ class Ops:
         residual = x + residual
         return self.rms_norm(residual, weight, eps), residual
 
-    def norm_heads(self, qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, num_kv_heads: int,
-                   eps: float) -> torch.Tensor:
+    def norm_heads(self, qkv: torch.Tensor, norms: HeadNorms, num_kv_heads: int) -> torch.Tensor:
         """The RMS norm of each head of q and of k in qkv [num_tokens, num_heads + 2 * num_kv_heads, head_dim], beside v
-        as it is. The weights are [head_dim]. A device overrides this method where one kernel does all of it."""
-        kv = num_kv_heads
-        return torch.cat((self.rms_norm(qkv[:, :-2 * kv], q_weight, eps),
-                          self.rms_norm(qkv[:, -2 * kv:-kv], k_weight, eps), qkv[:, -kv:]), 1)
+        as it is."""
+        q, k, v = torch.tensor_split(qkv, (-2 * num_kv_heads, -num_kv_heads), 1)
+        return torch.cat((self.rms_norm(q, norms.q, norms.eps), self.rms_norm(k, norms.k, norms.eps), v), 1)
 
     def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
         """(x - mean(x)) / deviation(x) over the last dimension, times weight, plus bias (arXiv 1607.06450)."""
@@ -235,10 +241,12 @@ class Ops:
         return step_rule(q, k, v, decay, strength, state)
 
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
-                         begun: Any) -> torch.Tensor:
-        """The rotary embedding of q and k, then the attention of a layer -> [num_tokens, num_heads * head_dim]. `qkv`
-        is [num_tokens, num_heads + 2 * num_kv_heads, head_dim]. A device overrides this method where its attention also
-        computes the rotary embedding."""
+                         begun: Any, norms: HeadNorms | None = None) -> torch.Tensor:
+        """The norms of heads, if there are any, the rotary embedding of q and k, then the attention of a layer ->
+        [num_tokens, num_heads * head_dim]. `qkv` is [num_tokens, num_heads + 2 * num_kv_heads, head_dim]. A device
+        overrides this method where its attention also computes what comes before it."""
+        if norms is not None:
+            qkv = self.norm_heads(qkv, norms, num_kv_heads)
         qk, v = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]
         qk = self.rotary(qk, begun)
         return attention(layer, qk[:, :-num_kv_heads], qk[:, -num_kv_heads:], v)

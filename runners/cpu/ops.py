@@ -11,7 +11,7 @@ from hal.contracts.attention import LayerAttention
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
 from hal.models.mlp import apply_norm
-from hal.models.ops import Ops
+from hal.models.ops import HeadNorms, Ops
 from hal.weights.grid import GridScheme
 from runners.cpu.attention import CpuStep
 from runners.cpu.choice import choose
@@ -72,7 +72,9 @@ class CpuOps(Ops):
         return layer.packed(x)
 
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
-                         begun: Any) -> torch.Tensor:
+                         begun: Any, norms: HeadNorms | None = None) -> torch.Tensor:
+        if norms is not None:
+            qkv = self.norm_heads(qkv, norms, num_kv_heads)
         if isinstance(attention, CpuStep):
             if self.recorder is not None:
                 return self.recorder.attend(attention, layer, qkv, begun)

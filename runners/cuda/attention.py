@@ -11,6 +11,7 @@ import torch
 from hal.contracts.attention import AttentionSpec, refuse_unsupported
 from hal.contracts.inputs import PagedModelInput
 from hal.errors import ConfigError
+from hal.models.ops import HeadNorms
 from runners.cuda.kernels import attention as kernels
 from runners.cuda.kernels import latent
 
@@ -53,6 +54,17 @@ class CudaAttention:
         wanted = 4 * self.units // max(num_seqs * kv_heads, 1)
         return max(min(wanted, -(-context // 64), kernels.MAX_SPLITS), 1)
 
+    def divided(self, num_seqs: int, context: int, kv_heads: int) -> kernels.Division:
+        """Decodes among programs. If a tile each for all multiprocessors is the whole context, it is read early;
+        otherwise fewer programs with larger tiles read more of the bandwidth. (H200: 1 to 32 sequences, contexts of 180
+        to 2,000, heads of four models.)"""
+        programs = max(num_seqs * kv_heads, 1)
+        splits = min(self.units // programs, -(-context // 32), kernels.MAX_SPLITS)
+        if context <= 128 * splits:
+            return kernels.Division(splits, _tile(context, splits), True)
+        splits = max(min(2 * self.units // programs, -(-context // 64), kernels.MAX_SPLITS), 1)
+        return kernels.Division(splits, max(_tile(context, splits), 64))
+
     def expect(self, queries: int) -> None:
         """Declare that steps will verify drafts: up to `queries` tokens a sequence."""
         fits = (kernels.most_queries(s.num_heads // s.num_kv_heads, s.head_dim, self.dtype) for s in self.specs)
@@ -71,8 +83,9 @@ class CudaAttention:
                     latent.attend(q, cache, tables, lens[:1], starts, scale=spec.scale, value=spec.value_dim,
                                   splits=splits)
                 continue
-            for few, splits in itertools.product((False, True), (1, 8, 9)):
-                kernels.decode(q, cache, tables, lens[:1], torch.empty_like(q), splits=splits, few=few, **how)
+            for keys, splits in itertools.product((64, 128), (1, 8, 9)):
+                kernels.decode(q, cache, tables, lens[:1], torch.empty_like(q), how=kernels.Division(splits, keys),
+                               **how)
             for queries in (64, 65):
                 kernels.prefill(q, cache, tables, lens[:1], lens, torch.empty_like(q), first_seq=0, max_queries=queries,
                                 **how)
@@ -85,6 +98,11 @@ class CudaAttention:
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return CudaStep(self, model_input, kv_caches)
+
+
+def _tile(context: int, splits: int) -> int:
+    """Keys at once of a program that has a part of the context."""
+    return next((keys for keys in (32, 64) if context <= keys * splits), 128)
 
 
 def _check_latent(spec: AttentionSpec) -> None:
@@ -123,7 +141,7 @@ class CudaStep:
             self.decodes, self.lens = min(seqs, tokens), torch.where(m.query_start_loc[1:] == ends, m.seq_lens, 0)
         context = m.block_tables.shape[1] * m.block_size
         self.splits = {n: attention.splits(self.decodes, context, n) for n in attention.kv_heads}
-        self.few = {n: self.decodes * n * splits < attention.units for n, splits in self.splits.items()}
+        self.divided = {n: attention.divided(self.decodes, context, n) for n in attention.kv_heads}
         self.max_queries = m.max_query_len or tokens
         self.latent_splits = {}
         if m.max_query_len == 1:
@@ -142,10 +160,11 @@ class CudaStep:
         return latent.attend(q, cache, m.block_tables, m.seq_lens, starts, scale=spec.scale, value=spec.value_dim,
                              splits=self.latent_splits.get(spec.num_heads, 1)).flatten(1)
 
-    def rotary(self, layer: int, qkv: torch.Tensor, num_kv_heads: int, table: torch.Tensor) -> torch.Tensor:
+    def rotary(self, layer: int, qkv: torch.Tensor, num_kv_heads: int, table: torch.Tensor, norms: HeadNorms | None,
+               ) -> torch.Tensor:
         """As Ops.rotary_attention has it."""
         k, v = qkv[:, -2 * num_kv_heads:-num_kv_heads], qkv[:, -num_kv_heads:]
-        new = kernels.New(k, v, self.m.slot_mapping, (self.m.positions, table))
+        new = kernels.New(k, v, self.m.slot_mapping, (self.m.positions, table), norms)
         return self._attend(layer, qkv[:, :-2 * num_kv_heads], new)
 
     def _attend(self, layer: int, q: torch.Tensor, new: kernels.New) -> torch.Tensor:
@@ -163,7 +182,7 @@ class CudaStep:
             return out.flatten(1)
         if n:
             kernels.decode(q[:n], cache, m.block_tables[:n], self.lens[:n], out, new=new if alone else None,
-                           splits=splits, few=self.few[spec.num_kv_heads], **self.asked[layer])
+                           how=self.divided[spec.num_kv_heads], **self.asked[layer])
         if m.max_query_len != 1 and (len(m.seq_lens) > n or self.searched):
             kernels.prefill(q, cache, m.block_tables, m.seq_lens, m.query_start_loc, out,
                             first_seq=-1 if self.searched else n, max_queries=self.max_queries, **self.asked[layer])

@@ -21,7 +21,7 @@ from runners.cuda.kernels import attention as kernels
 from runners.cuda.ops import CudaOps
 
 _ROWS = 128  # of every product: so many read the weights in about the time of one
-_SPLITS = 8
+_DIVISION = kernels.Division(splits=8)
 _QUERIES = 1024  # attended to at once, which bounds the memory of their parts
 
 
@@ -54,7 +54,7 @@ class InvariantAttention(CudaAttention):
         for spec, layer in {(spec, spec.sinks is None): (spec, i) for i, spec in enumerate(self.specs)}.values():
             q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
             tables, lens = (torch.zeros(shape, dtype=torch.int32, device=self.device) for shape in ((1, 1), 1))
-            kernels.decode(q, known(kv_caches[layer]), tables, lens, torch.empty_like(q), splits=_SPLITS, **asked(spec))
+            kernels.decode(q, known(kv_caches[layer]), tables, lens, torch.empty_like(q), how=_DIVISION, **asked(spec))
 
     def begin(self, model_input: PagedModelInput, kv_caches: Sequence[torch.Tensor]) -> CudaStep:
         return _Step(self, model_input, kv_caches)
@@ -76,6 +76,6 @@ class _Step(CudaStep):
         out = (torch.empty if n == len(q) else torch.zeros)(q.shape, dtype=q.dtype, device=q.device)
         for i in range(0, n, _QUERIES):
             here = slice(i, min(i + _QUERIES, n))
-            kernels.decode(q[here], cache, self.tables[here], self.lens[here], out[here], splits=_SPLITS,
+            kernels.decode(q[here], cache, self.tables[here], self.lens[here], out[here], how=_DIVISION,
                            **self.asked[layer])
         return out.flatten(1)

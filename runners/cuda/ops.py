@@ -16,7 +16,7 @@ from hal.contracts.attention import LayerAttention
 from hal.models.expert_weights import ExpertWeight
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
-from hal.models.ops import Ops
+from hal.models.ops import HeadNorms, Ops
 from hal.weights.grid import GridScheme
 from hal.weights.mxfp4 import Mxfp4Scheme
 from runners.cuda.attention import CudaStep
@@ -211,10 +211,6 @@ class CudaOps(Ops):
                      ) -> tuple[torch.Tensor, torch.Tensor]:
         return elementwise.add_rms_norm(x, residual, weight, eps)
 
-    def norm_heads(self, qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, num_kv_heads: int,
-                   eps: float) -> torch.Tensor:
-        return elementwise.norm_heads(qkv, q_weight, k_weight, num_kv_heads, eps)
-
     def begin_rotary(self, positions: torch.Tensor, table: torch.Tensor, dtype: torch.dtype) -> Any:
         return positions, table
 
@@ -222,10 +218,10 @@ class CudaOps(Ops):
         return elementwise.rotary(heads, *begun)
 
     def rotary_attention(self, attention: LayerAttention, layer: int, qkv: torch.Tensor, num_kv_heads: int,
-                         begun: Any) -> torch.Tensor:
+                         begun: Any, norms: HeadNorms | None = None) -> torch.Tensor:
         if isinstance(attention, CudaStep):
-            return attention.rotary(layer, qkv, num_kv_heads, begun[1])
-        return super().rotary_attention(attention, layer, qkv, num_kv_heads, begun)
+            return attention.rotary(layer, qkv, num_kv_heads, begun[1], norms)
+        return super().rotary_attention(attention, layer, qkv, num_kv_heads, begun, norms)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from hal.models.ops import HeadNorms
+
 pytestmark = [pytest.mark.torch_release, pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
     reason="requires Triton, not interpreted")]
@@ -67,17 +69,20 @@ def test_attention(dtype: torch.dtype, dim: int, fp8: bool) -> None:
     q, k, v = torch.ones(3, 8, dim, dtype=dtype).split([4, 2, 2], 1)
     cache = torch.zeros(2, 5, 2, 16, dim).to(torch.float8_e4m3fn if fp8 else dtype)
     ints, tables, out = torch.zeros(4, dtype=torch.int32), torch.zeros(3, 4, dtype=torch.int32), torch.empty_like(q)
-    for rotary, window, splits in ((None, 7, 1), ((ints, torch.zeros(9, dim)), None, 4)):
-        new = attention.New(k, v, ints, rotary)
+    norms, turned = HeadNorms(q[0, 0], k[0, 0].float(), 1e-5), (ints, torch.zeros(9, dim))
+    for new, window, splits in ((attention.New(k, v, ints), 7, 1), (attention.New(k, v, ints, turned), None, 4),
+                                (attention.New(k, v, ints, turned, norms), None, 4)):
         attention.write_kv(q, new, cache)
         for given in (None, new):
-            attention.decode(q, cache, tables, ints, out, scale=0.1, window=window, splits=splits, new=given, few=True)
+            attention.decode(q, cache, tables, ints, out, scale=0.1, window=window, new=given,
+                             how=attention.Division(splits, 128 // splits, True))
         for first in (0, -1):
             attention.prefill(q, cache, tables, ints, ints, out, first_seq=first, max_queries=99, scale=0.1,
                               window=window)
     if not fp8 and dim == 128:
         how: dict[str, Any] = {"scale": 0.1, "window": None, "softcap": 50.0, "sinks": q[0, :, 0].contiguous()}
-        attention.decode(q, cache, tables, ints, out, splits=4, new=attention.New(k, v, ints), few=True, **how)
+        attention.decode(q, cache, tables, ints, out, how=attention.Division(4, 128, True),
+                         new=attention.New(k, v, ints), **how)
         attention.prefill(q, cache, tables, ints, ints, out, first_seq=0, max_queries=99, **how)
 
 
@@ -143,7 +148,6 @@ def test_the_rest(dtype: torch.dtype) -> None:
     for gains in (x[0], x[0].float()):
         elementwise.rms_norm(x, gains, 1e-5)
         elementwise.add_rms_norm(x, x, gains, 1e-5)
-        elementwise.norm_heads(x.view(3, 10, 100), gains, gains, 2, 1e-5)
     elementwise.silu_mul(x)
     elementwise.rotary(x.view(3, 10, 100), ints, torch.zeros(9, 100))
 

@@ -19,7 +19,7 @@ from hal.contracts.attention import AttentionSpec
 from hal.contracts.inputs import PagedModelInput
 from hal.features.stopping import STOP_IDS
 from hal.model_config import ExpertsConfig
-from hal.models.ops import Ops
+from hal.models.ops import HeadNorms, Ops
 from hal.paged.steps import goes_on
 from hal.testing.strategies import instances
 from hal.weights.grid import Grid
@@ -47,6 +47,12 @@ def unknown(m: PagedModelInput) -> PagedModelInput:
     return m
 
 
+def divide(attention: Any, splits: int, early: bool = False, keys: int = 64) -> None:
+    from runners.cuda.kernels.attention import Division
+
+    attention.splits, attention.divided = lambda *_: splits, lambda *_: Division(splits, keys, early)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((8, 64, 80, 128)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1), (1, 1))), windows=st.sampled_from(((None,), (3,), (17, None))),
@@ -62,7 +68,7 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
     attention = CudaAttention(specs, device=DEVICE, dtype=dtype)
     attention.dtype = dtype
     attention.expect(m.max_query_len if how == "few" else 0)
-    attention.splits = lambda *_: splits
+    divide(attention, splits)
     caches = [make_cache(attention, spec, m, seed + i) for i, spec in enumerate(specs)]
     on_device = [cache.to(DEVICE) for cache in caches]
     step = attention.begin(unknown(moved(m)) if how == "searched" else moved(m), on_device)
@@ -81,10 +87,10 @@ def test_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, 
 @pytest.mark.parametrize("alone", [False, True])
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), softcap=st.sampled_from((None, 0.7)),
        sinks=st.booleans(), heads=st.sampled_from(((4, 4), (6, 2))), window=st.sampled_from((None, 3)),
-       splits=st.sampled_from((1, 2, 9)), units=st.sampled_from((1, 10_000)), few=st.booleans())
+       splits=st.sampled_from((1, 2, 9)), early=st.booleans(), few=st.booleans())
 @settings(max_examples=EXAMPLES // 2, deadline=None)
 def test_softcap_and_sinks(alone: bool, m: PagedModelInput, seed: int, softcap: float | None, sinks: bool,
-                           heads: tuple[int, int], window: int | None, splits: int, units: int, few: bool) -> None:
+                           heads: tuple[int, int], window: int | None, splits: int, early: bool, few: bool) -> None:
     """In decoding, whose contexts may be split, in prompts, and with `few` queries a sequence. A part without a key may
     be the one with the sink."""
     from runners.cuda.attention import CudaAttention
@@ -94,7 +100,8 @@ def test_softcap_and_sinks(alone: bool, m: PagedModelInput, seed: int, softcap: 
     spec = AttentionSpec(*heads, 16, 0.4, window, softcap=softcap, sinks=scores)
     here = dataclasses.replace(spec, sinks=None if scores is None else scores.to(DEVICE))
     attention = CudaAttention([here], device=DEVICE, dtype=torch.float32)
-    attention.dtype, attention.splits, attention.units = torch.float32, lambda *_: splits, units
+    attention.dtype = torch.float32
+    divide(attention, splits, early)
     attention.expect(m.max_query_len if few else 0)
     cache = make_cache(attention, spec, m, seed)
     q, k, v = draw_tensors(m, spec, seed, torch.float32)
@@ -115,7 +122,8 @@ def test_values_in_keys(dtype: torch.dtype, m: PagedModelInput, seed: int, heads
     wide = m.padded(num_seqs=m.dims["num_seqs"] + 1, num_tokens=m.dims["num_tokens"] + 1)
     spec = AttentionSpec(heads, 1, 40, 0.3, value_dim=32, values_in_keys=True)
     attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
-    attention.dtype, attention.splits = dtype, lambda *_: splits
+    attention.dtype = dtype
+    divide(attention, splits)
     cache = make_cache(attention, spec, m, seed)
     q, k, v = draw_tensors(m, spec, seed, dtype)
     on_device = cache.to(DEVICE)
@@ -153,20 +161,22 @@ def decoding(m: PagedModelInput) -> PagedModelInput:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), dim=st.sampled_from((16, 64, 80)),
        heads=st.sampled_from(((4, 4), (6, 2), (4, 1))), window=st.sampled_from((None, 3)),
-       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans(), units=st.sampled_from((1, 10_000)),
-       few=st.booleans())
+       splits=st.sampled_from((1, 2, 9)), fp8=st.booleans(), alone=st.booleans(), early=st.booleans(),
+       keys=st.sampled_from((32, 64, 128)), few=st.booleans(), gains=st.sampled_from((None, "model's", torch.float32)))
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim: int, heads: tuple[int, int],
-                          window: int | None, splits: int, fp8: bool, alone: bool, units: int, few: bool) -> None:
+                          window: int | None, splits: int, fp8: bool, alone: bool, early: bool, keys: int, few: bool,
+                          gains: torch.dtype | str | None) -> None:
     """In one kernel where all sequences decode or have `few` queries, and in two where not, as the operations one by
-    one; the same bytes in the cache."""
+    one, norms of heads among them where there are `gains`; the same bytes in the cache."""
     from runners.cuda.attention import CudaAttention
     from runners.cuda.ops import CudaOps
 
     m = decoding(m) if alone and (m.query_start_loc.diff() > 0).all() else m
     spec, kv = specs_of(*heads, dim, (window,))[0], heads[1]
     attention = CudaAttention([spec], device=DEVICE, dtype=dtype)
-    attention.dtype, attention.splits, attention.units = dtype, lambda *_: splits, units
+    attention.dtype = dtype
+    divide(attention, splits, early, keys)
     attention.expect(m.max_query_len if few else 0)
     cache = make_cache(attention, spec, m, seed).to(DEVICE)
     cache = cache.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8) if fp8 else cache
@@ -174,10 +184,14 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
     qkv = torch.cat(draw_tensors(m, spec, seed, dtype), 1).to(DEVICE)
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(int(m.positions.max()) + 1, dim, generator=generator).to(DEVICE)
+    norms = None
+    if gains is not None:
+        norms = HeadNorms(*torch.rand(2, dim, generator=generator).to(
+            DEVICE, gains if isinstance(gains, torch.dtype) else dtype), 1e-5)
     m, ops = moved(m), CudaOps()
     begun = ops.begin_rotary(m.positions, table, dtype)
-    got = ops.rotary_attention(attention.begin(m, [caches[0]]), 0, qkv, kv, begun)
-    expected = Ops.rotary_attention(ops, attention.begin(m, [caches[1]]), 0, qkv, kv, begun)
+    got = ops.rotary_attention(attention.begin(m, [caches[0]]), 0, qkv, kv, begun, norms)
+    expected = Ops.rotary_attention(ops, attention.begin(m, [caches[1]]), 0, qkv, kv, begun, norms)
     close(got, expected, dtype)
     # Rounding of a product and a sum may be contracted in one of the two: a unit in the last place, then fp8's.
     held = ~free(moved(m), cache.cpu()).to(DEVICE)
@@ -194,7 +208,8 @@ def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: 
 
     spec, dims = specs_of(4, 2, 64, (None,))[0], m.dims
     attention = CudaAttention([spec], device=DEVICE, dtype=torch.float32)
-    attention.dtype, attention.splits = torch.float32, lambda *_: splits
+    attention.dtype = torch.float32
+    divide(attention, splits)
     attention.expect(m.max_query_len if how == "few" else 0)
     wide = m.padded(num_seqs=dims["num_seqs"] + seqs, num_tokens=dims["num_tokens"] + tokens,
                     max_blocks=dims["max_blocks"] + blocks)
@@ -238,10 +253,6 @@ def test_norms(dtype: torch.dtype, size: int, gains: torch.dtype | None) -> None
         close(a, b, dtype)
     heads = torch.randn(5, 6, 24, generator=generator).to(DEVICE, dtype)
     close(ours.rms_norm(heads[:, :4], weight[:24], 1e-5), plain.rms_norm(heads[:, :4], weight[:24], 1e-5), dtype)
-    for kv, some in ((1, heads), (2, heads), (1, heads[:, :3])):
-        got, expected = (ops.norm_heads(some, weight[:24], weight[24:48], kv, 1e-5) for ops in (ours, plain))
-        close(got, expected, dtype)
-        assert torch.equal(got[:, -kv:], some[:, -kv:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,6 +15,7 @@ from hal.conformance.context import Context, these_schemes_alone
 from hal.contracts.communicator import LocalCommunicator
 from hal.model_config import RopeConfig
 from hal.models.layers import Build, Linear
+from hal.models.ops import HeadNorms
 from hal.models.rope import cos_sin_table
 from hal.weights import Dim, LinearSpec, Projection, Scheme, WeightTensor
 
@@ -107,7 +108,8 @@ def rms_norm(ctx: Context) -> None:
     ops, device = _ops(ctx)
     for kv in (1, 2):
         qkv, weights = ctx.normal(5, 3 + 2 * kv, 32), [ctx.normal(32), ctx.normal(32)]
-        got = _pure(ctx, "norm_heads", ops.norm_heads, qkv.to(device), *(w.to(device) for w in weights), kv, 1e-6)
+        got = _pure(ctx, "norm_heads", lambda x, q, k: ops.norm_heads(x, HeadNorms(q, k, 1e-6), kv),  # noqa: B023
+                    qkv.to(device), *(w.to(device) for w in weights))
         normed = [reference.rms_norm(x.double(), w.double(), 1e-6) for x, w in zip(
             (qkv[:, :3], qkv[:, 3:-kv]), weights, strict=True)]
         ctx.close("norm", got[:, :-kv], torch.cat(normed, 1), f"norm_heads with {kv} heads of k")

@@ -13,19 +13,37 @@ import torch
 import triton
 import triton.language as tl
 
+from hal.models.ops import HeadNorms
+from runners.cuda.kernels.elementwise import scaled
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 
 @triton.jit
-def _rotated(head, dim, mask, angles, HALF: tl.constexpr):
-    """Values at `head + dim`, rotated in the half-split layout by a position's cosines and sines; a rounded operation
-    of the model's dtype, as transformers has it."""
+def _turn(angles, gains, dim, HALF: tl.constexpr, NORM: tl.constexpr):
+    """What `_rotated` needs at `dim`, which is known before its input: a position's cosines and sines, and the gains of
+    the head's norm, there and in the other half."""
+    cos, sin = tl.load(angles + dim % HALF), tl.load(angles + HALF + dim % HALF)
+    gain, swapped = cos, cos
+    if NORM:
+        gain = tl.load(gains + dim, mask=dim < 2 * HALF, other=0.0)
+        swapped = tl.load(gains + (dim + HALF) % (2 * HALF))
+    return cos, tl.where(dim < HALF, -sin, sin), gain, swapped
+
+
+@triton.jit
+def _rotated(head, dim, mask, turn, eps, HALF: tl.constexpr, NORM: tl.constexpr):
+    """Values at `head + dim`, normed if NORM, and rotated in the half-split layout; rounded operations of the model's
+    dtype, as transformers has them."""
+    cos, sin, gain, swapped = turn
     kind = head.dtype.element_ty
     value = tl.load(head + dim, mask=mask, other=0.0).to(tl.float32)
     other = tl.load(head + (dim + HALF) % (2 * HALF), mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(angles + dim % HALF).to(kind).to(tl.float32)
-    sin = tl.load(angles + HALF + dim % HALF).to(kind).to(tl.float32)
-    return (value * cos + other * tl.where(dim < HALF, -sin, sin)).to(kind)
+    if NORM:
+        squares = tl.sum(value * value, len(value.shape) - 1, keep_dims=True)
+        scale = 1.0 / tl.sqrt(squares / (2 * HALF) + eps)
+        value = scaled(value, scale, gain, kind).to(kind).to(tl.float32)
+        other = scaled(other, scale, swapped, kind).to(kind).to(tl.float32)
+    return (value * cos.to(kind).to(tl.float32) + other * sin.to(kind).to(tl.float32)).to(kind)
 
 
 @triton.jit
@@ -37,9 +55,10 @@ def _stored(value, like):
 
 
 @triton.jit
-def _write_kv(q, k, v, cache, slots, positions, table, q_out, q_stride, k_stride, v_stride, kv_offset, block_stride,
-              head_stride, size, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-              BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+def _write_kv(q, k, v, cache, slots, positions, table, q_norm, k_norm, eps, q_out, q_stride, k_stride, v_stride,
+              kv_offset, block_stride, head_stride, size, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+              DIM: tl.constexpr, ROTARY: tl.constexpr, NORM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
+              BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
@@ -49,10 +68,12 @@ def _write_kv(q, k, v, cache, slots, positions, table, q_out, q_stride, k_stride
     source = k + token * k_stride + head * DIM
     if ROTARY:
         angles = table + tl.load(positions + token).to(tl.int64) * DIM
-        tl.store(into, _stored(_rotated(source, dim, here, angles, DIM // 2), cache), mask=here)
+        turn = _turn(angles, k_norm, dim, DIM // 2, NORM)
+        tl.store(into, _stored(_rotated(source, dim, here, turn, eps, DIM // 2, NORM), cache), mask=here)
         row = tl.arange(0, BLOCK_Q)[:, None]
         real = (row < HEADS) & (dim < DIM)
-        turned = _rotated(q + token * q_stride + row * DIM, dim, real, angles, DIM // 2)
+        turn = _turn(angles, q_norm, dim, DIM // 2, NORM)
+        turned = _rotated(q + token * q_stride + row * DIM, dim, real, turn, eps, DIM // 2, NORM)
         tl.store(q_out + (token * HEADS + row) * DIM + dim, turned, mask=real)
     else:
         tl.store(into, _stored(tl.load(source + dim, mask=here), cache), mask=here)
@@ -93,12 +114,12 @@ def _attend(query, k, v, seen, best, total, acc, scale, CAP: tl.constexpr, PRECI
 
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
-def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, sinks, part_out, part_max, part_sum, out,
-            splits, q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
-            CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr, WRITE: tl.constexpr, ROTARY: tl.constexpr,
-            EARLY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-            PRECISION: tl.constexpr, PDL: tl.constexpr):
+def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, q_norm, k_norm, eps, sinks, part_out,
+            part_max, part_sum, out, splits, q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride,
+            head_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr,
+            WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr, WRITE: tl.constexpr,
+            ROTARY: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr, BLOCK_G: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
     if not EARLY:
         wait_for_inputs(PDL)
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
@@ -116,18 +137,20 @@ def _decode(q, k_new, v_new, cache, tables, lens, slots, positions, table, sinks
         slot = tl.load(slots + seq).to(tl.int64)
         if ROTARY:
             angles = table + tl.load(positions + seq).to(tl.int64) * DIM
+            q_turn = _turn(angles, q_norm, dim[None], DIM // 2, NORM)
+            k_turn = _turn(angles, k_norm, dim, DIM // 2, NORM)
     if EARLY:  # what earlier steps have cached is there already
         k, v, seen = _tile(base, mine, begin, end, kv_offset, block_stride, DIM, SIZE, BLOCK_N, BLOCK_D)
         wait_for_inputs(PDL)
     if ROTARY:
-        query = _rotated(q + seq * q_stride + heads[:, None] * DIM, dim[None], real, angles, DIM // 2)
+        query = _rotated(q + seq * q_stride + heads[:, None] * DIM, dim[None], real, q_turn, eps, DIM // 2, NORM)
     else:
         query = tl.load(q + seq * q_stride + heads[:, None] * DIM + dim[None], mask=real, other=0.0)
     if WRITE:  # the newest key: one program of each head writes it, and sees it as later steps will
         writes = (split == splits - 1) & (length > 0)
         here = (dim < DIM) & writes
         if ROTARY:
-            k_last = _rotated(k_new + seq * k_stride + kv_head * DIM, dim, here, angles, DIM // 2)
+            k_last = _rotated(k_new + seq * k_stride + kv_head * DIM, dim, here, k_turn, eps, DIM // 2, NORM)
         else:
             k_last = tl.load(k_new + seq * k_stride + kv_head * DIM + dim, mask=here, other=0.0)
         k_last = _stored(k_last, cache)
@@ -207,12 +230,12 @@ def _attend_some(query, k, v, seen, best, total, acc, scale, CAP: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["table_stride", "splits"])
-def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, table, sinks, part_out, part_max, part_sum,
-            out, splits, q_stride, k_stride, v_stride, table_stride, kv_offset, block_stride, head_stride, scale,
-            KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
-            CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr, ROTARY: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-            PDL: tl.constexpr):
+def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, table, q_norm, k_norm, eps, sinks,
+            part_out, part_max, part_sum, out, splits, q_stride, k_stride, v_stride, table_stride, kv_offset,
+            block_stride, head_stride, scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+            SIZE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, JOINED: tl.constexpr,
+            ROTARY: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr):
     seq, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     start, length = tl.load(starts + seq), tl.load(lens + seq)
     queries = tl.load(starts + seq + 1) - start
@@ -233,7 +256,8 @@ def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, tabl
         source = (q + token * q_stride + heads * DIM)[:, None]
         if ROTARY:
             angles = table + tl.load(positions + token, mask=inside, other=0).to(tl.int64) * DIM
-            query = _rotated(source, dim[None], real, angles[:, None], DIM // 2)
+            turn = _turn(angles[:, None], q_norm, dim[None], DIM // 2, NORM)
+            query = _rotated(source, dim[None], real, turn, eps, DIM // 2, NORM)
         else:
             query = tl.load(source + dim[None], mask=real, other=0.0)
         lowest = length - queries + nth - WINDOW if WINDOW > 0 else nth - nth - 1  # keys behind it are seen
@@ -257,7 +281,8 @@ def _extend(q, k_new, v_new, cache, tables, lens, starts, slots, positions, tabl
             from_k = (k_new + row * k_stride + kv_head * DIM)[:, None]
             if ROTARY:
                 turns = table + tl.load(positions + row, mask=t < queries, other=0).to(tl.int64) * DIM
-                k_last = _stored(_rotated(from_k, dim[None], here, turns[:, None], DIM // 2), cache)
+                turn = _turn(turns[:, None], k_norm, dim[None], DIM // 2, NORM)
+                k_last = _stored(_rotated(from_k, dim[None], here, turn, eps, DIM // 2, NORM), cache)
             else:
                 k_last = _stored(tl.load(from_k + dim[None], mask=here, other=0.0), cache)
             from_v = (v_new + row * v_stride + kv_head * DIM)[:, None]
@@ -354,41 +379,58 @@ def _prefill(q, cache, tables, lens, starts, sinks, out, first_seq, seqs, q_stri
 MAX_SPLITS = 64
 
 
+class Division(NamedTuple):
+    """How decoding sequences are divided among programs.
+
+    Attributes:
+        splits: programs that share a sequence's context. keys: of a tile, as far as registers allow.
+        early: each program reads its first tile before the launches before it have ended, if their newest keys are
+            written on the way.
+    """
+
+    splits: int = 1
+    keys: int = 64
+    early: bool = False
+
+
 class New(NamedTuple):
     """A step's own keys and values, [n, kv_heads, head_dim], tokens may have gaps, and their slots [n] in the cache.
 
     `rotary`: positions [n] int32 and a table [max_position, head_dim] fp32 of cosines and sines, where q and k are not
-    rotated yet.
+    rotated yet. `norms`: of the heads of q and k, where those are not normed yet, which comes before.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     slots: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    norms: HeadNorms | None = None
+
+    def turning(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """Arguments of the kernels; anything where they do not count."""
+        return *(self.rotary or (self.slots, self.slots)), *(self.norms or (self.slots, self.slots, 0.0))
 
 
 def write_kv(q: torch.Tensor, new: New, cache: torch.Tensor) -> torch.Tensor:
     """Keys, rotated, and values into a layer's cache; returns q [n, heads, head_dim] rotated."""
     (n, heads, dim), kv_heads = q.shape, new.k.shape[1]
-    positions, table = new.rotary or (new.slots, new.slots)
     turned = q if new.rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _write_kv[(n,)](q, new.k, new.v, cache, new.slots, positions, table, turned, q.stride(0), new.k.stride(0),
+    _write_kv[(n,)](q, new.k, new.v, cache, new.slots, *new.turning(), turned, q.stride(0), new.k.stride(0),
                     new.v.stride(0), cache.stride(0), cache.stride(1), cache.stride(2), cache.shape[3], HEADS=heads,
-                    KV_HEADS=kv_heads, DIM=dim, ROTARY=new.rotary is not None, BLOCK_Q=triton.next_power_of_2(heads),
-                    BLOCK_H=triton.next_power_of_2(kv_heads), BLOCK_D=triton.next_power_of_2(dim), num_warps=4,
-                    **launch_options(q))
+                    KV_HEADS=kv_heads, DIM=dim, ROTARY=new.rotary is not None, NORM=new.norms is not None,
+                    BLOCK_Q=triton.next_power_of_2(heads), BLOCK_H=triton.next_power_of_2(kv_heads),
+                    BLOCK_D=triton.next_power_of_2(dim), num_warps=4, **launch_options(q))
     return turned
 
 
 def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: torch.Tensor, out: torch.Tensor, *,
-           scale: float, window: int | None, splits: int, new: New | None = None, few: bool = False,
-           softcap: float | None = None, sinks: torch.Tensor | None = None) -> None:
+           scale: float, window: int | None, how: Division, new: New | None = None, softcap: float | None = None,
+           sinks: torch.Tensor | None = None) -> None:
     """One query a sequence. scale, window, softcap, sinks: as in AttentionSpec.
 
     Args:
         q: [n, heads, head_dim], tokens may have gaps. tables: [n, blocks] int32. lens: [n] int32; 0 gives zeros.
-        out: [n, heads, head_dim], contiguous. splits: programs that share a sequence's context.
-        few: there are fewer programs than multiprocessors, so that each is in a hurry.
+        out: [n, heads, head_dim], contiguous.
         new: each sequence's newest key and value, which are written, and q rotated, on the way; None: all are there.
             Everything but q and the new k and v may be read while the launches before it still run, so whoever writes
             lengths, tables, slots, positions or earlier keys does it before a launch that is not programmatic: a copy,
@@ -396,21 +438,23 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     """
     n, heads, dim = q.shape
     kv_heads, size = cache.shape[2], cache.shape[3]
-    group, block_d = heads // kv_heads, max(triton.next_power_of_2(dim), 16)
+    group, block_d, splits = heads // kv_heads, max(triton.next_power_of_2(dim), 16), how.splits
     parts = n * heads * splits if splits > 1 else 1
     part_out = torch.empty(parts, block_d if splits > 1 else 1, dtype=torch.float32, device=q.device)
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide = q.dtype == torch.float32
-    block_n, stages = (32, 2) if wide or block_d > 128 else (128, 2) if few else (64, 4)
-    k, v, slots, rotary = new or New(q, q, lens)
-    positions, table = rotary or (lens, lens)
+    early = how.early and new is not None
+    block_n = 32 if wide or block_d > 128 else how.keys if early else max(how.keys, 64)
+    given = new or New(q, q, lens)
+    k, v, slots, rotary, norms = given
     _decode[(n, kv_heads, splits)](
-        q, k, v, cache, tables, lens, slots, positions, table, lens if sinks is None else sinks, part_out, part_max,
+        q, k, v, cache, tables, lens, slots, *given.turning(), lens if sinks is None else sinks, part_out, part_max,
         part_sum, out, splits, q.stride(0), k.stride(0), v.stride(0), tables.stride(0), cache.stride(0),
         cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
         WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1, WRITE=new is not None,
-        ROTARY=rotary is not None, EARLY=few and new is not None, BLOCK_G=max(triton.next_power_of_2(group), 16),
-        BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=4, num_stages=stages,
+        ROTARY=rotary is not None, NORM=norms is not None, EARLY=early,
+        BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d, BLOCK_N=block_n,
+        PRECISION="ieee" if wide else "tf32", num_warps=2 if block_n * block_d <= 2048 else 4, num_stages=2,
         **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, None, splits, 0, HEADS=heads, DIM=dim,
@@ -444,15 +488,15 @@ def extend(q: torch.Tensor, new: New, cache: torch.Tensor, tables: torch.Tensor,
     part_max, part_sum = torch.empty(2, parts, dtype=torch.float32, device=q.device)
     wide, block_m = q.dtype == torch.float32, max(triton.next_power_of_2(queries * group), 16)
     block_n, stages = (32, 2) if wide or block_d > 128 else (64, 3)
-    positions, table = new.rotary or (lens, lens)
     _extend[(seqs, kv_heads, splits)](
-        q, new.k, new.v, cache, tables, lens, starts, new.slots, positions, table, lens if sinks is None else sinks,
+        q, new.k, new.v, cache, tables, lens, starts, new.slots, *new.turning(), lens if sinks is None else sinks,
         part_out, part_max, part_sum, out, splits, q.stride(0), new.k.stride(0), new.v.stride(0), tables.stride(0),
         cache.stride(0), cache.stride(1), cache.stride(2), scale, KV_HEADS=kv_heads, GROUP=group, DIM=dim, SIZE=size,
         WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1,
-        ROTARY=new.rotary is not None, BLOCK_M=block_m, BLOCK_T=max(triton.next_power_of_2(queries), 16),
-        BLOCK_D=block_d, BLOCK_N=block_n, PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m > 64 else 4,
-        num_stages=stages, **launch_options(q))
+        ROTARY=new.rotary is not None, NORM=new.norms is not None, BLOCK_M=block_m,
+        BLOCK_T=max(triton.next_power_of_2(queries), 16), BLOCK_D=block_d, BLOCK_N=block_n,
+        PRECISION="ieee" if wide else "tf32", num_warps=8 if block_m > 64 else 4, num_stages=stages,
+        **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, starts, splits, seqs, HEADS=heads, DIM=dim,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))

@@ -37,21 +37,6 @@ def _rms_norm(x, weight, out, stride, inner_stride, inner, size, eps, BLOCK: tl.
 
 
 @triton.jit
-def _norm_heads(x, q_weight, k_weight, out, stride, q_heads, qk_heads, size, eps, BLOCK: tl.constexpr,
-                PDL: tl.constexpr):
-    head, at = tl.program_id(1), tl.arange(0, BLOCK)
-    here = at < size
-    gains = tl.load(q_weight + at, mask=here & (head < q_heads), other=0.0)
-    gains += tl.load(k_weight + at, mask=here & (head >= q_heads), other=0.0)
-    wait_for_inputs(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    value = tl.load(x + token * stride + head * size + at, mask=here, other=0.0)
-    kind = out.dtype.element_ty
-    normed = _normed(value.to(tl.float32), size, eps, gains, kind).to(kind)
-    tl.store(out + (token * tl.num_programs(1) + head) * size + at, tl.where(head < qk_heads, normed, value), mask=here)
-
-
-@triton.jit
 def _add_rms_norm(x, residual, weight, out, total, size, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     start = tl.program_id(0).to(tl.int64) * size
@@ -142,17 +127,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     block = triton.next_power_of_2(size)
     _rms_norm[(x.shape[0] * inner,)](x, weight, out, x.stride(0), x.stride(1) if x.ndim == 3 else 0, inner, size, eps,
                                      BLOCK=block, num_warps=_warps(block), **launch_options(x))
-    return out
-
-
-def norm_heads(qkv: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, num_kv_heads: int, eps: float,
-               ) -> torch.Tensor:
-    """As Ops.norm_heads has it; tokens of qkv may have gaps between them, and the result is contiguous."""
-    n, heads, size = qkv.shape
-    out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    block = triton.next_power_of_2(size)
-    _norm_heads[(n, heads)](qkv, q_weight, k_weight, out, qkv.stride(0), heads - 2 * num_kv_heads, heads - num_kv_heads,
-                            size, eps, BLOCK=block, num_warps=_warps(block), **launch_options(qkv))
     return out
 
 
