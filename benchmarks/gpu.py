@@ -224,17 +224,17 @@ def experts_moved(llm: LLM, model: Any, batch: int, prompt: int) -> float:
     runner, e = llm.executor._worker.runner, model.experts
     if runner.config.topology.tp > 1:
         return 0.0
-    counts, experts, graphs = [], runner.ops.experts, runner._graph_at
+    counts, experts, graphs, prompts = [], runner.ops.experts, runner._graph_at, runner.prompts
 
     def counting(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Any) -> torch.Tensor:
         if len(x) == batch:
             counts.append(len(chosen.unique()))
         return experts(x, weights, chosen, layer)
 
-    runner.ops.experts, runner._graph_at = counting, []
+    runner.ops.experts, runner._graph_at, runner.prompts = counting, [], {}
     time_batch(llm, model.vocab_size, batch, prompt, 8)
     del runner.ops.experts
-    runner._graph_at = graphs
+    runner._graph_at, runner.prompts = graphs, prompts
     touched = statistics.mean(counts)
     print(f"  experts that a layer's batch of {batch} chooses: {touched:.1f} of {e.count}", flush=True)
     expected = e.count * (1 - (1 - e.per_token / e.count) ** batch)
