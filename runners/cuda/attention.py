@@ -55,15 +55,15 @@ class CudaAttention:
         return max(min(wanted, -(-context // 64), kernels.MAX_SPLITS), 1)
 
     def divided(self, num_seqs: int, context: int, kv_heads: int) -> kernels.Division:
-        """Decodes among programs. If a tile each for all multiprocessors is the whole context, it is read early;
-        otherwise fewer programs with larger tiles read more of the bandwidth. (H200: 1 to 32 sequences, contexts of 180
-        to 2,000, heads of four models.)"""
+        """Decodes among programs. If a tile each for all multiprocessors is the whole context, it is read early. One or
+        two programs for a multiprocessor need large tiles to use the bandwidth. (H200: 1 to 128 sequences, contexts of
+        180 to 2,000, heads of four models.)"""
         programs = max(num_seqs * kv_heads, 1)
         splits = min(self.units // programs, -(-context // 32), kernels.MAX_SPLITS)
         if context <= 128 * splits:
             return kernels.Division(splits, _tile(context, splits), True)
         splits = max(min(2 * self.units // programs, -(-context // 64), kernels.MAX_SPLITS), 1)
-        return kernels.Division(splits, max(_tile(context, splits), 64))
+        return kernels.Division(splits, max(_tile(context, splits), 64) if programs * splits <= 2 * self.units else 64)
 
     def expect(self, queries: int) -> None:
         """Declare that steps will verify drafts: up to `queries` tokens a sequence."""

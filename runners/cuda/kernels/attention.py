@@ -454,8 +454,8 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
         WINDOW=window or 0, CAP=softcap or 0.0, SINKS=sinks is not None, JOINED=splits > 1, WRITE=new is not None,
         ROTARY=rotary is not None, NORM=norms is not None, EARLY=early,
         BLOCK_G=max(triton.next_power_of_2(group), 16), BLOCK_D=block_d, BLOCK_N=block_n,
-        PRECISION="ieee" if wide else "tf32", num_warps=2 if block_n * block_d <= 2048 else 4, num_stages=2,
-        **launch_options(q))
+        PRECISION="ieee" if wide else "tf32", num_warps=2 if block_n * block_d <= 2048 else 4,
+        num_stages=4 if block_n == 64 and not early else 2, **launch_options(q))
     if splits > 1:
         _join[(n * heads,)](part_out, part_max, part_sum, out, None, splits, 0, HEADS=heads, DIM=dim,
                             BLOCK_S=8 if splits <= 8 else MAX_SPLITS, BLOCK_D=block_d, num_warps=4, **launch_options(q))
