@@ -105,6 +105,60 @@ def attention(bandwidth: float) -> None:
     RESULTS["attention_prefill_vs_flash"] = flash / ours
 
 
+def prefill() -> None:
+    """Prompts by length: a layer's attention of the 8B shape beside the fastest of PyTorch's, whose keys are contiguous
+    and repeated for every head, and the whole model beside a product of matrices of 8,192 x 8,192."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from hal.contracts.attention import AttentionSpec
+    from runners.cuda.attention import CudaAttention
+    from runners.cuda.kernels import attention as kernels
+
+    lengths, device, dtype, size = (512, 1024, 2048, 4096, 8192), torch.device("cuda"), torch.bfloat16, 16
+    a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
+    peak = 2 * 8192 ** 3 / milliseconds(lambda: a @ b) * 1e3
+    print(f"product of 8,192-cubes: {peak / 1e12:.0f} TFLOP/s", flush=True)
+    RESULTS["product_8192"] = peak
+    maker = CudaAttention([AttentionSpec(32, 8, 128, 128 ** -0.5)], device=device, dtype=dtype)
+    for length in lengths:
+        seqs = 8192 // length
+        cache = torch.randn(maker.cache_shape(maker.specs[0], 8192 // size + 1, size), device=device).to(dtype)
+        tables = (torch.randperm(8192 // size, device=device) + 1).int().view(seqs, -1)
+        lens = torch.full((seqs,), length, dtype=torch.int32, device=device)
+        starts = torch.arange(seqs + 1, device=device, dtype=torch.int32) * length
+        q = torch.randn(8192, 32, 128, device=device).to(dtype)
+        out = torch.empty_like(q)
+        ours = milliseconds(lambda: kernels.prefill(q, cache, tables, lens, starts, out, first_seq=0,  # noqa: B023
+                                                    max_queries=length, scale=128 ** -0.5, window=None))  # noqa: B023
+        qs = q.view(seqs, length, 32, 128).transpose(1, 2)
+        k, v = (torch.randn(seqs, 32, length, 128, device=device).to(dtype) for _ in range(2))
+        others = {}
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            with sdpa_kernel(backend):
+                others[backend.name] = milliseconds(
+                    lambda: F.scaled_dot_product_attention(qs, k, v, is_causal=True))  # noqa: B023
+        best = min(others, key=lambda name: others[name])
+        operations = 2 * seqs * length ** 2 * 32 * 128  # half of the scores
+        print(f"attention {seqs:>2} x {length:>5}: {ours:.3f} ms, {operations / ours / 1e9:.0f} TFLOP/s; {best} "
+              f"{others[best]:.3f} ms, ratio {others[best] / ours:.2f}", flush=True)
+        RESULTS[f"attention_prefill_{length}"] = {"ms": ours, "best": best, "ratio": others[best] / ours}
+    s = SHAPES["llama-3-8b"]
+    hidden, inner, layers = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
+    weights = layers * hidden * (2 * hidden + 2 * 1024 + 3 * inner)
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").write_text(json.dumps(s))
+        with LLM(scratch, device="cuda", random_weights=True, max_num_seqs=1, max_num_batched_tokens=8192,
+                 max_model_len=8192 - 8, prefix_caching=False) as llm:
+            for length in (*lengths[:-1], 8192 - 16):
+                time_batch(llm, s["vocab_size"], 1, length, 3)
+                spent = statistics.median(time_batch(llm, s["vocab_size"], 1, length, 3).prefill for _ in range(7))
+                operations = 2 * weights * length + 2 * layers * length ** 2 * hidden + 2 * s["vocab_size"] * hidden
+                print(f"8B, prompt of {length:>5}: {spent * 1e3:7.1f} ms to the first token, "
+                      f"{operations / spent / 1e12:.0f} TFLOP/s, {operations / spent / peak:.2f} of the product",
+                      flush=True)
+                RESULTS[f"prefill_{length}"] = {"ms": spent * 1e3, "of_product": operations / spent / peak}
+
+
 def few_bits(bandwidth: float) -> None:
     """Products of few rows with each form of weight, in each tile, beside PyTorch's product in bfloat16."""
     from hal.weights.configs import ON_LOAD
@@ -508,7 +562,7 @@ def main() -> None:
     torch.cuda.empty_cache()
     sections: dict[str, Callable[[], None]] = {
         "attention": lambda: attention(bandwidth),
-        "small": lambda: small(bandwidth), "steady": steady,
+        "prefill": prefill, "small": lambda: small(bandwidth), "steady": steady,
         "impl": lambda: impl(bandwidth), "moe": lambda: moe(bandwidth, args.quantize),
         "experts": lambda: few_bit_experts(bandwidth, args.quantize),
         "ranks": lambda: ranks(bandwidth), "invariant": lambda: invariant(bandwidth),
