@@ -278,16 +278,17 @@ def experts_moved(llm: LLM, model: Any, batch: int, prompt: int) -> float:
     runner, e = llm.executor._worker.runner, model.experts
     if runner.config.topology.tp > 1:
         return 0.0
-    counts, experts, graphs, prompts = [], runner.ops.experts, runner._graph_at, runner.prompts
+    counts, mixture, graphs, prompts = [], runner.ops.mixture, runner._graph_at, runner.prompts
 
-    def counting(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, layer: Any) -> torch.Tensor:
-        if len(x) == batch:
-            counts.append(len(chosen.unique()))
-        return experts(x, weights, chosen, layer)
+    def counting(*args: Any) -> tuple[torch.Tensor, ...]:
+        results = mixture(*args)
+        if len(args[0]) == batch:
+            counts.append(len(results[-1].unique()))
+        return results
 
-    runner.ops.experts, runner._graph_at, runner.prompts = counting, [], {}
+    runner.ops.mixture, runner._graph_at, runner.prompts = counting, [], {}
     time_batch(llm, model.vocab_size, batch, prompt, 8)
-    del runner.ops.experts
+    del runner.ops.mixture
     runner._graph_at, runner.prompts = graphs, prompts
     touched = statistics.mean(counts)
     print(f"  experts that a layer's batch of {batch} chooses: {touched:.1f} of {e.count}", flush=True)
@@ -321,8 +322,7 @@ def few_bit_experts(bandwidth: float, quantize: str | None) -> None:
     hidden, size, count, k, device = 2048, 768, 128, 8, "cuda"
     dense = {n: torch.randn(*shape, device=device).mul_(0.02).bfloat16() for n, shape in (
         ("up", (count * 2 * size, hidden)), ("down", (count * hidden, size)))}
-    turned = dense["down"].view(count, hidden, size).transpose(1, 2).reshape(count * size, hidden)
-    plain = experts.Held(dense["up"], turned, None, None, 0, count, None)
+    plain = experts.Held(dense["up"], dense["down"].view(count, hidden, size), None, None, 0, count, None)
     packed: dict[str, list[Any]] = {name: [few_bits.few_bits(grid_of(scheme, w)) for w in dense.values()]
                                     for name, scheme in ON_LOAD.items() if quantize in (None, name)}
     if quantize is None:

@@ -21,7 +21,7 @@ from hal.models.causal_lm import CausalLM
 from hal.models.delta import GatedDelta
 from hal.models.latent import LatentAttention
 from hal.models.layers import Build
-from hal.models.mlp import GatedMLP, apply_norm
+from hal.models.mlp import GatedMLP
 from hal.models.rope import cos_sin_table
 
 Attention = SelfAttention | LatentAttention | GatedDelta
@@ -59,7 +59,7 @@ class DecoderLayer(nn.Module):
         these tokens."""
         ops, eps, attention = self.ops, self.eps, self.attention
         if self.before_attention is None:
-            x, residual = apply_norm(ops, x, residual, None, eps)
+            x, residual = ops.apply_norm(x, residual, None, eps)
             qkv = attention.qkv(x)
         else:
             qkv, residual = ops.norm_linear(attention.qkv, x, residual, self.before_attention, eps)

@@ -19,7 +19,7 @@ from hal.config import Topology
 from hal.model_config import ModelConfig
 from hal.models.expert_weights import ExpertWeight, Storage, every_expert
 from hal.models.layers import Build
-from hal.models.mlp import GatedMLP, apply_norm
+from hal.models.mlp import GatedMLP
 from hal.weights import LinearSpec, Projection
 from hal.weights.dense import DENSE
 from hal.weights.formats import mergeable
@@ -74,7 +74,7 @@ class Experts(nn.Module):
     Attributes:
         config: the model's ExpertsConfig.
         first, count: of the experts that this rank holds.
-        gate_up: [count * 2 * size, hidden], of each expert the gate and then up. down: [count * size, hidden].
+        gate_up: [count * 2 * size, hidden], of each expert the gate and then up. down: [count, hidden, size].
         gate_up_bias, down_bias: [count * 2 * size] and [count * hidden], or None. Of the ranks that share experts, one
             has the second.
         router: [all experts, hidden]. router_bias, correction: [all experts], or None.
@@ -134,15 +134,14 @@ class Experts(nn.Module):
                 ExpertWeight(build, spec, self.stored, place, mine, cut)
                 for spec, place in zip((*specs, backs), (*range(len(specs)), 2), strict=True)))
             return
-        size, start, wide, back = self.size, cut.rank * self.size, list[StoredSlice](), list[StoredSlice]()
+        size, start, wide, back = self.size, cut.rank * self.size, list[StoredSlice](), list[ParameterSpec]()
         for i in range(self.first, self.first + self.count):
             whole = StoredSlice("weight", (self.config.size, hidden), 0, size, start)
             wide += [self.stored.locate(whole, place, i) for place in (0, 1)]
             found = self.stored.locate(dataclasses.replace(whole, shape=(hidden, self.config.size), dim=1), 2, i)
-            back.append(dataclasses.replace(found, transposed=not found.transposed))
-        rows = self.count * size
-        self.gate_up = build.parameter((2 * rows, hidden), ParameterSpec(0, 0, tuple(wide)))
-        self.down = build.parameter((rows, hidden), ParameterSpec(0, 0, tuple(back)))
+            back.append(ParameterSpec(1, 1, (found,)))
+        self.gate_up = build.parameter((2 * self.count * size, hidden), ParameterSpec(0, 0, tuple(wide)))
+        self.down = build.parameter((self.count, hidden, size), ParameterSpec(0, 0, (), each=tuple(back)))
 
     def biases(self) -> list[torch.Tensor | None]:
         """[count, outputs] for each of `layers`; None where there is none."""
@@ -169,7 +168,7 @@ class Experts(nn.Module):
         """Replace the weights in few bits by dense ones in the model's dtype."""
         *first, last = self.layers
         wide = torch.cat([w.decoded(i) for i in range(self.count) for w in first])
-        back = torch.cat([last.decoded(i).t() for i in range(self.count)])
+        back = torch.stack([last.decoded(i) for i in range(self.count)])
         self.gate_up, self.down = (nn.Parameter(x, requires_grad=False) for x in (wide, back))
         del self.layers
         self.few_bits = False
@@ -187,11 +186,9 @@ class Experts(nn.Module):
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         """As GatedMLP."""
         ops = self.ops
-        x, residual = apply_norm(ops, x, residual, norm, self.eps)
-        weights, chosen = ops.route(x, self)
+        y, x, residual, chosen = ops.mixture(x, residual, norm, self)
         if self.loads is not None:
             self.loads.add(self.place, chosen)
-        y = ops.experts(x, weights, chosen, self)
         if self.shared is not None:
             beside = self.shared.down.unsummed(ops.silu_mul(self.shared.gate_up(x)))
             if self.shared_gate is not None:

@@ -7,7 +7,6 @@ from torch import nn
 
 from hal.model_config import ModelConfig
 from hal.models.layers import Build, column, row
-from hal.models.ops import Ops
 from hal.weights import Projection
 
 
@@ -30,18 +29,9 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor | None,
                 ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The MLP of the norm of x + residual, and that sum; see `apply_norm`."""
+        """The MLP of the norm of x + residual, and that sum; see Ops.apply_norm."""
         if norm is None or self.kind != "silu":
-            x, residual = apply_norm(self.ops, x, residual, norm, self.eps)
+            x, residual = self.ops.apply_norm(x, residual, norm, self.eps)
             return self.down(self.ops.gated(self.gate_up(x), self.kind)), residual
         x, residual = self.ops.norm_linear(self.gate_up, x, residual, norm, self.eps, gated=True)
         return self.down(x), residual
-
-
-def apply_norm(ops: Ops, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float,
-               ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The RMS norm of x + residual, and the sum. Without a residual x is the sum; without a weight there is no norm."""
-    if weight is None:
-        x = x if residual is None else x + residual
-        return x, x
-    return (ops.rms_norm(x, weight, eps), x) if residual is None else ops.add_rms_norm(x, residual, weight, eps)

@@ -104,6 +104,15 @@ class Ops:
         residual = x + residual
         return self.rms_norm(residual, weight, eps), residual
 
+    def apply_norm(self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float,
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The RMS norm of x + residual, and the sum. Without a residual x is the sum; without a weight there is no
+        norm."""
+        if weight is None:
+            x = x if residual is None else x + residual
+            return x, x
+        return (self.rms_norm(x, weight, eps), x) if residual is None else self.add_rms_norm(x, residual, weight, eps)
+
     def norm_heads(self, qkv: torch.Tensor, norms: HeadNorms, num_kv_heads: int) -> torch.Tensor:
         """The RMS norm of each head of q and of k in qkv [num_tokens, num_heads + 2 * num_kv_heads, head_dim], beside v
         as it is."""
@@ -164,6 +173,15 @@ class Ops:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(1.702 * gate) * (up + 1.0)
 
+    def mixture(self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor | None, layer: Experts,
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the experts of this rank make of the norm of x + residual, see `experts`; then the norm and the sum, see
+        `apply_norm`, and the numbers of the chosen experts. A device overrides this method where its kernels do several
+        of the operations."""
+        x, residual = self.apply_norm(x, residual, norm, layer.eps)
+        weights, chosen = self.route(x, layer)
+        return self.experts(x, weights, chosen, layer), x, residual, chosen
+
     def route(self, x: torch.Tensor, layer: Experts) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights, fp32 [n, per_token], and the numbers, [n, per_token], of each token's experts."""
         e = layer.config
@@ -191,7 +209,7 @@ class Ops:
         count, k, limit = layer.count, chosen.shape[1], layer.config.limit
         biases, offsets = layer.gate_up_bias, layer.down_bias
         if not layer.few_bits:
-            gate_up, down = layer.gate_up.view(count, -1, x.shape[1]), layer.down.view(count, -1, x.shape[1])
+            gate_up, down = layer.gate_up.view(count, -1, x.shape[1]), layer.down
         if not x.is_cpu:  # of one shape and without a wait for the device: every expert computes every token
             share = torch.zeros(len(x), count + 1, device=x.device)
             local = chosen.long() - layer.first
@@ -204,7 +222,7 @@ class Ops:
             for i in range(0, count, step):
                 inner = x @ gate_up[i:i + step].transpose(1, 2)
                 inner = inner if biases is None else inner + biases.view(count, 1, -1)[i:i + step]
-                y = self.expert_gated(inner, limit) @ down[i:i + step]
+                y = self.expert_gated(inner, limit) @ down[i:i + step].transpose(1, 2)
                 y = y if offsets is None else y + offsets.view(count, 1, -1)[i:i + step]
                 total += (y.float() * share[i:i + step]).sum(0)
             return total.to(x.dtype)
@@ -221,7 +239,7 @@ class Ops:
                 inner = F.linear(x.index_select(0, mine // k), gate_up[i],
                                  None if biases is None else biases.view(count, -1)[i])
                 inner = self.silu_mul(inner) if limit is None else self.expert_gated(inner, limit)
-                y = inner @ down[i]
+                y = F.linear(inner, down[i])
                 out.index_copy_(0, mine, y if offsets is None else y + offsets.view(count, -1)[i])
         return (out.view(-1, k, x.shape[1]) * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 

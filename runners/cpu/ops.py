@@ -10,7 +10,6 @@ import torch
 from hal.contracts.attention import LayerAttention
 from hal.models.experts import Experts
 from hal.models.layers import Linear, Unmerged
-from hal.models.mlp import apply_norm
 from hal.models.ops import HeadNorms, Ops
 from hal.weights.grid import GridScheme
 from runners.cpu.attention import CpuStep
@@ -104,7 +103,7 @@ class CpuOps(Ops):
         packed, adapters = getattr(layer, "packed", None), getattr(layer, "adapters", None)
         if gated and isinstance(packed, DenseWeight) and packed.in_blocks(len(x)) and not self.batch_invariant and (
                 adapters is None or adapters.step.begun is None):
-            x, residual = apply_norm(self, x, residual, weight, eps)
+            x, residual = self.apply_norm(x, residual, weight, eps)
             return packed.gated(x), residual
         return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
 

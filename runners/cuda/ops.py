@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import nn
 
 from hal.contracts.attention import LayerAttention
@@ -20,7 +21,7 @@ from hal.models.ops import HeadNorms, Ops
 from hal.weights.grid import GridScheme
 from hal.weights.mxfp4 import Mxfp4Scheme
 from runners.cuda.attention import CudaStep
-from runners.cuda.kernels import adapters, elementwise, experts, few_bit_experts
+from runners.cuda.kernels import adapters, elementwise, experts, few_bit_experts, one_token
 from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows, stacked
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
@@ -163,6 +164,18 @@ class CudaOps(Ops):
                 spent[tile] = min(spent[tile], _milliseconds(graph))
         return min(spent, key=lambda tile: spent[tile])
 
+    def mixture(self, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor | None, layer: Experts,
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        e = layer.config
+        if (len(x) != 1 or norm is None or layer.few_bits or x.dtype == torch.float32 or layer.router.dtype != x.dtype
+                or e.sigmoid or e.top_groups < e.groups):
+            return super().mixture(x, residual, norm, layer)
+        normed, block = torch.empty_like(x), triton.next_power_of_2(x.shape[1])
+        logits, total = gemv(x, layer.router, layer.router_bias, Tile(max(8192 // block, 1), block, 4),
+                             norm=Norm(norm, layer.eps, residual, normed))
+        y, chosen = one_token.experts(normed, logits, _held(layer), e.per_token, e.normalise, e.scaling)
+        return y, normed, total, chosen
+
     def route(self, x: torch.Tensor, layer: Experts) -> tuple[torch.Tensor, torch.Tensor]:
         e = layer.config
         if e.sigmoid or e.top_groups < e.groups:
@@ -188,9 +201,7 @@ class CudaOps(Ops):
             return few_bit_experts.experts(x, weights, chosen, layer.packed)
         if layer.few_bits:
             return super().experts(x, weights, chosen, layer)
-        return experts.experts(x, weights, chosen, experts.Held(
-            layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, layer.first, layer.count,
-            layer.config.limit))
+        return experts.experts(x, weights, chosen, _held(layer))
 
     def warm_experts(self, model: nn.Module, most: int) -> None:
         """Compile what the experts of a step of up to `most` tokens may need."""
@@ -203,6 +214,7 @@ class CudaOps(Ops):
             for tokens in {min(-(-n // k), most) for n in choices}:
                 x = layer.router.new_zeros(tokens, layer.router.shape[1], dtype=dtype)
                 self.experts(x, *self.route(x, layer), layer)
+                self.mixture(x, x, x[0], layer)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return elementwise.rms_norm(x, weight, eps)
@@ -225,6 +237,11 @@ class CudaOps(Ops):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return elementwise.silu_mul(gate_up)
+
+
+def _held(layer: Experts) -> experts.Held:
+    return experts.Held(layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, layer.first, layer.count,
+                        layer.config.limit)
 
 
 def _packed(layers: Sequence[Linear]) -> FewBits | None:

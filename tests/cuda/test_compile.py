@@ -107,11 +107,24 @@ def test_experts(dtype: torch.dtype, tokens: int) -> None:
 
     hidden, size, count, k = 2048, 768, 16, 8
     x, gate_up, down = (torch.zeros(*shape, dtype=dtype) for shape in (
-        (tokens, hidden), (2 * count * size, hidden), (count * size, hidden)))
+        (tokens, hidden), (2 * count * size, hidden), (count, hidden, size)))
     weights, chosen = experts.route(x[:, :count].contiguous(), k, True, 1.0)
     chosen.zero_()  # nothing was computed
     biases = gate_up[:, 0].contiguous(), down.view(-1)[:count * hidden]
     experts.experts(x, weights, chosen, experts.Held(gate_up, down, *biases, 0, count, 7.0))
+
+
+@pytest.mark.parametrize(("hidden", "size", "count", "k", "biased"), [(2048, 768, 128, 8, False),
+                                                                      (2880, 2880, 32, 4, True)])
+def test_one_token_of_experts(hidden: int, size: int, count: int, k: int, biased: bool) -> None:
+    from runners.cuda.kernels import experts, one_token
+
+    kind = {"dtype": torch.bfloat16}
+    x, gate_up, down = (torch.empty(*shape, **kind) for shape in (
+        (1, hidden), (2 * count * size, hidden), (count, hidden, size)))
+    biases = (gate_up[:, 0].contiguous(), down[:, :, 0].flatten()) if biased else (None, None)
+    one_token.experts(x, torch.empty(1, count, **kind), experts.Held(
+        gate_up, down, *biases, 0, count, 7.0 if biased else None), k, True, 1.0)
 
 
 @pytest.mark.slow

@@ -324,7 +324,7 @@ def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypa
     count = total - first
     gate_up, down, x, router, biases, offsets = (
         torch.randn(*shape, generator=generator).mul(scale).to(DEVICE, dtype) for scale, *shape in (
-            (hidden ** -0.5, count * 2 * size, hidden), (size ** -0.5, count * size, hidden), (1, tokens, hidden),
+            (hidden ** -0.5, count * 2 * size, hidden), (size ** -0.5, count, hidden, size), (1, tokens, hidden),
             (hidden ** -0.5, total, hidden), (0.3, count * 2 * size), (0.3, count * hidden)))
     for biased, limit in ((False, None), (True, 0.5)):
         config = ExpertsConfig(count=total, per_token=k, size=size, layers=(0,), bias=biased, limit=limit, scaling=1.5)
@@ -339,8 +339,64 @@ def test_experts(dtype: torch.dtype, tokens: int, first: int, few: int, monkeypa
         expected = Ops().experts(x.cpu(), weights.cpu(), chosen.long().cpu(), on_host(layer))
         for expert in set(range(first, total)) - set(chosen.flatten().tolist()):
             layer.gate_up.view(count, -1)[expert - first] = torch.nan
-            layer.down.view(count, -1)[expert - first] = torch.nan
+            layer.down[expert - first] = torch.nan
         close(CudaOps().experts(x, weights, chosen, layer), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32], ids=str)
+@pytest.mark.parametrize(("total", "first", "count", "k", "hidden", "size", "biased"), [
+    (128, 0, 128, 8, *((2048, 768) if DEVICE.type == "cuda" else (72, 8)), False), (12, 4, 4, 3, 72, 24, True),
+    (5, 0, 5, 2, 64, 40, True), (1, 0, 1, 1, 130, 16, False), (60, 30, 30, 4, 96, 30, False)])
+def test_mixture_of_one_token(dtype: torch.dtype, total: int, first: int, count: int, k: int, hidden: int, size: int,
+                              biased: bool) -> None:
+    """Its choices, of which of equal scores the lower number is the first, and then the whole of it, with a residual
+    and without one. What the token does not choose is not read."""
+    from runners.cuda.kernels import experts, one_token
+    from runners.cuda.ops import CudaOps
+
+    generator = torch.Generator().manual_seed(total)
+    gate_up, down, router, biases, offsets, of_router, x, residual, logits = (
+        torch.randn(*shape, generator=generator).mul(scale).to(DEVICE, dtype) for scale, *shape in (
+            (hidden ** -0.5, count * 2 * size, hidden), (size ** -0.5, count, hidden, size),
+            (hidden ** -0.5, total, hidden), (0.3, count * 2 * size), (0.3, count * hidden), (0.3, total),
+            (1, 1, hidden), (1, 1, hidden), (2, 1, total)))
+    logits[0, total // 3:total // 3 * 2] = logits[0, :total // 3]
+    config = ExpertsConfig(count=total, per_token=k, size=size, layers=(0,), bias=biased, scaling=1.5,
+                           normalise=not biased, limit=0.5 if biased else None)
+    layer: Any = SimpleNamespace(config=config, first=first, count=count, size=size, few_bits=False, eps=1e-5,
+                                 router=router, correction=None, packed=None,
+                                 router_bias=of_router if biased else None, gate_up_bias=biases if biased else None,
+                                 down_bias=offsets if biased else None)
+
+    def expected(x: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Also sets the layer's weights, and those that are not chosen to values that are not numbers."""
+        scores, chosen = logits.float().cpu().softmax(-1), chosen.cpu().long()
+        weights = scores.gather(1, chosen)
+        weights = weights / (weights.sum() if config.normalise else 1) * config.scaling
+        layer.gate_up, layer.down = gate_up.clone(), down.clone()
+        result = Ops().experts(x.cpu(), weights, chosen, on_host(layer))
+        others = [i - first for i in range(first, first + count) if i not in chosen]
+        layer.gate_up.view(count, -1)[others] = torch.nan
+        layer.down[others] = torch.nan
+        return result
+
+    best = torch.tensor([sorted(range(total), key=lambda i: (-float(logits[0, i]), i))[:k]])
+    y = expected(x, logits, best)
+    for plan in (None, one_token.Plan(rows=1, outputs=2, columns=16, early=False)):
+        got, chosen = one_token.experts(x, logits, experts.Held(
+            layer.gate_up, layer.down, layer.gate_up_bias, layer.down_bias, first, count, config.limit), k,
+            config.normalise, 1.5, plan)
+        assert chosen.dtype == torch.int32 and torch.equal(chosen.cpu().long(), best)
+        close(got, y, dtype)
+    norm = torch.rand(hidden, generator=generator).to(DEVICE, dtype)
+    for added in (residual, None):
+        layer.gate_up, layer.down = gate_up, down
+        got, normed, whole, chosen = CudaOps().mixture(x, added, norm, layer)
+        plain_normed, plain_whole = Ops().apply_norm(x, added, norm, layer.eps)
+        assert torch.equal(normed, plain_normed) and torch.equal(whole, plain_whole)
+        logits = torch.nn.functional.linear(normed, router, layer.router_bias)
+        close(logits.gather(1, chosen.long()), logits.topk(k).values, dtype)
+        close(got, expected(normed, logits, chosen), dtype)
 
 
 def on_host(layer: Any) -> Any:

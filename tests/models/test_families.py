@@ -147,9 +147,8 @@ def test_every_expert_for_every_token_gives_the_same(family: Family, monkeypatch
     x = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
     weights, chosen = F.linear(x, layer.router).softmax(-1).topk(3, -1)
     for layer.first, layer.count in ((0, 6), (2, 3)):
-        rows = slice(layer.first * layer.size, (layer.first + layer.count) * layer.size)
         layer.gate_up = torch.nn.Parameter(model.layers[0].mlp.gate_up[:2 * layer.count * layer.size])
-        layer.down = torch.nn.Parameter(model.layers[0].mlp.down[:rows.stop - rows.start])
+        layer.down = torch.nn.Parameter(model.layers[0].mlp.down[:layer.count])
         if layer.gate_up_bias is not None:
             layer.gate_up_bias = torch.nn.Parameter(layer.gate_up_bias[:2 * layer.count * layer.size])
             layer.down_bias = torch.nn.Parameter(layer.down_bias[:layer.count * config.hidden_size])

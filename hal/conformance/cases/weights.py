@@ -83,12 +83,12 @@ def in_few_bits(ctx: Context) -> None:
         if plain.few_bits:
             plain.decode()
             ops.pack_experts(layer)
-        up, down = (w.double().view(5, -1, _IN) for w in (plain.gate_up, plain.down))
+        up, down = plain.gate_up.double().view(5, -1, _IN), plain.down.double()
         for rows in _ROWS:
             x, weights = ctx.normal(rows, _IN), torch.from_numpy(ctx.rng.uniform(0.1, 1.0, (rows, 2))).float()
             chosen = torch.from_numpy(ctx.rng.permuted(np.tile(np.arange(5), (rows, 1)), axis=1)[:, :2])
             gate, other = torch.einsum("ni,nkoi->nko", x.double(), up[chosen]).chunk(2, -1)
-            each = torch.einsum("nki,nkio->nko", F.silu(gate) * other, down[chosen])
+            each = torch.einsum("nki,nkoi->nko", F.silu(gate) * other, down[chosen])
             got = ops.experts(x.to(device), weights.to(device), chosen.int().to(device), layer)
             ctx.close("experts", got, (each * weights.double().unsqueeze(-1)).sum(1), f"{rows} rows of {scheme.name}")
 

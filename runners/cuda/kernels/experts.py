@@ -121,18 +121,19 @@ def _down(x, weight, bias, chosen, order, starts, ends, out, pairs, first, count
     expert, low, high = group(chosen, starts, ends, pairs, first, count, BY, BLOCK_P, BLOCK_E, BLOCK_M)
     column, inner = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = column < hidden
-    mine = weight + expert.to(tl.int64) * size * hidden + column[None]
+    row = expert.to(tl.int64) * hidden + column
+    mine = weight + row[:, None] * size
     for at in range(low, high, BLOCK_M):
         rows, real = rows_of(chosen, order, starts, pairs, first, expert, at, high, BY, BLOCK_P, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for start in range(0, size, BLOCK_K):
             here = start + inner
-            more = here < size
-            value = tl.load(x + rows[:, None] * size + here[None], mask=real[:, None] & more[None], other=0.0)
-            w = tl.load(mine + here[:, None] * hidden, mask=more[:, None] & inside[None], other=0.0)
-            acc += tl.dot(value, w, input_precision=PRECISION)
+            more = (here < size)[None]
+            value = tl.load(x + rows[:, None] * size + here[None], mask=real[:, None] & more, other=0.0)
+            w = tl.load(mine + here[None], mask=inside[:, None] & more, other=0.0)
+            acc += tl.dot(value, tl.trans(w), input_precision=PRECISION)
         if HAS_BIAS:
-            acc += tl.load(bias + expert.to(tl.int64) * hidden + column, mask=inside, other=0.0).to(tl.float32)[None]
+            acc += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[None]
         tl.store(out + rows[:, None] * hidden + column[None], acc.to(out.dtype.element_ty),
                  mask=real[:, None] & inside[None])
 
@@ -234,7 +235,7 @@ def experts(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, held: 
     """x [n, hidden], rows may have gaps; weights fp32 and chosen, both [n, per_token], contiguous -> [n, hidden], the
     weighted sum of each token's experts that this rank holds."""
     hidden, per_token, count, first = x.shape[1], chosen.shape[1], held.count, held.first
-    size, pairs, wide = len(held.down) // count, chosen.numel(), x.dtype == torch.float32
+    size, pairs, wide = held.down.shape[2], chosen.numel(), x.dtype == torch.float32
     groups, order, starts, ends, block_m, options = divided(chosen, first, count, wide)
     if wide:
         up = down = 32, 32

@@ -80,9 +80,9 @@ def _finish(result, up, out, row, rows, GATED: tl.constexpr):
 
 
 @triton.jit
-def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS: tl.constexpr, GATED: tl.constexpr,
-          NORM: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-          PDL: tl.constexpr):
+def _gemv(x, residual, norm, weight, bias, total, normed, out, rows, size, eps, HAS_BIAS: tl.constexpr,
+          GATED: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
     mine = row < rows
@@ -102,6 +102,9 @@ def _gemv(x, residual, norm, weight, bias, total, out, rows, size, eps, HAS_BIAS
         if NORM:  # every program for itself, rounding where the unfused operations round
             scale = _scale(value, total, at, size, eps, ADD)
             value = scaled(value.to(tl.float32), scale, gains, value.dtype).to(value.dtype)
+            if KEEP:  # noqa: SIM102 (at compile time)
+                if tl.program_id(0) == 0:
+                    tl.store(normed + at, value, mask=at < size)
         value = value.to(tl.float32)
         step = tl.num_programs(0) * ROWS
         for first in range(tl.program_id(0) * ROWS, rows, step):  # goes on to other rows, reading ahead
@@ -145,11 +148,13 @@ def _programs(device: torch.device) -> int:
 
 
 class Norm(NamedTuple):
-    """RMSNorm of the row. If there is a `residual` [1, in], it is added to the row first."""
+    """RMSNorm of the row. If there is a `residual` [1, in], it is added to the row first. If there is an `out` [1, in],
+    the normed row is written there; that takes a tile of whole rows."""
 
     weight: torch.Tensor
     eps: float
     residual: torch.Tensor | None = None
+    out: torch.Tensor | None = None
 
 
 def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gated: bool = False,
@@ -159,14 +164,16 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile:
     rows, size = weight.shape
     rows = rows // 2 if gated else rows
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
-    normed, eps, residual = norm or Norm(x, 0.0)
+    gains, eps, residual, normed = norm or Norm(x, 0.0)
     total = x if residual is None else torch.empty_like(x)
     added, biases = (x if residual is None else residual), (weight if bias is None else bias)
     block = triton.next_power_of_2(size)
     grid = triton.cdiv(rows, tile.rows)
+    assert normed is None or tile.columns >= block
     if tile.columns >= block:
         grid = min(grid, _programs(x.device))
-    _gemv[(grid,)](x, added, normed, weight, biases, total, out, rows, size, eps, HAS_BIAS=bias is not None,
-                   GATED=gated, NORM=norm is not None, ADD=residual is not None, ROWS=tile.rows, COLUMNS=tile.columns,
-                   BLOCK=block, num_warps=tile.warps, **launch_options(x))
+    _gemv[(grid,)](x, added, gains, weight, biases, total, x if normed is None else normed, out, rows, size, eps,
+                   HAS_BIAS=bias is not None, GATED=gated, NORM=norm is not None, ADD=residual is not None,
+                   KEEP=normed is not None, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=block, num_warps=tile.warps,
+                   **launch_options(x))
     return out, total

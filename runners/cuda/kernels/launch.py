@@ -22,6 +22,17 @@ def wait_for_inputs(PDL: tl.constexpr):
                                   pack=1)
 
 
+@triton.jit
+def wait_then_launch(PDL: tl.constexpr):
+    """As wait_for_inputs, but the next kernel's programs start only after it. Before they wait themselves they may read
+    what the launches before this one write. They bypass the multiprocessor's own cache (cache_modifier=".cg")."""
+    if PDL:
+        tl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False,
+                                  pack=1)
+        tl.inline_asm_elementwise("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=tl.int32,
+                                  is_pure=False, pack=1)
+
+
 @functools.cache
 def _supported(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
