@@ -26,7 +26,7 @@ TILES = (Tile(2, 2048, 4), Tile(4, 1024, 4), Tile(1, 4096, 4), Tile(1, 2048, 2),
 
 
 @triton.jit
-def _tile(source, at, size, mine):
+def tile_of(source, at, size, mine):
     return tl.load(source + at[None], mask=mine[:, None] & (at < size)[None], other=0.0)
 
 
@@ -89,10 +89,10 @@ def _gemv(x, residual, norm, weight, bias, total, normed, out, rows, size, eps, 
     source = weight + row.to(tl.int64)[:, None] * size
     half = rows.to(tl.int64) * size  # from a gate's weights to the other factor's
     # The weights are ready before the row is, so the first of them are read while the kernel before this one ends.
-    tile = _tile(source, at, size, mine)
+    tile = tile_of(source, at, size, mine)
     offset, up_offset = _offsets(bias, row, rows, HAS_BIAS, GATED)
     if GATED:
-        second = _tile(source + half, at, size, mine)
+        second = tile_of(source + half, at, size, mine)
     WHOLE: tl.constexpr = COLUMNS >= BLOCK
     if NORM and WHOLE:
         gains = tl.load(norm + at, mask=at < size, other=0.0)
@@ -110,11 +110,11 @@ def _gemv(x, residual, norm, weight, bias, total, normed, out, rows, size, eps, 
         for first in range(tl.program_id(0) * ROWS, rows, step):  # goes on to other rows, reading ahead
             row = first + tl.arange(0, ROWS)
             source += step.to(tl.int64) * size
-            following = _tile(source, at, size, row + step < rows)
+            following = tile_of(source, at, size, row + step < rows)
             result = tl.sum(tile.to(tl.float32) * value[None], 1)
             tile = following
             if GATED:
-                following = _tile(source + half, at, size, row + step < rows)
+                following = tile_of(source + half, at, size, row + step < rows)
                 up = tl.sum(second.to(tl.float32) * value[None], 1)
                 second = following
             else:
@@ -131,11 +131,11 @@ def _gemv(x, residual, norm, weight, bias, total, normed, out, rows, size, eps, 
         for start in range(0, size, COLUMNS):
             column = start + at
             value = _value(x, residual, norm, column, size, scale, NORM, ADD)
-            following = _tile(source, column + COLUMNS, size, mine)
+            following = tile_of(source, column + COLUMNS, size, mine)
             acc += tile.to(tl.float32) * value[None]
             tile = following
             if GATED:
-                following = _tile(source + half, column + COLUMNS, size, mine)
+                following = tile_of(source + half, column + COLUMNS, size, mine)
                 more += second.to(tl.float32) * value[None]
                 second = following
         _finish(tl.sum(acc, 1) + offset, tl.sum(more, 1) + up_offset, out, row, rows, GATED)

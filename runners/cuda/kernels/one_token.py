@@ -7,13 +7,14 @@ of the second layer can know them, and have its first weights on the way, before
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from runners.cuda.kernels.experts import Held, gated
+from runners.cuda.kernels.gemv import tile_of
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs, wait_then_launch
 
 
@@ -66,11 +67,6 @@ def store_choice(keys, weights, chosen, choice, total, SCALING: tl.constexpr, NO
 
 
 @triton.jit
-def _tile(source, at, size, mine, EVICT: tl.constexpr):
-    return tl.load(source + at[None], mask=mine[:, None] & (at < size)[None], other=0.0, eviction_policy=EVICT)
-
-
-@triton.jit
 def _part(source, step, expert, count, parts, at, size, hidden, mine, PER_TOKEN: tl.constexpr):
     """The tile of a step of _down."""
     here = (step < PER_TOKEN * parts) & (expert >= 0) & (expert < count)
@@ -97,7 +93,7 @@ def _add_both(a, b, c, d):
 def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total, size, hidden, ahead,
         SCALING: tl.constexpr, NORMALISE: tl.constexpr, PER_TOKEN: tl.constexpr, LIMIT: tl.constexpr,
         HAS_BIAS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-        WARPS: tl.constexpr, EVICT: tl.constexpr, PDL: tl.constexpr):
+        WARPS: tl.constexpr, PDL: tl.constexpr):
     """Some of the inner values of one choice."""
     choice, at = tl.program_id(0), tl.arange(0, BLOCK)
     kind = out.dtype.element_ty
@@ -112,7 +108,7 @@ def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total
     gates = weight + (expert.to(tl.int64) * 2 * size + row)[:, None] * hidden
     half = size.to(tl.int64) * hidden  # from a gate's weights to the other factor's
     inside = (row < size) & here
-    gate, up = _tile(gates, at, hidden, inside, EVICT), _tile(gates + half, at, hidden, inside, EVICT)
+    gate, up = tile_of(gates, at, hidden, inside), tile_of(gates + half, at, hidden, inside)
     value = tl.load(x + at, mask=at < hidden, other=0.0).to(tl.float32)
     if tl.program_id(1) == tl.num_programs(1) - 1:  # which has the fewest rows
         store_choice(keys, weights, chosen, choice, total, SCALING, NORMALISE, PER_TOKEN)
@@ -122,8 +118,8 @@ def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total
             row = begin + tl.arange(0, ROWS)
             inside = row < size
             gates += step.to(tl.int64) * hidden
-            next_gate = _tile(gates, at, hidden, row + step < size, EVICT)
-            next_up = _tile(gates + half, at, hidden, row + step < size, EVICT)
+            next_gate = tile_of(gates, at, hidden, row + step < size)
+            next_up = tile_of(gates + half, at, hidden, row + step < size)
             if AHEAD:  # noqa: SIM102 (at compile time)
                 if begin + step >= size:  # else the memory is idle until the second layer begins
                     _prefetch(down + expert.to(tl.int64) * size * hidden, tl.program_id(1) * ahead, ahead)
@@ -139,26 +135,21 @@ def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total
 
 @triton.jit(do_not_specialize=["first"])
 def _down(x, logits, weights, chosen, weight, bias, out, first, count, total, size, hidden, parts,
-          PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr, EARLY: tl.constexpr, BLOCK_E: tl.constexpr,
-          ROWS: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):
+          PER_TOKEN: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+          COLUMNS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr):
     """Some outputs, summed over all choices, of which each has `parts` tiles. Two tiles are on the way beside the one
-    that is being multiplied."""
+    that is being multiplied. The first are, before the first layer has ended."""
     at, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = row < hidden
     source = weight + row.to(tl.int64)[:, None] * size
-    if EARLY:
-        best, left = take_best(keys_of(logits, total, BLOCK_E, WARPS))
-        expert = tl.max(number_of(best), 0)
-        if parts == 1:
-            best, left = take_best(left)
-        second = tl.max(number_of(best), 0)
-    else:
-        wait_for_inputs(PDL)
-        expert, second = tl.load(chosen), tl.load(chosen + 1 // parts, mask=1 // parts < PER_TOKEN, other=0)
+    best, left = take_best(keys_of(logits, total, BLOCK_E, WARPS))
+    expert = tl.max(number_of(best), 0)
+    if parts == 1:
+        best, left = take_best(left)
+    second = tl.max(number_of(best), 0)
     tile = _part(source, 0, expert - first, count, parts, at, size, hidden, mine, PER_TOKEN)
     following = _part(source, 1, second - first, count, parts, at, size, hidden, mine, PER_TOKEN)
-    if EARLY:
-        wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(PER_TOKEN * parts):
         choice, later = step // parts, (step + 2) // parts
@@ -180,28 +171,10 @@ def _down(x, logits, weights, chosen, weight, bias, out, first, count, total, si
     tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
 
 
-class Plan(NamedTuple):
-    """How programs work.
-
-    Attributes:
-        rows, warps, programs: of the first layer: rows of a tile, warps, programs of a multiprocessor.
-        outputs, columns, down_warps: of the second layer: outputs of a program, the most columns of a tile, warps.
-        ahead: the part of the second layer's weights that the first layer's programs bring to L2.
-        early: whether the second layer's programs read weights before the first layer has ended.
-        registers, down_registers: the most of a thread; 0: as many as the compiler wants.
-    """
-
-    rows: int = 2
-    warps: int = 8
-    programs: int = 2
-    outputs: int = 4
-    down_warps: int = 4
-    columns: int = 1024
-    ahead: float = 0.25
-    early: bool = True
-    evict: str = ""
-    registers: int = 0
-    down_registers: int = 0
+# What was fastest on an H200 for Qwen3-30B-A3B. Of the first layer: values of a tile, programs of a multiprocessor, and
+# the part of the second layer's weights that they bring to L2. Of the second: outputs of a program, columns of a tile.
+_VALUES, _PROGRAMS, _AHEAD = 4096, 4, 0.25
+_OUTPUTS, _COLUMNS = 4, 1024
 
 
 @functools.cache
@@ -210,33 +183,30 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def experts(x: torch.Tensor, logits: torch.Tensor, held: Held, per_token: int, normalise: bool, scaling: float,
-            plan: Plan | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+            ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [1, hidden] and logits [1, all experts], contiguous, of 16 bits -> [1, hidden], the weighted sum of the chosen
     experts that this rank holds, and the numbers of all chosen ones, int32 [1, per_token]."""
     hidden, total, size, device = x.shape[1], logits.shape[1], held.down.shape[2], x.device
-    block, plan = triton.next_power_of_2(hidden), plan or Plan()
-    rows = max(plan.rows * 2048 // block, 1)
+    block, block_e = triton.next_power_of_2(hidden), triton.next_power_of_2(total)
+    rows = max(_VALUES // block, 1)
     inner = torch.empty(per_token, size, dtype=x.dtype, device=device)
     weights = torch.empty(1, per_token, dtype=torch.float32, device=device)
     chosen = torch.empty(1, per_token, dtype=torch.int32, device=device)
     out = torch.empty_like(x)
-    options = launch_options(x)
-    up_options = dict(options, maxnreg=plan.registers) if plan.registers else options
-    down_options = dict(options, maxnreg=plan.down_registers) if plan.down_registers else options
+    options: dict[str, Any] = {"PER_TOKEN": per_token, "BLOCK_E": block_e, "WARPS": 4, "num_warps": 4,
+                               **launch_options(x)}
     biases, offsets = (w if b is None else b for w, b in (
         (held.gate_up, held.gate_up_bias), (held.down, held.down_bias)))
-    sizes, block_e = (held.first, held.count, total, size, hidden), triton.next_power_of_2(total)
-    programs = max(min(plan.programs * _multiprocessors(device) // per_token, triton.cdiv(size, rows)), 1)
+    sizes = held.first, held.count, total, size, hidden
+    programs = max(min(_PROGRAMS * _multiprocessors(device) // per_token, triton.cdiv(size, rows)), 1)
     whole = hidden * size * x.itemsize
-    ahead = int(plan.ahead * whole / programs) // 16 * 16 if whole % 16 == 0 and options["PDL"] else 0
+    ahead = int(_AHEAD * whole / programs) // 16 * 16 if whole % 16 == 0 and options["PDL"] else 0
     _up[(per_token, programs)](
         x, logits, held.gate_up, biases, held.down, inner, weights, chosen, *sizes, ahead, SCALING=scaling,
-        NORMALISE=normalise, PER_TOKEN=per_token, LIMIT=held.limit or 0.0, HAS_BIAS=held.gate_up_bias is not None,
-        BLOCK_E=block_e, ROWS=rows, BLOCK=block, AHEAD=ahead > 0, WARPS=plan.warps, EVICT=plan.evict,
-        num_warps=plan.warps, **up_options)
-    columns = min(triton.next_power_of_2(size), plan.columns)
-    _down[(triton.cdiv(hidden, plan.outputs),)](
+        NORMALISE=normalise, LIMIT=held.limit or 0.0, HAS_BIAS=held.gate_up_bias is not None, ROWS=rows, BLOCK=block,
+        AHEAD=ahead > 0, **options)
+    columns = min(triton.next_power_of_2(size), _COLUMNS)
+    _down[(triton.cdiv(hidden, _OUTPUTS),)](
         inner, logits, weights, chosen, held.down, offsets, out, *sizes, triton.cdiv(size, columns),
-        PER_TOKEN=per_token, HAS_BIAS=held.down_bias is not None, EARLY=plan.early, BLOCK_E=block_e,
-        ROWS=plan.outputs, COLUMNS=columns, WARPS=plan.down_warps, num_warps=plan.down_warps, **down_options)
+        HAS_BIAS=held.down_bias is not None, ROWS=_OUTPUTS, COLUMNS=columns, **options)
     return out, chosen
