@@ -193,10 +193,12 @@ def test_rotary_attention(dtype: torch.dtype, m: PagedModelInput, seed: int, dim
     got = ops.rotary_attention(attention.begin(m, [caches[0]]), 0, qkv, kv, begun, norms)
     expected = Ops.rotary_attention(ops, attention.begin(m, [caches[1]]), 0, qkv, kv, begun, norms)
     close(got, expected, dtype)
-    # Rounding of a product and a sum may be contracted in one of the two: a unit in the last place, then fp8's.
+    # Rounding of a product and a sum may be contracted in one of the two: a unit in the last place, then fp8's. With a
+    # norm it is one of the factors, and what is rotated may be much smaller than they are.
     held = ~free(moved(m), cache.cpu()).to(DEVICE)
     kept = [(c.view(torch.float8_e4m3fn).float() if fp8 else c.float()).permute(1, 3, 0, 2, 4)[held] for c in caches]
-    torch.testing.assert_close(*kept, atol=1e-6, rtol=0.13 if fp8 else TOLERANCE[dtype])
+    torch.testing.assert_close(*kept, atol=1e-6 if norms is None else 4 * TOLERANCE[dtype],
+                               rtol=0.13 if fp8 else TOLERANCE[dtype])
 
 
 @given(m=instances(PagedModelInput, min_size=1), seed=st.integers(0, 2**31), seqs=st.integers(0, 3),
