@@ -127,6 +127,22 @@ def test_one_token_of_experts(hidden: int, size: int, count: int, k: int, biased
         gate_up, down, *biases, 0, count, 7.0 if biased else None), k, True, 1.0)
 
 
+@pytest.mark.parametrize(("dtype", "kind", "group"), [
+    (torch.bfloat16, torch.uint8, 64), (torch.bfloat16, torch.float8_e4m3fn, 1024), (torch.float16, torch.uint8, 32),
+    (torch.float32, torch.int8, 1024)], ids=str)
+def test_one_row_of_few_bits(dtype: torch.dtype, kind: torch.dtype, group: int) -> None:
+    """Zero points and MXFP4 as in the next test; a tile has all inputs, or not."""
+    from hal.weights.grid import Grid
+    from runners.cuda.kernels.few_bits import few_bits, multiply
+
+    scales, x = torch.ones(64, 1024 // group), torch.ones(1, 1024, dtype=dtype)
+    weight = few_bits(Grid(torch.zeros(64, 1024).to(kind), scales, group, (64,), scales if group == 64 else None),
+                      group == 32)
+    assert weight is not None
+    multiply(x, weight, x[0, :64].contiguous())
+    multiply(x, weight, None, rows=4, width=2, warps=1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "kind", "group", "tokens"), [
     (torch.bfloat16, torch.uint8, 64, 1), (torch.bfloat16, torch.uint8, 64, 64), (torch.bfloat16, torch.uint8, 64, 700),

@@ -451,29 +451,29 @@ def test_advance_in_place_is_what_the_fields_declare(count: int, padded: int, si
         assert torch.equal(own.pending_rows[:count], m.pending_rows[:count])
 
 
-def grids(draw: int) -> list[Grid]:
+def grids(draw: int, out: int = 40, wide: int = 200) -> list[Grid]:
     """Weights of every form: rows, groups and blocks of scales, zero points, and an order of inputs of their own."""
     generator = torch.Generator().manual_seed(draw)
 
     def positive(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator) * 0.01 + 0.005
 
-    out, wide = 40, 200
+    by = {group: -(-wide // group) for group in (128, 64, 32, 16)}
     eight = torch.randint(-127, 128, (out, wide), generator=generator).to(torch.int8)
     fp8 = torch.randn(out, wide, generator=generator).mul(50).to(torch.float8_e4m3fn)
     four = torch.randint(0, 16, (out, wide), generator=generator).to(torch.uint8)
-    zeros = torch.randint(0, 16, (out, 2), generator=generator).float()
-    index = (torch.randperm(wide, generator=generator) >= 128).int()  # 128 inputs of the first group
+    zeros = torch.randint(0, 16, (out, by[128]), generator=generator).float()
+    index = (torch.randperm(wide, generator=generator) // 128).int()  # 128 inputs of each group but the last
     return [Grid(eight, positive(out, 1), wide, (out,)), Grid(fp8, positive(out, 1), wide, (out,)),
-            Grid(fp8, positive(out, 2), 128, (out,)), Grid(eight, positive(out, 7), 32, (out,)),
-            Grid(four, positive(out, 2), 128, (out,), zeros), Grid(four, positive(out, 4), 64, (out,)),
-            Grid(four, positive(out, 7), 32, (out,), torch.full((out, 7), 8.0)),
-            Grid(four, positive(out, 13), 16, (out,)), Grid(four, positive(out, 1), wide, (out,), zeros[:, :1]),
-            Grid(four, positive(out, 2), 128, (24, 16), zeros, index.expand(2, -1))]
+            Grid(fp8, positive(out, by[128]), 128, (out,)), Grid(eight, positive(out, by[32]), 32, (out,)),
+            Grid(four, positive(out, by[128]), 128, (out,), zeros), Grid(four, positive(out, by[64]), 64, (out,)),
+            Grid(four, positive(out, by[32]), 32, (out,), torch.full((out, by[32]), 8.0)),
+            Grid(four, positive(out, by[16]), 16, (out,)), Grid(four, positive(out, 1), wide, (out,), zeros[:, :1]),
+            Grid(four, positive(out, by[128]), 128, (out - 8, 8), zeros, index.expand(2, -1))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 16, 37])
+@pytest.mark.parametrize("rows", [2, 16, 37])
 def test_weights_of_few_bits(dtype: torch.dtype, rows: int) -> None:
     from runners.cuda.kernels.few_bits import few_bits, multiply
 
@@ -491,6 +491,28 @@ def test_weights_of_few_bits(dtype: torch.dtype, rows: int) -> None:
         got = multiply(ours.contiguous(), weight, None if bias is None else bias.to(DEVICE))
         close(got / 10, expected / 10, dtype)  # products of 200 terms, whose weights tensor cores take in the dtype
         close(ours @ weight.dequantized(dtype).t() / 10, product / 10, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(DTYPES[0], 8), (DTYPES[-1], 2)], ids=str)
+def test_one_row_of_few_bits(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile has all five chunks of the inputs, or three tiles have them. Programs go on to other outputs, of which the
+    last tiles have too few or none."""
+    from runners.cuda.kernels import few_bits
+
+    monkeypatch.setattr(few_bits, "_PROGRAMS", 2)
+    several = grids(width, 9, 600)
+    halves = dataclasses.replace(several[4], zeros=several[4].zeros + 0.5)
+    codes = dataclasses.replace(several[6], zeros=None)
+    for i, grid in enumerate([*several, halves, codes]):
+        generator = torch.Generator().manual_seed(i)
+        x, bias = (torch.randn(*shape, generator=generator).to(DEVICE, dtype) for shape in ((1, 600), (9,)))
+        moved = dataclasses.replace(grid, **{name: getattr(grid, name).to(DEVICE) for name in (
+            "values", "scales", "zeros", "index") if getattr(grid, name) is not None})
+        weight = few_bits.few_bits(moved, grid is codes)
+        assert weight is not None
+        expected = x.double() @ weight.dequantized(torch.float32).double().t() + (bias.double() if i % 2 else 0)
+        got = few_bits.multiply(x, weight, bias if i % 2 else None, rows=2, width=width, warps=1)
+        close(got / 10, expected / 10, dtype)
 
 
 @pytest.mark.parametrize("size", [48, 200])

@@ -234,17 +234,142 @@ def row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, P
 
 
 @triton.jit
+def _tile(values, scales, zeros, first, rows, start, chunks, each, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+          PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """What a weight of integers has for ROWS rows from `first` on, in CHUNKS chunks from `start` on: the words of each
+    row, [units, 4], and for each part of a chunk the scales and the zeros, [units, ROWS]. Units are in the order of
+    threads, so that each thread loads what it needs by itself: 4 words of a row, or the scales of all rows, at once."""
+    WORDS: tl.constexpr = CHUNK // PIECES
+    unit = tl.arange(0, CHUNKS * WORDS // 4)
+    at = (start * WORDS + unit * 4)[:, None] + tl.arange(0, 4)[None]
+    words, scale, zero = (), (), ()
+    for r in tl.static_range(ROWS):
+        there = (at < chunks * WORDS) & (first + r < rows)
+        words += (tl.load(values + (first + r).to(tl.int64) * (chunks * WORDS) + at, mask=there, other=0),)
+    row, chunk = first + tl.arange(0, ROWS), start + unit // (WORDS // 4)
+    real = (chunk < chunks)[:, None] & (row < rows)[None]
+    for p in tl.static_range(PARTS):
+        group = (chunk // each * PARTS + p)[:, None] * rows + row[None]
+        scale += (tl.load(scales + group, mask=real, other=0.0),)
+        if HAS_ZEROS:
+            zero += (tl.load(zeros + group, mask=real, other=0),)
+    return words, scale, zero
+
+
+@triton.jit
+def _factors(x, start, size, PIECES: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+             CHUNKS: tl.constexpr):
+    """The inputs that each piece of a tile's words meets, [units, 4], times what makes of their products those with the
+    integers times 2^-49. For each part of a chunk the sums of its inputs, [units], times 2^100, as the inputs of the
+    lowest piece are."""
+    WORDS: tl.constexpr = CHUNK // PIECES
+    unit = tl.arange(0, CHUNKS * WORDS // 4)
+    first = (start + unit // (WORDS // 4)) * CHUNK + unit % (WORDS // 4) * 4
+    factors, sums = (), ()
+    for p in tl.static_range(PARTS):
+        total = tl.zeros((CHUNKS * WORDS // 4, 4), tl.float32)
+        for i in tl.static_range(p * (PIECES // PARTS), (p + 1) * (PIECES // PARTS)):
+            at = first[:, None] + (i * WORDS + tl.arange(0, 4))[None]
+            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+            total += value
+            factors += (value * 2.0 ** (77 if E2M1 else 100 - 32 // PIECES * i + i // (PIECES * 3 // 4) * 8),)
+        sums += (tl.sum(total, 1) * 2.0 ** 100,)
+    return factors, sums
+
+
+@triton.jit
+def _products(acc, words, scale, zero, factors, sums, PIECES: tl.constexpr, OFFSET: tl.constexpr, E2M1: tl.constexpr,
+              PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """acc [units, ROWS] and the products of a tile, times 2^-49."""
+    row = tl.arange(0, acc.shape[1])[None]
+    for p in tl.static_range(PARTS):
+        part = tl.zeros(acc.shape, tl.float32)
+        for r in tl.static_range(acc.shape[1]):
+            product = tl.zeros(factors[0].shape, tl.float32)
+            for i in tl.static_range(p * (PIECES // PARTS), (p + 1) * (PIECES // PARTS)):
+                if E2M1 or i < PIECES * 3 // 4:
+                    piece = _piece(words[r], i, PIECES, E2M1, 0)
+                else:  # one shift for all pieces of the highest 8 bits
+                    piece = _piece(words[r] >> 8, i - PIECES // 4, PIECES, E2M1, 0)
+                product += piece * factors[i]
+            part = tl.where(row == r, tl.sum(product, 1)[:, None], part)
+        if OFFSET > 0:
+            part -= (OFFSET * 2.0 ** -149 * sums[p])[:, None]
+        if HAS_ZEROS:
+            if zero[p].dtype == tl.uint8:  # its bits are a number like those of _piece
+                part -= zero[p].to(tl.int32).to(tl.float32, bitcast=True) * sums[p][:, None]
+            else:
+                part -= zero[p].to(tl.float32) * (2.0 ** -149 * sums[p])[:, None]
+        acc += part * scale[p].to(tl.float32)
+    return acc
+
+
+@triton.jit
 def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIECES: tl.constexpr, OFFSET: tl.constexpr,
              E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-             HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mine = row < rows
+             HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr):
+    """For integers. The weights are ready before the inputs are, so the first tile is read while the kernel before this
+    one ends, and each further tile while the one before it is multiplied. WHOLE: a tile has all chunks, so the inputs
+    stay in registers while a program goes on to other outputs."""
+    begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
+    words, scale, zero = _tile(values, scales, zeros, begin, rows, 0, chunks, each, PIECES, CHUNK, PARTS, HAS_ZEROS,
+                               ROWS, CHUNKS)
     wait_for_inputs(PDL)
-    result = row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, PIECES, OFFSET, E2M1, CHUNK,
-                         PARTS, HAS_ZEROS, CHUNKS)
+    if WHOLE:
+        factors, sums = _factors(x, 0, size, PIECES, E2M1, CHUNK, PARTS, CHUNKS)
+    for first in range(begin, rows, step):
+        acc = tl.zeros((CHUNKS * CHUNK // PIECES // 4, ROWS), tl.float32)
+        for start in range(0, 1 if WHOLE else chunks, CHUNKS):
+            if not WHOLE:
+                factors, sums = _factors(x, start, size, PIECES, E2M1, CHUNK, PARTS, CHUNKS)
+            ends = start + CHUNKS >= chunks
+            more, more_scale, more_zero = _tile(
+                values, scales, zeros, tl.where(ends, first + step, first), rows, tl.where(ends, 0, start + CHUNKS),
+                chunks, each, PIECES, CHUNK, PARTS, HAS_ZEROS, ROWS, CHUNKS)
+            acc = _products(acc, words, scale, zero, factors, sums, PIECES, OFFSET, E2M1, PARTS, HAS_ZEROS)
+            words, scale, zero = more, more_scale, more_zero
+        row = first + tl.arange(0, ROWS)
+        result = tl.sum(acc, 0) * 2.0 ** 49
+        if HAS_BIAS:
+            result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _float8_tile(values, scales, row, rows, start, chunks, each, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The weight's rows `row` in CHUNKS chunks from `start` on, [rows, CHUNKS, CHUNK], and their scales."""
+    chunk = start + tl.arange(0, CHUNKS)
+    there = (row < rows)[:, None] & (chunk < chunks)[None]
+    source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, None]
+    tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
+    return tile, tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0)
+
+
+@triton.jit
+def _float8_products(tile, scale, x, start, size):
+    """[rows, CHUNKS]: the products of a tile and of the inputs from the chunk `start` on."""
+    CHUNKS: tl.constexpr = tile.shape[1]
+    CHUNK: tl.constexpr = tile.shape[2]
+    at = (start + tl.arange(0, CHUNKS))[:, None] * CHUNK + tl.arange(0, CHUNK)[None]
+    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    return tl.sum(tile.to(tl.float32) * value[None], 2) * scale.to(tl.float32)
+
+
+@triton.jit
+def _one_float8_row(x, values, scales, bias, out, rows, size, chunks, each, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
+    """As _one_row, but only the first tile is read ahead: many programs at once, each of few registers, are faster."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile, scale = _float8_tile(values, scales, row, rows, 0, chunks, each, CHUNK, CHUNKS)
+    wait_for_inputs(PDL)
+    acc = _float8_products(tile, scale, x, 0, size)
+    for start in range(CHUNKS, chunks, CHUNKS):
+        tile, scale = _float8_tile(values, scales, row, rows, start, chunks, each, CHUNK, CHUNKS)
+        acc += _float8_products(tile, scale, x, start, size)
+    result = tl.sum(acc, 1)
     if HAS_BIAS:
-        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
+        result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -383,7 +508,10 @@ def round_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]
 def one_row_tile(weight: FewBits, outputs: int) -> tuple[int, int, int]:
     """Outputs of a program, chunks of its tile, and its warps, for one row of inputs."""
     if weight.pieces:
-        return 8, 32, 32 // weight.pieces
+        width = min(triton.next_power_of_2(weight.chunks), 32)
+        # A thread holds fewer rows where each takes more registers, and 16 bytes of scales, which it loads at once.
+        few = weight.pieces == 4 or weight.scales.itemsize == 4
+        return 4 if few else 8, width, max(width // 8, 1)
     return (16, 1024 // weight.chunk, 4) if outputs >= 16384 else (8, 2048 // weight.chunk, 8)
 
 
@@ -404,9 +532,16 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
     if n == 1:
         usual = one_row_tile(weight, out.shape[1])
         rows, width, warps = rows or usual[0], width or usual[1], warps or usual[2]
-        _one_row[(triton.cdiv(out.shape[1], rows),)](
-            x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
-            CHUNKS=width, num_warps=warps, **shape)
+        blocks = triton.cdiv(out.shape[1], rows)
+        if weight.pieces:
+            programs = triton.cdiv(blocks, triton.cdiv(blocks, _PROGRAMS))  # that have as many outputs as each other
+            _one_row[(programs,)](
+                x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
+                CHUNKS=width, WHOLE=width >= chunks, num_warps=warps, **shape)
+        else:
+            _one_float8_row[(blocks,)](
+                x, weight.values, weight.scales, bias_or_any, out, out.shape[1], size, chunks, each, CHUNK=weight.chunk,
+                HAS_BIAS=bias is not None, ROWS=rows, CHUNKS=width, num_warps=warps, **launch_options(x))
     else:
         rows = rows or (128 if weight.pieces == 4 and n <= 16 else 64)
         blocks = triton.cdiv(out.shape[1], rows)
