@@ -58,7 +58,8 @@ def test_gemv(size: int, gated: bool) -> None:
     weight, x = torch.ones(64, size, dtype=torch.bfloat16), torch.ones(1, size, dtype=torch.bfloat16)
     for norm, bias in ((None, None), (Norm(x[0], 1e-5), None), (Norm(x[0].float(), 1e-5, x), None),
                        (Norm(x[0], 1e-5, x), weight[:, 0].contiguous())):
-        gemv(x, weight, bias, Tile(4, 1024, 4), gated=gated, norm=norm)
+        for some in (weight, weight[:2]):  # an argument that is 1 is a constant of the kernel
+            gemv(x, some, bias, Tile(4, 1024, 4), gated=gated, norm=norm)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -114,7 +115,7 @@ def test_experts(dtype: torch.dtype, tokens: int) -> None:
     experts.experts(x, weights, chosen, experts.Held(gate_up, down, *biases, 0, count, 7.0))
 
 
-@pytest.mark.parametrize(("hidden", "size", "count", "k", "biased"), [(2048, 768, 128, 8, False),
+@pytest.mark.parametrize(("hidden", "size", "count", "k", "biased"), [(2048, 768, 128, 8, False), (130, 1, 1, 1, True),
                                                                       (2880, 2880, 32, 4, True)])
 def test_one_token_of_experts(hidden: int, size: int, count: int, k: int, biased: bool) -> None:
     from runners.cuda.kernels import experts, one_token

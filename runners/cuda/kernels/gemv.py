@@ -87,7 +87,7 @@ def _gemv(x, residual, norm, weight, bias, total, normed, out, rows, size, eps, 
     at = tl.arange(0, COLUMNS)
     mine = row < rows
     source = weight + row.to(tl.int64)[:, None] * size
-    half = rows.to(tl.int64) * size  # from a gate's weights to the other factor's
+    half = tl.cast(rows, tl.int64) * size  # from a gate's weights to the other factor's
     # The weights are ready before the row is, so the first of them are read while the kernel before this one ends.
     tile = tile_of(source, at, size, mine)
     offset, up_offset = _offsets(bias, row, rows, HAS_BIAS, GATED)

@@ -106,7 +106,7 @@ def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total
     here = (expert >= 0) & (expert < count)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     gates = weight + (expert.to(tl.int64) * 2 * size + row)[:, None] * hidden
-    half = size.to(tl.int64) * hidden  # from a gate's weights to the other factor's
+    half = tl.cast(size, tl.int64) * hidden  # from a gate's weights to the other factor's
     inside = (row < size) & here
     gate, up = tile_of(gates, at, hidden, inside), tile_of(gates + half, at, hidden, inside)
     value = tl.load(x + at, mask=at < hidden, other=0.0).to(tl.float32)
