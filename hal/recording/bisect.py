@@ -165,6 +165,8 @@ class _Traced:
         self._inner, self._trace = inner, trace
 
     # Their results are inside the operations that they stand for.
+    apply_norm: Any = Ops.apply_norm
+    mixture: Any = Ops.mixture
     norm_linear: Any = Ops.norm_linear
     norm_heads: Any = Ops.norm_heads
     rotary_attention: Any = Ops.rotary_attention

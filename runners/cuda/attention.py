@@ -49,8 +49,8 @@ class CudaAttention:
         return 1 if spec.values_in_keys else 2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim
 
     def splits(self, num_seqs: int, context: int, kv_heads: int) -> int:
-        """Programs for one sequence and kv head: enough to fill the device, none with less than a few tiles. It follows
-        from what a graph fixes, so replays need no other."""
+        """Programs for one sequence and kv head in the kernels of drafts and of latent attention: enough to fill the
+        device, none with less than a few tiles. It follows from what a graph fixes, so replays need no other."""
         wanted = 4 * self.units // max(num_seqs * kv_heads, 1)
         return max(min(wanted, -(-context // 64), kernels.MAX_SPLITS), 1)
 
@@ -59,8 +59,8 @@ class CudaAttention:
         two programs for a multiprocessor need large tiles to use the bandwidth. (H200: 1 to 128 sequences, contexts of
         180 to 2,000, heads of four models.)"""
         programs = max(num_seqs * kv_heads, 1)
-        splits = min(self.units // programs, -(-context // 32), kernels.MAX_SPLITS)
-        if context <= 128 * splits:
+        splits = min(self.units // programs, max(-(-context // 32), 1), kernels.MAX_SPLITS)
+        if splits and context <= 128 * splits:
             return kernels.Division(splits, _tile(context, splits), True)
         splits = max(min(2 * self.units // programs, -(-context // 64), kernels.MAX_SPLITS), 1)
         return kernels.Division(splits, max(_tile(context, splits), 64) if programs * splits <= 2 * self.units else 64)
@@ -89,10 +89,10 @@ class CudaAttention:
             for queries in (64, 65):
                 kernels.prefill(q, cache, tables, lens[:1], lens, torch.empty_like(q), first_seq=0, max_queries=queries,
                                 **how)
-            # Padding is not written: no sequence has a query here. Rotary embeddings are the layers' own affair.
-            table = torch.zeros(1, spec.head_dim, device=self.device)
-            for splits, rotary in itertools.product((1, 8, 9) if self.queries else (), (None, (lens, table))):
-                new = kernels.New(q[:, :spec.num_kv_heads], q[:, :spec.num_kv_heads], lens, rotary)
+            # Padding is not written: no sequence has a query here. Rotary embeddings and norms are the layers' affair.
+            rotary, norms = (lens, torch.zeros(1, spec.head_dim, device=self.device)), HeadNorms(q[0, 0], q[0, 0], 1.0)
+            for splits, more in itertools.product((1, 8, 9) if self.queries else (), ((), (rotary,), (rotary, norms))):
+                new = kernels.New(q[:, :spec.num_kv_heads], q[:, :spec.num_kv_heads], lens, *more)
                 kernels.extend(q, new, cache, tables, lens[:1], lens, torch.empty_like(q), queries=self.queries,
                                splits=splits, **how)
 

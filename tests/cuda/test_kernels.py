@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +226,18 @@ def test_padding(m: PagedModelInput, seed: int, seqs: int, tokens: int, blocks: 
     held = ~free(m, cache)
     kept, expected = (c.cpu().permute(1, 3, 0, 2, 4)[held] for c in (padded, cache))
     assert got.isfinite().all() and torch.equal(kept, expected)
+
+
+def test_every_division_covers_the_context() -> None:
+    from runners.cuda.attention import CudaAttention
+    from runners.cuda.kernels.attention import MAX_SPLITS
+
+    attention = CudaAttention(specs_of(8, 2, 64, (None,)), device=DEVICE, dtype=torch.float16)
+    for attention.units, seqs, context, heads in itertools.product(
+            (1, 132), (0, 1, 3, 32, 500), (0, 1, 33, 240, 2048, 131072), (1, 8, 300)):
+        splits, keys, early = attention.divided(seqs, context, heads)
+        assert 1 <= splits <= MAX_SPLITS and keys in (32, 64, 128)
+        assert not early or (context <= splits * keys and splits * seqs * heads <= attention.units)
 
 
 def test_warming_up_leaves_the_cache_alone() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from hal.checkpoints.hf_config import parse_config
 from hal.config import Topology
+from hal.conformance import reference
 from hal.conformance.case import case
 from hal.conformance.context import Context, these_schemes_alone
 from hal.contracts.communicator import LocalCommunicator
@@ -84,13 +85,28 @@ def in_few_bits(ctx: Context) -> None:
             plain.decode()
             ops.pack_experts(layer)
         up, down = plain.gate_up.double().view(5, -1, _IN), plain.down.double()
+
+        def expected(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+            gate, other = torch.einsum("ni,nkoi->nko", x.double(), up[chosen]).chunk(2, -1)  # noqa: B023
+            each = torch.einsum("nki,nkoi->nko", F.silu(gate) * other, down[chosen])  # noqa: B023
+            return (each * weights.double().unsqueeze(-1)).sum(1)
+
         for rows in _ROWS:
             x, weights = ctx.normal(rows, _IN), torch.from_numpy(ctx.rng.uniform(0.1, 1.0, (rows, 2))).float()
             chosen = torch.from_numpy(ctx.rng.permuted(np.tile(np.arange(5), (rows, 1)), axis=1)[:, :2])
-            gate, other = torch.einsum("ni,nkoi->nko", x.double(), up[chosen]).chunk(2, -1)
-            each = torch.einsum("nki,nkoi->nko", F.silu(gate) * other, down[chosen])
             got = ops.experts(x.to(device), weights.to(device), chosen.int().to(device), layer)
-            ctx.close("experts", got, (each * weights.double().unsqueeze(-1)).sum(1), f"{rows} rows of {scheme.name}")
+            ctx.close("experts", got, expected(x, weights, chosen), f"{rows} rows of {scheme.name}")
+            # With what comes before: the norm, and the choice of the best.
+            residual, gains = ctx.normal(rows, _IN), ctx.normal(_IN)
+            got, normed, total, chosen = (t.cpu() for t in ops.mixture(
+                x.to(device), residual.to(device), gains.to(device), layer))
+            ctx.close("norm", total, x.double() + residual.double(), f"the sum of {rows} rows")
+            ctx.close("norm", normed, reference.rms_norm(total.double(), gains.double(), layer.eps), f"{rows} rows")
+            logits = (normed.double() @ plain.router.double().t()).to(ctx.torch_dtype).double()  # as routers round
+            chosen = chosen.long()
+            ctx.close("linear", logits.gather(1, chosen), logits.topk(2).values, f"choices of {rows} rows")
+            ctx.close("experts", got, expected(normed, logits.softmax(-1).gather(1, chosen), chosen),
+                      f"{rows} rows of {scheme.name} with the norm and the router")
 
 
 def _ops(ctx: Context) -> tuple[Ops, torch.device]:

@@ -383,7 +383,8 @@ class Division(NamedTuple):
     """How decoding sequences are divided among programs.
 
     Attributes:
-        splits: programs that share a sequence's context. keys: of a tile, as far as registers allow.
+        splits: programs that share a sequence's context. keys: of a tile, as far as registers allow, and at least 64
+            where nothing is read early.
         early: each program reads its first tile before the launches before it have ended, if their newest keys are
             written on the way.
     """
@@ -412,7 +413,8 @@ class New(NamedTuple):
 
 
 def write_kv(q: torch.Tensor, new: New, cache: torch.Tensor) -> torch.Tensor:
-    """Keys, rotated, and values into a layer's cache; returns q [n, heads, head_dim] rotated."""
+    """Keys, normed and rotated as `new` says, and values into a layer's cache; returns q [n, heads, head_dim], normed
+    and rotated."""
     (n, heads, dim), kv_heads = q.shape, new.k.shape[1]
     turned = q if new.rotary is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _write_kv[(n,)](q, new.k, new.v, cache, new.slots, *new.turning(), turned, q.stride(0), new.k.stride(0),
@@ -431,7 +433,8 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
     Args:
         q: [n, heads, head_dim], tokens may have gaps. tables: [n, blocks] int32. lens: [n] int32; 0 gives zeros.
         out: [n, heads, head_dim], contiguous.
-        new: each sequence's newest key and value, which are written, and q rotated, on the way; None: all are there.
+        new: each sequence's newest key and value, which are written, and q normed and rotated, on the way; None: all
+            are there.
             Everything but q and the new k and v may be read while the launches before it still run, so whoever writes
             lengths, tables, slots, positions or earlier keys does it before a launch that is not programmatic: a copy,
             or any kernel of PyTorch's.

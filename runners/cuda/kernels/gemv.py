@@ -142,7 +142,7 @@ def _gemv(x, residual, norm, weight, bias, total, normed, out, rows, size, eps, 
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def programs_at_once(device: torch.device) -> int:
     """The number of programs that a device runs at once, of some warps each."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
@@ -171,7 +171,7 @@ def gemv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile:
     grid = triton.cdiv(rows, tile.rows)
     assert normed is None or tile.columns >= block
     if tile.columns >= block:
-        grid = min(grid, _programs(x.device))
+        grid = min(grid, programs_at_once(x.device))
     _gemv[(grid,)](x, added, gains, weight, biases, total, x if normed is None else normed, out, rows, size, eps,
                    HAS_BIAS=bias is not None, GATED=gated, NORM=norm is not None, ADD=residual is not None,
                    KEEP=normed is not None, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK=block, num_warps=tile.warps,

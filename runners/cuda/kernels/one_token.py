@@ -6,7 +6,6 @@ of the second layer can know them, and have its first weights on the way, before
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -14,54 +13,54 @@ import triton
 import triton.language as tl
 
 from runners.cuda.kernels.experts import Held, gated
-from runners.cuda.kernels.gemv import tile_of
+from runners.cuda.kernels.gemv import programs_at_once, tile_of
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs, wait_then_launch
 
 
 @triton.jit
-def keys_of(logits, total, BLOCK_E: tl.constexpr, WARPS: tl.constexpr):
+def _keys_of(logits, total, BLOCK_E: tl.constexpr, WARPS: tl.constexpr):
     """The scores as integers [WARPS, BLOCK_E] of which the largest is the best, and of equal scores that of the lower
     number. Logits have 16 bits, so the lowest bits have place for the number: no two are equal, whatever the logits.
     Each warp has all of them, so that warps find the best without a word to each other."""
     lane = tl.arange(0, BLOCK_E)[None] + tl.zeros((WARPS, 1), tl.int32)
     # The kernel before this one may still run, so that the multiprocessor's own cache may be out of date.
-    value = tl.load(logits + lane, mask=lane < total, other=0.0, cache_modifier=".cg").to(tl.float32)
+    value = tl.load(logits + lane, mask=lane < total, other=0.0, cache_modifier=".cg").to(tl.float32) + 0.0
     bits = value.to(tl.int32, bitcast=True)
     bits = tl.where(lane < total, (bits ^ (bits >> 31 & 0x7FFFFFFF)) & -8192, -2147483648)
     return bits | 8191 - lane
 
 
 @triton.jit
-def take_best(keys):
+def _take_best(keys):
     """The largest keys, and the keys without them."""
     best = tl.max(keys, 1)
     return best, tl.where(keys == best[:, None], -2147483648, keys)
 
 
 @triton.jit
-def number_of(key):
+def _number_of(key):
     return 8191 - (key & 8191)
 
 
 @triton.jit
-def logit_of(key):
+def _logit_of(key):
     bits = (key & -8192 ^ (key >> 31 & 0x7FFFFFFF)) & -8192
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def store_choice(keys, weights, chosen, choice, total, SCALING: tl.constexpr, NORMALISE: tl.constexpr,
+def _store_choice(keys, weights, chosen, choice, total, SCALING: tl.constexpr, NORMALISE: tl.constexpr,
                  PER_TOKEN: tl.constexpr):
     """The number and the weight of one choice: a softmax over all experts, or over the chosen ones."""
-    largest = logit_of(tl.max(keys, 1))
-    whole = tl.sum(tl.where(number_of(keys) < total, tl.exp(logit_of(keys) - largest[:, None]), 0.0), 1)
+    largest = _logit_of(tl.max(keys, 1))
+    whole = tl.sum(tl.where(_number_of(keys) < total, tl.exp(_logit_of(keys) - largest[:, None]), 0.0), 1)
     mine, number = whole * 0, tl.zeros(whole.shape, tl.int32)
     among = mine
     for i in range(PER_TOKEN):
-        best, keys = take_best(keys)
-        score = tl.exp(logit_of(best) - largest)
+        best, keys = _take_best(keys)
+        score = tl.exp(_logit_of(best) - largest)
         among += score
-        mine, number = tl.where(i == choice, score, mine), tl.where(i == choice, number_of(best), number)
+        mine, number = tl.where(i == choice, score, mine), tl.where(i == choice, _number_of(best), number)
     tl.store(weights + choice, tl.max(mine / (among if NORMALISE else whole), 0) * SCALING)
     tl.store(chosen + choice, tl.max(number, 0))
 
@@ -98,11 +97,11 @@ def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total
     choice, at = tl.program_id(0), tl.arange(0, BLOCK)
     kind = out.dtype.element_ty
     wait_then_launch(PDL)
-    keys = keys_of(logits, total, BLOCK_E, WARPS)
-    best, left = take_best(keys)
+    keys = _keys_of(logits, total, BLOCK_E, WARPS)
+    best, left = _take_best(keys)
     for _ in range(choice):
-        best, left = take_best(left)
-    expert = tl.max(number_of(best), 0) - first
+        best, left = _take_best(left)
+    expert = tl.max(_number_of(best), 0) - first
     here = (expert >= 0) & (expert < count)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     gates = weight + (expert.to(tl.int64) * 2 * size + row)[:, None] * hidden
@@ -111,7 +110,7 @@ def _up(x, logits, weight, bias, down, out, weights, chosen, first, count, total
     gate, up = tile_of(gates, at, hidden, inside), tile_of(gates + half, at, hidden, inside)
     value = tl.load(x + at, mask=at < hidden, other=0.0).to(tl.float32)
     if tl.program_id(1) == tl.num_programs(1) - 1:  # which has the fewest rows
-        store_choice(keys, weights, chosen, choice, total, SCALING, NORMALISE, PER_TOKEN)
+        _store_choice(keys, weights, chosen, choice, total, SCALING, NORMALISE, PER_TOKEN)
     if here:
         step = tl.num_programs(1) * ROWS
         for begin in range(tl.program_id(1) * ROWS, size, step):  # goes on to other rows, reading ahead
@@ -142,11 +141,11 @@ def _down(x, logits, weights, chosen, weight, bias, out, first, count, total, si
     at, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mine = row < hidden
     source = weight + row.to(tl.int64)[:, None] * size
-    best, left = take_best(keys_of(logits, total, BLOCK_E, WARPS))
-    expert = tl.max(number_of(best), 0)
+    best, left = _take_best(_keys_of(logits, total, BLOCK_E, WARPS))
+    expert = tl.max(_number_of(best), 0)
     if parts == 1:
-        best, left = take_best(left)
-    second = tl.max(number_of(best), 0)
+        best, left = _take_best(left)
+    second = tl.max(_number_of(best), 0)
     tile = _part(source, 0, expert - first, count, parts, at, size, hidden, mine, PER_TOKEN)
     following = _part(source, 1, second - first, count, parts, at, size, hidden, mine, PER_TOKEN)
     wait_for_inputs(PDL)
@@ -171,21 +170,17 @@ def _down(x, logits, weights, chosen, weight, bias, out, first, count, total, si
     tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
 
 
-# What was fastest on an H200 for Qwen3-30B-A3B. Of the first layer: values of a tile, programs of a multiprocessor, and
-# the part of the second layer's weights that they bring to L2. Of the second: outputs of a program, columns of a tile.
-_VALUES, _PROGRAMS, _AHEAD = 4096, 4, 0.25
+# What was fastest on an H200 for Qwen3-30B-A3B. Of the first layer: values of a tile, and the part of the second
+# layer's weights that its programs bring to L2. Of the second: outputs of a program, columns of a tile.
+_VALUES, _AHEAD = 4096, 0.25
 _OUTPUTS, _COLUMNS = 4, 1024
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def experts(x: torch.Tensor, logits: torch.Tensor, held: Held, per_token: int, normalise: bool, scaling: float,
             ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [1, hidden] and logits [1, all experts], contiguous, of 16 bits -> [1, hidden], the weighted sum of the chosen
-    experts that this rank holds, and the numbers of all chosen ones, int32 [1, per_token]."""
+    experts that this rank holds, and the numbers of all chosen ones, int32 [1, per_token]. There are at most 8,192
+    experts."""
     hidden, total, size, device = x.shape[1], logits.shape[1], held.down.shape[2], x.device
     block, block_e = triton.next_power_of_2(hidden), triton.next_power_of_2(total)
     rows = max(_VALUES // block, 1)
@@ -198,7 +193,7 @@ def experts(x: torch.Tensor, logits: torch.Tensor, held: Held, per_token: int, n
     biases, offsets = (w if b is None else b for w, b in (
         (held.gate_up, held.gate_up_bias), (held.down, held.down_bias)))
     sizes = held.first, held.count, total, size, hidden
-    programs = max(min(_PROGRAMS * _multiprocessors(device) // per_token, triton.cdiv(size, rows)), 1)
+    programs = max(min(programs_at_once(device) // per_token, triton.cdiv(size, rows)), 1)
     whole = hidden * size * x.itemsize
     ahead = int(_AHEAD * whole / programs) // 16 * 16 if whole % 16 == 0 and options["PDL"] else 0
     _up[(per_token, programs)](
