@@ -30,7 +30,7 @@ from hal.testing.tolerance import Tolerances
 # Operations by name: how many leading arguments are activations, and the row of the tolerance table.
 _TRACED = {"linear": (1, "linear"), "adapt": (2, "linear"), "rms_norm": (1, "norm"), "add_rms_norm": (2, "norm"),
            "layer_norm": (1, "norm"), "rotary": (1, "rotary"), "silu_mul": (1, "activation"),
-           "activation": (1, "activation"), "attention": (3, "attention")}
+           "activation": (1, "activation"), "experts": (3, "experts"), "attention": (3, "attention")}
 _PARTS = "ops", "make_attention", "forward_context", "sample"
 
 
@@ -166,6 +166,7 @@ class _Traced:
 
     # Their results are inside the operations that they stand for.
     apply_norm: Any = Ops.apply_norm
+    gated: Any = Ops.gated
     mixture: Any = Ops.mixture
     norm_linear: Any = Ops.norm_linear
     norm_heads: Any = Ops.norm_heads

@@ -61,6 +61,9 @@ class PlantedOps(Ops):
     def silu_mul(self, *args: Any) -> torch.Tensor:
         return self.spoilt("silu_mul", super().silu_mul(*args))
 
+    def experts(self, *args: Any) -> torch.Tensor:
+        return self.spoilt("experts", super().experts(*args))
+
 
 class PlantedAttention(PagedAttention):
     def begin(self, *args: Any) -> Any:

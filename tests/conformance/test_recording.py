@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # `planted`
 
+import families
 import planted
 
 from hal.cli import main
@@ -30,8 +32,10 @@ from hal.contracts.request import ExecuteModelRequest
 from hal.engine.llm import LLM
 from hal.errors import BackendError, CapacityError, ConfigError, WireError, WorkerError
 from hal.features import COLUMNS
-from hal.recording.bisect import _Device, bisect
+from hal.models.ops import Ops
+from hal.recording.bisect import _TRACED, _Device, _Traced, bisect
 from hal.recording.format import Recording
+from hal.recording.record import record_run
 from hal.recording.replay import replay
 from hal.sampling.params import SamplingParams
 
@@ -245,6 +249,28 @@ def test_bisect_names_the_planted_operation(monkeypatch: pytest.MonkeyPatch, wha
     assert found is not None
     assert (found.call.layer, found.call.op, found.call.name, found.between) == (layer, what.split()[0], name, False)
     assert found.error > found.tolerance
+
+
+def test_bisect_sees_inside_operations_that_are_made_of_others() -> None:
+    sources = {name: inspect.getsource(method) for name, method in vars(Ops).items() if inspect.isfunction(method)}
+    made, found = set[str](), set(_TRACED)
+    while found:
+        calls = re.compile(rf"self\.({'|'.join(found)})\(")
+        found = {name for name, source in sources.items() if calls.search(source)} - made - _TRACED.keys()
+        made |= found
+    assert {"norm_linear", "mixture"} <= made <= vars(_Traced).keys()
+
+
+@pytest.mark.slow
+def test_bisect_names_an_operation_of_a_mixture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, path = str(families.save("qwen3-moe", tmp_path / "model")), tmp_path / "run.safetensors"
+    with LLM(model, device="cpu", dtype="float32", async_scheduling=False) as llm:
+        record_run(llm, [[5, 6, 7]], SamplingParams(max_tokens=3), path)
+    for what, layer in (("experts 1", 2), ("add_rms_norm 0", 0)):  # the layer between them has no experts
+        monkeypatch.setenv("PLANT", what)
+        found = bisect(path, "planted:planted", "cpu", model=model).divergence
+        assert found is not None
+        assert (found.call.layer, found.call.op, found.between) == (layer, what.split()[0], False)
 
 
 def test_bisect_swaps_a_host_block_in_and_out_in_one_step() -> None:
