@@ -310,8 +310,9 @@ def test_embeddings_of_a_decoder(tmp_path: Path) -> None:
 def test_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, and beside another one, which cuts the second prompt into chunks."""
     from runners.cuda import invariant
+    from runners.cuda.kernels.attention import Division
 
-    monkeypatch.setattr(invariant, "_SPLITS", 2)
+    monkeypatch.setattr(invariant, "_DIVISION", Division(splits=2))
     params = SamplingParams(max_tokens=3, logprobs=1)
     with LLM(device="cuda", dtype="float32", num_blocks=12, max_num_seqs=2, block_size=8, max_model_len=16,
              max_num_batched_tokens=9, batch_invariant=True) as llm:
