@@ -486,7 +486,7 @@ def grids(draw: int, out: int = 40, wide: int = 200) -> list[Grid]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [2, 16, 37])
+@pytest.mark.parametrize("rows", [1, 2, 16, 37])
 def test_weights_of_few_bits(dtype: torch.dtype, rows: int) -> None:
     from runners.cuda.kernels.few_bits import few_bits, multiply
 

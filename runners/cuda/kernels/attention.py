@@ -432,12 +432,11 @@ def decode(q: torch.Tensor, cache: torch.Tensor, tables: torch.Tensor, lens: tor
 
     Args:
         q: [n, heads, head_dim], tokens may have gaps. tables: [n, blocks] int32. lens: [n] int32; 0 gives zeros.
-        out: [n, heads, head_dim], contiguous.
+        out: [n, heads, head_dim], contiguous. how: how the sequences are divided among programs.
         new: each sequence's newest key and value, which are written, and q normed and rotated, on the way; None: all
-            are there.
-            Everything but q and the new k and v may be read while the launches before it still run, so whoever writes
-            lengths, tables, slots, positions or earlier keys does it before a launch that is not programmatic: a copy,
-            or any kernel of PyTorch's.
+            are there. Everything but q and the new k and v may be read while the launches before it still run, so
+            whoever writes lengths, tables, slots, positions or earlier keys does it before a launch that is not
+            programmatic: a copy, or any kernel of PyTorch's.
     """
     n, heads, dim = q.shape
     kv_heads, size = cache.shape[2], cache.shape[3]

@@ -184,6 +184,27 @@ def _dequantize(values, scales, zeros, out, rows, size, width, group, PIECES: tl
 
 
 @triton.jit
+def _float8_tile(values, scales, row, mine, rows, start, chunks, each, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The weight's rows `row`, of which those count that are `mine`, in CHUNKS chunks from `start` on: [rows, CHUNKS,
+    CHUNK], and their scales."""
+    chunk = start + tl.arange(0, CHUNKS)
+    there = mine[:, None] & (chunk < chunks)[None]
+    source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, None]
+    tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
+    return tile, tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0)
+
+
+@triton.jit
+def _float8_products(tile, scale, x, start, size):
+    """[rows, CHUNKS]: the products of a tile and of the inputs from the chunk `start` on."""
+    CHUNKS: tl.constexpr = tile.shape[1]
+    CHUNK: tl.constexpr = tile.shape[2]
+    at = (start + tl.arange(0, CHUNKS))[:, None] * CHUNK + tl.arange(0, CHUNK)[None]
+    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    return tl.sum(tile.to(tl.float32) * value[None], 2) * scale.to(tl.float32)
+
+
+@triton.jit
 def row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, PIECES: tl.constexpr,
                 OFFSET: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
                 HAS_ZEROS: tl.constexpr, CHUNKS: tl.constexpr):
@@ -218,17 +239,10 @@ def row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, P
                 acc += part * tl.load(scales + scale_at, mask=there, other=0.0).to(tl.float32)
         result = tl.sum(acc, 0)
     else:
-        inner, some = tl.arange(0, CHUNK), tl.arange(0, CHUNKS)
-        source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + inner[None, None]
         acc = tl.zeros((row.shape[0], CHUNKS), tl.float32)
         for start in range(0, chunks, CHUNKS):
-            chunk = start + some
-            there = mine[:, None] & (chunk < chunks)[None]
-            tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
-            at = chunk[:, None] * CHUNK + inner[None]
-            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-            scale = tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0).to(tl.float32)
-            acc += tl.sum(tile.to(tl.float32) * value[None], 2) * scale
+            tile, scale = _float8_tile(values, scales, row, mine, rows, start, chunks, each, CHUNK, CHUNKS)
+            acc += _float8_products(tile, scale, x, start, size)
         result = tl.sum(acc, 1)
     return result
 
@@ -336,40 +350,21 @@ def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIEC
 
 
 @triton.jit
-def _float8_tile(values, scales, row, rows, start, chunks, each, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The weight's rows `row` in CHUNKS chunks from `start` on, [rows, CHUNKS, CHUNK], and their scales."""
-    chunk = start + tl.arange(0, CHUNKS)
-    there = (row < rows)[:, None] & (chunk < chunks)[None]
-    source = values + row.to(tl.int64)[:, None, None] * (chunks * CHUNK) + tl.arange(0, CHUNK)[None, None]
-    tile = tl.load(source + chunk[None, :, None] * CHUNK, mask=there[:, :, None], other=0.0)
-    return tile, tl.load(scales + (chunk // each)[None] * rows + row[:, None], mask=there, other=0.0)
-
-
-@triton.jit
-def _float8_products(tile, scale, x, start, size):
-    """[rows, CHUNKS]: the products of a tile and of the inputs from the chunk `start` on."""
-    CHUNKS: tl.constexpr = tile.shape[1]
-    CHUNK: tl.constexpr = tile.shape[2]
-    at = (start + tl.arange(0, CHUNKS))[:, None] * CHUNK + tl.arange(0, CHUNK)[None]
-    value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-    return tl.sum(tile.to(tl.float32) * value[None], 2) * scale.to(tl.float32)
-
-
-@triton.jit
 def _one_float8_row(x, values, scales, bias, out, rows, size, chunks, each, CHUNK: tl.constexpr, HAS_BIAS: tl.constexpr,
                     ROWS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr):
     """As _one_row, but only the first tile is read ahead: many programs at once, each of few registers, are faster."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tile, scale = _float8_tile(values, scales, row, rows, 0, chunks, each, CHUNK, CHUNKS)
+    mine = row < rows
+    tile, scale = _float8_tile(values, scales, row, mine, rows, 0, chunks, each, CHUNK, CHUNKS)
     wait_for_inputs(PDL)
     acc = _float8_products(tile, scale, x, 0, size)
     for start in range(CHUNKS, chunks, CHUNKS):
-        tile, scale = _float8_tile(values, scales, row, rows, start, chunks, each, CHUNK, CHUNKS)
+        tile, scale = _float8_tile(values, scales, row, mine, rows, start, chunks, each, CHUNK, CHUNKS)
         acc += _float8_products(tile, scale, x, start, size)
     result = tl.sum(acc, 1)
     if HAS_BIAS:
-        result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
-    tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
+        result += tl.load(bias + row, mask=mine, other=0.0).to(tl.float32)
+    tl.store(out + row, result.to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit
