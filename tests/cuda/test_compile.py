@@ -24,7 +24,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from runners.cuda.kernels import launch
+    from runners.cuda.kernels import attention, launch
 
     class Hopper:
         def get_current_target(self) -> GPUTarget:
@@ -45,6 +45,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(launch, "_supported", lambda device: True)
+    monkeypatch.setattr(attention, "program_memory", lambda device: 227 << 10)
     driver.set_active(Hopper())
     yield
     driver.reset_active()

@@ -41,3 +41,9 @@ def _supported(device: torch.device) -> bool:
 def launch_options(x: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments of a launch on x's device."""
     return {"PDL": True, "launch_pdl": True} if _supported(x.device) else {"PDL": False}
+
+
+@functools.cache
+def program_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
