@@ -50,6 +50,7 @@ class _Loaded:
                                             pass_fds=[theirs.fileno()], env=_ENVIRONMENT)
 
     def fork(self, program: dict[str, Any], descriptors: list[int]) -> int:
+        """The new process's id, or 0 where the system allows no such fork."""
         with self.lock:
             data = json.dumps(program).encode()
             socket.send_fds(self.socket, [len(data).to_bytes(4, "little")], descriptors)
@@ -87,18 +88,20 @@ class Popen(subprocess.Popen[Any]):
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any,
                        env: Any, startupinfo: Any, creationflags: Any, shell: Any, p2cread: int, p2cwrite: int,
                        c2pread: int, c2pwrite: int, errread: int, errwrite: int, *rest: Any) -> None:
-        environment = dict(os.environ if env is None else env)
-        if (_CLONE is None or os.environ.get("OMP_NUM_THREADS") != "1" or args[0] != sys.executable
-                or _early(environment) != loaded().environment):
+        environment, pid = dict(os.environ if env is None else env), 0
+        # Libraries start no thread in the loaded process: threads would not be there after a fork.
+        if (_CLONE is not None and os.environ.get("OMP_NUM_THREADS") == "1" and args[0] == sys.executable
+                and _early(environment) == loaded().environment):
+            streams = [0 if p2cread < 0 else p2cread, 1 if c2pwrite < 0 else c2pwrite, 2 if errwrite < 0 else errwrite]
+            program = {"args": [os.fspath(a) for a in args[1:]], "cwd": os.fspath(cwd or os.getcwd()),
+                       "environment": environment, "targets": [0, 1, 2, *pass_fds]}
+            pid = loaded().fork(program, [*streams, *pass_fds])
+        if pid == 0:
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
                 p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest)
             return
-        streams = [0 if p2cread < 0 else p2cread, 1 if c2pwrite < 0 else c2pwrite, 2 if errwrite < 0 else errwrite]
-        program = {"args": [os.fspath(a) for a in args[1:]], "cwd": os.fspath(cwd or os.getcwd()),
-                   "environment": environment, "targets": [0, 1, 2, *pass_fds]}
-        self.pid = loaded().fork(program, [*streams, *pass_fds])
-        self._child_created = True
+        self.pid, self._child_created = pid, True
         self._close_pipe_fds(  # type: ignore[attr-defined]
             p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
@@ -150,6 +153,7 @@ def _serve(connection: socket.socket) -> None:
         length, data = int.from_bytes(size, "little"), b""
         while len(data) < length:
             data += connection.recv(length - len(data))
+        # What os.fork does, but the parent of the new process is this process's own parent, which can wait for it.
         ctypes.pythonapi.PyOS_BeforeFork()
         pid = libc.syscall(_CLONE, _CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
         if pid == 0:
@@ -159,7 +163,7 @@ def _serve(connection: socket.socket) -> None:
         ctypes.pythonapi.PyOS_AfterFork_Parent()
         for descriptor in received:
             os.close(descriptor)
-        connection.sendall(pid.to_bytes(4, "little"))
+        connection.sendall(max(pid, 0).to_bytes(4, "little"))
 
 
 def _become(program: dict[str, Any], received: list[int], path: list[str]) -> NoReturn:

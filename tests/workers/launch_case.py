@@ -17,7 +17,7 @@ from hal.config import BUNDLED_MODEL
 from hal.engine.llm import LLM
 from hal.sampling.params import SamplingParams
 
-PROBLEMS = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()][:300]
+PROBLEMS = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()][:100]
 SAMPLED = 24
 
 
