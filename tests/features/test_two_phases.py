@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 import pytest
 
@@ -146,6 +145,8 @@ def test_columns_that_arrive_during_the_forward_pass_are_used(device: str, optio
 
 @pytest.mark.slow
 def test_ranks_that_torchrun_starts_are_each_given_both_messages(tmp_path: Path, expected: Any) -> None:
+    import forked  # not where this file is a script
+
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
     done = forked.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

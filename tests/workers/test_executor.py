@@ -377,6 +377,7 @@ def test_start_failure_is_named(monkeypatch: pytest.MonkeyPatch, fault: str, kin
         failing(monkeypatch, fault, tp=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "text"), [
     ({"tp": 3}, "tp=3 does not divide the model's num_heads"), ({"pp": 9}, "more pipeline stages than layers"),
     ({"tp": 2, "ep": 2}, "expert parallelism needs a model with experts")])
