@@ -167,6 +167,8 @@ def _serve(connection: socket.socket) -> None:
 
 
 def _become(program: dict[str, Any], received: list[int], path: list[str]) -> NoReturn:
+    from hal import extensions
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 1 << 9) for descriptor in received]
     for descriptor in received:
@@ -178,6 +180,7 @@ def _become(program: dict[str, Any], received: list[int], path: list[str]) -> No
     os.environ.clear()
     os.environ.update(program["environment"])
     tempfile.tempdir = None
+    extensions._installed.cache_clear()  # its path may be another
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, errors=errors, closefd=False)  # noqa: SIM115
         for number, mode, errors in ((0, "r", "strict"), (1, "w", "strict"), (2, "w", "backslashreplace")))
