@@ -29,7 +29,7 @@ _MOST = 16  # descriptors of one program
 # Names of the environment that libraries read when they are loaded. A program for which one differs from the loaded
 # process is started as subprocess would start it.
 _EARLY = ("HAL_", "OMP_", "PYTHON", "TORCH", "LD_", "MKL_", "TRITON_")
-_LATE = ("HAL_STRICT", "HAL_RECORD_ON_ERROR", "PYTHONPATH")
+_LATE = ("HAL_STRICT", "HAL_RECORD_ON_ERROR", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR")  # torch.compile sets the last
 
 
 def _early(environment: Any) -> dict[str, str]:
