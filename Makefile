@@ -5,6 +5,9 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export OMP_NUM_THREADS = 1
 export HAL_STRICT = 1
+# Hundreds of processes import the library: with the byte code of its modules on disk, which images for containers often
+# suppress, each starts half a second sooner.
+unexport PYTHONDONTWRITEBYTECODE
 # The second environment is made while lint runs. Not beside the first: both would build the kernels in this folder.
 MAKEFLAGS += -j2
 

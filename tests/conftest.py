@@ -43,6 +43,20 @@ def this_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ranks_are_forked(this_checkout: None) -> Iterator[None]:
+    """Engines of this process fork their ranks from a process that has loaded what a rank imports: a rank is there in a
+    tenth of the time. Engines in processes of their own start their ranks as users' engines do."""
+    import forked
+
+    from workers.executors import processes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "subprocess", forked)
+        yield
+    forked.close()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """A test that changes the state of the process, or leaves a process, fails here by name, and not the next ones."""

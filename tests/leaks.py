@@ -57,8 +57,10 @@ def changes(before: dict[str, Any], children: dict[str, str]) -> list[str]:
 
 
 def new_children(before: dict[str, str]) -> dict[str, str]:
-    return {pid: words for pid, words in children().items()
-            if pid not in before and words and not any(word in words for word in _STAY)}
+    import forked
+
+    return {pid: words for pid, words in children().items() if pid not in {*before, forked.stays()} and words
+            and not any(word in words for word in _STAY)}
 
 
 def children() -> dict[str, str]:

@@ -102,6 +102,7 @@ def test_a_large_product_with_several_threads_and_values_that_are_not_finite() -
         torch.testing.assert_close(got.float(), expected, rtol=8e-3, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows, inputs, outputs", [(33, 9001, 70), (2100, 64, 40), (150, 140_000, 3)])
 def test_a_row_has_the_same_bits_in_any_block(rows: int, inputs: int, outputs: int, threads: int) -> None:
@@ -233,6 +234,7 @@ OTHER_SCHEMES = [EightBits("fp8", "channel"), EightBits("fp8", "channel", "token
                  EightBits("fp8", "tensor", "static"), GgufBlocks("Q4_K")]
 
 
+@pytest.mark.slow
 @pytest.mark.torch_release
 @pytest.mark.parametrize("scheme", [*SCHEMES, *OTHER_SCHEMES], ids=lambda s: f"{s.name}-{getattr(s, 'group', '')}")
 def test_a_row_has_the_same_bits_among_any_others(scheme: Scheme) -> None:

@@ -72,6 +72,7 @@ def test_chunks_of_prompts_attend_to_earlier_tokens_and_to_their_own(
         torch.testing.assert_close(got[seq].double(), expected.transpose(0, 1), rtol=8e-3, atol=8e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_heads_whose_panels_are_many_bytes_take_turns(level: str) -> None:
     """As is so with long contexts. A query that is the first of its sequence sees one key."""

@@ -178,6 +178,7 @@ def test_importing_the_backend_loads_neither_torch_nor_devices() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_no_start_imports_the_compiler_of_pytorch() -> None:
     """Which takes about two seconds."""
     code = ("import sys, hal; llm = hal.LLM(device='cpu'); llm.generate('1+1=', hal.SamplingParams(max_tokens=1));"

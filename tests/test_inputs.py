@@ -27,6 +27,7 @@ def test_consistent_batches_pass(batch: PagedModelInput) -> None:
     arrived.check()
 
 
+@pytest.mark.slow
 @given(batch=instances(PagedModelInput), seqs=st.integers(0, 4), tokens=st.integers(0, 9), blocks=st.integers(0, 3))
 @settings(max_examples=200, deadline=None)
 def test_padding_to_a_bucket_stays_consistent(batch: PagedModelInput, seqs: int, tokens: int, blocks: int) -> None:

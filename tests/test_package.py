@@ -43,6 +43,7 @@ from runners.cpu.runner import CpuModelRunner
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bundled_model_adds(dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -101,6 +101,7 @@ def test_near_misses_are_refused_naming_the_field(cls: type[Declared], data: st.
     assert miss.field in str(caught.value)
 
 
+@pytest.mark.slow
 @every_type
 @given(data=st.data(), extra=st.integers(0, 5))
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
@@ -123,6 +124,7 @@ def test_padding_keeps_real_rows_and_fills_the_rest(cls: type[Declared], data: s
             assert (rest == spec.pad).all()
 
 
+@pytest.mark.slow
 @given(data=st.data(), cut=st.integers(0, 10_000), flip=st.integers(0, 10_000))
 @settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
 def test_truncated_or_damaged_heads_are_refused(data: st.DataObject, cut: int, flip: int) -> None:
@@ -309,6 +311,7 @@ def raw(array: torch.Tensor | np.ndarray) -> bytes:
     return array.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Step, Host], ids=lambda c: c.__name__)
 @settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 @given(data=st.data())

@@ -27,6 +27,7 @@ def plans(draw: st.DrawFn) -> tuple[EngineConfig, ShapePlan]:
     return engine, plan
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(plans(), st.data())
 def test_every_legal_step_has_one_bucket_the_smallest_that_holds_it(made: tuple[EngineConfig, ShapePlan],

@@ -122,6 +122,7 @@ def test_restarted_workers_have_the_adapters(llm: LLM, written: list[Path]) -> N
     assert outputs[number] == expected[0] and tokens_of(llm, "1") == expected[1]
 
 
+@pytest.mark.slow
 def test_preemption(path: Path, written: list[Path]) -> None:
     """Rows leave and come back, in other rows than before, with their slots."""
     found = []
@@ -135,6 +136,7 @@ def test_preemption(path: Path, written: list[Path]) -> None:
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_drafts_of_a_model_without_adapters(path: Path, written: list[Path], llm: LLM) -> None:
     llm.load_adapter("0", written[0])
     expected = [o.token_ids for o in llm.generate([PROMPT] * 2, [of("0", 20), of(None, 20)])]

@@ -46,7 +46,8 @@ def assert_merged(merged: list[Path], outputs: list[RequestOutput], margin: floa
         families.assert_parity(path, [prompt], [output], margin)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "glm4", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow)
+                                             for name in ("phi3", "glm4", "gpt2"))])
 def test_four_adapters_in_one_batch(family: Callable[[str], Path], checkpoint: Callable[[str], Path], tmp_path: Path,
                                     name: str) -> None:
     """Fused tensors (phi3), heads whose outputs are put into another order (glm4), weights stored the other way round
@@ -66,6 +67,7 @@ def test_on_several_ranks(family: Callable[[str], Path], tmp_path: Path, tp: int
     assert_merged(merged, generate(family("llama"), written, 12, tp=tp, pp=pp, wire=wire))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"max_num_batched_tokens": 16}, {"num_blocks": 40, "max_model_len": 100}, {"steps_per_message": 4},
     {"num_blocks": 40, "max_model_len": 100, "num_cpu_blocks": 30}, {"speculate": "ngram"},
@@ -98,6 +100,7 @@ def test_an_adapter_that_peft_trained_and_merges(family: Callable[[str], Path], 
     assert json.loads((written["all"] / "adapter_config.json").read_text())["target_modules"] != "all-linear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_the_delta_is_added_to_a_quantised_layer(family: Callable[[str], Path], tmp_path: Path, scheme: str) -> None:
     """An adapter whose B is zero changes nothing, and another one does, beside weights in fewer bits."""

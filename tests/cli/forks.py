@@ -35,8 +35,10 @@ class Forks:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
-        self._server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        text=True)
+        import forked  # not where this file is a script
+
+        self._server = forked.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    text=True)
 
     def run(self, *args: str, cwd: Path | None = None, stdin: str = os.devnull, stdout: str = "", stderr: str = "",
             encoding: str = "utf-8", kill: signal.Signals | None = None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from hal.cli import main
@@ -239,7 +239,7 @@ def test_named_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("name", AS_PROCESS)
 def test_named_error_of_a_process(name: str, tmp_path: Path) -> None:
     make, words = BAD[name]
-    done = subprocess.run([sys.executable, "-m", "hal", "generate", *make(tmp_path)], text=True, capture_output=True,
+    done = forked.run([sys.executable, "-m", "hal", "generate", *make(tmp_path)], text=True, capture_output=True,
                           check=False, cwd=tmp_path)
     _check(done.returncode, done.stdout, done.stderr, words)
 

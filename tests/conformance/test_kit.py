@@ -6,11 +6,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -187,7 +187,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_pytest_plugin_runs_the_same_cases(tmp_path: Path) -> None:
     words = ["-q", "-p", "hal.conformance.plugin", "--pyargs", "hal.conformance.suite", "-k", "norm or registration",
              "--hal-level", "2", "--hal-backend", "mutants:device_wrong_epsilon"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True,
+    done = forked.run([sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}, timeout=120)
     assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
     assert "to repeat: hal conformance --backend mutants:device_wrong_epsilon --case L2/norm/rms_norm" in done.stdout

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -89,7 +90,7 @@ def test_the_verifier_compares_the_runs(tmp_path: Path) -> None:
 def test_an_interrupted_run_says_how_far_it_came_and_can_be_resumed(tmp_path: Path) -> None:
     # So many examples that the run does not end before its signal, however late this process sends it.
     words = ["conformance", "--backend", "null", "--level", "1", "--examples", "20000", "--report", str(tmp_path)]
-    child = subprocess.Popen([sys.executable, "-m", "hal", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+    child = forked.Popen([sys.executable, "-m", "hal", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                              text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert child.stderr is not None
     lines = [child.stderr.readline() for _ in range(3)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 
+import forked
 import pytest
 import torch
 
@@ -62,8 +62,8 @@ def test_graphs_of_prompts_hold_as_many_tokens_as_are_computed_faster_than_launc
 def test_a_command_without_a_gpu_ends_with_one_error(command: list[str]) -> None:
     """This very torch, which has no CUDA or, its GPUs hidden, finds none."""
     device = "--backend" if command[0] == "conformance" else "--device"
-    done = subprocess.run([sys.executable, "-m", "hal", *command, device, "cuda"], capture_output=True, text=True,
-                          timeout=120, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = forked.run([sys.executable, "-m", "hal", *command, device, "cuda"], capture_output=True, text=True,
+                      timeout=120, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     reason = "is built without CUDA: install" if torch.version.cuda is None else "finds no usable GPU: check"
     assert done.returncode == 1 and done.stdout == "", done
     assert "hal: error: " in done.stderr and reason in done.stderr and "Traceback" not in done.stderr

@@ -118,6 +118,7 @@ def test_a_model_that_says_nothing_of_its_pooling_is_refused(directory: Path) ->
     assert found is not None and found.normalise and not found.dense
 
 
+@pytest.mark.slow
 def test_the_transformers_backend_makes_no_embeddings(directory: Path) -> None:
     sentences.write(directory / "config.json", {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"})
     with pytest.raises(ModelLoadError, match="Transformers backend makes no embeddings"):

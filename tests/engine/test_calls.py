@@ -108,7 +108,7 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_an_interrupted_step_says_so_and_restart_brings_all_back(llm: LLM, seed: int) -> None:
     numbers = add_all(llm)
     with At() as undisturbed:
@@ -136,9 +136,8 @@ def test_an_interrupted_step_says_so_and_restart_brings_all_back(llm: LLM, seed:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
-def test_other_interrupted_calls_leave_nothing_behind(llm: LLM, seed: int) -> None:
-    draw = random.Random(seed)
+def test_other_interrupted_calls_leave_nothing_behind(llm: LLM) -> None:
+    draw = random.Random(0)
 
     def stream() -> None:
         for _ in llm.stream(PROMPTS[1], PARAMS[1]):
@@ -159,7 +158,7 @@ def test_other_interrupted_calls_leave_nothing_behind(llm: LLM, seed: int) -> No
             if not llm.calls.idle:
                 llm.restart()
             done = [o.request_id for o in drain(llm)]
-            where = f"seed {seed}, instruction {at.n}"
+            where = f"instruction {at.n}"
             # An interrupted add_request may have enqueued its request, whose number nobody learns.
             assert done[:1] == [other] or other in done, where
             assert len(done) == 1 or (call is add_and_abort and len(done) == 2), where

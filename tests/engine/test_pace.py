@@ -84,6 +84,7 @@ class Device:
             self.turn()
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(step=st.floats(0.0005, 0.02), decode=st.floats(0, 0.0003), token=st.floats(2e-6, 0.0005),
        noise=st.sampled_from((0.0, 0.05, 0.2)), pause=st.sampled_from((0.0, 0.3)), room=st.floats(1.2, 4.0),

@@ -77,7 +77,7 @@ def shown(stream: TextStream, token_ids: list[int]) -> list[str]:
 
 @pytest.mark.slow
 @each_kind
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_the_text_is_that_of_the_bytes_however_the_tokens_come(kind: str, clean: bool, data: st.DataObject) -> None:
     tokenizer, table = loaded(kind, clean), bytes_of(kind, clean)
@@ -113,7 +113,7 @@ def added(before: bytes, after: bytes) -> str:
 
 @pytest.mark.slow
 @each_kind
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_prompt_and_output_read_as_the_tokenizer_decodes_both(kind: str, clean: bool, data: st.DataObject) -> None:
     tokenizer = loaded(kind, clean)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import tokenizers_by_hand as by_hand
 from tokenizers import Tokenizer, decoders, models, processors
@@ -138,14 +139,14 @@ def test_code_that_is_trusted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "stdin", NoInput())
     code = f"from hal.engine.text import load_tokenizer; load_tokenizer({checkpoint(tmp_path, NEEDED[0])!r}, " \
            "trust_remote_code=True)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, stdin=subprocess.DEVNULL).returncode == 0
+    assert forked.run([sys.executable, "-c", code], check=False, stdin=subprocess.DEVNULL).returncode == 0
     assert (tmp_path / "RAN").exists()
 
 
 @pytest.mark.slow
 def test_the_command_line_trusts_nobody_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = checkpoint(tmp_path, NEEDED[0])
-    done = subprocess.run([sys.executable, "-m", "hal", "generate", "--device", "cpu", "--model", directory, "a",
+    done = forked.run([sys.executable, "-m", "hal", "generate", "--device", "cpu", "--model", directory, "a",
                            "--max-model-len", "64"], input="y\n" * 5, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not (tmp_path / "RAN").exists()
     assert "--trust-remote-code" in done.stderr and "Traceback" not in done.stderr

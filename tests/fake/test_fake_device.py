@@ -61,6 +61,7 @@ def test_the_bundled_model_adds() -> None:
         assert llm.backend.fake.issued > 0  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_command(capfd: pytest.CaptureFixture[str]) -> None:
     from hal.cli import main
 
@@ -81,6 +82,7 @@ def test_it_is_conformant() -> None:
     assert report.verdict.startswith("Conformant L6 (float32)"), report.failed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [{}, pytest.param({"pp": 2}, marks=pytest.mark.slow)])
 def test_outputs_and_caches_that_their_runner_alone_can_open(ranks: dict[str, int]) -> None:
     """Steps run ahead on one rank; with two stages the last one's output travels. Blocks are swapped in the kit."""
@@ -101,6 +103,7 @@ def test_the_kit_sees_blocks_that_are_not_written_as_they_are_read() -> None:
     assert "blocks after 5 and 2 were written" in report.results[0].text
 
 
+@pytest.mark.slow
 def test_no_step_waits(context: Callable[..., Context]) -> None:
     """The default runner with copies that do not wait, drawn with every filter there is for a small vocabulary."""
     backend = FakeBackend(forbid_syncs=True)
@@ -132,6 +135,7 @@ TRAPS: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "operation", "text"), TRAPS, ids=[t[0] for t in TRAPS])
 def test_faults_of_a_runner_are_found(
         context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any],
@@ -187,6 +191,7 @@ def test_tokens_that_have_not_arrived(context: Callable[..., Context], name: str
 
 # Shapes.
 
+@pytest.mark.slow
 def test_shapes_that_the_warm_up_had_not(context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = context(FakeBackend(static_shapes=True))
     steps(context(FakeBackend()))

@@ -95,6 +95,7 @@ def test_a_failed_step_leaves_no_memory_behind() -> None:
         assert [done[i] for i in ids] == ["122", "19"] and fake.runner.steps > fake.runner.FAILS
 
 
+@pytest.mark.slow
 def test_a_failed_start_leaves_no_memory_behind() -> None:
     """A smaller engine has all the room while the error is still being handled."""
     fake: Any = load("fake_runners:fails_to_warm_up")

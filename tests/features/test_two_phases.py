@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -146,8 +145,10 @@ def test_columns_that_arrive_during_the_forward_pass_are_used(device: str, optio
 
 @pytest.mark.slow
 def test_ranks_that_torchrun_starts_are_each_given_both_messages(tmp_path: Path, expected: Any) -> None:
+    import forked  # not where this file is a script
+
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
+    done = forked.run([sys.executable, *command], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert [json.loads((tmp_path / f"tokens{rank}").read_text()) for rank in range(2)] == [expected("null")] * 2
 

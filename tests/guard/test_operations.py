@@ -58,7 +58,10 @@ def skip_if_missing(case: Case) -> None:
         pytest.skip(f"requires {case.missing}, which this torch does not have")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}: {case.name}")
+# The first of each family runs in `make test-fast` too.
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=f"{case.family}: {case.name}", marks=[pytest.mark.slow] * (i > 0))
+    for _, members in groupby(CASES, lambda case: case.family) for i, case in enumerate(members)])
 def test_operation(case: Case, tier: str, env: Env) -> None:
     skip_if_missing(case)
     refused = case.tier == "always" or case.tier == tier

@@ -37,6 +37,7 @@ def prompts(name: str) -> list[list[int]]:
     return families.LONG if "longrope" in name else families.PROMPTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("gemma2", "qwen3-next") else pytest.mark.slow)
                                   for name in families.FAMILIES])
 def test_chunked_preempted_and_with_a_cached_prefix(family: Family, name: str) -> None:

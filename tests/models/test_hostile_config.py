@@ -107,6 +107,7 @@ def test_every_key_with_every_value(architecture: str) -> None:
     assert accepted > 200 and refused > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", [a for a in KINDS if a != "GPT2LMHeadModel"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_rope_parameters(architecture: str, key: str) -> None:

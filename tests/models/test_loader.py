@@ -145,6 +145,7 @@ def test_harmless_differences(copy: Callable[..., Path], checkpoint: Checkpoint,
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("name", checkpoints.NAMES)
 def test_ranks_together_hold_the_whole(checkpoint: Checkpoint, name: str, tp: int) -> None:
@@ -344,6 +345,7 @@ def test_shards_of_a_download_cache(sharded: tuple[Path, dict[str, str]], checkp
     assert same_weights(snapshot, checkpoint("llama2-mha"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "tensor"), [
     ("llama2-mha", "model.layers.1.input_layernorm.weight"), ("llama2-mha", "model.norm.weight"),
     ("qwen3", "model.layers.0.self_attn.k_norm.weight"), ("qwen2-tied", "model.layers.2.self_attn.v_proj.bias"),

@@ -102,6 +102,7 @@ def test_logprobs_equal_transformers(checkpoint: Checkpoint, name: str) -> None:
     assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", checkpoints.NAMES)
 def test_bfloat16_is_as_near_to_fp32_as_transformers_is(checkpoint: Checkpoint, name: str) -> None:
     path = checkpoint(name)
@@ -111,6 +112,7 @@ def test_bfloat16_is_as_near_to_fp32_as_transformers_is(checkpoint: Checkpoint, 
     assert ours < 1.25 * theirs, f"root mean square error {ours:.4f} against transformers' {theirs:.4f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (1, 2), (1, 3), (2, 2)])
 @pytest.mark.parametrize("name", checkpoints.NAMES)
 def test_layouts_agree_with_transformers(checkpoint: Checkpoint, name: str, tp: int, pp: int) -> None:

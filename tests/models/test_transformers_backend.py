@@ -251,6 +251,7 @@ def test_a_value_that_transformers_cannot_take_is_named(olmo: Path, tmp_path: Pa
     assert re.search(message, str(raised.value), re.DOTALL) and "to do: " in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "topology", "reason"), [
     ("olmo", {"pp": 9}, "more pipeline stages than layers"),
     ("olmoe", {"tp": 2, "ep": 2}, "the Transformers backend has no expert parallelism"),

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 openai = pytest.importorskip("openai", reason="needs the extra `serve` and the package openai")
@@ -28,7 +29,7 @@ SMALL = ("--device", "null", "--max-num-seqs", "8", "--num-blocks", "400", "--ma
 @contextmanager
 def served(*arguments: str, **how: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and where it serves."""
-    process = subprocess.Popen([sys.executable, "-m", "hal", "serve", "--port", "0", *arguments], text=True,
+    process = forked.Popen([sys.executable, "-m", "hal", "serve", "--port", "0", *arguments], text=True,
                                stderr=subprocess.PIPE, **how)
     assert process.stderr is not None
     try:

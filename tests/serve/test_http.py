@@ -293,6 +293,7 @@ def test_a_client_that_goes_away_while_it_sends_is_no_error(null: Serving, caplo
     assert not any(record.exc_info for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_slows_nobody_and_is_not_written_to(tmp_path: Path) -> None:
     """Its connection takes some kilobytes. Then its outputs are merged until it reads."""
     config = json.loads((BUNDLED_MODEL / "config.json").read_text()) | {"max_position_embeddings": 512}

@@ -67,6 +67,7 @@ def test_a_draft_that_is_the_target_changes_nothing_and_is_accepted(checkpoint: 
         assert llm.stats().drafted_tokens == llm.stats().accepted_tokens
 
 
+@pytest.mark.slow
 def test_counts_of_a_request_follow_from_its_tokens(checkpoint: Checkpoint, head: Path) -> None:
     """Each step of a decoding sequence gives one token, and one for each accepted draft."""
     for kind, draft in (("draft", checkpoint("qwen3")), ("draft", checkpoint(TARGET)), ("eagle", head)):

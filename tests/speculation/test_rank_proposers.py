@@ -109,6 +109,7 @@ def test_a_draft_that_is_the_target_is_always_accepted(checkpoint: Checkpoint, b
     assert verified == accepted >= 3 * 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["draft", "eagle"])
 def test_any_draft_gives_the_tokens_of_plain_decoding(checkpoint: Checkpoint, tmp_path: Path, kind: str,

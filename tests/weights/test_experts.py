@@ -86,6 +86,7 @@ def test_a_layer_computes_with_the_dequantised_weights(made: Made, name: str, mo
     torch.testing.assert_close(layer.compute_every(x, share), got, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CUTTABLE)
 def test_ranks_hold_their_part_of_their_experts(made: Made, name: str) -> None:
     path, dense = made(name)

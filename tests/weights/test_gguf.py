@@ -187,6 +187,7 @@ def rounding(self: GgufBlocks, x: torch.Tensor, layer: Any) -> torch.Tensor:
     return torch.nn.functional.linear(rounded.view(x.shape), self.dequantize(layer), layer.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", llama_cpp_values.NAMES)
 def test_log_probabilities_are_those_of_llama_cpp(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the dequantised values in F32, and of K types once inputs are rounded as llama.cpp rounds them. So that

@@ -84,6 +84,7 @@ def test_log_probabilities_are_those_of_the_dequantised_model(made: Any, name: s
     assert far(path, dense) < FORMATS[name][2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("fp8-blocks-across", "mxfp4")])
 def test_ranks_hold_their_part(made: Any, name: str) -> None:
     path, dense = made(name)

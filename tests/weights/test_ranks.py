@@ -72,6 +72,7 @@ def staged(model: Any, ids: list[int], given: Any) -> Any:
         return out if not model.topology.is_last_stage else model.compute_logits(out).float().log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_ranks_give_what_one_gives(made: Made, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mixture, whose attention and experts are quantised. Inputs are exact here: a rank rounds its part of a row by

@@ -135,11 +135,13 @@ def attacked(case: Case, pause: float) -> float:
 def parent(case: Case) -> float:
     """The driver is a process of its own, which is killed or interrupted in the middle of its steps. kind "fork": it is
     killed, and a child that it forked lives."""
+    import forked
+
     tp, pp = case.topology
     script = f"drive({{'tp': {tp}, 'pp': {pp}, 'control_plane': {case.plane!r}}}, {case.kind == 'fork'})"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
                f"from drill import drive\n{script}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         pids = {int(pid) for pid in process.stdout.readline().split()}
         child = int(process.stdout.readline()) if case.kind == "fork" else 0

@@ -61,6 +61,8 @@ def children(pid: int) -> list[int]:
 
 def attack(plane: str, point: str, rank: int, pause: float) -> tuple[dict[str, Any], dict[str, int]]:
     """What the engine printed, and what the intruder achieved: `ports` found, keys `stored`, `descriptors` seen."""
+    import forked  # not where this file is a script
+
     environment = dict(os.environ, TEST_PAUSE=f"{point} {rank} {pause}")
     script, pipe = [sys.executable, __file__], subprocess.PIPE
     told: set[str] = set()
@@ -68,7 +70,7 @@ def attack(plane: str, point: str, rank: int, pause: float) -> tuple[dict[str, A
     with subprocess.Popen([*script, "intruder"], stdin=pipe, stdout=pipe, text=True, env=quiet) as intruder:
         assert intruder.stdin is not None and intruder.stdout is not None
         assert intruder.stdout.readline() == "ready\n"
-        with subprocess.Popen([*script, "engine", plane], stdout=pipe, text=True, env=environment) as engine:
+        with forked.Popen([*script, "engine", plane], stdout=pipe, text=True, env=environment) as engine:
             assert engine.stdout is not None
             while engine.poll() is None:
                 pids = [engine.pid, *children(engine.pid)]

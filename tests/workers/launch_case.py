@@ -17,7 +17,7 @@ from hal.config import BUNDLED_MODEL
 from hal.engine.llm import LLM
 from hal.sampling.params import SamplingParams
 
-PROBLEMS = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()][:300]
+PROBLEMS = [json.loads(line) for line in (BUNDLED_MODEL / "heldout.jsonl").read_text().splitlines()][:100]
 SAMPLED = 24
 
 
@@ -41,8 +41,10 @@ def alone() -> dict[str, Any]:
 
 
 def launch(world: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    import forked  # not where this file is a script
+
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), str(script), *arguments]
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
+    return forked.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
 
 
 def generated_by_launched(folder: Path, *planes: str, tp: int, pp: int) -> list[dict[str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from drill import left_in_shared_memory, shared_memory
@@ -265,7 +266,7 @@ def test_stages_in_different_steps_are_named(kind: str) -> None:
 def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "store")
     store = dist.FileStore(path, 2)
-    with subprocess.Popen([sys.executable, str(DYING), "data", path], stdout=subprocess.PIPE) as other:
+    with forked.Popen([sys.executable, str(DYING), "data", path], stdout=subprocess.PIPE) as other:
         communicator = ShmCommunicator(Topology(tp=2), CPU, store)
         assert other.stdout is not None and other.stdout.readline() == b"joined\n"
         killed: list[float] = []

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -200,7 +201,7 @@ def test_killing_the_driver_ends_the_others() -> None:
               "print(*[p.process.pid for p in made._ranks.processes], flush=True)\n"
               "time.sleep(60)\n")
     path = str(Path(worker_cases.__file__).parent)
-    with subprocess.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True) as process:
+    with forked.Popen([sys.executable, "-c", script, path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 1 and not gone(pids)
@@ -376,6 +377,7 @@ def test_start_failure_is_named(monkeypatch: pytest.MonkeyPatch, fault: str, kin
         failing(monkeypatch, fault, tp=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "text"), [
     ({"tp": 3}, "tp=3 does not divide the model's num_heads"), ({"pp": 9}, "more pipeline stages than layers"),
     ({"tp": 2, "ep": 2}, "expert parallelism needs a model with experts")])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 FORKING = Path(__file__).with_name("forking.py")
@@ -26,7 +26,7 @@ def test_forked_children_leave_the_engine_to_the_parent(plane: str, tp: int, act
     ranks, and it does end, although it has none of the threads of its process groups. A child that uses the engine gets
     an error that names the parent. A child may make an engine of its own, or restart the one that it inherited.
     """
-    done = subprocess.run([sys.executable, str(FORKING), plane, str(tp), *actions], capture_output=True, text=True,
+    done = forked.run([sys.executable, str(FORKING), plane, str(tp), *actions], capture_output=True, text=True,
                           timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     expected = [line for action in actions for line in (action, *OUTCOMES[action], "status 0 parent True")]

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 import torch
 from nccl_stand_in import Group, StandInBackend
@@ -78,7 +79,7 @@ class Pair:
         self.folder = tempfile.TemporaryDirectory()
         path = f"{self.folder.name}/store"
         store = dist.FileStore(path, 2)
-        self.process = subprocess.Popen([sys.executable, str(DYING), "peers of the data plane", path],
+        self.process = forked.Popen([sys.executable, str(DYING), "peers of the data plane", path],
                                         stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         kind = backend.collectives

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from drill import left_in_shared_memory, shared_memory
@@ -167,7 +168,7 @@ class TestEveryPlane:
         topology, kind = Topology(pp=2), name
         if name == "nccl":
             topology, kind = Topology(tp=2), "peers of the control plane"
-        with subprocess.Popen([sys.executable, str(DYING), kind, path], stdout=subprocess.PIPE) as other:
+        with forked.Popen([sys.executable, str(DYING), kind, path], stdout=subprocess.PIPE) as other:
             plane = make(name, topology, store)
             assert other.stdout is not None and other.stdout.readline() == b"joined\n"
             killed: list[float] = []

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch.distributed
 import worker_cases
@@ -295,7 +296,7 @@ def test_only_ranks_can_join(first: bytes) -> None:
 @pytest.mark.parametrize("plane", ["shm", "gloo", "collectives"])
 def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str) -> None:
     """The child has the driver's pipes and sockets, so none of them closes."""
-    with subprocess.Popen([sys.executable, str(FORKING), plane, "2", "stay"], stdin=subprocess.PIPE,
+    with forked.Popen([sys.executable, str(FORKING), plane, "2", "stay"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "stay\n"

@@ -70,6 +70,7 @@ def test_collectives_that_nobody_registered_are_refused_with_those_that_are_ther
         make_group(Collectives("othercl"), dist.HashStore(), "x", 0, 1)
 
 
+@pytest.mark.slow
 def test_the_extended_form_of_registration_is_served() -> None:
     """Vendors whose groups need more than a store and a rank register a function of torch's options."""
     seen = []

@@ -87,9 +87,9 @@ def in_few_bits(ctx: Context) -> None:
         up, down = plain.gate_up.double().view(5, -1, _IN), plain.down.double()
 
         def expected(x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-            gate, other = torch.einsum("ni,nkoi->nko", x.double(), up[chosen]).chunk(2, -1)  # noqa: B023
-            each = torch.einsum("nki,nkoi->nko", F.silu(gate) * other, down[chosen])  # noqa: B023
-            return (each * weights.double().unsqueeze(-1)).sum(1)
+            gate, other = torch.einsum("ni,eoi->neo", x.double(), up).chunk(2, -1)  # noqa: B023
+            each = torch.einsum("nei,eoi->neo", F.silu(gate) * other, down)  # noqa: B023
+            return (torch.zeros(len(x), 5).double().scatter(1, chosen, weights.double()).unsqueeze(-1) * each).sum(1)
 
         for rows in _ROWS:
             x, weights = ctx.normal(rows, _IN), torch.from_numpy(ctx.rng.uniform(0.1, 1.0, (rows, 2))).float()
