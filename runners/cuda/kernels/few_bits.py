@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from hal.weights.grid import Grid
+from runners.cuda.kernels.gemv import programs_at_once
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 MOST_ROWS = 32
@@ -616,7 +617,9 @@ def one_row_tile(weight: FewBits, outputs: int) -> tuple[int, int, int]:
     """Outputs of a program, chunks of its tile, and its warps, for one row of inputs."""
     if weight.pieces:
         width = min(triton.next_power_of_2(weight.chunks), 128)
-        return 4, width, max(width // 16, 1)
+        if weight.pieces == 8:
+            return 8 if width <= 64 else 4, width, min(max(width // 8, 1), 8)
+        return 2, width, min(max(width // 16, 1), 4)
     return (16, 1024 // weight.chunk, 4) if outputs >= 16384 else (8, 2048 // weight.chunk, 8)
 
 
@@ -639,7 +642,8 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
         rows, width, warps = rows or usual[0], width or usual[1], warps or usual[2]
         blocks = triton.cdiv(out.shape[1], rows)
         if weight.pieces:
-            programs = triton.cdiv(blocks, triton.cdiv(blocks, _PROGRAMS))  # that have as many outputs as each other
+            most = max(4 * programs_at_once(x.device) // warps, 1)  # 16 warps for each multiprocessor
+            programs = triton.cdiv(blocks, triton.cdiv(blocks, most))  # that have as many outputs as each other
             _one_row[(programs,)](
                 x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
                 CHUNKS=width, WHOLE=width >= chunks, EVEN=width == chunks and out.shape[1] % rows == 0,
