@@ -512,7 +512,7 @@ def test_one_row_of_few_bits(dtype: torch.dtype, width: int, monkeypatch: pytest
     last tiles have too few or none."""
     from runners.cuda.kernels import few_bits
 
-    monkeypatch.setattr(few_bits, "_PROGRAMS", 2)
+    monkeypatch.setattr(few_bits, "programs_at_once", lambda device: 1)
     several = grids(width, 9, 600)
     halves = dataclasses.replace(several[4], zeros=several[4].zeros + 0.5)
     codes = dataclasses.replace(several[6], zeros=None)

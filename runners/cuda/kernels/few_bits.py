@@ -9,6 +9,7 @@ conversion has an eighth of the rate of other instructions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,11 +20,13 @@ import triton
 import triton.language as tl
 
 from hal.weights.grid import Grid
+from runners.cuda.kernels.gemv import programs_at_once
 from runners.cuda.kernels.launch import launch_options, wait_for_inputs
 
 MOST_ROWS = 32
 _CHUNKS = (128, 64, 32, 16)
 _OUTPUTS = 32  # the fewest outputs of a program for few rows
+_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 _PROGRAMS = 1056  # eight for each multiprocessor of an H200
 
 
@@ -248,102 +251,212 @@ def row_product(x, values, scales, zeros, row, mine, rows, size, chunks, each, P
 
 
 @triton.jit
+def _columns(tile):
+    """The four columns of a tile, which are in a thread's registers anyway."""
+    even, odd = tl.split(tl.reshape(tile, (tile.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
 def _tile(values, scales, zeros, first, rows, start, chunks, each, PIECES: tl.constexpr, CHUNK: tl.constexpr,
-          PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+          PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+          EVEN: tl.constexpr):
     """What a weight of integers has for ROWS rows from `first` on, in CHUNKS chunks from `start` on: the words of each
     row, [units, 4], and for each part of a chunk the scales and the zeros, [units, ROWS]. Units are in the order of
-    threads, so that each thread loads what it needs by itself: 4 words of a row, or the scales of all rows, at once."""
+    threads, so that each thread loads what it needs by itself: 4 words of a row, or the scales of all rows, at once.
+    What is behind the last chunk is multiplied by inputs of 0 and by a scale of 0, whatever it is."""
     WORDS: tl.constexpr = CHUNK // PIECES
     unit = tl.arange(0, CHUNKS * WORDS // 4)
     at = (start * WORDS + unit * 4)[:, None] + tl.arange(0, 4)[None]
+    row, chunk = first + tl.arange(0, ROWS), start + unit // (WORDS // 4)
     words, scale, zero = (), (), ()
     for r in tl.static_range(ROWS):
-        there = (at < chunks * WORDS) & (first + r < rows)
-        words += (tl.load(values + (first + r).to(tl.int64) * (chunks * WORDS) + at, mask=there, other=0),)
-    row, chunk = first + tl.arange(0, ROWS), start + unit // (WORDS // 4)
-    real = (chunk < chunks)[:, None] & (row < rows)[None]
+        source = values + (first + r).to(tl.int64) * (chunks * WORDS) + at
+        words += (tl.load(source) if EVEN else tl.load(source, mask=(at < chunks * WORDS) & (first + r < rows)),)
     for p in tl.static_range(PARTS):
         group = (chunk // each * PARTS + p)[:, None] * rows + row[None]
-        scale += (tl.load(scales + group, mask=real, other=0.0),)
+        real = (chunk < chunks)[:, None] & (row < rows)[None]
+        scale += (tl.load(scales + group) if EVEN else tl.load(scales + group, mask=real, other=0.0),)
         if HAS_ZEROS:
-            zero += (tl.load(zeros + group, mask=real, other=0),)
+            zero += (tl.load(zeros + group) if EVEN else tl.load(zeros + group, mask=real, other=0),)
     return words, scale, zero
 
 
 @triton.jit
-def _factors(x, start, size, PIECES: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
-             CHUNKS: tl.constexpr):
-    """The inputs that each piece of a tile's words meets, [units, 4], times what makes of their products those with the
-    integers times 2^-49. For each part of a chunk the sums of its inputs, [units], times 2^100, as the inputs of the
-    lowest piece are."""
-    WORDS: tl.constexpr = CHUNK // PIECES
-    unit = tl.arange(0, CHUNKS * WORDS // 4)
-    first = (start + unit // (WORDS // 4)) * CHUNK + unit % (WORDS // 4) * 4
-    factors, sums = (), ()
-    for p in tl.static_range(PARTS):
-        total = tl.zeros((CHUNKS * WORDS // 4, 4), tl.float32)
-        for i in tl.static_range(p * (PIECES // PARTS), (p + 1) * (PIECES // PARTS)):
-            at = first[:, None] + (i * WORDS + tl.arange(0, 4))[None]
-            value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-            total += value
-            factors += (value * 2.0 ** (77 if E2M1 else 100 - 32 // PIECES * i + i // (PIECES * 3 // 4) * 8),)
-        sums += (tl.sum(total, 1) * 2.0 ** 100,)
-    return factors, sums
+def _permute(low, high, picks):
+    """Of the eight bytes of two words the four that the lowest hexadecimal digits of `picks` name; of those named by
+    their number plus 8 the sign bit, eight times."""
+    if _COMPILED:
+        out = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, picks], dtype=tl.int32,
+                                        is_pure=True, pack=1)
+    else:
+        out = low & 0
+        for k in tl.static_range(4):
+            pick = picks >> 4 * k
+            byte = tl.where((pick & 4) == 0, low, high) >> (pick & 3) * 8 & 0xFF
+            out |= tl.where((pick & 8) == 0, byte, (byte >> 7) * 0xFF) << 8 * k
+    return out
 
 
 @triton.jit
-def _products(acc, words, scale, zero, factors, sums, PIECES: tl.constexpr, OFFSET: tl.constexpr, E2M1: tl.constexpr,
-              PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr):
-    """acc [units, ROWS] and the products of a tile, times 2^-49."""
-    row = tl.arange(0, acc.shape[1])[None]
+def _codes(words, NTH: tl.constexpr, PIECES: tl.constexpr, E2M1: tl.constexpr, PARTS: tl.constexpr):
+    """Four pieces of each word as the bytes of a word. With E2M1, twice the numbers and 128."""
+    if E2M1:
+        sizes = _permute(tl.full(words.shape, -2088599168, tl.int32), -1937209724, words >> 16 * NTH & 0x7777)
+        signs = _permute(words << 4, words, 0xFBEA if NTH == 1 else 0xD9C8)
+        words = sizes - 2 * (sizes & signs & 0x7F7F7F7F)
+    elif PIECES == 8:
+        low, high = words & 0x0F0F0F0F, words >> 4 & 0x0F0F0F0F
+        words = high if NTH == 1 else low
+        if PARTS == 4:
+            words = _permute(low, high, 0x7362 if NTH == 1 else 0x5140)
+    return words
+
+
+@triton.jit
+def _dot(total, pairs, codes, HIGH: tl.constexpr, SIGNED: tl.constexpr):
+    """total + the two numbers of 16 bits in each word of `pairs` times the lower or the higher two bytes of `codes`."""
+    if _COMPILED:
+        total = tl.inline_asm_elementwise(
+            ("dp2a.hi." if HIGH else "dp2a.lo.") + ("s32" if SIGNED else "u32") + ".u32 $0, $1, $2, $3;", "=r,r,r,r",
+            [pairs, codes, total], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        two = codes >> 16 if HIGH else codes
+        low, high = (pairs << 16 >> 16, pairs >> 16) if SIGNED else (pairs & 0xFFFF, pairs >> 16 & 0xFFFF)
+        total = total + low * (two & 0xFF) + high * (two >> 8 & 0xFF)
+    return total
+
+
+@triton.jit
+def _add(total, pairs, codes, FIRST: tl.constexpr, SECOND: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr,
+         HIGH: tl.constexpr, SIGNED: tl.constexpr):
+    """As _dot, of the pieces FIRST and SECOND those that are in the PART, which has EACH of them."""
+    if FIRST // EACH == PART or SECOND // EACH == PART:
+        if FIRST // EACH != PART:
+            pairs = pairs & -65536
+        elif SECOND // EACH != PART:
+            pairs = pairs & 0xFFFF
+        total = _dot(total, pairs, codes, HIGH, SIGNED)
+    return total
+
+
+@triton.jit
+def _fixed(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
+           E2M1: tl.constexpr, LIMBS: tl.constexpr):
+    """The inputs of a tile's units as fixed-point numbers of LIMBS times 16 bits, relative to the largest of a unit:
+    pairs of those that two pieces of a word meet, for each limb and each column [units]. Their sums over each part,
+    for each limb [units]. What they are to be multiplied by, [units]; NaN if an input is not finite."""
+    WORDS: tl.constexpr = CHUNK // PIECES
+    unit = tl.arange(0, CHUNKS * WORDS // 4)
+    first = (start + unit // (WORDS // 4)) * CHUNK + unit % (WORDS // 4) * 4
+    values, largest = (), tl.full((CHUNKS * WORDS // 4, 4), 47 << 23, tl.int32)  # as an fp32 number 2^-80
+    for i in tl.static_range(PIECES):
+        at = first[:, None] + (i * WORDS + tl.arange(0, 4))[None]
+        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # NaN is above all
+        values += (value,)
+    top = tl.max(largest, 1)
+    power = top & 0x7F800000
+    scale, top = power.to(tl.float32, bitcast=True) * 2.0 ** -14, top.to(tl.float32, bitcast=True)
+    scale += top - top
+    factor = ((254 << 23) - power + (14 << 23)).to(tl.float32, bitcast=True)[:, None]
+    numbers = ()
+    for i in tl.static_range(PIECES):
+        if LIMBS == 1:  # the lowest bits of an fp32 number near 1.5 * 2^23 are an integer
+            numbers += ((values[i] * factor + 12582912.0).to(tl.int32, bitcast=True),)
+        else:
+            numbers += ((values[i] * (factor * 65536.0)).to(tl.int32),)
+    # Which piece is the byte k of the nth word of codes: BYTE * k + WORD * n.
+    BYTE: tl.constexpr = 1 if E2M1 or PARTS == 4 else PIECES // 4
+    WORD: tl.constexpr = 4 if E2M1 or PARTS == 4 else 1
+    pairs, sums = (), ()
+    for limb in tl.static_range(LIMBS):
+        for b in tl.static_range(PIECES // 4):
+            for h in tl.static_range(2):
+                low, high = numbers[BYTE * 2 * h + WORD * b], numbers[BYTE * (2 * h + 1) + WORD * b]
+                if limb < LIMBS - 1:
+                    pairs += _columns((low >> 16 & 0xFFFF) | (high & -65536))
+                else:
+                    pairs += _columns((low & 0xFFFF) | high << 16)
+        for p in tl.static_range(PARTS):
+            total = tl.zeros((CHUNKS * WORDS // 4,), tl.int32)
+            for i in tl.static_range(PIECES * 2):
+                total = _add(total, pairs[limb * PIECES * 2 + i], 0x01010101, BYTE * 2 * (i // 4 % 2) + WORD * (i // 8),
+                             BYTE * (2 * (i // 4 % 2) + 1) + WORD * (i // 8), p, PIECES // PARTS, False, limb == 0)
+            sums += (total,)
+    return pairs, sums, scale
+
+
+@triton.jit
+def _products(acc, words, scale, zero, pairs, sums, factor, PIECES: tl.constexpr, OFFSET: tl.constexpr,
+              E2M1: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, LIMBS: tl.constexpr):
+    """acc [units, ROWS] and the products of a tile."""
+    BYTE: tl.constexpr = 1 if E2M1 or PARTS == 4 else PIECES // 4
+    WORD: tl.constexpr = 4 if E2M1 or PARTS == 4 else 1
+    row, codes, found = tl.arange(0, acc.shape[1])[None], (), tl.zeros(acc.shape, tl.float32)
+    for r in tl.static_range(acc.shape[1]):
+        columns = _columns(words[r])
+        for i in tl.static_range(PIECES):
+            codes += (_codes(columns[i % 4], i // 4, PIECES, E2M1, PARTS),)
     for p in tl.static_range(PARTS):
         part = tl.zeros(acc.shape, tl.float32)
-        for r in tl.static_range(acc.shape[1]):
-            product = tl.zeros(factors[0].shape, tl.float32)
-            for i in tl.static_range(p * (PIECES // PARTS), (p + 1) * (PIECES // PARTS)):
-                if E2M1 or i < PIECES * 3 // 4:
-                    piece = _piece(words[r], i, PIECES, E2M1, 0)
-                else:  # one shift for all pieces of the highest 8 bits
-                    piece = _piece(words[r] >> 8, i - PIECES // 4, PIECES, E2M1, 0)
-                product += piece * factors[i]
-            part = tl.where(row == r, tl.sum(product, 1)[:, None], part)
-        if OFFSET > 0:
-            part -= (OFFSET * 2.0 ** -149 * sums[p])[:, None]
-        if HAS_ZEROS:
-            if zero[p].dtype == tl.uint8:  # its bits are a number like those of _piece
-                part -= zero[p].to(tl.int32).to(tl.float32, bitcast=True) * sums[p][:, None]
-            else:
-                part -= zero[p].to(tl.float32) * (2.0 ** -149 * sums[p])[:, None]
-        acc += part * scale[p].to(tl.float32)
-    return acc
+        for limb in tl.static_range(LIMBS):
+            sum = sums[limb * PARTS + p]
+            whole = tl.zeros(acc.shape, tl.int32)
+            for r in tl.static_range(acc.shape[1]):
+                total = sum * (-128 if E2M1 else -OFFSET)
+                for i in tl.static_range(PIECES * 2):
+                    total = _add(total, pairs[limb * PIECES * 2 + i], codes[r * PIECES + i // 8 * 4 + i % 4],
+                                 BYTE * 2 * (i // 4 % 2) + WORD * (i // 8),
+                                 BYTE * (2 * (i // 4 % 2) + 1) + WORD * (i // 8), p, PIECES // PARTS, i // 4 % 2 == 1,
+                                 limb == 0)
+                whole = tl.where(row == r, total[:, None], whole)
+            if HAS_ZEROS:  # noqa: SIM102 (at compile time)
+                if zero[p].dtype == tl.uint8:
+                    whole -= zero[p].to(tl.int32) * sum[:, None]
+            some = whole.to(tl.float32)
+            if HAS_ZEROS:  # noqa: SIM102
+                if zero[p].dtype != tl.uint8:
+                    some -= zero[p].to(tl.float32) * sum.to(tl.float32)[:, None]
+            part = part * 65536.0 + some if limb > 0 else some
+        found += part * scale[p].to(tl.float32)
+    return acc + found * (factor * 2.0 ** ((15 if E2M1 else 16) - 16 * LIMBS))[:, None]
 
 
 @triton.jit
 def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIECES: tl.constexpr, OFFSET: tl.constexpr,
              E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-             HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr):
+             HAS_BIAS: tl.constexpr, LIMBS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
+             EVEN: tl.constexpr, PDL: tl.constexpr):
     """For integers. The weights are ready before the inputs are, so the first tile is read while the kernel before this
     one ends, and each further tile while the one before it is multiplied. WHOLE: a tile has all chunks, so the inputs
-    stay in registers while a program goes on to other outputs."""
+    stay in registers while a program goes on to other outputs. EVEN: and no more, and no tile has rows behind the last.
+    """
     begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     words, scale, zero = _tile(values, scales, zeros, begin, rows, 0, chunks, each, PIECES, CHUNK, PARTS, HAS_ZEROS,
-                               ROWS, CHUNKS)
+                               ROWS, CHUNKS, EVEN)
     wait_for_inputs(PDL)
     if WHOLE:
-        factors, sums = _factors(x, 0, size, PIECES, E2M1, CHUNK, PARTS, CHUNKS)
+        pairs, sums, factor = _fixed(x, 0, size, PIECES, CHUNK, PARTS, CHUNKS, E2M1, LIMBS)
     for first in range(begin, rows, step):
         acc = tl.zeros((CHUNKS * CHUNK // PIECES // 4, ROWS), tl.float32)
         for start in range(0, 1 if WHOLE else chunks, CHUNKS):
             if not WHOLE:
-                factors, sums = _factors(x, start, size, PIECES, E2M1, CHUNK, PARTS, CHUNKS)
+                pairs, sums, factor = _fixed(x, start, size, PIECES, CHUNK, PARTS, CHUNKS, E2M1, LIMBS)
             ends = start + CHUNKS >= chunks
+            after = tl.where(ends, first + step, first)
+            if EVEN:  # the last tile is read once more
+                after = tl.where(after < rows, after, first)
             more, more_scale, more_zero = _tile(
-                values, scales, zeros, tl.where(ends, first + step, first), rows, tl.where(ends, 0, start + CHUNKS),
-                chunks, each, PIECES, CHUNK, PARTS, HAS_ZEROS, ROWS, CHUNKS)
-            acc = _products(acc, words, scale, zero, factors, sums, PIECES, OFFSET, E2M1, PARTS, HAS_ZEROS)
+                values, scales, zeros, after, rows, tl.where(ends, 0, start + CHUNKS), chunks, each, PIECES, CHUNK,
+                PARTS, HAS_ZEROS, ROWS, CHUNKS, EVEN)
+            acc = _products(acc, words, scale, zero, pairs, sums, factor, PIECES, OFFSET, E2M1, PARTS,
+                            HAS_ZEROS, LIMBS)
             words, scale, zero = more, more_scale, more_zero
         row = first + tl.arange(0, ROWS)
-        result = tl.sum(acc, 0) * 2.0 ** 49
+        result = tl.sum(acc, 0)
         if HAS_BIAS:
             result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
         tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
@@ -503,10 +616,10 @@ def round_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]
 def one_row_tile(weight: FewBits, outputs: int) -> tuple[int, int, int]:
     """Outputs of a program, chunks of its tile, and its warps, for one row of inputs."""
     if weight.pieces:
-        width = min(triton.next_power_of_2(weight.chunks), 32)
-        # A thread holds fewer rows where each takes more registers, and 16 bytes of scales, which it loads at once.
-        few = weight.pieces == 4 or weight.scales.itemsize == 4
-        return 4 if few else 8, width, max(width // 8, 1)
+        width = min(triton.next_power_of_2(weight.chunks), 128)
+        if weight.pieces == 8:
+            return 8 if width <= 64 else 4, width, min(max(width // 8, 1), 8)
+        return 2, width, min(max(width // 16, 1), 4)
     return (16, 1024 // weight.chunk, 4) if outputs >= 16384 else (8, 2048 // weight.chunk, 8)
 
 
@@ -529,10 +642,12 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
         rows, width, warps = rows or usual[0], width or usual[1], warps or usual[2]
         blocks = triton.cdiv(out.shape[1], rows)
         if weight.pieces:
-            programs = triton.cdiv(blocks, triton.cdiv(blocks, _PROGRAMS))  # that have as many outputs as each other
+            most = max(4 * programs_at_once(x.device) // warps, 1)  # 16 warps for each multiprocessor
+            programs = triton.cdiv(blocks, triton.cdiv(blocks, most))  # that have as many outputs as each other
             _one_row[(programs,)](
                 x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
-                CHUNKS=width, WHOLE=width >= chunks, num_warps=warps, **shape)
+                CHUNKS=width, WHOLE=width >= chunks, EVEN=width == chunks and out.shape[1] % rows == 0,
+                LIMBS=2 if x.dtype == torch.float32 else 1, num_warps=warps, **shape)
         else:
             _one_float8_row[(blocks,)](
                 x, weight.values, weight.scales, bias_or_any, out, out.shape[1], size, chunks, each, CHUNK=weight.chunk,
