@@ -619,7 +619,7 @@ def one_row_tile(weight: FewBits, outputs: int) -> tuple[int, int, int]:
         width = min(triton.next_power_of_2(weight.chunks), 128)
         if weight.pieces == 8:
             return 8 if width <= 64 else 4, width, min(max(width // 8, 1), 8)
-        return 2, width, min(max(width // 16, 1), 4)
+        return 2, width, min(max(width // 16, 1), 8)
     return (16, 1024 // weight.chunk, 4) if outputs >= 16384 else (8, 2048 // weight.chunk, 8)
 
 
