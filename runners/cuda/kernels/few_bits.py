@@ -4,7 +4,8 @@ The layout of integers: inputs come in chunks of 128, and a word of 32 bits has 
 16 words. The piece i of word j is the input i * words + j. So each piece of a chunk's words meets consecutive inputs,
 whose group is the same, and nothing is rearranged in a kernel. The lowest 24 bits of a word are a fixed-point number
 when they are taken for those of a floating-point number: n * 2^-149. So one instruction takes a piece out, while a
-conversion has an eighth of the rate of other instructions.
+conversion has an eighth of the rate of other instructions. For one row even that is too many: its inputs become
+fixed-point numbers, and one instruction multiplies two of them by two bytes.
 """
 
 from __future__ import annotations
