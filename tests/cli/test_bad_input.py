@@ -240,7 +240,7 @@ def test_named_error(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_named_error_of_a_process(name: str, tmp_path: Path) -> None:
     make, words = BAD[name]
     done = forked.run([sys.executable, "-m", "hal", "generate", *make(tmp_path)], text=True, capture_output=True,
-                          check=False, cwd=tmp_path)
+                      check=False, cwd=tmp_path)
     _check(done.returncode, done.stdout, done.stderr, words)
 
 

@@ -188,7 +188,7 @@ def test_the_pytest_plugin_runs_the_same_cases(tmp_path: Path) -> None:
     words = ["-q", "-p", "hal.conformance.plugin", "--pyargs", "hal.conformance.suite", "-k", "norm or registration",
              "--hal-level", "2", "--hal-backend", "mutants:device_wrong_epsilon"]
     done = forked.run([sys.executable, "-m", "pytest", *words], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}, timeout=120)
+                      env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}, timeout=120)
     assert "1 failed, 3 passed" in done.stdout, done.stdout + done.stderr
     assert "to repeat: hal conformance --backend mutants:device_wrong_epsilon --case L2/norm/rms_norm" in done.stdout
 

@@ -91,7 +91,7 @@ def test_an_interrupted_run_says_how_far_it_came_and_can_be_resumed(tmp_path: Pa
     # So many examples that the run does not end before its signal, however late this process sends it.
     words = ["conformance", "--backend", "null", "--level", "1", "--examples", "20000", "--report", str(tmp_path)]
     child = forked.Popen([sys.executable, "-m", "hal", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                             text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+                         text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert child.stderr is not None
     lines = [child.stderr.readline() for _ in range(3)]
     child.send_signal(signal.SIGTERM)

@@ -147,7 +147,7 @@ def test_code_that_is_trusted_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_command_line_trusts_nobody_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = checkpoint(tmp_path, NEEDED[0])
     done = forked.run([sys.executable, "-m", "hal", "generate", "--device", "cpu", "--model", directory, "a",
-                           "--max-model-len", "64"], input="y\n" * 5, capture_output=True, text=True, check=False)
+                       "--max-model-len", "64"], input="y\n" * 5, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and not (tmp_path / "RAN").exists()
     assert "--trust-remote-code" in done.stderr and "Traceback" not in done.stderr
     main(["generate", "--help"])

@@ -30,7 +30,7 @@ SMALL = ("--device", "null", "--max-num-seqs", "8", "--num-blocks", "400", "--ma
 def served(*arguments: str, **how: Any) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and where it serves."""
     process = forked.Popen([sys.executable, "-m", "hal", "serve", "--port", "0", *arguments], text=True,
-                               stderr=subprocess.PIPE, **how)
+                           stderr=subprocess.PIPE, **how)
     assert process.stderr is not None
     try:
         for line in process.stderr:

@@ -27,7 +27,7 @@ def test_forked_children_leave_the_engine_to_the_parent(plane: str, tp: int, act
     an error that names the parent. A child may make an engine of its own, or restart the one that it inherited.
     """
     done = forked.run([sys.executable, str(FORKING), plane, str(tp), *actions], capture_output=True, text=True,
-                          timeout=240, check=False)
+                      timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     expected = [line for action in actions for line in (action, *OUTCOMES[action], "status 0 parent True")]
     assert done.stdout.splitlines() == [*expected, "left []"]

@@ -80,7 +80,7 @@ class Pair:
         path = f"{self.folder.name}/store"
         store = dist.FileStore(path, 2)
         self.process = forked.Popen([sys.executable, str(DYING), "peers of the data plane", path],
-                                        stdout=subprocess.PIPE)
+                                    stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         kind = backend.collectives
         groups, theirs = (ByAxis(topology, lambda axis, rank=rank: make_group(kind, store, axis.name, rank, 2))

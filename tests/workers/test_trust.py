@@ -297,7 +297,7 @@ def test_only_ranks_can_join(first: bytes) -> None:
 def test_ranks_end_with_a_killed_driver_though_its_forked_child_lives(plane: str) -> None:
     """The child has the driver's pipes and sockets, so none of them closes."""
     with forked.Popen([sys.executable, str(FORKING), plane, "2", "stay"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as driver:
+                      stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         assert driver.stdout.readline() == "stay\n"
         child, *ranks = map(int, driver.stdout.readline().split())
