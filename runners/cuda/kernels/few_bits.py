@@ -10,7 +10,6 @@ fixed-point numbers, and one instruction multiplies two of them by two bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +21,11 @@ import triton.language as tl
 
 from hal.weights.grid import Grid
 from runners.cuda.kernels.gemv import programs_at_once
-from runners.cuda.kernels.launch import launch_options, wait_for_inputs
+from runners.cuda.kernels.launch import COMPILED, launch_options, wait_for_inputs
 
 MOST_ROWS = 32
 _CHUNKS = (128, 64, 32, 16)
 _OUTPUTS = 32  # the fewest outputs of a program for few rows
-_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 _PROGRAMS = 1056  # eight for each multiprocessor of an H200
 
 
@@ -289,7 +287,7 @@ def _tile(values, scales, zeros, first, rows, start, chunks, each, PIECES: tl.co
 def _permute(low, high, picks):
     """Of the eight bytes of two words the four that the lowest hexadecimal digits of `picks` name; of those named by
     their number plus 8 the sign bit, eight times."""
-    if _COMPILED:
+    if COMPILED:
         out = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, picks], dtype=tl.int32,
                                         is_pure=True, pack=1)
     else:
@@ -319,7 +317,7 @@ def _codes(words, NTH: tl.constexpr, PIECES: tl.constexpr, E2M1: tl.constexpr, P
 @triton.jit
 def _dot(total, pairs, codes, HIGH: tl.constexpr, SIGNED: tl.constexpr):
     """total + the two numbers of 16 bits in each word of `pairs` times the lower or the higher two bytes of `codes`."""
-    if _COMPILED:
+    if COMPILED:
         total = tl.inline_asm_elementwise(
             ("dp2a.hi." if HIGH else "dp2a.lo.") + ("s32" if SIGNED else "u32") + ".u32 $0, $1, $2, $3;", "=r,r,r,r",
             [pairs, codes, total], dtype=tl.int32, is_pure=True, pack=1)
@@ -331,15 +329,20 @@ def _dot(total, pairs, codes, HIGH: tl.constexpr, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def _add(total, pairs, codes, FIRST: tl.constexpr, SECOND: tl.constexpr, PART: tl.constexpr, EACH: tl.constexpr,
-         HIGH: tl.constexpr, SIGNED: tl.constexpr):
-    """As _dot, of the pieces FIRST and SECOND those that are in the PART, which has EACH of them."""
-    if FIRST // EACH == PART or SECOND // EACH == PART:
+def _add(total, pairs, codes, NTH: tl.constexpr, PIECES: tl.constexpr, E2M1: tl.constexpr, PARTS: tl.constexpr,
+         PART: tl.constexpr, SIGNED: tl.constexpr):
+    """As _dot, with the NTH pairs of _fixed, of whose two pieces those count that are in the PART."""
+    BYTE: tl.constexpr = 1 if E2M1 or PARTS == 4 else PIECES // 4
+    WORD: tl.constexpr = 4 if E2M1 or PARTS == 4 else 1
+    HALF: tl.constexpr = NTH // 4 % 2
+    FIRST: tl.constexpr = BYTE * 2 * HALF + WORD * (NTH // 8)
+    EACH: tl.constexpr = PIECES // PARTS
+    if FIRST // EACH == PART or (FIRST + BYTE) // EACH == PART:
         if FIRST // EACH != PART:
             pairs = pairs & -65536
-        elif SECOND // EACH != PART:
+        elif (FIRST + BYTE) // EACH != PART:
             pairs = pairs & 0xFFFF
-        total = _dot(total, pairs, codes, HIGH, SIGNED)
+        total = _dot(total, pairs, codes, HALF == 1, SIGNED)
     return total
 
 
@@ -384,8 +387,7 @@ def _fixed(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.
         for p in tl.static_range(PARTS):
             total = tl.zeros((CHUNKS * WORDS // 4,), tl.int32)
             for i in tl.static_range(PIECES * 2):
-                total = _add(total, pairs[limb * PIECES * 2 + i], 0x01010101, BYTE * 2 * (i // 4 % 2) + WORD * (i // 8),
-                             BYTE * (2 * (i // 4 % 2) + 1) + WORD * (i // 8), p, PIECES // PARTS, False, limb == 0)
+                total = _add(total, pairs[limb * PIECES * 2 + i], 0x01010101, i, PIECES, E2M1, PARTS, p, limb == 0)
             sums += (total,)
     return pairs, sums, scale
 
@@ -394,8 +396,6 @@ def _fixed(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.
 def _products(acc, words, scale, zero, pairs, sums, factor, PIECES: tl.constexpr, OFFSET: tl.constexpr,
               E2M1: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr, LIMBS: tl.constexpr):
     """acc [units, ROWS] and the products of a tile."""
-    BYTE: tl.constexpr = 1 if E2M1 or PARTS == 4 else PIECES // 4
-    WORD: tl.constexpr = 4 if E2M1 or PARTS == 4 else 1
     row, codes, found = tl.arange(0, acc.shape[1])[None], (), tl.zeros(acc.shape, tl.float32)
     for r in tl.static_range(acc.shape[1]):
         columns = _columns(words[r])
@@ -409,10 +409,8 @@ def _products(acc, words, scale, zero, pairs, sums, factor, PIECES: tl.constexpr
             for r in tl.static_range(acc.shape[1]):
                 total = sum * (-128 if E2M1 else -OFFSET)
                 for i in tl.static_range(PIECES * 2):
-                    total = _add(total, pairs[limb * PIECES * 2 + i], codes[r * PIECES + i // 8 * 4 + i % 4],
-                                 BYTE * 2 * (i // 4 % 2) + WORD * (i // 8),
-                                 BYTE * (2 * (i // 4 % 2) + 1) + WORD * (i // 8), p, PIECES // PARTS, i // 4 % 2 == 1,
-                                 limb == 0)
+                    total = _add(total, pairs[limb * PIECES * 2 + i], codes[r * PIECES + i // 8 * 4 + i % 4], i, PIECES,
+                                 E2M1, PARTS, p, limb == 0)
                 whole = tl.where(row == r, total[:, None], whole)
             if HAS_ZEROS:  # noqa: SIM102 (at compile time)
                 if zero[p].dtype == tl.uint8:

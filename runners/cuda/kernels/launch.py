@@ -4,11 +4,14 @@ has ended, and wait inside. In a graph of many small kernels the gaps between ke
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # not interpreted, which takes no PTX
 
 
 @triton.jit

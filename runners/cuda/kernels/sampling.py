@@ -12,19 +12,16 @@ NaN or infinity enters the race as infinity, and wins it.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
 from hal.sampling.sampler import LARGE
-from runners.cuda.kernels.launch import launch_options, wait_for_inputs
+from runners.cuda.kernels.launch import COMPILED, launch_options, wait_for_inputs
 
 _PIECE, _PROGRAMS = 512, 4096  # elements that a warp reads at a time; the number of warps that fill a device
 _LANES = 4096  # lanes of the program that finds a row's thresholds, and the values that it can keep
 _LARGE = tl.constexpr(LARGE)
-_COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits that are 0 in fp32
 
 
@@ -32,7 +29,7 @@ _SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits t
 def _divided(x, y):
     """x / y in fp32, rounded to nearest. tl.div_rn takes subnormal numbers for 0 on a GPU, and a temperature or a
     quotient may be one."""
-    if _COMPILED:
+    if COMPILED:
         quotient = tl.inline_asm_elementwise("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True,
                                              pack=1)
     else:
