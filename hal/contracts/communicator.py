@@ -17,6 +17,37 @@ I = TypeVar("I", bound="IntermediateTensors")  # noqa: E741
 AxisName = Literal["tp", "pp", "ep"]  # of hal.config.AXES
 
 
+class NativeSums(Protocol):
+    """The all-reduce over "tp" for a runner whose step is compiled code: a C function that this code calls, and nothing
+    else of the communicator.
+
+        int32_t function(void *state, void *x, int64_t n, int32_t bf16);
+
+    x, n values of bfloat16 or float, becomes the sum, with the bits of Communicator.all_reduce. If the function returns
+    other than 0, the code returns to Python at once, leaves the context, calls `finish(x)`, and goes on after this sum.
+    One thread at a time calls it, and only within the context:
+
+        with native_sums: ...
+
+    Raises: as collectives; the function itself never waits long.
+
+    Attributes:
+        function, state: addresses. most: bytes of the largest x.
+    """
+
+    function: int
+    state: int
+    most: int
+
+    def __enter__(self) -> object:
+        """Raises GuardError: the phase allows no collectives."""
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def finish(self, x: torch.Tensor) -> None:
+        """Wait for the ranks that the function did not wait for. x becomes the sum."""
+
+
 class Communicator(Protocol):
     """Collectives over the ranks of one axis of the mesh (hal.config.Topology.axis), and transfers between pipeline
     stages. Along an axis of size 1 every collective is the identity.
@@ -29,6 +60,7 @@ class Communicator(Protocol):
         topology: this rank's place in the mesh.
         capturable: whether collectives may be captured into a graph of the device.
         fingerprint: the fingerprint of the running step. The worker begins it; collectives count in it and compare it.
+        native_sums: None where sums can be called from Python only.
 
     Raises (collectives):
         ConfigError: the mesh has no such axis.
@@ -40,6 +72,7 @@ class Communicator(Protocol):
     topology: Topology
     capturable: bool
     fingerprint: Fingerprint
+    native_sums: NativeSums | None
 
     def check(self) -> None:
         """Called by the worker when it has fetched a result. Raises WorkerError: another rank is gone, so collectives
@@ -92,6 +125,7 @@ class LocalCommunicator:
 
     topology, capturable = Topology(), True
     fingerprint = Fingerprint()  # there is nobody to differ from
+    native_sums: NativeSums | None = None
 
     def check(self) -> None:
         pass

@@ -17,7 +17,7 @@ from hal.errors import ConfigError
 
 LEVELS = ("off", "avx2", "avx512", "avx512_bf16")  # in the order of kernels.c
 VARIABLE = "HAL_CPU_KERNELS"
-ABI = 9
+ABI = 10
 _FOLDER = Path(__file__).parent
 
 
@@ -93,8 +93,8 @@ def _declare(library: Any) -> None:
     library.hal_decode.argtypes = library.hal_prompt.argtypes = (pointer, unsigned)
     library.hal_threads.argtypes = (pointer, pointer)
     library.hal_tape.argtypes, library.hal_tape.restype = (pointer, size, size), pointer
-    library.hal_tape_run.argtypes, library.hal_tape_free.argtypes = (pointer, pointer, unsigned), (pointer,)
-    library.hal_tape_free.restype = None
+    library.hal_tape_run.argtypes, library.hal_tape_run.restype = (pointer, pointer, size, unsigned), size
+    library.hal_tape_free.argtypes, library.hal_tape_free.restype = (pointer,), None
     library.hal_greedy.argtypes, library.hal_greedy.restype = (pointer, size, ctypes.c_int), size
 
 

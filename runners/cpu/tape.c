@@ -2,7 +2,10 @@
 
    Python notes each operation of the model once (tape.py). An operation consists of items that any thread can compute,
    and threads take them as they become free. Between two operations threads wait for each other at a barrier, where
-   they spin for a short time and then sleep, so that other processes get the core of a thread that waits long. */
+   they spin for a short time and then sleep, so that other processes get the core of a thread that waits long.
+
+   The sum over ranks is a function that the communicator has given (hal/contracts/communicator.py: NativeSums). Where it
+   is not there, or does not finish, the run returns to Python, which calls it again for the operations behind. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -19,12 +22,12 @@
 #define COLUMNS 512 /* values of a row that make an item of an elementwise operation */
 #define LEAST 8 /* outputs of a product that make an item */
 
-enum { EMBED, ROTARY, NORM, GATED, COPY, LINEAR, FEW_BITS, ATTEND };
+enum { EMBED, ROTARY, NORM, GATED, COPY, LINEAR, FEW_BITS, ATTEND, CALL };
 
 /* One operation on the rows of a step; tape.py mirrors it. Strides count values. */
 typedef struct {
     int32_t code, bf16, wide_weight, parts; /* wide_weight: NORM's is fp32; parts: vectors of a row that NORM norms */
-    const void *x, *also, *weight; /* also: NORM's residual, or NULL */
+    const void *x, *also, *weight; /* also: NORM's residual, or NULL; of CALL the function's state, and the function */
     void *y, *sum; /* sum: NORM's x + residual, or NULL */
     int64_t width, x_stride, y_stride; /* width: of a row of y, or of a vector of NORM; outputs of a product */
     float eps;
@@ -40,12 +43,13 @@ typedef struct {
 
 typedef struct { /* of one operation in one step */
     int64_t ready, next, ready_bytes; /* rows of a product's input that were taken, and items or outputs */
-    char pad[40];
+    int64_t left; /* of CALL: Python must go on */
+    char pad[32];
 } Progress;
 
 typedef struct {
     const Operation *operations;
-    int64_t count, ready_room, attend_room;
+    int64_t first, count, ready_room, attend_room;
     char *ready, *attend;
     Progress *progress;
     const Step *step;
@@ -244,19 +248,29 @@ static int64_t items(const Operation *o, int64_t n) {
     return o->code == ATTEND ? n * o->decode->kv_heads : n;
 }
 
+/* Whether Python must do or finish it, or the step has failed. */
+static int64_t left(const Tape *t, const Operation *o) {
+    int32_t (*function)(void *, void *, int64_t, int32_t);
+    memcpy(&function, &o->weight, sizeof function);
+    return t->failed || !function || function((void *)o->also, o->y, t->step->n * o->width, o->bf16);
+}
+
 static void work(void *argument) {
     Tape *t = argument;
     const int32_t team = hal_team_size(), me = __atomic_fetch_add(&t->entered, 1, __ATOMIC_RELAXED);
-    for (int64_t at = 0; at < t->count; at++) {
+    for (int64_t at = t->first; at < t->count; at++) {
         const Operation *o = t->operations + at;
         Progress *p = t->progress + at;
-        if (o->code == LINEAR || o->code == FEW_BITS) linear(t, o, p, team);
+        if (o->code == CALL) {
+            if (!__atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) p->left = left(t, o);
+        } else if (o->code == LINEAR || o->code == FEW_BITS) linear(t, o, p, team);
         else {
             const int64_t count = items(o, t->step->n);
             int64_t i;
             while ((i = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < count) item(t, o, i, me);
         }
         barrier(t, team);
+        if (p->left) return;
     }
 }
 
@@ -316,24 +330,28 @@ EXPORT void hal_tape_free(void *tape) {
     free(t);
 }
 
-/* Run a step. Returns 0; 1 where there is no memory; 2 where a token or a position lies outside of its table. */
-EXPORT int hal_tape_run(void *tape, const Step *step, unsigned threads) {
+/* Run a step from operation `first` on. Returns the number of operations, or that of the CALL where Python must go on;
+   -1 where there is no memory; -2 where a token or a position lies outside of its table. */
+EXPORT int64_t hal_tape_run(void *tape, const Step *step, int64_t first, unsigned threads) {
     Tape *t = tape;
     int64_t longest = 0;
     for (int64_t i = 0; i < step->n; i++) if (step->lens[i] > longest) longest = step->lens[i];
-    t->attend_room = 0;
-    for (int64_t i = 0; i < t->count; i++) {
+    if (!first) t->attend_room = 0;
+    for (int64_t i = 0; !first && i < t->count; i++) {
         const Operation *o = t->operations + i;
-        t->progress[i].ready = t->progress[i].next = 0;
+        t->progress[i].ready = t->progress[i].next = t->progress[i].left = 0;
         if (o->code != ATTEND) continue;
         const int64_t room = hal_decode_bytes(o->decode, longest);
         if (room > t->attend_room) t->attend_room = room;
     }
     t->attend = hal_scratch(t->attend_room * threads);
-    if (!t->attend && t->attend_room) return 1;
+    if (!t->attend && t->attend_room) return -1;
     t->step = step;
+    t->first = first;
     t->entered = t->arrived = t->failed = 0;
     hal_parallel(work, t, threads, 0);
-    return t->failed ? 2 : 0;
+    if (t->failed) return -2;
+    for (int64_t i = first; i < t->count; i++) if (t->progress[i].left) return i;
+    return t->count;
 }
 #endif

@@ -1,8 +1,8 @@
 """A decode step as one call. The model's operations are noted once, and C then runs the list (tape.c).
 
 What a graph is to a GPU, this is to a CPU: between two operations there is no Python, no dispatch of PyTorch, and no
-thread to wake. With tensor parallelism a collective ends a segment of the list: a step is then one call for each
-segment, and between two of them the communicator is called as it is without a tape.
+thread to wake. With tensor parallelism the sums over ranks are operations too, by the communicator's C function. Where
+it has none, C returns to Python at a sum, and goes on when the communicator was called as it is without a tape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ROWS = 16  # sequences of the largest step on a tape; more of them are limited by arithmetic
 _NEW = {"empty", "new_empty", "empty_like", "detach", "alias"}  # what is in new memory, no operation may read
 
-Code = IntEnum("Code", "EMBED ROTARY NORM GATED COPY LINEAR FEW_BITS ATTEND", start=0)  # in the order of tape.c
+Code = IntEnum("Code", "EMBED ROTARY NORM GATED COPY LINEAR FEW_BITS ATTEND CALL", start=0)  # in the order of tape.c
 
 
 class Untaped(Exception):
@@ -61,14 +61,14 @@ class Recorder(TorchDispatchMode):
             called while the step is recorded, so ranks need not agree on what can be recorded.
 
     Attributes:
-        between: how many operations have been noted before it, and what Python then does with the step's tokens.
+        calls: by the number of an operation where C may return to Python, what Python then does with the step's tokens.
         part: this rank's logits, which are gathered at the end; None where they are whole.
     """
 
     def __init__(self, m: PagedModelInput, dtype: torch.dtype, communicator: Communicator) -> None:
         super().__init__()
         self.m, self.rows, self.dtype, self.communicator = m, len(m.input_ids), dtype, communicator
-        self.between: list[tuple[int, Callable[[torch.Tensor], object]]] = []
+        self.calls: dict[int, Callable[[torch.Tensor], object]] = {}
         self.part: torch.Tensor | None = None
         self.operations: list[Operation] = []
         self.kept: list[Any] = []  # what the operations' addresses point to
@@ -112,6 +112,10 @@ class Recorder(TorchDispatchMode):
     def _note(self, code: Code, **fields: Any) -> None:
         self.operations.append(Operation(code=code, bf16=self.dtype == torch.bfloat16, **fields))
 
+    def _call(self, then: Callable[[torch.Tensor], object], **fields: Any) -> None:
+        self.calls[len(self.operations)] = then
+        self._note(Code.CALL, **fields)
+
     def all_reduce(self, x: torch.Tensor, axis: AxisName = "tp") -> torch.Tensor:
         def reduce(ids: torch.Tensor) -> None:
             own = x[:len(ids)]
@@ -119,8 +123,12 @@ class Recorder(TorchDispatchMode):
             if total.data_ptr() != own.data_ptr():
                 own.copy_(total)
 
-        self._read(x)
-        self.between.append((len(self.operations), reduce))
+        at, sums = self._read(x), self.communicator.native_sums
+        if sums is None or axis != "tp" or x.nbytes > sums.most:
+            self._call(reduce)
+        else:
+            self._call(lambda ids: sums.finish(x[:len(ids)]), y=at, width=x[0].numel(), weight=sums.function,
+                       also=sums.state)
         return x
 
     def all_gather(self, x: torch.Tensor, axis: AxisName = "tp", dim: int = -1) -> torch.Tensor:
@@ -137,7 +145,7 @@ class Recorder(TorchDispatchMode):
         if ids.data_ptr() != self.m.input_ids.data_ptr():
             raise Untaped("embedding of something else than the step's tokens")
         y = self._result(self.rows, width)
-        self.between.append((len(self.operations), lambda ids: y[:len(ids)].copy_(layer(ids))))
+        self._call(lambda ids: y[:len(ids)].copy_(layer(ids)))
         return y
 
     def embed(self, table: torch.Tensor, ids: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -230,22 +238,10 @@ class Tape:
         self.part, self.communicator = recorder.part, recorder.communicator
         self.operations = (Operation * len(recorder.operations))(*recorder.operations)
         self.rows, self.taken = recorder.rows, [False] + [True] * recorder.rows
-        self.steps = 0
-        self.segments: list[tuple[int | None, Callable[[torch.Tensor], object] | None]] = []
-        first = 0
-        for last, then in (*recorder.between, (len(self.operations), None)):
-            self.segments.append((self._segment(first, last), then))
-            first = last
-
-    def _segment(self, first: int, last: int) -> int | None:
-        """The handle of these operations, if there are any."""
-        if first == last:
-            return None
-        at = ctypes.addressof(self.operations) + first * ctypes.sizeof(Operation)
-        handle: int | None = self.functions.hal_tape(at, last - first, self.rows)
-        if not handle:
+        self.steps, self.calls = 0, recorder.calls
+        self.handle = kernels.functions.hal_tape(ctypes.addressof(self.operations), len(self.operations), self.rows)
+        if not self.handle:
             raise MemoryError("there is no memory for a recorded step")
-        return handle
 
     def described(self) -> str:
         """The numbers of sequences whose steps run on it, for people."""
@@ -267,23 +263,24 @@ class Tape:
             tables = tables.contiguous()
         step = Step(ids.data_ptr(), m.positions.data_ptr(), m.seq_lens.data_ptr(), m.slot_mapping.data_ptr(),
                     tables.data_ptr(), n, tables.stride(0))
-        threads = torch.get_num_threads()
-        for handle, then in self.segments:
-            failed = handle and call_kernel(self.functions.hal_tape_run, handle, ctypes.addressof(step), threads)
-            if failed == 1:
+        threads, at, sums = torch.get_num_threads(), 0, self.communicator.native_sums or contextlib.nullcontext()
+        while at < len(self.operations):
+            with sums:
+                at = call_kernel(self.functions.hal_tape_run, self.handle, ctypes.addressof(step), at, threads)
+            if at == -1:
                 raise MemoryError("attention found no memory for its scores")
-            if failed:
+            if at < 0:
                 raise StateError("a step has a token or a position outside of the model's tables",
                                  got=f"tokens {ids.tolist()} at positions {m.positions.tolist()}",
                                  expected="tokens of the vocabulary, at positions of the context")
-            if then is not None:
-                then(ids)
+            if at < len(self.operations):
+                self.calls[at](ids)
+                at += 1
         self.steps += 1
         if self.part is None:
             return self.logits[:n]
         return self.communicator.all_gather(self.part[:n])[:, :self.logits.shape[1]]
 
     def __del__(self) -> None:
-        for handle, _ in getattr(self, "segments", ()):
-            if handle:
-                self.functions.hal_tape_free(handle)
+        if getattr(self, "handle", None):
+            self.functions.hal_tape_free(self.handle)

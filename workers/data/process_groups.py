@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import (
 )
 
 from hal.config import Axis, Topology
-from hal.contracts.communicator import AxisName
+from hal.contracts.communicator import AxisName, NativeSums
 from hal.contracts.device import GLOO, Collectives, DeviceRuntime, PeerSums
 from hal.contracts.fingerprint import STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
@@ -52,6 +52,8 @@ class TorchCommunicator:
         WorkerError: with rank -1, when another rank is gone.
         StateError: another rank is at another place of the step (see checks).
     """
+
+    native_sums: NativeSums | None = None
 
     def __init__(self, topology: Topology, device: torch.device, groups: ByAxis[Any], collectives: Collectives = GLOO,
                  runtime: DeviceRuntime | None = None, *, sums: Mapping[str, PeerSums | None] | None = None,

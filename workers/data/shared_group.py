@@ -28,29 +28,44 @@ class SharedGroup:
         world_size: ranks of the mesh.
         fingerprint: compared in every collective, field by field of `fields`.
         waiting: called now and then with the rank that this one waits for, and raises if that one never comes.
+
+    Attributes:
+        count: collectives of the group, from START. in_one_step: bytes of the largest tensor whose sum takes one
+            exchange. addresses: of all ranks' places in both turns, of their lines in both, and of their counters.
     """
 
     def __init__(self, segment: Segment, axis: Axis, world_size: int, fingerprint: Fingerprint,
                  fields: tuple[str, ...] = FIELDS, waiting: Callable[[int], None] | None = None) -> None:
         self.rank, self.size, self._ranks = axis.rank, axis.size, axis.ranks
-        self._segment, self._count = segment, START
-        self._fingerprint, self._fields, self._waiting = fingerprint, fields, waiting
+        self.segment, self.count = segment, START
+        self.fingerprint, self._fields, self._waiting = fingerprint, fields, waiting
         places = [[torch.from_numpy(segment.take(_PIECE)) for _ in range(2)] for _ in range(world_size)]
         counters = [segment.counter() for _ in range(world_size)]
         self._places = {torch.uint8: [[places[rank][turn] for rank in axis.ranks] for turn in range(2)]}
         # Each rank's fingerprint, in two places like its tensors.
-        lines = [[segment.take(_LINE).data for _ in range(2)] for _ in range(world_size)]
+        lines = [[segment.take(_LINE) for _ in range(2)] for _ in range(world_size)]
         own = axis.ranks[axis.rank]
-        self._counter, self._line = counters[own], lines[own]
-        self._peers = [(counters[rank], rank, lines[rank]) for rank in axis.ranks if rank != own]
+        self._counter, self._line = counters[own], [line.data for line in lines[own]]
+        self._peers = [(counters[rank], rank, [line.data for line in lines[rank]])
+                       for rank in axis.ranks if rank != own]
+        self.in_one_step = _PIECE if axis.size == 2 else _TWO_STEPS - 1
+        self.addresses = ([place.data_ptr() for turn in self._places[torch.uint8] for place in turn],
+                          [lines[rank][turn].ctypes.data for turn in range(2) for rank in axis.ranks],
+                          [segment.address(counters[rank]) for rank in axis.ranks])
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """x is contiguous, and becomes the sum."""
         for piece in _pieces(x):
-            if self.size > 2 and piece.nbytes >= _TWO_STEPS:
+            if piece.nbytes > self.in_one_step:
                 self._reduce_shared(piece)
             else:
                 _add(self._show(piece), piece)
+
+    def finish(self, x: torch.Tensor) -> None:
+        """As all_reduce, of a tensor that fits into one exchange and that sums.c has shown."""
+        flat = x.view(-1)
+        self._await(self.fingerprint.pack())
+        _add(self._next(flat, -1), flat)
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """x is contiguous."""
@@ -133,28 +148,34 @@ class SharedGroup:
         for rank, shared in enumerate(sums):
             piece[share * rank:share * (rank + 1)] = shared[share * rank:share * (rank + 1)]
 
-    def _next(self, piece: torch.Tensor) -> list[torch.Tensor]:
-        """A place for each rank of the piece's size and dtype. This rank may write its own place."""
+    def _next(self, piece: torch.Tensor, further: int = 0) -> list[torch.Tensor]:
+        """A place for each rank of the piece's size and dtype. This rank may write its own place. `further`: -1 for the
+        places of the collective before."""
         places = self._places.get(piece.dtype)
         if places is None:
             places = [[p.view(piece.dtype) for p in turn] for turn in self._places[torch.uint8]]
             self._places[piece.dtype] = places
-        return [place[:len(piece)] for place in places[self._count & 1]]
+        return [place[:len(piece)] for place in places[self.count + further & 1]]
 
     def _whole(self) -> list[torch.Tensor]:
-        return self._places[torch.uint8][self._count & 1]
+        return self._places[torch.uint8][self.count & 1]
 
     def _publish(self) -> None:
         """Show the other ranks what this rank wrote. Returns when all ranks have done so in the same collective."""
-        turn, own = self._count & 1, self._fingerprint.pack()
+        turn, own = self.count & 1, self.fingerprint.pack()
         self._line[turn][:SEAL] = own
-        self._count += 1
-        self._segment.post(self._counter, self._count)
+        self.count += 1
+        self.segment.post(self._counter, self.count)
+        self._await(own)
+
+    def _await(self, own: bytes) -> None:
+        """Returns when all ranks have begun this rank's last collective, of the fingerprint `own`."""
+        turn = self.count - 1 & 1
         for counter, rank, lines in self._peers:
-            self._segment.wait(counter, self._count, rank, waiting=self._waiting)
+            self.segment.wait(counter, self.count, rank, waiting=self._waiting)
             theirs = lines[turn][:SEAL]
             if theirs != own:
-                self._fingerprint.compare(theirs, f"rank {rank}", self._fields)
+                self.fingerprint.compare(theirs, f"rank {rank}", self._fields)
 
 
 def _pieces(x: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from hal.config import AXES, Axis, Topology
-from hal.contracts.communicator import AxisName
+from hal.contracts.communicator import AxisName, NativeSums
 from hal.contracts.fingerprint import FIELDS, STEP, Fingerprint
 from hal.contracts.inputs import IntermediateTensors
 from hal.errors import StateError, WireError
 from hal.guard import data_plane
+from workers.data import native_sums
 from workers.data.axes import ByAxis, all_tensors, as_bytes, cut, row_bytes, rows
 from workers.data.shared_group import BYTES_PER_RANK, SharedGroup
 from workers.links.groups import Store
@@ -48,6 +49,8 @@ class ShmCommunicator:
         # Each rank's step and number of collectives when its last step ended.
         self._ended = [segment.take(64).data.cast("q") for _ in range(world)]
         self._groups: ByAxis[SharedGroup] = ByAxis(topology, self._group)
+        library = native_sums.load() if topology.tp > 1 else None
+        self.native_sums: NativeSums | None = library and native_sums.SharedSums(library, self._groups)
         rings = {rank: Ring(segment, rank, [to], *_STAGE) for rank, to in links.items()}
         self._to = rings.get(topology.rank)
         self._source = None if topology.is_first_stage else rings[topology.axis("pp").ranks[topology.pp_rank - 1]]

@@ -65,6 +65,9 @@ class Segment:
     One rank at a time writes a part. Its bytes become visible with a counter: the writer calls `post`, and the readers
     call `wait`. A counter has 32 bits and wraps; ranks count with plain integers from START.
 
+    Attributes:
+        spin: seconds that a wait looks at the counter before it sleeps.
+
     Raises:
         BackendError: on every rank, when one of them cannot take part (another host, another system).
         WireError: on every rank, when an answer is not a rank's, or the memory is not the driver's.
@@ -79,7 +82,7 @@ class Segment:
         self._close_pidfds = weakref.finalize(self, _close, self._pidfds)  # when nobody calls close()
         self._fence = threading.Lock()
         self._spin_most = _SPIN if len(os.sched_getaffinity(0)) >= world_size else 0.0
-        self._spin = self._spin_most
+        self.spin = self._spin_most
         self._memory: Buffer | None = None
         self._words: memoryview | None = None
         size += _FIRST
@@ -133,6 +136,9 @@ class Segment:
         assert self._counters <= _COUNTERS
         return self._counters * _LINE // 4
 
+    def address(self, counter: int) -> int:
+        return self._address + 4 * counter
+
     def post(self, counter: int, value: int) -> None:
         """Make the bytes that this rank wrote visible to the others, and wake the ranks that wait for them."""
         if self._words is None:
@@ -163,7 +169,7 @@ class Segment:
 
     def _wait(self, words: memoryview, counter: int, value: int, peer: int, limit: float | None,
               waiting: Callable[[int], None] | None) -> None:
-        start, spin = perf_counter(), self._spin
+        start, spin = perf_counter(), self.spin
         while not _spin_until(words, counter, value, spin):
             seen = words[counter]
             self._check_peer(words, counter, seen, peer, start, limit)
@@ -171,7 +177,7 @@ class Segment:
                 waiting(peer)
             woken = self._sleep(counter, seen)
             spin = self._spin_most if woken else 0.0  # a `call` wakes before the post
-        self._spin = self._spin_most if perf_counter() < start + _SPIN else self._spin / 2
+        self.spin = self._spin_most if perf_counter() < start + _SPIN else self.spin / 2
 
     def _check_peer(self, words: memoryview, counter: int, seen: int, peer: int, start: float, limit: float | None,
                     ) -> None:
@@ -184,10 +190,10 @@ class Segment:
     def _sleep(self, counter: int, seen: int) -> bool:
         """Sleep until another rank wakes those that wait for the counter, unless its value is no longer `seen`; at most
         for _SLICE. Whether this rank was woken."""
-        return bool(_syscall(_FUTEX, self._address + 4 * counter, _WAIT, seen, _slice_at) == 0)
+        return bool(_syscall(_FUTEX, self.address(counter), _WAIT, seen, _slice_at) == 0)
 
     def _wake(self, counter: int) -> None:
-        _syscall(_FUTEX, self._address + 4 * counter, _WAKE, _ALL, None)
+        _syscall(_FUTEX, self.address(counter), _WAKE, _ALL, None)
 
     def lives(self, peer: int) -> bool:
         return not self._peers[peer].poll(0)
