@@ -163,7 +163,8 @@ def few_bits(bandwidth: float) -> None:
     """Products of few rows with each form of weight, in each tile, beside PyTorch's product in bfloat16."""
     from hal.weights.configs import ON_LOAD
     from runners.cuda.kernels.few_bits import few_bits as packed
-    from runners.cuda.kernels.few_bits import multiply
+    from runners.cuda.kernels.few_bits import multiply, one_row
+    from runners.cuda.kernels.gemv import Tile
 
     for out, size in ((28672, 4096), (4096, 14336), (6144, 4096)):
         dense = torch.randn(out, size, device="cuda").mul_(0.02).bfloat16()
@@ -177,9 +178,11 @@ def few_bits(bandwidth: float) -> None:
                 spent = {}
                 tiles = ((4, 8, 16), (8, 16, 32), (1, 4, 8)) if rows == 1 else ((64, 128), (1, 2, 5, 8, 16), (4, 8))
                 for tile in itertools.product(*tiles):
-                    how = dict(zip(("rows", "width", "warps"), tile, strict=True))
+                    how = dict(zip(("rows", "splits", "warps"), tile, strict=True))
                     try:
-                        spent[tile] = graphed(lambda: multiply(x, weight, None, **how))  # noqa: B023
+                        spent[tile] = graphed(
+                            (lambda: one_row(x, weight, None, tile=Tile(*tile))) if rows == 1 else  # noqa: B023
+                            lambda: multiply(x, weight, None, **how))  # noqa: B023
                     except Exception as error:  # a tile that does not fit
                         print(f"    {tile}: {type(error).__name__}: {str(error)[:80]}")
                 usual = graphed(lambda: multiply(x, weight, None))  # noqa: B023

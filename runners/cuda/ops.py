@@ -22,7 +22,7 @@ from hal.weights.grid import GridScheme
 from hal.weights.mxfp4 import Mxfp4Scheme
 from runners.cuda.attention import CudaStep
 from runners.cuda.kernels import adapters, elementwise, experts, few_bit_experts, one_token
-from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, round_rows, stacked
+from runners.cuda.kernels.few_bits import MOST_ROWS, FewBits, few_bits, multiply, one_row, round_rows, stacked
 from runners.cuda.kernels.gemv import TILES, Norm, Tile, gemv
 
 _ROUTER = Tile(1, 2048, 2)  # a router has few rows
@@ -73,11 +73,15 @@ class CudaOps(Ops):
 
     def norm_linear(self, layer: Linear | Unmerged, x: torch.Tensor, residual: torch.Tensor | None,
                     weight: torch.Tensor, eps: float, *, gated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(layer, Unmerged) or layer.reduce or not layer.is_dense or (
-                layer.adapters is not None and layer.adapters.step.begun is not None):
-            return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
-        use = Use(layer.weight.shape, gated, True)
-        return self._apply(x, layer.weight, layer.bias, use, Norm(weight, eps, residual))
+        if not isinstance(layer, Unmerged) and not layer.reduce and (
+                layer.adapters is None or layer.adapters.step.begun is None):
+            norm = Norm(weight, eps, residual)
+            if layer.is_dense:
+                return self._apply(x, layer.weight, layer.bias, Use(layer.weight.shape, gated, True), norm)
+            if len(x) == 1 and layer.packed is not None and layer.packed.takes_norm:
+                y, total = one_row(x, layer.packed, layer.bias, norm=norm)
+                return self.silu_mul(y) if gated else y, total
+        return super().norm_linear(layer, x, residual, weight, eps, gated=gated)
 
     def adapter_memory(self, slots: int, out: int, rank: int, dtype: torch.dtype, device: torch.device,
                        ) -> torch.Tensor:

@@ -135,14 +135,15 @@ def test_one_token_of_experts(hidden: int, size: int, count: int, k: int, biased
 def test_one_row_of_few_bits(dtype: torch.dtype, kind: torch.dtype, group: int) -> None:
     """Zero points and MXFP4 as in the next test; a tile has all inputs, or not."""
     from hal.weights.grid import Grid
-    from runners.cuda.kernels.few_bits import few_bits, multiply
+    from runners.cuda.kernels.few_bits import few_bits, one_row
+    from runners.cuda.kernels.gemv import Norm, Tile
 
     scales, x = torch.ones(64, 1024 // group), torch.ones(1, 1024, dtype=dtype)
     weight = few_bits(Grid(torch.zeros(64, 1024).to(kind), scales, group, (64,), scales if group == 64 else None),
                       group == 32)
     assert weight is not None
-    multiply(x, weight, x[0, :64].contiguous())
-    multiply(x, weight, None, rows=4, width=2, warps=1)
+    one_row(x, weight, x[0, :64].contiguous(), norm=Norm(x[0], 1e-5, x) if weight.takes_norm else None)
+    one_row(x, weight, None, tile=Tile(4, 2, 1))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_paged_attention import draw_tensors, make_cache, one_by_one, specs_of
@@ -512,6 +513,7 @@ def test_one_row_of_few_bits(dtype: torch.dtype, width: int, monkeypatch: pytest
     """A tile has all five chunks of the inputs, or three tiles have them. Programs go on to other outputs, of which the
     last tiles have too few or none."""
     from runners.cuda.kernels import few_bits
+    from runners.cuda.kernels.gemv import Tile
 
     monkeypatch.setattr(few_bits, "programs_at_once", lambda device: 1)
     several = grids(width, 9, 600)
@@ -525,7 +527,7 @@ def test_one_row_of_few_bits(dtype: torch.dtype, width: int, monkeypatch: pytest
         weight = few_bits.few_bits(moved, grid is codes)
         assert weight is not None
         expected = x.double() @ weight.dequantized(torch.float32).double().t() + (bias.double() if i % 2 else 0)
-        got = few_bits.multiply(x, weight, bias if i % 2 else None, rows=2, width=width, warps=1)
+        got = few_bits.one_row(x, weight, bias if i % 2 else None, tile=Tile(2, width, 1))[0]
         close(got / 10, expected / 10, dtype)
 
 
@@ -585,6 +587,14 @@ def test_layers_of_few_bits(name: str, rows: int) -> None:
     assert set(dict(layer.named_parameters())) == {"bias"}
     x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(0))
     close(ops.linear(x.to(DEVICE), layer), x.double() @ expected.t() + 0.5, torch.float32)
+    x, residual, gains = x.to(DEVICE), x.to(DEVICE).flip(1), torch.linspace(0.5, 2, 160, device=DEVICE)
+    for added, gated in ((None, False), (residual, True)):
+        y, total = ops.norm_linear(layer, x, added, gains, 1e-5, gated=gated)
+        real = x if added is None else x + added
+        normed = F.rms_norm(real.double(), (160,), gains.double(), 1e-5).cpu() @ expected.t() + 0.5
+        assert torch.equal(total, real)
+        expected_y = F.silu(normed[:, :24]) * normed[:, 24:] if gated else normed
+        close(y / expected_y.abs().max(), expected_y / expected_y.abs().max(), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

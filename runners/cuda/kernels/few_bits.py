@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 
 from hal.weights.grid import Grid
-from runners.cuda.kernels.gemv import programs_at_once
+from runners.cuda.kernels.gemv import Norm, Tile, programs_at_once
 from runners.cuda.kernels.launch import COMPILED, launch_options, wait_for_inputs
 
 MOST_ROWS = 32
 _CHUNKS = (128, 64, 32, 16)
 _OUTPUTS = 32  # the fewest outputs of a program for few rows
 _PROGRAMS = 1056  # eight for each multiprocessor of an H200
+_CHUNKS_AT_ONCE = 128  # of integers in the tile of one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,11 @@ class FewBits:
     def each(self) -> int:
         """Chunks that share a scale; 1 where a chunk has several scales."""
         return max(self.group // self.chunk, 1)
+
+    @property
+    def takes_norm(self) -> bool:
+        """Whether one_row is faster with the norm of its inputs than after it: 4 bits are, whose programs are few."""
+        return self.order is None and self.pieces == 8 and self.chunks <= _CHUNKS_AT_ONCE
 
     @property
     def form(self) -> dict[str, Any]:
@@ -347,18 +353,54 @@ def _add(total, pairs, codes, NTH: tl.constexpr, PIECES: tl.constexpr, E2M1: tl.
 
 
 @triton.jit
-def _fixed(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, CHUNKS: tl.constexpr,
-           E2M1: tl.constexpr, LIMBS: tl.constexpr):
-    """The inputs of a tile's units as fixed-point numbers of LIMBS times 16 bits, relative to the largest of a unit:
-    pairs of those that two pieces of a word meet, for each limb and each column [units]. Their sums over each part,
-    for each limb [units]. What they are to be multiplied by, [units]; NaN if an input is not finite."""
+def _inputs(start, NTH: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Which inputs the NTH pieces of a tile's words meet, [units, 4]."""
     WORDS: tl.constexpr = CHUNK // PIECES
     unit = tl.arange(0, CHUNKS * WORDS // 4)
     first = (start + unit // (WORDS // 4)) * CHUNK + unit % (WORDS // 4) * 4
-    values, largest = (), tl.full((CHUNKS * WORDS // 4, 4), 47 << 23, tl.int32)  # as an fp32 number 2^-80
+    return first[:, None] + (NTH * WORDS + tl.arange(0, 4))[None]
+
+
+@triton.jit
+def _row(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Of a row of inputs those of _inputs, for each of the pieces."""
+    values = ()
     for i in tl.static_range(PIECES):
-        at = first[:, None] + (i * WORDS + tl.arange(0, 4))[None]
-        value = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+        at = _inputs(start, i, PIECES, CHUNK, CHUNKS)
+        values += (tl.load(x + at, mask=at < size, other=0.0),)
+    return values
+
+
+@triton.jit
+def _times_gains(values, residual, gains, total, size, eps, PIECES: tl.constexpr, CHUNK: tl.constexpr,
+                 CHUNKS: tl.constexpr, ADD: tl.constexpr):
+    """A whole row times the gains of its norm, and the norm's factor, which outputs are multiplied by: no program waits
+    for it. If there is something to add to the row, the first program stores the sum."""
+    sums, products, squares = (), (), tl.zeros(values[0].shape, tl.float32)
+    for i in tl.static_range(PIECES):
+        value = values[i].to(tl.float32)
+        if ADD:
+            value = (value + residual[i].to(tl.float32)).to(total.dtype.element_ty).to(tl.float32)
+        squares += value * value
+        sums += (value,)
+        products += (value * gains[i].to(tl.float32),)
+    if ADD:  # noqa: SIM102 (at compile time)
+        if tl.program_id(0) == 0:
+            for i in tl.static_range(PIECES):
+                at = _inputs(0, i, PIECES, CHUNK, CHUNKS)
+                tl.store(total + at, sums[i].to(total.dtype.element_ty), mask=at < size)
+    return products, 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 1), 0) / size + eps)
+
+
+@triton.jit
+def _fixed(row, PIECES: tl.constexpr, PARTS: tl.constexpr, E2M1: tl.constexpr, LIMBS: tl.constexpr):
+    """The inputs of a tile's units, as of _row, as fixed-point numbers of LIMBS times 16 bits, relative to the largest
+    of a unit: pairs of those that two pieces of a word meet, for each limb and each column [units]. Their sums over
+    each part, for each limb [units]. What they are to be multiplied by, [units]; NaN if an input is not finite."""
+    UNITS: tl.constexpr = row[0].shape[0]
+    values, largest = (), tl.full((UNITS, 4), 47 << 23, tl.int32)  # as an fp32 number 2^-80
+    for i in tl.static_range(PIECES):
+        value = row[i].to(tl.float32)
         largest = tl.maximum(largest, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # NaN is above all
         values += (value,)
     top = tl.max(largest, 1)
@@ -385,7 +427,7 @@ def _fixed(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.
                 else:
                     pairs += _columns((low & 0xFFFF) | high << 16)
         for p in tl.static_range(PARTS):
-            total = tl.zeros((CHUNKS * WORDS // 4,), tl.int32)
+            total = tl.zeros((UNITS,), tl.int32)
             for i in tl.static_range(PIECES * 2):
                 total = _add(total, pairs[limb * PIECES * 2 + i], 0x01010101, i, PIECES, E2M1, PARTS, p, limb == 0)
             sums += (total,)
@@ -425,25 +467,32 @@ def _products(acc, words, scale, zero, pairs, sums, factor, PIECES: tl.constexpr
 
 
 @triton.jit
-def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIECES: tl.constexpr, OFFSET: tl.constexpr,
-             E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, HAS_ZEROS: tl.constexpr,
-             HAS_BIAS: tl.constexpr, LIMBS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr,
-             EVEN: tl.constexpr, PDL: tl.constexpr):
+def _one_row(x, residual, norm, values, scales, zeros, bias, total, out, rows, size, chunks, each, eps,
+             PIECES: tl.constexpr, OFFSET: tl.constexpr, E2M1: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+             HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
+             LIMBS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+             PDL: tl.constexpr):
     """For integers. The weights are ready before the inputs are, so the first tile is read while the kernel before this
     one ends, and each further tile while the one before it is multiplied. WHOLE: a tile has all chunks, so the inputs
     stay in registers while a program goes on to other outputs. EVEN: and no more, and no tile has rows behind the last.
-    """
+    NORM takes WHOLE."""
     begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     words, scale, zero = _tile(values, scales, zeros, begin, rows, 0, chunks, each, PIECES, CHUNK, PARTS, HAS_ZEROS,
                                ROWS, CHUNKS, EVEN)
+    if NORM:
+        gains = _row(norm, 0, size, PIECES, CHUNK, CHUNKS)
     wait_for_inputs(PDL)
     if WHOLE:
-        pairs, sums, factor = _fixed(x, 0, size, PIECES, CHUNK, PARTS, CHUNKS, E2M1, LIMBS)
+        inputs = _row(x, 0, size, PIECES, CHUNK, CHUNKS)
+        if NORM:
+            added = _row(residual, 0, size, PIECES, CHUNK, CHUNKS) if ADD else inputs
+            inputs, normed = _times_gains(inputs, added, gains, total, size, eps, PIECES, CHUNK, CHUNKS, ADD)
+        pairs, sums, factor = _fixed(inputs, PIECES, PARTS, E2M1, LIMBS)
     for first in range(begin, rows, step):
         acc = tl.zeros((CHUNKS * CHUNK // PIECES // 4, ROWS), tl.float32)
         for start in range(0, 1 if WHOLE else chunks, CHUNKS):
             if not WHOLE:
-                pairs, sums, factor = _fixed(x, start, size, PIECES, CHUNK, PARTS, CHUNKS, E2M1, LIMBS)
+                pairs, sums, factor = _fixed(_row(x, start, size, PIECES, CHUNK, CHUNKS), PIECES, PARTS, E2M1, LIMBS)
             ends = start + CHUNKS >= chunks
             after = tl.where(ends, first + step, first)
             if EVEN:  # the last tile is read once more
@@ -456,6 +505,8 @@ def _one_row(x, values, scales, zeros, bias, out, rows, size, chunks, each, PIEC
             words, scale, zero = more, more_scale, more_zero
         row = first + tl.arange(0, ROWS)
         result = tl.sum(acc, 0)
+        if NORM:
+            result *= normed
         if HAS_BIAS:
             result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
         tl.store(out + row, result.to(out.dtype.element_ty), mask=row < rows)
@@ -612,54 +663,68 @@ def round_rows(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]
     return out, scales
 
 
-def one_row_tile(weight: FewBits, outputs: int) -> tuple[int, int, int]:
-    """Outputs of a program, chunks of its tile, and its warps, for one row of inputs."""
+def one_row_tile(weight: FewBits, outputs: int) -> Tile:
+    """Outputs of a program, chunks of its tile, and its warps, for one row of inputs. It is what was fastest on an H200
+    (benchmarks/gpu.py few_bits)."""
     if weight.pieces:
-        width = min(triton.next_power_of_2(weight.chunks), 128)
+        width = min(triton.next_power_of_2(weight.chunks), _CHUNKS_AT_ONCE)
         if weight.pieces == 8:
-            return 8 if width <= 64 else 4, width, min(max(width // 8, 1), 8)
-        return 2, width, min(max(width // 16, 1), 8)
-    return (16, 1024 // weight.chunk, 4) if outputs >= 16384 else (8, 2048 // weight.chunk, 8)
+            return Tile(8 if width <= 64 else 4, width, min(max(width // 8, 1), 8))
+        return Tile(2, width, min(max(width // 16, 1), 8))
+    return Tile(16, 1024 // weight.chunk, 4) if outputs >= 16384 else Tile(8, 2048 // weight.chunk, 8)
 
 
-def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, rows: int = 0, width: int = 0,
+def one_row(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, norm: Norm | None = None,
+            tile: Tile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As gemv, with x in the weight's order. A norm takes `takes_norm`, and has no `out`. tile: its columns are chunks.
+    """
+    rows, size, chunks = len(weight.values), x.shape[1], weight.chunks
+    tile = tile or one_row_tile(weight, rows)
+    out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
+    gains, eps, residual, _ = norm or Norm(x, 0.0)
+    total, added = (x, x) if residual is None else (torch.empty_like(x), residual)
+    bias_or_any = weight.scales if bias is None else bias
+    shape = {"HAS_BIAS": bias is not None, "ROWS": tile.rows, "CHUNKS": tile.columns, "num_warps": tile.warps,
+             **launch_options(x)}
+    blocks = triton.cdiv(rows, tile.rows)
+    if weight.pieces:
+        most = max(4 * programs_at_once(x.device) // tile.warps, 1)  # 16 warps for each multiprocessor
+        programs = triton.cdiv(blocks, triton.cdiv(blocks, most))  # that have as many outputs as each other
+        _one_row[(programs,)](
+            x, added, gains, weight.values, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
+            bias_or_any, total, out, rows, size, chunks, weight.each, eps, NORM=norm is not None,
+            ADD=residual is not None, WHOLE=tile.columns >= chunks,
+            EVEN=tile.columns == chunks and rows % tile.rows == 0, LIMBS=2 if x.dtype == torch.float32 else 1,
+            **weight.form, **shape)
+    else:
+        _one_float8_row[(blocks,)](x, weight.values, weight.scales, bias_or_any, out, rows, size, chunks, weight.each,
+                                   CHUNK=weight.chunk, **shape)
+    return out, total
+
+
+def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, rows: int = 0, splits: int = 0,
              warps: int = 0) -> torch.Tensor:
     """x [n, in], contiguous rows in the weight's order, of at most MOST_ROWS rows -> [n, out]; sums are fp32.
 
     Args:
-        rows, width, warps: outputs of a program, chunks of its tile (one row of inputs) or programs that share an
-            output, and its warps; 0 takes what was fastest on an H200 (benchmarks/gpu.py few_bits).
+        rows, splits, warps: of several rows of inputs: outputs of a program, programs that share an output, and warps;
+            0 takes what was fastest on an H200 (benchmarks/gpu.py few_bits).
     """
+    if len(x) == 1:
+        return one_row(x, weight, bias)[0]
     n, size = x.shape
     out = torch.empty(n, len(weight.values), dtype=x.dtype, device=x.device)
-    chunks, each = weight.chunks, weight.each
-    zeros = weight.scales if weight.zeros is None else weight.zeros
-    bias_or_any = weight.scales if bias is None else bias
-    shape: dict[str, Any] = {**weight.form, "HAS_BIAS": bias is not None, **launch_options(x)}
-    if n == 1:
-        usual = one_row_tile(weight, out.shape[1])
-        rows, width, warps = rows or usual[0], width or usual[1], warps or usual[2]
-        blocks = triton.cdiv(out.shape[1], rows)
-        if weight.pieces:
-            most = max(4 * programs_at_once(x.device) // warps, 1)  # 16 warps for each multiprocessor
-            programs = triton.cdiv(blocks, triton.cdiv(blocks, most))  # that have as many outputs as each other
-            _one_row[(programs,)](
-                x, weight.values, weight.scales, zeros, bias_or_any, out, out.shape[1], size, chunks, each, ROWS=rows,
-                CHUNKS=width, WHOLE=width >= chunks, EVEN=width == chunks and out.shape[1] % rows == 0,
-                LIMBS=2 if x.dtype == torch.float32 else 1, num_warps=warps, **shape)
-        else:
-            _one_float8_row[(blocks,)](
-                x, weight.values, weight.scales, bias_or_any, out, out.shape[1], size, chunks, each, CHUNK=weight.chunk,
-                HAS_BIAS=bias is not None, ROWS=rows, CHUNKS=width, num_warps=warps, **launch_options(x))
-    else:
-        rows = rows or (128 if weight.pieces == 4 and n <= 16 else 64)
-        blocks = triton.cdiv(out.shape[1], rows)
-        splits = width or max(min(_PROGRAMS // blocks, chunks), 1)
-        block_m = max(triton.next_power_of_2(n), 16)
-        size_of_parts = splits * blocks * rows * block_m if splits > 1 else 1
-        shared = torch.empty(size_of_parts, dtype=torch.float32, device=x.device)
-        _few_rows[(blocks, splits)](
-            x, weight.values, weight.scales, zeros, bias_or_any, out, shared, weight.ended, n, x.stride(0),
-            out.shape[1], size, chunks, each, splits, SHARED=splits > 1, ROWS=rows, BLOCK_M=block_m,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps or 4, **shape)
+    chunks = weight.chunks
+    rows = rows or (128 if weight.pieces == 4 and n <= 16 else 64)
+    blocks = triton.cdiv(out.shape[1], rows)
+    splits = splits or max(min(_PROGRAMS // blocks, chunks), 1)
+    block_m = max(triton.next_power_of_2(n), 16)
+    size_of_parts = splits * blocks * rows * block_m if splits > 1 else 1
+    shared = torch.empty(size_of_parts, dtype=torch.float32, device=x.device)
+    _few_rows[(blocks, splits)](
+        x, weight.values, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
+        weight.scales if bias is None else bias, out, shared, weight.ended, n, x.stride(0), out.shape[1], size, chunks,
+        weight.each, splits, HAS_BIAS=bias is not None, SHARED=splits > 1, ROWS=rows, BLOCK_M=block_m,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps or 4, **weight.form,
+        **launch_options(x))
     return out
