@@ -204,6 +204,9 @@ def _become(program: dict[str, Any], received: list[int], path: list[str]) -> No
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        status = -signal.SIGINT
     except BaseException:
         traceback.print_exc()
     # The interpreter's own end would collect all objects of the process, which takes seconds after a fork.
@@ -214,6 +217,9 @@ def _become(program: dict[str, Any], received: list[int], path: list[str]) -> No
             stream.flush()
         except OSError:
             status = 120
+    if status == -signal.SIGINT:  # Python ends by the signal too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(status)
 
 
