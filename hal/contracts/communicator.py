@@ -23,21 +23,21 @@ class NativeSums(Protocol):
 
         int32_t function(void *state, void *x, int64_t n, int32_t bf16);
 
-    x, n values of bfloat16 or float, becomes the sum, with the bits of Communicator.all_reduce. If the function returns
-    other than 0, the code returns to Python at once, leaves the context, calls `finish(x)`, and goes on after this sum.
-    One thread at a time calls it, and only within the context:
+    x, n contiguous values of bfloat16 or float in host memory, becomes the sum. It has the bits of
+    Communicator.all_reduce, but for those of a NaN. If the function returns other than 0, the code returns to Python at
+    once, leaves the context, calls `finish(x)`, and goes on after this sum. One thread at a time calls it, and only
+    within the context:
 
         with native_sums: ...
 
     Raises: as collectives; the function itself never waits long.
 
     Attributes:
-        function, state: addresses. most: bytes of the largest x.
+        function, state: addresses.
     """
 
     function: int
     state: int
-    most: int
 
     def __enter__(self) -> object:
         """Raises GuardError: the phase allows no collectives."""
@@ -45,7 +45,7 @@ class NativeSums(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def finish(self, x: torch.Tensor) -> None:
-        """Wait for the ranks that the function did not wait for. x becomes the sum."""
+        """Wait for the ranks that the function did not wait for; x becomes the sum."""
 
 
 class Communicator(Protocol):

@@ -13,7 +13,7 @@ import torch
 
 from hal.config import WorkerConfig
 from hal.contracts.backend import Backend, Capabilities
-from hal.contracts.communicator import AxisName, Communicator
+from hal.contracts.communicator import AxisName, Communicator, NativeSums
 from hal.contracts.device import DeviceRuntime
 from hal.contracts.inputs import PagedModelInput, SamplingInput
 from hal.contracts.request import SamplingRequest
@@ -51,6 +51,8 @@ class FakeRunner(PagedModelRunner):
 
 class DeviceCommunicator:
     """The worker's communicator, as if the device had collectives. They run on the host's memory."""
+
+    native_sums: NativeSums | None = None  # they take the host's memory alone
 
     def __init__(self, communicator: Communicator) -> None:
         self._inner = communicator

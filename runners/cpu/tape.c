@@ -4,8 +4,8 @@
    and threads take them as they become free. Between two operations threads wait for each other at a barrier, where
    they spin for a short time and then sleep, so that other processes get the core of a thread that waits long.
 
-   The sum over ranks is a function that the communicator has given (hal/contracts/communicator.py: NativeSums). Where it
-   is not there, or does not finish, the run returns to Python, which calls it again for the operations behind. */
+   The sum over ranks is a function that the communicator has given (hal/contracts/communicator.py: NativeSums). Where
+   there is none, or it does not finish, the run returns to Python, which later starts it again behind the sum. */
 #include "kernels.h"
 
 #if defined(__x86_64__)

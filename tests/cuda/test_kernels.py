@@ -513,7 +513,7 @@ def test_one_row_of_few_bits(dtype: torch.dtype, width: int, monkeypatch: pytest
     """A tile has all five chunks of the inputs, or three tiles have them. Programs go on to other outputs, of which the
     last tiles have too few or none."""
     from runners.cuda.kernels import few_bits
-    from runners.cuda.kernels.gemv import Tile
+    from runners.cuda.kernels.gemv import Norm, Tile
 
     monkeypatch.setattr(few_bits, "programs_at_once", lambda device: 1)
     several = grids(width, 9, 600)
@@ -529,6 +529,12 @@ def test_one_row_of_few_bits(dtype: torch.dtype, width: int, monkeypatch: pytest
         expected = x.double() @ weight.dequantized(torch.float32).double().t() + (bias.double() if i % 2 else 0)
         got = few_bits.one_row(x, weight, bias if i % 2 else None, tile=Tile(2, width, 1))[0]
         close(got / 10, expected / 10, dtype)
+        if weight.takes_norm and width >= weight.chunks:
+            gains, residual = x[0].abs() + 0.5, x.flip(1)
+            got, total = few_bits.one_row(x, weight, None, tile=Tile(2, width, 1), norm=Norm(gains, 1e-5, residual))
+            normed = F.rms_norm(total.double(), (600,), gains.double(), 1e-5)
+            assert torch.equal(total, x + residual)
+            close(got / 10, normed @ weight.dequantized(torch.float32).double().t() / 10, dtype)
 
 
 @pytest.mark.parametrize("size", [48, 200])

@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 def add(communicator: ShmCommunicator, x: torch.Tensor, late: float = 0.0) -> int:
     """As a tape does it. Whether Python had to go on."""
     sums = communicator.native_sums
-    assert sums is not None and x.nbytes <= sums.most
+    assert sums is not None
     function = ctypes.CFUNCTYPE(ctypes.c_int32, *(ctypes.c_void_p,) * 2, ctypes.c_int64, ctypes.c_int32)(sums.function)
     with sums:
         time.sleep(late)
@@ -73,8 +73,8 @@ def on(tp: int, call: Callable[[ShmCommunicator], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("tp", [2, 3])
 def test_sums_of_c_and_of_python_are_the_same_bits(tp: int) -> None:
-    """Each rank sums by C or in Python, in every combination; counters wrap in between."""
-    shapes = [(1,), (63,), (7, 65), (16, 896), (60_000,)]
+    """Each rank sums by C or in Python, in every combination. Counters wrap in between."""
+    shapes = [(1,), (63,), (7, 65), (16, 896), (60_000,), (600_000,)]  # the last is too large for C
 
     def call(communicator: ShmCommunicator, ways: Sequence[bool]) -> list[torch.Tensor]:
         found, rank = [], communicator.topology.rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,23 @@ from hal.contracts.fingerprint import KINDS, SEAL
 from hal.guard import data_plane
 from workers.data.shared_group import SharedGroup
 
-ABI = 1
+ABI = 2
 
 
 class State(ctypes.Structure):
     """As sums.c has it."""
 
-    _fields_ = [("line", ctypes.c_int64 * 5), *((name, ctypes.c_int64) for name in ("operation", "rank", "size")),
+    _fields_ = [("line", ctypes.c_int64 * 5),
+                *((name, ctypes.c_int64) for name in ("operation", "rank", "size", "most")),
                 *((name, ctypes.c_void_p) for name in ("places", "lines", "counters")),
                 ("count", ctypes.c_uint32), ("spin", ctypes.c_uint32)]
 
 
 @functools.cache
 def load() -> Any:
-    """The library; None where there was no compiler, or the source has changed since."""
+    """The library; None where there was no compiler, or where it was compiled from another version of the source."""
     try:
-        library = ctypes.CDLL(str(next(Path(__file__).parent.glob("_sums*.so"))))
+        library = ctypes.CDLL(str(next(iter(sorted(Path(__file__).parent.glob("_sums*.so"))))))
         return library if library.hal_sums_abi() == ABI and library.hal_sum else None
     except (StopIteration, OSError, AttributeError):
         return None
@@ -42,28 +44,35 @@ class SharedSums:
     gone, late, or elsewhere in its step.
     """
 
-    def __init__(self, library: Any, groups: Any) -> None:
+    def __init__(self, library: Any, groups: Any, all_reduce: Callable[[torch.Tensor], object]) -> None:
         self._groups = groups  # ByAxis[SharedGroup]: a look-up raises WorkerError when the communicator is closed
-        group: SharedGroup = groups["tp"]
+        self._group: SharedGroup = groups["tp"]
+        self._all_reduce, group = all_reduce, self._group
         self._arrays = [(ctypes.c_void_p * len(found))(*found) for found in group.addresses]
-        self._state = State((0,) * 5, KINDS.index("all_reduce over tp"), group.rank, group.size,
+        self._state = State((0,) * 5, KINDS.index("all_reduce over tp"), group.rank, group.size, group.in_one_step,
                             *map(ctypes.addressof, self._arrays))
         self.function: int = ctypes.cast(library.hal_sum, ctypes.c_void_p).value or 0
-        self.state, self.most = ctypes.addressof(self._state), group.in_one_step
+        self.state = ctypes.addressof(self._state)
 
     def __enter__(self) -> None:
         with data_plane("all_reduce"):
-            group, state = self._groups["tp"], self._state
+            self._group = group = self._groups["tp"]
             ctypes.memmove(self.state, group.fingerprint.pack(), SEAL)
-            state.count, state.spin = group.count, int(1e6 * group.segment.spin)
+            self._state.count, self._state.spin = group.count, int(1e6 * group.segment.spin)
 
     def __exit__(self, *_: object) -> None:
-        group, line = self._groups["tp"], self._state.line
+        group, line = self._group, self._state.line
         fingerprint = group.fingerprint
-        if line[2] != fingerprint.collectives:
-            group.count += line[2] - fingerprint.collectives
+        shown = line[2] - fingerprint.collectives
+        if shown:
+            group.count += shown
             fingerprint.collectives, fingerprint.kind, fingerprint.nbytes = line[2:]
+        if shown > 1:  # others came in time for all but the last, as Segment.wait would have noticed
+            group.segment.spin = group.segment.spin_most
 
     def finish(self, x: torch.Tensor) -> None:
+        if x.nbytes > self._state.most:
+            self._all_reduce(x)
+            return
         with data_plane("all_reduce"):
             self._groups["tp"].finish(x)

@@ -1,12 +1,12 @@
-/* The sum over the ranks of one host for compiled code, in the memory and by the protocol of shared_group.py, so that a
-   rank that calls this and one whose Python sums understand each other, and get the same bits. Only the usual case is
-   here. Where a rank does not come soon, or has another fingerprint, Python goes on: it waits, and names the fault. */
+/* The sum over the ranks of one host for compiled code. It works in the memory and by the protocol of shared_group.py, so
+   some ranks may sum here and others in Python, and all get the same bits. Only the usual case is here. Where a rank
+   does not come soon, or has another fingerprint, Python goes on: it waits, and names the fault. */
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
-#define ABI 1 /* native_sums.py has the same number */
+#define ABI 2 /* native_sums.py has the same number */
 #define LOOKS 256 /* at a counter, about 0.2 microseconds, before the core is offered to others */
 
 EXPORT int hal_sums_abi(void) { return ABI; }
@@ -21,7 +21,7 @@ EXPORT int hal_sums_abi(void) { return ABI; }
 /* native_sums.py mirrors it. Arrays have an entry for each rank; places and lines have them twice, for two turns. */
 typedef struct {
     int64_t line[5]; /* as Fingerprint.pack: step, digest, collectives, operation, bytes */
-    int64_t operation, rank, size;
+    int64_t operation, rank, size, most; /* most: bytes of an x */
     char *const *places, *const *lines;
     uint32_t *const *counters;
     uint32_t count, spin; /* collectives of the group; microseconds */
@@ -72,11 +72,13 @@ static void add(char *const *places, int64_t size, void *x, int64_t n, int bf16)
     }
 }
 
-/* x, n values of bfloat16 or float, becomes the sum. Returns 0, or 1 where x has been shown and Python must go on. */
+/* x, n values of bfloat16 or float, becomes the sum. Returns 0, or 1 where Python must go on: x has been shown to the
+   other ranks, unless it is too large. */
 EXPORT int32_t hal_sum(void *state, void *x, int64_t n, int32_t bf16) {
     Sums *s = state;
     const int64_t bytes = n * (bf16 ? 2 : 4), turn = s->count & 1;
     char *const *places = s->places + turn * s->size, *const *lines = s->lines + turn * s->size;
+    if (bytes > s->most) return 1;
     s->line[2]++;
     s->line[3] = s->operation;
     s->line[4] = bytes;

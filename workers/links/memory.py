@@ -66,7 +66,7 @@ class Segment:
     call `wait`. A counter has 32 bits and wraps; ranks count with plain integers from START.
 
     Attributes:
-        spin: seconds that a wait looks at the counter before it sleeps.
+        spin: seconds that a wait looks at the counter before it sleeps; at most `spin_most`.
 
     Raises:
         BackendError: on every rank, when one of them cannot take part (another host, another system).
@@ -81,8 +81,8 @@ class Segment:
         self._pidfds: list[int] = []
         self._close_pidfds = weakref.finalize(self, _close, self._pidfds)  # when nobody calls close()
         self._fence = threading.Lock()
-        self._spin_most = _SPIN if len(os.sched_getaffinity(0)) >= world_size else 0.0
-        self.spin = self._spin_most
+        self.spin_most = _SPIN if len(os.sched_getaffinity(0)) >= world_size else 0.0
+        self.spin = self.spin_most
         self._memory: Buffer | None = None
         self._words: memoryview | None = None
         size += _FIRST
@@ -149,7 +149,7 @@ class Segment:
 
     def call(self, counter: int) -> None:
         """Wake the ranks that wait for a counter shortly before it is posted, so that they are awake then."""
-        if self._spin_most and self._words is not None:
+        if self.spin_most and self._words is not None:
             self._wake(counter)
 
     def wait(self, counter: int, value: int, peer: int, limit: float | None = LIMIT,
@@ -176,8 +176,8 @@ class Segment:
             if waiting is not None and perf_counter() > start + _SLICE and _behind(words[counter], value):
                 waiting(peer)
             woken = self._sleep(counter, seen)
-            spin = self._spin_most if woken else 0.0  # a `call` wakes before the post
-        self.spin = self._spin_most if perf_counter() < start + _SPIN else self.spin / 2
+            spin = self.spin_most if woken else 0.0  # a `call` wakes before the post
+        self.spin = self.spin_most if perf_counter() < start + _SPIN else self.spin / 2
 
     def _check_peer(self, words: memoryview, counter: int, seen: int, peer: int, start: float, limit: float | None,
                     ) -> None:

@@ -69,7 +69,7 @@ class FewBits:
 
     @property
     def takes_norm(self) -> bool:
-        """Whether one_row is faster with the norm of its inputs than after it: 4 bits are, whose programs are few."""
+        """Whether one_row is faster if it norms its inputs itself. It is with 4 bits, since few programs do so."""
         return self.order is None and self.pieces == 8 and self.chunks <= _CHUNKS_AT_ONCE
 
     @property
@@ -354,7 +354,7 @@ def _add(total, pairs, codes, NTH: tl.constexpr, PIECES: tl.constexpr, E2M1: tl.
 
 @triton.jit
 def _inputs(start, NTH: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Which inputs the NTH pieces of a tile's words meet, [units, 4]."""
+    """The numbers of the inputs that the NTH pieces of a tile's words are multiplied with, [units, 4]."""
     WORDS: tl.constexpr = CHUNK // PIECES
     unit = tl.arange(0, CHUNKS * WORDS // 4)
     first = (start + unit // (WORDS // 4)) * CHUNK + unit % (WORDS // 4) * 4
@@ -363,7 +363,7 @@ def _inputs(start, NTH: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr,
 
 @triton.jit
 def _row(x, start, size, PIECES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Of a row of inputs those of _inputs, for each of the pieces."""
+    """A row's values at _inputs, for each of the pieces."""
     values = ()
     for i in tl.static_range(PIECES):
         at = _inputs(start, i, PIECES, CHUNK, CHUNKS)
@@ -475,7 +475,7 @@ def _one_row(x, residual, norm, values, scales, zeros, bias, total, out, rows, s
     """For integers. The weights are ready before the inputs are, so the first tile is read while the kernel before this
     one ends, and each further tile while the one before it is multiplied. WHOLE: a tile has all chunks, so the inputs
     stay in registers while a program goes on to other outputs. EVEN: and no more, and no tile has rows behind the last.
-    NORM takes WHOLE."""
+    NORM is used with WHOLE alone."""
     begin, step = tl.program_id(0) * ROWS, tl.num_programs(0) * ROWS
     words, scale, zero = _tile(values, scales, zeros, begin, rows, 0, chunks, each, PIECES, CHUNK, PARTS, HAS_ZEROS,
                                ROWS, CHUNKS, EVEN)
@@ -676,8 +676,9 @@ def one_row_tile(weight: FewBits, outputs: int) -> Tile:
 
 def one_row(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, norm: Norm | None = None,
             tile: Tile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """As gemv, with x in the weight's order. A norm takes `takes_norm`, and has no `out`. tile: its columns are chunks.
-    """
+    """As gemv, with x in the weight's order. Only a weight that `takes_norm` is given a norm, which has no `out`. The
+    columns of `tile` are chunks."""
+    assert norm is None or (weight.takes_norm and norm.out is None)
     rows, size, chunks = len(weight.values), x.shape[1], weight.chunks
     tile = tile or one_row_tile(weight, rows)
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
@@ -707,8 +708,8 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
     """x [n, in], contiguous rows in the weight's order, of at most MOST_ROWS rows -> [n, out]; sums are fp32.
 
     Args:
-        rows, splits, warps: of several rows of inputs: outputs of a program, programs that share an output, and warps;
-            0 takes what was fastest on an H200 (benchmarks/gpu.py few_bits).
+        rows, splits, warps: outputs of a program, programs that share an output, and warps; 0 takes what was fastest on
+            an H200 (benchmarks/gpu.py few_bits). One row of inputs ignores them.
     """
     if len(x) == 1:
         return one_row(x, weight, bias)[0]
