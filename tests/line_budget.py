@@ -15,7 +15,7 @@ import tokenize
 from pathlib import Path
 
 BUDGET = 30_625
-CORE_BUDGET = 9_445
+CORE_BUDGET = 9_446
 CORE = ("hal/contracts", "hal/schema", "hal/guard", "hal/features", "hal/paged", "hal/engine", "workers")
 ROOT = Path(__file__).parents[1]
 _FREE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,

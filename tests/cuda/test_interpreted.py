@@ -127,8 +127,12 @@ def test_a_round_of_a_draft_model_is_replays_of_graphs(thin: str, monkeypatch: p
     batches = [PROMPTS[:1], params[:1]], [PROMPTS[1:3], params[1:]]
     with LLM(thin, device="cuda", **sizes) as llm:
         plain = [[o.token_ids for o in llm.generate(*batch)] for batch in batches]
+    from hal.engine.speculation import Speculation
     from runners.cuda import runner
 
+    take_times = Speculation.take_times
+    monkeypatch.setattr(Speculation, "take_times", lambda self, measured: take_times(  # two drafts always gain
+        self, [(rows, drafts, 1.0) for rows, drafts, _ in measured]))
     monkeypatch.setattr(runner, "prompt_sizes", lambda *args: (8,))
     with LLM(thin, device="cuda", speculate="draft", draft_model=thin, speculative_tokens=2, **sizes) as llm:
         composed = llm.executor._worker.runner

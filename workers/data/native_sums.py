@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,10 @@ class SharedSums:
     gone, late, or elsewhere in its step.
     """
 
-    def __init__(self, library: Any, groups: Any, all_reduce: Callable[[torch.Tensor], object]) -> None:
+    def __init__(self, library: Any, groups: Any) -> None:
         self._groups = groups  # ByAxis[SharedGroup]: a look-up raises WorkerError when the communicator is closed
-        self._group: SharedGroup = groups["tp"]
-        self._all_reduce, group = all_reduce, self._group
+        self._group: SharedGroup | None = None  # within the context, so that its memory stays while C runs
+        group = groups["tp"]
         self._arrays = [(ctypes.c_void_p * len(found))(*found) for found in group.addresses]
         self._state = State((0,) * 5, KINDS.index("all_reduce over tp"), group.rank, group.size, group.in_one_step,
                             *map(ctypes.addressof, self._arrays))
@@ -61,7 +60,8 @@ class SharedSums:
             self._state.count, self._state.spin = group.count, int(1e6 * group.segment.spin)
 
     def __exit__(self, *_: object) -> None:
-        group, line = self._group, self._state.line
+        group, self._group, line = self._group, None, self._state.line
+        assert group is not None
         fingerprint = group.fingerprint
         shown = line[2] - fingerprint.collectives
         if shown:
@@ -71,8 +71,10 @@ class SharedSums:
             group.segment.spin = group.segment.spin_most
 
     def finish(self, x: torch.Tensor) -> None:
-        if x.nbytes > self._state.most:
-            self._all_reduce(x)
-            return
         with data_plane("all_reduce"):
-            self._groups["tp"].finish(x)
+            group = self._groups["tp"]
+            if x.nbytes <= self._state.most:
+                group.finish(x)
+            else:
+                group.fingerprint.count("all_reduce", "tp", x.nbytes)
+                group.all_reduce(x)

@@ -50,8 +50,7 @@ class ShmCommunicator:
         self._ended = [segment.take(64).data.cast("q") for _ in range(world)]
         self._groups: ByAxis[SharedGroup] = ByAxis(topology, self._group)
         library = native_sums.load() if topology.tp > 1 else None
-        self.native_sums: NativeSums | None = library and native_sums.SharedSums(
-            library, self._groups, self.all_reduce)
+        self.native_sums: NativeSums | None = library and native_sums.SharedSums(library, self._groups)
         rings = {rank: Ring(segment, rank, [to], *_STAGE) for rank, to in links.items()}
         self._to = rings.get(topology.rank)
         self._source = None if topology.is_first_stage else rings[topology.axis("pp").ranks[topology.pp_rank - 1]]
