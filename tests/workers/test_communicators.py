@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -262,9 +262,9 @@ def test_stages_in_different_steps_are_named(kind: str) -> None:
     on(kind, 1, 2, call)
 
 
-@pytest.mark.slow
-def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> None:
-    path = str(tmp_path / "store")
+def wait_for_a_killed_peer(folder: Path, collective: Callable[[ShmCommunicator], object]) -> None:
+    """The collective names the peer in time."""
+    path = str(folder / "store")
     store = dist.FileStore(path, 2)
     with forked.Popen([sys.executable, str(DYING), "data", path], stdout=subprocess.PIPE) as other:
         communicator = ShmCommunicator(Topology(tp=2), CPU, store)
@@ -272,6 +272,11 @@ def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> No
         killed: list[float] = []
         threading.Timer(0.3, lambda: (killed.append(time.monotonic()), other.kill())).start()
         with pytest.raises(WorkerError, match="rank 1 is gone") as error:
-            communicator.all_reduce(torch.ones(3))
+            collective(communicator)
         assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < SOON
         communicator.close()
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_a_killed_peer_gets_an_error(tmp_path: Path) -> None:
+    wait_for_a_killed_peer(tmp_path, lambda communicator: communicator.all_reduce(torch.ones(3)))

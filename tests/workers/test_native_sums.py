@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import forked
 import pytest
 import torch
 from rank_threads import on_ranks
 from soon import SOON
-from test_communicators import CPU, DYING, random
+from test_communicators import CPU, random, wait_for_a_killed_peer
 from test_cpu_tape import HEADS, decode_input
 
 from hal.checkpoints.hf_config import read_config
@@ -32,7 +29,6 @@ from runners.cpu import backend, compiled
 from runners.cpu.runner import CpuModelRunner
 from workers.data import native_sums
 from workers.data.shared_memory import ShmCommunicator
-from workers.links.groups import dist
 
 pytestmark = [pytest.mark.torch_release,
               pytest.mark.skipif(native_sums.load() is None, reason="no compiler when the package was installed")]
@@ -174,17 +170,7 @@ def test_one_rank_and_an_older_library_have_none(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_killed_peer_is_named(tmp_path: Path) -> None:
-    path = str(tmp_path / "store")
-    store = dist.FileStore(path, 2)
-    with forked.Popen([sys.executable, str(DYING), "data", path], stdout=subprocess.PIPE) as other:
-        communicator = ShmCommunicator(Topology(tp=2), CPU, store)
-        assert other.stdout is not None and other.stdout.readline() == b"joined\n"
-        killed: list[float] = []
-        threading.Timer(0.3, lambda: (killed.append(time.monotonic()), other.kill())).start()
-        with pytest.raises(WorkerError, match="rank 1 is gone") as error:
-            add(communicator, torch.ones(3))
-        assert error.value.rank == -1 and 0 <= time.monotonic() - killed[0] < SOON
-        communicator.close()
+    wait_for_a_killed_peer(tmp_path, lambda communicator: add(communicator, torch.ones(3)))
 
 
 @pytest.fixture(scope="module")

@@ -135,8 +135,7 @@ def _layer(x: torch.Tensor, chosen: torch.Tensor, held: Stacks, weight: FewBits,
     pairs, wide = chosen.numel(), x.dtype == torch.float32
     outputs = len(weight.values) // held.count // (2 if gated else 1)
     out = torch.empty(pairs, outputs, dtype=x.dtype, device=x.device)
-    tensors = (x, weight.values, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
-               weight.scales if bias is None else bias, chosen)
+    tensors = (x, weight.values, weight.scales, weight.zeros_or_any, weight.scales if bias is None else bias, chosen)
     sizes = (held.first, held.count, x.stride(0), outputs, weight.inputs, weight.chunks, weight.each)
     options: dict[str, Any] = {"PER_TOKEN": per_token, "GATED": gated, "LIMIT": held.limit or 0.0,
                                "HAS_BIAS": bias is not None, **weight.form, **launch_options(x)}

@@ -68,6 +68,11 @@ class FewBits:
         return max(self.group // self.chunk, 1)
 
     @property
+    def zeros_or_any(self) -> torch.Tensor:
+        """The zeros, or where there are none, a tensor that stands in their place in a launch."""
+        return self.scales if self.zeros is None else self.zeros
+
+    @property
     def takes_norm(self) -> bool:
         """Whether one_row is faster if it norms its inputs itself. It is with 4 bits, since few programs do so."""
         return self.order is None and self.pieces == 8 and self.chunks <= _CHUNKS_AT_ONCE
@@ -80,12 +85,12 @@ class FewBits:
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         """[out, in], in the order of `order`."""
-        rows, zeros = len(self.values), self.scales if self.zeros is None else self.zeros
+        rows = len(self.values)
         out = torch.empty(rows, self.inputs, dtype=dtype, device=self.values.device)
         chunks = triton.cdiv(self.inputs, self.chunk)
         _dequantize[(triton.cdiv(rows, 32), chunks)](
-            self.values, self.scales, zeros, out, rows, self.inputs, self.values.shape[1], self.group, ROWS=32,
-            **self.form, **launch_options(out))
+            self.values, self.scales, self.zeros_or_any, out, rows, self.inputs, self.values.shape[1], self.group,
+            ROWS=32, **self.form, **launch_options(out))
         return out
 
 
@@ -692,9 +697,8 @@ def one_row(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, norm
         most = max(4 * programs_at_once(x.device) // tile.warps, 1)  # 16 warps for each multiprocessor
         programs = triton.cdiv(blocks, triton.cdiv(blocks, most))  # that have as many outputs as each other
         _one_row[(programs,)](
-            x, added, gains, weight.values, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
-            bias_or_any, total, out, rows, size, chunks, weight.each, eps, NORM=norm is not None,
-            ADD=residual is not None, WHOLE=tile.columns >= chunks,
+            x, added, gains, weight.values, weight.scales, weight.zeros_or_any, bias_or_any, total, out, rows, size,
+            chunks, weight.each, eps, NORM=norm is not None, ADD=residual is not None, WHOLE=tile.columns >= chunks,
             EVEN=tile.columns == chunks and rows % tile.rows == 0, LIMBS=2 if x.dtype == torch.float32 else 1,
             **weight.form, **shape)
     else:
@@ -723,7 +727,7 @@ def multiply(x: torch.Tensor, weight: FewBits, bias: torch.Tensor | None, *, row
     size_of_parts = splits * blocks * rows * block_m if splits > 1 else 1
     shared = torch.empty(size_of_parts, dtype=torch.float32, device=x.device)
     _few_rows[(blocks, splits)](
-        x, weight.values, weight.scales, weight.scales if weight.zeros is None else weight.zeros,
+        x, weight.values, weight.scales, weight.zeros_or_any,
         weight.scales if bias is None else bias, out, shared, weight.ended, n, x.stride(0), out.shape[1], size, chunks,
         weight.each, splits, HAS_BIAS=bias is not None, SHARED=splits > 1, ROWS=rows, BLOCK_M=block_m,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps or 4, **weight.form,
